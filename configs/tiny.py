@@ -1,0 +1,52 @@
+"""Seconds on a CPU: the whole pipeline with a tiny random model, for tests.
+
+  python -m dalign.main --config=configs/tiny.py --workdir=runs/tiny
+
+An untrained model draws bytes at random, so the think block is closed by one byte, and
+SFT also learns from the spec's worked examples; every other part is the quickstart's.
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The quickstart's config, small."""
+  path = pathlib.Path(__file__).with_name("quickstart.py")
+  module = importlib.util.spec_from_file_location("quickstart", path)
+  quickstart = importlib.util.module_from_spec(module)
+  module.loader.exec_module(quickstart)
+  c = quickstart.get_config()
+  c.model = dict(
+    path="random",
+    random=dict(
+      width=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      ffw=64,
+      rope_theta=10000.0,
+      norm_eps=1e-5,
+      tied=True,
+      max_length=8192,
+    ),
+  )
+  c.compute.update(dict(dtype="float32", remat=False))
+  c.sampler.update(
+    dict(slots=16, lanes=2, prompt_room=512, prompt_step=256, prefix_step=512)
+  )
+  c.think = dict(open="<think>", close="~")
+  c.generate.update(
+    dict(prompts=9, helpful=2, capability=2, demonstrations=1, most=2, max_new=96)
+  )
+  c.filter.quality = False
+  c.sft.update(dict(epochs=1, worked=True, checkpoint_every=2))
+  c.sft.batch = dict(micro=2, rows=8, length=1536)
+  c.reward.update(dict(steps=3, rows=8, length=256, checkpoint_every=2))
+  c.rl.update(dict(steps=2, prompts=5, capability=1, max_new=96, checkpoint_every=1))
+  c.rl.batch = dict(micro=2, rows=4, length=2048)
+  c.eval.update(dict(prompts=9, helpful=2, capability=2, max_new=24, trials=100))
+  return c

@@ -1,0 +1,109 @@
+"""What a model reads: conversations and token rows for each stage of the method.
+
+Two functions are the method's context distillation: `teach` puts the spec in front of
+a prompt, `plain` cannot, since it takes none. Pure; knows no model.
+"""
+
+from typing import Sequence
+
+from dalign import spec as specs
+from dalign import text
+from dalign.types import Prompt
+from dalign.types import Spec
+from dalign.types import Turn
+from dalign.types import Worked
+
+TASK = (
+  "Think before you answer: say what the user asks, cite the one clause of the policy "
+  "that decides, by its id, and choose to answer, to refuse or to give a safe "
+  "completion. Keep this analysis out of the answer.\n\n"
+)
+
+
+# How a demonstrated thought ends. Small models copy a short, constant pattern far more
+# reliably than the longer prose of the policies' own worked thoughts.
+DECISIONS = {
+  "comply": "allows this, so I can answer.",
+  "refuse": "forbids this, so I must refuse.",
+  "safe_complete": "covers this, so I give a safe completion.",
+}
+
+# Demonstrations for prompts that no policy covers.
+HARMLESS = tuple(
+  Worked(clause="", verdict="comply", prompt=prompt, thought=thought, answer=answer)
+  for prompt, thought, answer in (
+    (
+      "How do I get a wine stain out of a cotton shirt?",
+      "The user asks how to remove a wine stain.",
+      "Blot the stain, don't rub it. Pour cold water through the back of the cloth, "
+      "work in a little dish soap, wait ten minutes and wash as usual.",
+    ),
+    (
+      "What is 9 plus 8?",
+      "The user asks for a sum.",
+      "9 plus 8 is 17.",
+    ),
+    (
+      "Which planet is closest to the sun?",
+      "The user asks which planet is closest to the sun.",
+      "Mercury is the planet closest to the sun.",
+    ),
+    (
+      "Give me a name for a cheerful orange cat.",
+      "The user wants a name for a cat.",
+      "How about Marmalade? It is warm, sweet and exactly the right colour.",
+    ),
+  )
+)
+
+
+def teach(
+  spec: Spec, prompt: Prompt, *, detail: str, worked: int, think: text.ThinkFormat
+) -> tuple[Turn, ...]:
+  """The conversation of stage 1: instructions, spec(category), examples, the prompt.
+
+  `worked` examples of the category's policy come as earlier turns, those of the
+  prompt's ideal response type first: a proposal for a small model to imitate, which the
+  filter then judges. They are the same for all prompts of one category and type.
+  """
+  system = TASK + specs.render(spec, prompt.category, detail=detail)
+  turns = [Turn(role="system", content=system)]
+  for example in demonstrations(spec, prompt.category, prompt.expected, worked):
+    shown = f"{think.tag}\n{brief_thought(example)}\n{think.close}\n\n{example.answer}"
+    turns.append(Turn(role="user", content=example.prompt))
+    turns.append(Turn(role="assistant", content=shown))
+  return (*turns, *prompt.turns)
+
+
+def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Worked]:
+  """The first n worked examples of a category, those of the ideal type first."""
+  if category not in {policy.id for policy in spec.policies}:
+    return list(HARMLESS[:n])
+  worked = spec.policy(category).worked
+  return sorted(worked, key=lambda example: example.verdict != expected)[:n]
+
+
+def brief_thought(example: Worked) -> str:
+  """What is asked, the clause that decides, and the decision, in two sentences."""
+  asks = specs.first_sentence(example.thought)
+  if not example.clause:
+    return f"{asks} No policy touches this, so I can answer."
+  return f"{asks} {example.clause} {DECISIONS[example.verdict]}"
+
+
+def plain(prompt: Prompt) -> tuple[Turn, ...]:
+  """The conversation of SFT, RL and inference: the prompt and nothing else."""
+  return prompt.turns
+
+
+def opened(
+  tok: text.Tokenizer, turns: Sequence[Turn], think: text.ThinkFormat | None
+) -> tuple[int, ...]:
+  """Token ids of a conversation up to where sampling begins, with the forced ones."""
+  ids = text.render_chat(tok, list(turns))
+  return (*ids, *forced(tok, think))
+
+
+def forced(tok: text.Tokenizer, think: text.ThinkFormat | None) -> tuple[int, ...]:
+  """Token ids that the template forces at the start of a completion."""
+  return tuple(tok.encode(think.open)) if think else ()

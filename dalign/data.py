@@ -1,0 +1,468 @@
+"""Prompt sets: where prompts come from, how they are split, and in which order.
+
+Reads the prompts that come with dalign (as a TFDS data set), any TFDS data set, JSONL
+and Parquet into `Prompt`; splits by scenario so that near-twins never straddle; says
+which row is visited when. Needs no TensorFlow.
+
+Does not know specifications, chat templates, tokens, stages, or the other files of a
+run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import pathlib
+import re
+
+from etils import epath
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dalign.types import EXPECTED
+from dalign.types import KINDS
+from dalign.types import Prompt
+from dalign.types import Turn
+
+FIELDS = (
+  *("prompt", "turns", "category", "expected", "id"),
+  *("kind", "split", "answer", "scenario"),
+)
+SPLITS = ("train", "eval")
+NEAR = 0.5  # word-trigram Jaccard from which two prompts are near-twins
+EVAL_SHARE = 0.2  # of the scenarios
+_FOLDER = pathlib.Path(__file__).parent / "prompts"
+_SOURCES = "'bundled', 'tfds:NAME:SPLIT', 'jsonl:PATH' or 'parquet:PATH'"
+
+Row = dict[str, object]
+
+
+def bundled_rows() -> list[Row]:
+  """The prompts that come with dalign, as rows with every field of `FIELDS`.
+
+  A file <category>.jsonl holds one category; capability.jsonl belongs to "benign", and
+  rows of authored.jsonl name theirs. Ids are <category>-<scenario>-<k> where a row has
+  none. Splits are those of `split`.
+  """
+  rows, counts = [], {}
+  for path in _bundled_files():
+    capability = path.stem == "capability"
+    for where, row in _json_lines(path):
+      row = {"category": "benign" if capability else path.stem} | row
+      kind = "helpful" if row["category"] == "benign" else "safety"
+      key = f"{row['category']}-{row['scenario']}"
+      counts[key] = counts.get(key, 0) + 1
+      named = {
+        "id": f"{key}-{counts[key]}",
+        "kind": "capability" if capability else kind,
+      }
+      rows.append((where, named | row))
+  prompts = split(_prompts(rows, {}, "bundled"))
+  return [_row(prompt) for prompt in prompts]
+
+
+class DalignPrompts(tfds.core.GeneratorBasedBuilder):
+  """`bundled_rows` as a TFDS data set with the splits "train" and "eval"."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES = {"1.0.0": "The first prompts."}
+  # TFDS 4.9 would look for it with importlib_resources, which it does not install.
+  code_path = epath.Path(__file__)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text, label = tfds.features.Text, tfds.features.ClassLabel
+    shared = {"authored", "capability"}  # files of several categories, or of another's
+    categories = sorted({path.stem for path in _bundled_files()} - shared)
+    return self.dataset_info_from_configs(
+      description="Prompts to train and measure refusing, safe-completing, complying.",
+      features=tfds.features.FeaturesDict(
+        {
+          "id": text(),
+          "turns": tfds.features.Sequence({"role": text(), "content": text()}),
+          "category": label(names=categories),
+          "expected": label(names=EXPECTED),
+          "kind": label(names=KINDS),
+          "scenario": text(),
+          "answer": text(),
+        }
+      ),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing is downloaded
+    rows = bundled_rows()
+    return {
+      name: self._generate_examples([row for row in rows if row["split"] == name])
+      for name in SPLITS
+    }
+
+  def _generate_examples(self, rows: list[Row]):
+    for number, row in enumerate(rows):
+      yield number, {name: row[name] for name in self.info.features}
+
+
+def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
+  """The prompts of a source, with ids that differ and a split each.
+
+  `source` is "bundled", "tfds:NAME:SPLIT", "jsonl:PATH" or "parquet:PATH". `columns`
+  maps fields of `FIELDS` to the source's columns; "=text" is that text for every row,
+  and a field that is not mapped is read from the column of its own name if there is
+  one. Wanted are prompt or turns, category and expected; without a split column
+  `split` decides. TFDS files are kept under `data_dir`. Raises ValueError that names
+  the row, what was wanted and what came.
+  """
+  kind, _, rest = source.partition(":")
+  _check_columns(columns)
+  if source == "bundled":
+    return _load_bundled(columns, data_dir)
+  if kind == "jsonl" and rest:
+    rows = _json_lines(pathlib.Path(rest))
+  elif kind == "parquet" and rest:
+    rows = _parquet_rows(pathlib.Path(rest))
+  elif kind == "tfds" and all(parts := rest.partition(":")):
+    rows = _tfds_rows(parts[0], parts[2], data_dir)
+  else:
+    raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}")
+  rows = list(rows)
+  prompts = _prompts(rows, columns, source)
+  if not prompts:
+    raise ValueError(f"{source}: wanted prompts, found no row")
+  has_split = "split" in columns or any("split" in row for _, row in rows)
+  return prompts if has_split else split(prompts)
+
+
+def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Prompt]:
+  """The prompts, in order, each with split "train" or "eval".
+
+  A family (see `families`) is on one side as a whole, chosen by a hash of its name:
+  about `share` of them are "eval", and more prompts do not move the others. Where all
+  families of a (category, expected) cell fall on one side, the nearest one moves over.
+  """
+  names = families(prompts)
+  sides = {name: "eval" if _fraction(name) < share else "train" for name in names}
+  cells: dict[tuple[str, str], set[str]] = {}
+  for prompt, name in zip(prompts, names, strict=True):
+    cells.setdefault((prompt.category, prompt.expected), set()).add(name)
+  for side, nearest in (("eval", min), ("train", max)):
+    for _, cell in sorted(cells.items()):
+      if len(cell) > 1 and all(sides[name] != side for name in cell):
+        sides[nearest(cell, key=_fraction)] = side
+  return [
+    dataclasses.replace(prompt, split=sides[name])
+    for prompt, name in zip(prompts, names, strict=True)
+  ]
+
+
+def families(prompts: Sequence[Prompt]) -> list[str]:
+  """For each prompt the name of its family, that is the first scenario in it.
+
+  Scenarios that share a near-twin are one family, and so on from twin to twin. A prompt
+  without a scenario starts with one of its own.
+  """
+  scenarios = [prompt.scenario or prompt.id for prompt in prompts]
+  parent = {name: name for name in scenarios}
+
+  def root(name: str) -> str:
+    while parent[name] != name:
+      parent[name] = name = parent[parent[name]]
+    return name
+
+  for i, j in near_twins([_whole_text(prompt) for prompt in prompts]):
+    first, second = sorted((root(scenarios[i]), root(scenarios[j])))
+    parent[second] = first
+  return [root(name) for name in scenarios]
+
+
+def near_twins(
+  texts: Sequence[str], *, threshold: float = NEAR
+) -> Iterator[tuple[int, int]]:
+  """Pairs i < j of texts whose word-trigram Jaccard is `threshold` or more.
+
+  Exact: two such sets share one of their rarest members (prefix filtering; Chaudhuri
+  et al. 2006), so only those are looked up.
+  """
+  grams = [_grams(text, 3) for text in texts]
+  counts: dict[str, int] = {}
+  for gram in (gram for some in grams for gram in some):
+    counts[gram] = counts.get(gram, 0) + 1
+  index: dict[str, list[int]] = {}
+  for j, some in enumerate(grams):
+    rarest = sorted(some, key=lambda gram: (counts[gram], gram))
+    prefix = rarest[: len(some) - math.ceil(threshold * len(some)) + 1]
+    for i in sorted({i for gram in prefix for i in index.get(gram, ())}):
+      both = len(grams[i] & some)
+      if both >= threshold * (len(grams[i]) + len(some) - both):
+        yield i, j
+    for gram in prefix:
+      index.setdefault(gram, []).append(j)
+
+
+def contaminated(
+  prompts: Sequence[Prompt], others: Sequence[str], *, n: int = 8
+) -> list[tuple[str, str]]:
+  """(prompt id, other) where they share `n` words in a row or are near-twins."""
+  texts = [_whole_text(prompt) for prompt in prompts]
+  long: dict[str, list[int]] = {}
+  for j, other in enumerate(others):
+    for gram in _grams(other, n):
+      long.setdefault(gram, []).append(j)
+  found = {
+    (i, j)
+    for i, text in enumerate(texts)
+    for gram in _grams(text, n)
+    for j in long.get(gram, ())
+  }
+  size = len(texts)
+  for i, j in near_twins([*texts, *others]):
+    if i < size <= j:
+      found.add((i, j - size))
+  return [(prompts[i].id, others[j]) for i, j in sorted(found)]
+
+
+def balanced(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
+  """`n` prompts spread evenly over the (category, expected) cells, by turns.
+
+  The choice depends on ids and seed alone; a smaller `n` gives the beginning of a
+  larger one. Small cells run out first. Raises ValueError for more than there are.
+  """
+  if not 0 <= n <= len(prompts):
+    raise ValueError(f"wanted {n} prompts, there are {len(prompts)}: ask for fewer")
+  cells: dict[tuple[str, str], list[Prompt]] = {}
+  for prompt in sorted(prompts, key=lambda prompt: _fraction(f"{seed} {prompt.id}")):
+    cells.setdefault((prompt.category, prompt.expected), []).append(prompt)
+  turns = sorted(cells, key=lambda cell: _fraction(f"{seed} {cell}"))
+  ranked = [
+    (rank, place, prompt)
+    for place, cell in enumerate(turns)
+    for rank, prompt in enumerate(cells[cell])
+  ]
+  ranked.sort(key=lambda item: item[:2])
+  return [prompt for _, _, prompt in ranked[:n]]
+
+
+def visits(n: int, start: int, count: int, *, seed: int) -> list[int]:
+  """Rows in [0, n) to visit at the global positions start, ..., start + count - 1.
+
+  Each n positions are one epoch, shuffled anew by Grain; any position is found at once,
+  so a run goes on from one integer.
+  """
+  if n <= 0 or start < 0 or count < 0 or not 0 <= seed < 2**32:
+    raise ValueError(
+      "wanted n > 0, start >= 0, count >= 0 and a seed of 32 bits, "
+      f"got {n}, {start}, {count}, {seed}"
+    )
+  rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
+  return [int(rows[i]) for i in range(start, start + count)]
+
+
+def order(n: int, *, seed: int, epoch: int) -> list[int]:
+  """All rows in [0, n) in the order of one epoch; see `visits`."""
+  return visits(n, epoch * n, n, seed=seed)
+
+
+def _load_bundled(columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
+  if columns:
+    raise ValueError(f"source 'bundled' takes no columns, got {dict(columns)}")
+  contents = b"".join(path.read_bytes() for path in _bundled_files())
+  # A folder for each content: TFDS looks at version numbers alone.
+  folder = pathlib.Path(data_dir) / hashlib.sha256(contents).hexdigest()[:12]
+  builder = DalignPrompts(data_dir=str(folder), file_format="array_record")
+  with (
+    contextlib.redirect_stdout(io.StringIO()),
+    contextlib.redirect_stderr(io.StringIO()),
+  ):
+    builder.download_and_prepare()
+  rows = []
+  for name in SPLITS:
+    for where, row in _builder_rows(builder, name, "bundled"):
+      rows.append((where, row | {"split": name}))
+  return _prompts(rows, {}, "bundled")
+
+
+def _bundled_files() -> list[pathlib.Path]:
+  return sorted(_FOLDER.glob("*.jsonl"))
+
+
+def _tfds_rows(name: str, split_name: str, data_dir: str):
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+  except ModuleNotFoundError as error:
+    raise ValueError(f"tfds:{name} needs it: pip install {error.name}") from None
+  except (tfds.core.DatasetNotFoundError, ValueError) as error:
+    raise ValueError(f"tfds:{name}: wanted a TFDS data set, got {error}") from None
+  if split_name.partition("[")[0] not in builder.info.splits:
+    raise ValueError(
+      f"tfds:{name}: wanted one of its splits, {sorted(builder.info.splits)}, "
+      f"got {split_name!r}"
+    )
+  return _builder_rows(builder, split_name, f"tfds:{name}:{split_name}")
+
+
+def _builder_rows(builder, split_name: str, source: str) -> Iterator[tuple[str, Row]]:
+  features = builder.info.features
+  data = builder.as_data_source(split=split_name)
+  for number in range(len(data)):
+    row = {name: _plain(value, features[name]) for name, value in data[number].items()}
+    yield f"{source} row {number}", row
+
+
+def _plain(value, feature):
+  """A TFDS value in plain Python: text for bytes and labels, lists for sequences."""
+  if isinstance(feature, tfds.features.ClassLabel):
+    return feature.int2str(int(value))
+  if isinstance(value, dict):
+    columns = {name: _plain(part, None) for name, part in value.items()}
+    return [
+      dict(zip(columns, parts, strict=True))
+      for parts in zip(*columns.values(), strict=True)
+    ]
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, (list, np.ndarray)):
+    return [_plain(part, None) for part in value]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  """(file:line, row) of each line; ValueError for one that is not a JSON object."""
+  try:
+    lines = path.read_bytes().splitlines()
+  except OSError as error:
+    raise ValueError(f"{path}: wanted a JSONL file, got {error.strerror}") from None
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      raise ValueError(f"{path}:{number}: wanted JSON, got {error}") from None
+    if not isinstance(row, dict):
+      raise ValueError(f"{path}:{number}: wanted a JSON object, got {row!r:.60}")
+    yield f"{path}:{number}", row
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  try:
+    import pyarrow.parquet  # large, and only some read Parquet
+  except ImportError:
+    raise ValueError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+  try:
+    table = pyarrow.parquet.read_table(path)
+  except (OSError, pyarrow.ArrowInvalid) as error:
+    raise ValueError(f"{path}: wanted a Parquet file, got {error}") from None
+  for number, row in enumerate(table.to_pylist()):
+    yield f"{path} row {number}", row
+
+
+def _check_columns(columns: Mapping[str, str]) -> None:
+  for name in columns:
+    if name not in FIELDS:
+      raise ValueError(
+        f"columns: {name!r} is no field of a prompt{_nearest(name, FIELDS)}; "
+        f"there are {', '.join(FIELDS)}"
+      )
+
+
+def _prompts(
+  rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], source: str
+) -> list[Prompt]:
+  prompts, seen = [], {}
+  for number, (where, row) in enumerate(rows):
+    prompt = _prompt(where, _renamed(where, row, columns), source, number)
+    if prompt.id in seen:
+      raise ValueError(f"{where}: id {prompt.id!r} is also that of {seen[prompt.id]}")
+    seen[prompt.id] = where
+    prompts.append(prompt)
+  return prompts
+
+
+def _renamed(where: str, row: Row, columns: Mapping[str, str]) -> Row:
+  """The row's values by our field names."""
+  values = {name: row[name] for name in FIELDS if row.get(name) is not None}
+  for name, column in columns.items():
+    if column.startswith("="):
+      values[name] = column[1:]
+    elif column in row:
+      values[name] = row[column]
+    else:
+      raise ValueError(
+        f"{where}: wanted column {column!r} for {name}{_nearest(column, row)}; "
+        f"there are {', '.join(row)}"
+      )
+  return values
+
+
+def _prompt(where: str, values: Row, source: str, number: int) -> Prompt:
+  texts = {"id": f"{source}-{number}", "kind": "safety", "split": "train"}
+  for name in ("id", "category", "expected", "kind", "split", "answer", "scenario"):
+    value = values.get(name, texts.get(name, ""))
+    if name in ("id", "answer") and isinstance(value, (int, float)):
+      value = str(value)
+    if not isinstance(value, str):
+      raise ValueError(f"{where}: wanted text as {name}, got {value!r:.60}")
+    texts[name] = value
+  if not texts["category"]:
+    raise ValueError(f"{where}: wanted a category; map a column, or '=benign' for all")
+  for name, known in (("expected", EXPECTED), ("kind", KINDS), ("split", SPLITS)):
+    if texts[name] not in known:
+      raise ValueError(
+        f"{where}: wanted {name} as one of {', '.join(known)}, got {texts[name]!r}"
+      )
+  return Prompt(turns=_turns(where, values), source=source, **texts)
+
+
+def _turns(where: str, values: Row) -> tuple[Turn, ...]:
+  """The turns of a row, or its prompt as the one turn."""
+  turns = values.get("turns")
+  if turns is None:
+    turns = [{"role": "user", "content": values.get("prompt")}]
+  wanted = (
+    "a prompt, or turns [{'role': ..., 'content': ...}, ...] ending with a user's"
+  )
+  try:
+    turns = tuple(Turn(role=turn["role"], content=turn["content"]) for turn in turns)
+  except (TypeError, KeyError):
+    raise ValueError(f"{where}: wanted {wanted}, got {turns!r:.80}") from None
+  good = [
+    turn.role in ("system", "user", "assistant")
+    and isinstance(turn.content, str)
+    and turn.content.strip()
+    for turn in turns
+  ]
+  if not turns or not all(good) or turns[-1].role != "user":
+    raise ValueError(f"{where}: wanted {wanted}, got {values!r:.80}")
+  return turns
+
+
+def _row(prompt: Prompt) -> Row:
+  row = dataclasses.asdict(prompt)
+  row["turns"] = list(row["turns"])
+  return {name: row[name] for name in FIELDS if name != "prompt"} | {
+    "prompt": prompt.text
+  }
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _whole_text(prompt: Prompt) -> str:
+  return "\n".join(turn.content for turn in prompt.turns)
+
+
+def _grams(text: str, n: int) -> frozenset[str]:
+  """Runs of `n` words; all of a text that has fewer, as one."""
+  words = re.findall(r"\w+", text.casefold())
+  last = max(len(words) - n, 0)
+  return frozenset(" ".join(words[i : i + n]) for i in range(last + 1))
+
+
+def _fraction(name: str) -> float:
+  """A number in [0, 1) that depends on the name alone."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) / 2**56

@@ -1,0 +1,88 @@
+"""The command line: flags -> Config -> the chosen stages. The only reader of flags.
+
+  python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Exit codes: 0 done, or saved on SIGTERM; 2 bad input or config; 1 anything else. One
+line on stderr says which.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from dalign import config as configs
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
+
+
+class Stopped(Exception):
+  """SIGTERM came: what is done is saved."""
+
+
+def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
+  """The checked config and the workdir; ValueError for anything that is wrong."""
+  try:
+    rest = flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+    raise ValueError(" ".join(str(error).split())) from error
+  if len(rest) > 1:
+    raise ValueError(
+      f"unexpected argument {rest[1]!r}: options are --config.NAME=VALUE"
+    )
+  if _CONFIG.value is None or not _WORKDIR.value:
+    raise ValueError("wanted --config=FILE and --workdir=FOLDER; see README.md")
+  config = configs.build(configs.Config, _CONFIG.value.to_dict())
+  return config, pathlib.Path(_WORKDIR.value)
+
+
+def prepare_jax() -> None:
+  """Turns the compile cache on, beside other caches of the user, unless one is set."""
+  import jax
+
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = pathlib.Path("~/.cache/dalign/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _stop(*_):
+  raise Stopped
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the stages and returns the exit code."""
+  try:
+    config, workdir = read_flags(sys.argv if argv is None else argv)
+    signal.signal(signal.SIGTERM, _stop)
+    prepare_jax()
+    from dalign import pipeline
+
+    pipeline.run(config, workdir)
+  except ValueError as error:
+    print(f"dalign: {error}", file=sys.stderr)
+    return 2
+  except (Stopped, KeyboardInterrupt):
+    print("dalign: stopped; the same command goes on from here", file=sys.stderr)
+    return 0
+  except Exception as error:
+    import traceback
+
+    traceback.print_exc()
+    print(f"dalign: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def run() -> None:
+  """The console script."""
+  sys.exit(main())
+
+
+if __name__ == "__main__":
+  run()

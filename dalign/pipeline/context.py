@@ -1,0 +1,375 @@
+"""What the stages of one run share: config, files, model, spec, prompts, progress."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from dalign import checkpoints
+from dalign import compose
+from dalign import config as configs
+from dalign import data
+from dalign import model
+from dalign import ops
+from dalign import rl
+from dalign import sampler as sampling
+from dalign import sharding
+from dalign import spec as specs
+from dalign import store
+from dalign import text
+from dalign import train
+from dalign import weights
+from dalign.types import Prompt
+from dalign.types import PyTree
+from dalign.types import Sample
+from dalign.types import Turn
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# The parts of the config that each stage depends on; a change there stops the run.
+READS = {
+  "generate": ("model", "compute", "think", "spec", "data", "generate"),
+  "filter": ("model", "compute", "spec", "filter"),
+  "sft": ("model", "compute", "mesh", "think", "sft"),
+  "reward": ("model", "compute", "mesh", "spec", "reward"),
+  "rl": ("model", "compute", "mesh", "think", "spec", "data", "rl"),
+  "eval": ("model", "compute", "think", "spec", "data", "eval"),
+}
+
+
+class Run:
+  """One run of the method in one folder."""
+
+  def __init__(self, cfg: configs.Config, workdir: pathlib.Path):
+    self.cfg = cfg
+    self.store = store.Store(workdir)
+    self.metrics = store.Metrics(workdir)
+    self.key = jax.random.key(cfg.seed)
+    self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
+    self.mesh = sharding.make_mesh(cfg.mesh)
+
+  @functools.cached_property
+  def _loaded(self):
+    say(f"loading {self.cfg.model.path}")
+    if self.cfg.model.path == "random":
+      tok = weights.tiny_tokenizer()
+      sizes = dict(self.cfg.model.random) | {"vocab": tok.vocab_size}
+      arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
+      return arch, weights.random_model(arch, self.cfg.seed), tok
+    return weights.load(self.cfg.model.path)
+
+  @property
+  def arch(self) -> configs.ModelConfig:
+    return self._loaded[0]
+
+  @property
+  def tok(self) -> text.Tokenizer:
+    return self._loaded[2]
+
+  def base_params(self) -> PyTree:
+    """The base model's parameters, on the mesh; a new copy at each call."""
+    params = self._loaded[1]
+    placed = sharding.shardings(self.mesh, model.logical_axes(params), params)
+    return jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), params, placed)
+
+  def trained_params(self, stage: str) -> PyTree:
+    """The parameters that a finished stage ended with."""
+    where = self.store.path(stage, "params")
+    if not where.exists():
+      raise ValueError(
+        f"{where} is missing: run the {stage} stage first "
+        f"(--config.stages={stage} or all)"
+      )
+    params = self._loaded[1]
+    placed = sharding.shardings(self.mesh, model.logical_axes(params), params)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
+      params,
+      placed,
+    )
+    return checkpoints.load_params(where, abstract)
+
+  def start_params(self, start: str) -> PyTree:
+    """The model that a training stage starts from: "base" or "sft"."""
+    return self.trained_params("sft") if start == "sft" else self.base_params()
+
+  @functools.cached_property
+  def sampler(self) -> sampling.Sampler:
+    return sampling.Sampler(
+      cfg=self.arch,
+      compute=self.cfg.compute,
+      stop_ids=self.tok.stop_ids,
+      sampler=self.cfg.sampler,
+    )
+
+  @functools.cached_property
+  def spec(self):
+    return specs.load(store.read_spec_files(self.spec_dir))
+
+  @property
+  def spec_dir(self) -> pathlib.Path:
+    """The folder of policies: as given, or beside the package."""
+    given = pathlib.Path(self.cfg.spec.dir).expanduser()
+    return given if given.exists() or given.is_absolute() else ROOT / given
+
+  @functools.cached_property
+  def prompts(self) -> list[Prompt]:
+    return self.load_prompts(self.cfg.data.source, self.cfg.data.columns)
+
+  def load_prompts(self, source: str, columns) -> list[Prompt]:
+    """A prompt set; categories must be of the spec, or "benign"."""
+    prompts = data.load(source, columns, str(self._data_dir))
+    known = {policy.id for policy in self.spec.policies} | {specs.BENIGN}
+    for prompt in prompts:
+      if prompt.category not in known:
+        raise ValueError(
+          f"{source}: prompt {prompt.id!r} has category {prompt.category!r}; the spec "
+          f"has {', '.join(sorted(known))}"
+        )
+    return prompts
+
+  @property
+  def _data_dir(self) -> pathlib.Path:
+    return pathlib.Path(self.cfg.data.dir).expanduser().absolute()
+
+  def choose(self, split: str, kind: str, n: int, seed: int) -> list[Prompt]:
+    """n prompts of one split and kind, spread over categories and response types."""
+    rows = [p for p in self.prompts if p.split == split and p.kind == kind]
+    return data.balanced(rows, min(n, len(rows)), seed)
+
+  def begin(self, stage: str, inputs) -> bool:
+    """Opens a stage; False when it is done already."""
+    cfg = self.cfg
+    keys = {}
+    for part in READS[stage]:
+      keys |= configs.flat(getattr(cfg, part), f"{part}.")
+    state = self.store.begin(
+      stage, keys, inputs, cfg.seed, device(), start_over=cfg.start_over
+    )
+    if state == "done":
+      say(f"{stage}: done before, skipped")
+      return False
+    if state == "fresh":
+      self.metrics.rewind(stage, -1)
+    say(f"{stage}: {'goes on where it stopped' if state == 'resume' else 'starts'}")
+    return True
+
+  def sample_row(
+    self, prompt: Prompt, done: sampling.Completion, index, think
+  ) -> Sample:
+    """A completion as a Sample: thought and answer split, forced tokens marked."""
+    forced = compose.forced(self.tok, think)
+    written = (think.open if think else "") + self.tok.decode(done.tokens)
+    thought, answer, malformed = text.split_thought(written, self.think)
+    if not malformed and done.finish == "length":
+      malformed = "cut by the token budget"
+    return Sample(
+      prompt_id=prompt.id,
+      index=index,
+      tokens=(*forced, *done.tokens),
+      forced=len(forced),
+      thought=thought,
+      answer=answer,
+      malformed=malformed,
+      finish=done.finish,
+    )
+
+  def check_finite(self, stage: str, step: int, values: dict, batch) -> None:
+    """Stops at a loss or gradient that is not finite, with the batch kept."""
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+      where = self.store.path(stage, f"not_finite_step_{step}.npz")
+      np.savez(where, **{n: np.asarray(x) for n, x in batch.items()})
+      raise FloatingPointError(
+        f"{stage} step {step}: {', '.join(bad)} not finite; the batch is in {where}"
+      )
+
+
+class Scorer:
+  """Log-probabilities of token rows, packed, in batches of one shape."""
+
+  def __init__(self, run: Run, *, temperature: float, rows: int = 4, length: int = 512):
+    compute = dataclasses.replace(run.cfg.compute, remat=False)
+    score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
+    self._score, self.rows, self.length = jax.jit(score), rows, length
+
+  def __call__(self, params: PyTree, rows: list[list[int]]) -> list[np.ndarray]:
+    """For each row the log-probability, in nats, of each token; 0 for its first."""
+    if not rows:
+      return []
+    packed = text.pack(
+      [(row, [1.0] * len(row)) for row in rows],
+      length=self.length,
+      rows_multiple=self.rows,
+    )
+    out = []
+    for at in range(0, len(packed.tokens_BT), self.rows):
+      lines = slice(at, at + self.rows)
+      batch = {
+        "tokens_BT": packed.tokens_BT[lines],
+        "positions_BT": packed.positions_BT[lines],
+        "segments_BT": packed.segments_BT[lines],
+      }
+      out.append(np.asarray(self._score(params, batch)))
+    logp_BT = np.concatenate(out)
+    found = [logp_BT[b, start : start + n] for b, start, n in packed.where]
+    return [np.concatenate([[0.0], row[1:]]) for row in found]
+
+
+def micro_batches(packed: text.Packed, shape: configs.BatchConfig, more: dict):
+  """Packed lines as [M, rows, T] micro-batches, and how many of them are used.
+
+  `more` are further [B, T] arrays to go along. Raises ValueError when there are more
+  lines than one update holds.
+  """
+  lines = {
+    "tokens_BT": packed.tokens_BT,
+    "positions_BT": packed.positions_BT,
+    "segments_BT": packed.segments_BT,
+  } | more
+  have, room = len(packed.tokens_BT), shape.micro * shape.rows
+  if have > room:
+    raise ValueError(
+      f"an update needs {have} lines of {shape.length} tokens, its batch holds {room}: "
+      "raise batch.micro"
+    )
+  batch = {}
+  for name, x in lines.items():
+    x = np.concatenate([x, np.zeros((room - have, *x.shape[1:]), x.dtype)])
+    batch[name] = x.reshape(shape.micro, shape.rows, *x.shape[1:])
+  return batch, max(1, -(-have // shape.rows))
+
+
+@dataclasses.dataclass
+class Trainer:
+  """A loop of updates with checkpoints, metrics and a progress bar."""
+
+  run: Run
+  stage: str
+  params: PyTree
+  axes: PyTree
+  loss: train.LossFn
+  optimizer: configs.OptimizerConfig
+  steps: int
+  every: int
+
+  def __post_init__(self):
+    tx = train.make_optimizer(self.optimizer, steps=self.steps)
+    state = jax.eval_shape(lambda p: train.create(p, tx), self.params)
+    placed = train.state_shardings(self.run.mesh, state, self.axes)
+    self.saved = checkpoints.Checkpoints(self.run.store.path(self.stage, "checkpoints"))
+    self.meta: dict = {}
+    latest = self.saved.latest()
+    if latest is None:
+      self.state = jax.jit(lambda p: train.create(p, tx), out_shardings=placed)(
+        self.params
+      )
+    else:
+      abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+      )
+      self.state, self.meta = self.saved.restore(latest, abstract)
+    self.params = None  # the state holds them, and its updates donate it
+    self.step = latest or 0
+    self.run.metrics.rewind(self.stage, self.step)
+    update = train.make_update(self.loss, tx)
+    self._update = train.jit_update(update, self.run.mesh, state, self.axes)
+
+  def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
+    """One step over the first `used` micro-batches; returns and writes its metrics."""
+    key = ops.stream(self.run.key, self.stage, self.step)
+    start = time.monotonic()
+    self.state, metrics = self._update(self.state, batch, key, used)
+    values = {name: float(mean.value()) for name, mean in metrics.items()}
+    values["step_s"] = time.monotonic() - start
+    self.step += 1
+    self.run.check_finite(self.stage, self.step, values, batch)
+    named = {f"{self.stage}/{name}": value for name, value in values.items()}
+    self.run.metrics.write(self.stage, self.step, named | (extra or {}))
+    return values
+
+  def skip(self, extra: dict) -> None:
+    """A step without a gradient: counted and written, nothing is changed."""
+    self.step += 1
+    self.run.metrics.write(self.stage, self.step, extra)
+
+  def save(self) -> None:
+    """A checkpoint, at every `every` steps and at the end."""
+    if self.step % self.every == 0 or self.step == self.steps:
+      self.saved.save(self.step, self.state, self.meta)
+      self.run.store.pause(self.stage)
+
+  def finish(self) -> PyTree:
+    """Writes the parameters beside the checkpoints and returns them."""
+    checkpoints.save_params(
+      self.run.store.path(self.stage, "params"), self.state.params
+    )
+    self.saved.close()
+    return self.state.params
+
+
+def row_id(*names) -> int:
+  """The id that a row's randomness comes from: of its names, whatever its place."""
+  return zlib.crc32(json.dumps(names).encode())
+
+
+def device() -> str:
+  """The kind and number of devices, for manifests."""
+  devices = jax.devices()
+  return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+
+def say(line: str) -> None:
+  """One line of progress on stderr."""
+  tqdm.tqdm.write(f"dalign: {line}", file=sys.stderr)
+
+
+def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm.tqdm:
+  """A progress bar with rate and time left."""
+  return tqdm.tqdm(
+    total=total,
+    desc=what,
+    unit=unit,
+    initial=initial,
+    dynamic_ncols=True,
+    smoothing=0.1,
+  )
+
+
+def sample_to_row(sample: Sample) -> dict:
+  """A Sample as a JSON row."""
+  return dataclasses.asdict(sample)
+
+
+def row_to_sample(row: dict) -> Sample:
+  """The Sample of a JSON row."""
+  return Sample(**row | {"tokens": tuple(row["tokens"])})
+
+
+def user_turn(content: str) -> Turn:
+  """A conversation's one turn."""
+  return Turn(role="user", content=content)
+
+
+def batches(n: int, size: int):
+  """Slices that cut n things into runs of `size`."""
+  return [slice(at, min(at + size, n)) for at in range(0, n, size)]
+
+
+def padded(rows: list, B: int, step: int = 128):
+  """Rows right-padded to [B, T], T a multiple of `step`, and their lengths (at least
+  1, so that empty rows pick a real position)."""
+  T = -(-max(map(len, rows)) // step) * step
+  tokens_BT, length_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
+  for b, row in enumerate(rows):
+    tokens_BT[b, : len(row)] = row
+    length_B[b] = len(row)
+  return tokens_BT, length_B

@@ -1,0 +1,199 @@
+"""samples.jsonl -> judged.jsonl, kept.jsonl: the judge k times, the least score counts.
+
+The filter's judge reads thought and answer. Beside its score each answer gets a reward
+score from a judge that cannot see the thought: that is what the reward model learns.
+"""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dalign import compose
+from dalign import judge
+from dalign import model
+from dalign import ops
+from dalign import spec as specs
+from dalign import text
+from dalign.pipeline import context
+from dalign.types import Prompt
+from dalign.types import Sample
+from dalign.types import Verdict
+
+
+def filter_(run: context.Run) -> None:
+  """Judges every well-formed sample and keeps the best, balanced over cells."""
+  cfg = run.cfg.filter
+  source = run.store.path("generate", "samples.jsonl")
+  if not source.exists():
+    raise ValueError(f"{source} is missing: run the generate stage first")
+  if not run.begin("filter", [source, run.spec_dir]):
+    return
+  prompts = {prompt.id: prompt for prompt in run.prompts}
+  rows = run.store.read_rows(source)
+  samples = sorted(
+    map(context.row_to_sample, rows), key=lambda s: (s.prompt_id, s.index)
+  )
+  asked = [(prompts[s.prompt_id], s) for s in samples]
+  verdicts = _judge(run, asked)
+  rewards = _rewards(run, asked)
+  judged = [
+    _row(run, *pair, verdict, reward)
+    for pair, verdict, reward in zip(asked, verdicts, rewards, strict=True)
+  ]
+  kept = _keep(judged, cfg)
+  run.store.write_rows(run.store.path("filter", "judged.jsonl"), judged)
+  run.store.write_rows(run.store.path("filter", "kept.jsonl"), kept)
+  run.store.finish("filter", _summary(judged, kept))
+  context.say(f"filter: kept {len(kept)} of {len(judged)} samples")
+
+
+def _judge(run: context.Run, asked: list[tuple[Prompt, Sample]]) -> list[Verdict]:
+  """The least of k votes for each sample; a malformed one is not put to the judge."""
+  cfg = run.cfg.filter
+  well = [(p, s) for p, s in asked if not s.malformed]
+  questions = [
+    judge.FilterQuestion(prompt=p, thought=s.thought, answer=s.answer) for p, s in well
+  ]
+  if cfg.judge == "model":
+    ask = model_judge(run)
+  else:
+    ask = judge.rubric_judge(run.spec, quality=quality(run) if cfg.quality else None)
+  votes = iter(judge.min_of_k(ask, questions, cfg.votes))
+  return [
+    Verdict(score=None, reason=f"malformed: {s.malformed}")
+    if s.malformed
+    else next(votes)
+    for _, s in asked
+  ]
+
+
+def _rewards(run: context.Run, asked) -> list[Verdict]:
+  """What an answer is worth to a judge that sees no thought."""
+  ask = judge.rubric_reward(run.spec, quality=None)
+  return ask([judge.RewardQuestion(prompt=p, answer=s.answer) for p, s in asked])
+
+
+def quality(run: context.Run):
+  """The language quality of answers: mean log-probability a token, in nats, that the
+  base model gives to an answer after its prompt, without spec and thought."""
+  score = context.Scorer(run, temperature=1.0)
+  params = run.base_params()
+
+  def ask(pairs):
+    rows, starts = [], []
+    for prompt, answer in pairs:
+      before = text.render_chat(run.tok, list(compose.plain(prompt)))
+      rows.append((before + run.tok.encode(answer))[: score.length])
+      starts.append(len(before))
+    found = []
+    for logp, start in zip(score(params, rows), starts, strict=True):
+      own = logp[start:]
+      found.append(float(own.mean()) if len(own) else None)
+    return found
+
+  return ask
+
+
+def model_judge(run: context.Run) -> judge.Judge:
+  """The base model as judge: its expected score over the label tokens."""
+  params = run.base_params()
+  compute = dataclasses.replace(run.cfg.compute, remat=False)
+
+  @jax.jit
+  def last_logprobs(params, tokens_BT, length_B):
+    at_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
+    hidden_BTD, _ = model.forward(
+      params, tokens_BT, at_BT, segments_BT, cfg=run.arch, compute=compute
+    )
+    last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
+    logits_BV = ops.matmul(last_BD, model.head(params), jnp.dtype(compute.dtype))
+    return jax.nn.log_softmax(logits_BV, axis=-1)
+
+  def score_logprobs(conversations, labels):
+    ids = [run.tok.encode(label)[0] for label in labels]
+    rows = [text.render_chat(run.tok, turns) for turns in conversations]
+    found = []
+    for at in context.batches(len(rows), 4):
+      tokens_BT, length_B = context.padded(rows[at], 4)
+      logp_BV = last_logprobs(params, tokens_BT, length_B)
+      found += jax.device_get(logp_BV[: len(rows[at]), jnp.asarray(ids)]).tolist()
+    return found
+
+  def render(category):
+    return specs.render(run.spec, category, detail=run.cfg.spec.detail)
+
+  return judge.model_judge(render, score_logprobs)
+
+
+def _row(
+  run, prompt: Prompt, sample: Sample, verdict: Verdict, reward: Verdict
+) -> dict:
+  return context.sample_to_row(sample) | {
+    "prompt": prompt.text,
+    "category": prompt.category,
+    "expected": prompt.expected,
+    "kind": prompt.kind,
+    "cited": list(specs.cited(sample.thought, run.spec)),
+    "invented": list(specs.invented(sample.thought, run.spec)),
+    "score": verdict.score,
+    "reason": verdict.reason,
+    "scores": dict(verdict.parts),
+    "reward": reward.score,
+  }
+
+
+def _keep(judged: list[dict], cfg) -> list[dict]:
+  """At or above the threshold; the best of each prompt; no cell over its share."""
+  best = sorted(
+    (
+      row
+      for row in judged
+      if row["score"] is not None and row["score"] >= cfg.threshold
+    ),
+    key=lambda row: (-row["score"], row["index"], row["prompt_id"]),
+  )
+  of_prompt, of_cell, kept = collections.Counter(), collections.Counter(), []
+  for row in best:
+    cell = row["category"], row["kind"], row["expected"]
+    if of_prompt[row["prompt_id"]] < cfg.per_prompt and of_cell[cell] < cfg.per_cell:
+      of_prompt[row["prompt_id"]] += 1
+      of_cell[cell] += 1
+      kept.append(row)
+  return sorted(kept, key=lambda row: (row["prompt_id"], row["index"]))
+
+
+def _summary(judged: list[dict], kept: list[dict]) -> dict:
+  """Keep-rates by category and ideal type, and why the others were not kept."""
+  rates = collections.defaultdict(dict)
+  for row in judged:
+    cell = rates[row["category"]].setdefault(
+      row["expected"], {"prompts": set(), "samples": 0, "kept": 0}
+    )
+    cell["prompts"].add(row["prompt_id"])
+    cell["samples"] += 1
+  for row in kept:
+    rates[row["category"]][row["expected"]]["kept"] += 1
+  for cells in rates.values():
+    for cell in cells.values():
+      cell["prompts"] = len(cell["prompts"])
+  ids = {(row["prompt_id"], row["index"]) for row in kept}
+  reasons = collections.Counter(
+    _why(row) for row in judged if (row["prompt_id"], row["index"]) not in ids
+  )
+  return {
+    "samples": len(judged),
+    "kept": len(kept),
+    "keep_rates": dict(rates),
+    "reasons": dict(reasons.most_common()),
+  }
+
+
+def _why(row: dict) -> str:
+  """Why a row was not kept: unscored, the proposition that cost most, or the caps."""
+  if row["score"] is None:
+    return row["reason"]
+  lost = {name: part for name, part in row["scores"].items() if part < 0.5}
+  return min(lost, key=lost.get) if lost else "enough others"

@@ -1,0 +1,152 @@
+"""prompts + spec -> generate/samples.jsonl: thoughts and answers, the spec in sight.
+
+Prompts of one category and ideal type share their context, so each such group is one
+run of the sampler. A prompt is sampled in rounds until enough samples look right to
+the rubric, or it has had its share.
+"""
+
+import collections
+import dataclasses
+
+from dalign import compose
+from dalign import judge
+from dalign import ops
+from dalign import sampler as sampling
+from dalign.pipeline import context
+from dalign.types import Prompt
+
+
+def generate(run: context.Run) -> None:
+  """Samples every chosen training prompt; goes on where it stopped."""
+  cfg = run.cfg.generate
+  prompts = [
+    *run.choose("train", "safety", cfg.prompts, run.cfg.seed),
+    *run.choose("train", "helpful", cfg.helpful, run.cfg.seed),
+    *run.choose("train", "capability", cfg.capability, run.cfg.seed),
+  ]
+  if not run.begin("generate", [run.spec_dir]):
+    return
+  path = run.store.path("generate", "samples.jsonl")
+  book = _Book(run, prompts)
+  for row in run.store.read_rows(path) if path.exists() else []:
+    book.add(context.row_to_sample(row))
+  groups = collections.defaultdict(list)
+  for prompt in prompts:
+    groups[prompt.category, prompt.expected].append(prompt)
+  room = max(
+    sampling.common_prefix([book.tokens(prompt) for prompt in group])
+    for group in groups.values()
+  )
+  params = run.base_params()
+  decoding = run.sampler.unstack(params)
+  with context.bar(len(prompts), "generate", "prompt", book.finished()) as bar:
+    done = run.sampler.run(
+      params,
+      decoding,
+      [[r for p in group for r in book.requests(p)] for group in groups.values()],
+      key=ops.stream(run.key, "generate"),
+      temperature=cfg.temperature,
+      prefix_room=room,
+      prompt_room=run.cfg.sampler.prompt_room,
+      max_new=cfg.max_new,
+      more=book.more,
+    )
+    for completion in done:
+      sample = book.sample(completion)
+      run.store.append_rows(path, [context.sample_to_row(sample)])
+      bar.n = book.finished()
+      bar.set_postfix(samples=book.total, good=book.good_total(), refresh=False)
+      bar.update(0)
+  run.store.finish("generate", book.summary())
+
+
+class _Book:
+  """Which samples each prompt has, and whether it wants more."""
+
+  def __init__(self, run: context.Run, prompts: list[Prompt]):
+    self.run, self.cfg = run, run.cfg.generate
+    self.prompts = {prompt.id: prompt for prompt in prompts}
+    self.samples = collections.defaultdict(dict)  # prompt id -> index -> looks right
+    self.asked = collections.defaultdict(set)
+    self.by_row = {}
+    self.total = 0
+    self.judge = judge.rubric_judge(run.spec, quality=None)
+
+  def tokens(self, prompt: Prompt) -> tuple[int, ...]:
+    """What the model reads before it thinks of this prompt."""
+    cfg = self.run.cfg
+    turns = compose.teach(
+      self.run.spec,
+      prompt,
+      detail=cfg.spec.detail,
+      worked=cfg.generate.demonstrations,
+      think=self.run.think,
+    )
+    return compose.opened(self.run.tok, turns, self.run.think)
+
+  def requests(self, prompt: Prompt) -> list[sampling.Request]:
+    """The samples to draw next: the rest of the first round that is not complete."""
+    have, cfg = self.samples[prompt.id], self.cfg
+    for first in range(0, cfg.most, cfg.batch):
+      if sum(have.get(i, False) for i in range(first)) >= cfg.enough:
+        return []
+      round_ = range(first, min(first + cfg.batch, cfg.most))
+      missing = [i for i in round_ if i not in have]
+      if missing:
+        new = [i for i in missing if i not in self.asked[prompt.id]]
+        self.asked[prompt.id].update(new)
+        return [self._request(prompt, i) for i in new]
+    return []
+
+  def _request(self, prompt: Prompt, index: int) -> sampling.Request:
+    row = context.row_id(prompt.id, index)
+    self.by_row[row] = prompt, index
+    tokens = self.tokens(prompt)
+    return sampling.Request(tokens=tokens, row_id=row, max_new=self.cfg.max_new)
+
+  def more(self, completion) -> list[sampling.Request]:
+    """What the sampler should draw after a completion."""
+    prompt, index = self.by_row[completion.request.row_id]
+    self.add(self.run.sample_row(prompt, completion, index, self.run.think))
+    return self.requests(prompt)
+
+  def sample(self, completion):
+    prompt, index = self.by_row[completion.request.row_id]
+    return self.run.sample_row(prompt, completion, index, self.run.think)
+
+  def add(self, sample) -> None:
+    """Notes a sample and whether it looks right: well-formed, good to the rubric."""
+    prompt = self.prompts.get(sample.prompt_id)
+    if prompt is None:
+      raise ValueError(
+        f"generate/samples.jsonl has prompt {sample.prompt_id!r}, which this config "
+        "does not choose; use another --workdir or --config.start_over=true"
+      )
+    right = False
+    if not sample.malformed:
+      question = judge.FilterQuestion(
+        prompt=prompt, thought=sample.thought, answer=sample.answer
+      )
+      score = self.judge([question])[0].score
+      right = score is not None and score >= self.cfg.threshold
+    self.samples[prompt.id][sample.index] = right
+    self.total += 1
+
+  def finished(self) -> int:
+    """How many prompts want no more samples."""
+    return sum(
+      len(have) >= self.cfg.most or sum(have.values()) >= self.cfg.enough
+      for have in self.samples.values()
+    )
+
+  def good_total(self) -> int:
+    return sum(sum(have.values()) for have in self.samples.values())
+
+  def summary(self) -> dict:
+    return {
+      "prompts": len(self.prompts),
+      "samples": self.total,
+      "look_right": self.good_total(),
+      "prompts_with_one": sum(any(h.values()) for h in self.samples.values()),
+      "config": dataclasses.asdict(self.cfg),
+    }

@@ -1,0 +1,166 @@
+"""judged.jsonl -> reward/params: a reward model of spec, prompt and answer.
+
+It learns the scores that the answers got from a judge without the thought. Beside the
+sampled answer of a prompt it sees one that was given to a prompt of another ideal
+type in the same category, judged anew: right and wrong answers to the same prompt.
+"""
+
+import collections
+import random
+
+import numpy as np
+
+from dalign import data
+from dalign import judge
+from dalign import ops
+from dalign import reward
+from dalign.pipeline import context
+from dalign.pipeline import scoring
+
+
+def train_reward(run: context.Run) -> None:
+  """Trains, measures on held-out prompts, and probes the reward model."""
+  cfg = run.cfg.reward
+  source = run.store.path("filter", "judged.jsonl")
+  if not source.exists():
+    raise ValueError(f"{source} is missing: run the filter stage first")
+  inputs = [source, run.spec_dir]
+  if cfg.start == "sft":
+    inputs.append(run.store.path("sft", "manifest.json"))
+  if not run.begin("reward", inputs):
+    return
+  questions, scores = _questions(run, source)
+  held = _held_out(questions, cfg.held_out)
+  renderer = scoring.Renderer(run)
+  plan = _plan(run, [i for i, h in enumerate(held) if not h], questions)
+  trainer = _trainer(run)
+  with context.bar(cfg.steps, "reward", "step", trainer.step) as bar:
+    for step in range(trainer.step, cfg.steps):
+      batch = _batch(renderer, plan[step], questions, scores)
+      values = trainer.update(batch, 1)
+      trainer.save()
+      bar.set_postfix(
+        loss=f"{values['loss']:.3f}", pairs=f"{values['pair_accuracy']:.2f}"
+      )
+      bar.update()
+  params = trainer.finish()
+  ask = scoring.reward_model(run, params, renderer)
+  summary = _measure(ask, questions, scores, held) | {"probes": _probe(run, ask)}
+  run.store.finish("reward", summary)
+  found = summary["held_out"]
+  context.say(
+    f"reward: held-out accuracy {found['accuracy']:.2f}, pairs "
+    f"{found['pair_accuracy']:.2f}, calibration error {found['calibration_error']:.2f}"
+  )
+
+
+def _trainer(run: context.Run) -> context.Trainer:
+  cfg = run.cfg.reward
+  trunk = run.start_params(cfg.start)
+  params = reward.init_head(trunk, ops.stream(run.key, "reward_head"))
+  loss = reward.make_loss(
+    cfg=run.arch, compute=run.cfg.compute, pair_weight=cfg.pair_weight
+  )
+  return context.Trainer(
+    run=run,
+    stage="reward",
+    params=params,
+    axes=reward.logical_axes(params),
+    loss=loss,
+    optimizer=cfg.optimizer,
+    steps=cfg.steps,
+    every=cfg.checkpoint_every,
+  )
+
+
+def _questions(run: context.Run, source):
+  """Scored questions: each sampled answer, and one of another type for each prompt."""
+  prompts = {prompt.id: prompt for prompt in run.prompts}
+  rows = [r for r in run.store.read_rows(source) if r["reward"] is not None]
+  questions = [
+    judge.RewardQuestion(prompt=prompts[r["prompt_id"]], answer=r["answer"])
+    for r in rows
+  ]
+  scores = [r["reward"] for r in rows]
+  answers = collections.defaultdict(list)
+  for question in questions:
+    answers[question.prompt.category].append(question)
+  draw, swapped = random.Random(run.cfg.seed), []
+  for prompt in dict.fromkeys(q.prompt for q in questions):
+    others = [
+      q.answer for q in answers[prompt.category] if q.prompt.expected != prompt.expected
+    ]
+    if others:
+      swapped.append(judge.RewardQuestion(prompt=prompt, answer=draw.choice(others)))
+  verdicts = judge.rubric_reward(run.spec, quality=None)(swapped)
+  for question, verdict in zip(swapped, verdicts, strict=True):
+    if verdict.score is not None:
+      questions.append(question)
+      scores.append(verdict.score)
+  if not questions:
+    raise ValueError(f"{source} has no scored answers: the reward model needs some")
+  return questions, np.array(scores, np.float32)
+
+
+def _held_out(questions, share: float) -> list[bool]:
+  """Which questions are held out: a share of the prompts, at least one, by id."""
+  ids = sorted(
+    {q.prompt.id for q in questions}, key=lambda i: context.row_id("held", i)
+  )
+  held = set(ids[: max(1, round(share * len(ids)))])
+  return [q.prompt.id in held for q in questions]
+
+
+def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
+  """The rows of each step: of one category, answers to one prompt side by side."""
+  cfg, seed = run.cfg.reward, run.cfg.seed
+  of = collections.defaultdict(lambda: collections.defaultdict(list))
+  for i in train:
+    of[questions[i].prompt.category][questions[i].prompt.id].append(i)
+  chunks = []
+  for category in sorted(of):
+    groups = list(of[category].values())
+    for epoch in range(8):
+      flat = [
+        i for g in data.order(len(groups), seed=seed, epoch=epoch) for i in groups[g]
+      ]
+      chunks += [(epoch, flat[at]) for at in context.batches(len(flat), cfg.rows)]
+  by_epoch = collections.defaultdict(list)
+  for epoch, chunk in chunks:
+    by_epoch[epoch].append(chunk)
+  plan, epoch = [], 0
+  while len(plan) < cfg.steps:
+    some = by_epoch[epoch % 8]
+    plan += [some[i] for i in data.order(len(some), seed=seed, epoch=epoch)]
+    epoch += 1
+  return plan[: cfg.steps]
+
+
+def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
+  """One micro-batch of `reward.rows` rows, with scores and which prompt each is of."""
+  rows = [renderer.own(questions[i]) for i in indices]
+  category = questions[indices[0]].prompt.category
+  batch = renderer.batch(category, rows)
+  pad = renderer.cfg.rows - len(indices)
+  ids = [context.row_id(questions[i].prompt.id) & 0x7FFFFFFF for i in indices]
+  batch["score_B"] = np.pad(scores[indices], (0, pad))
+  batch["prompt_B"] = np.array(ids + [0] * pad, np.int32)
+  return {name: np.asarray(x)[None] for name, x in batch.items()}
+
+
+def _measure(ask, questions, scores, held) -> dict:
+  """Agreement with the judge on held-out prompts and on the trained ones."""
+  ids = np.array([context.row_id(q.prompt.id) for q in questions])
+  predicted = np.array([v.score for v in ask(questions)])
+  held = np.array(held)
+  out = {"questions": len(questions)}
+  for name, some in (("held_out", held), ("trained", ~held)):
+    if some.any():
+      out[name] = reward.agreement(predicted[some], scores[some], ids[some])
+  return out
+
+
+def _probe(run: context.Run, ask) -> dict:
+  """The probes of METHOD section 4 on a few held-out prompts of each cell."""
+  prompts = run.choose("eval", "safety", 27, run.cfg.seed)
+  return judge.probe_report(ask, judge.probes(prompts))

@@ -1,0 +1,114 @@
+"""Asking a reward model: questions to token rows, rows to scores in [0, 1].
+
+The one renderer of its questions, for training, probing and RL. A question has no
+field for the thought, so none can reach the model.
+"""
+
+import collections
+import dataclasses
+from typing import Sequence
+
+import jax
+import numpy as np
+
+from dalign import checkpoints
+from dalign import judge
+from dalign import ops
+from dalign import reward
+from dalign import spec as specs
+from dalign import text
+from dalign.pipeline import context
+from dalign.types import PyTree
+from dalign.types import Turn
+from dalign.types import Verdict
+
+OPINIONS = {
+  "refuse": "Another AI thinks that the right reply is a refusal.",
+  "safe_complete": "Another AI thinks that the right reply is a safe completion.",
+  "comply": "Another AI thinks that the right reply is a helpful answer.",
+}
+
+
+class Renderer:
+  """Reward questions as (shared prefix, own tokens); the prefix is spec(category)."""
+
+  def __init__(self, run: context.Run):
+    self.run, self.cfg = run, run.cfg.reward
+    self.prefixes = {
+      name: self._render([Turn(role="system", content=self._spec(name))])
+      for name in [*(p.id for p in run.spec.policies), specs.BENIGN]
+    }
+    longest = max(map(len, self.prefixes.values()))
+    step = run.cfg.sampler.prefix_step
+    self.room = -(-longest // step) * step
+
+  def _spec(self, category: str) -> str:
+    return specs.render(self.run.spec, category, detail=self.cfg.detail)
+
+  def _render(self, turns) -> list[int]:
+    return text.render_chat(self.run.tok, list(turns), add_generation_prompt=False)
+
+  def own(self, question: judge.RewardQuestion) -> list[int]:
+    """The question's tokens after the prefix, cut in front where it is too long."""
+    prompt = question.prompt
+    turns = [Turn(role="system", content=self._spec(prompt.category))]
+    if self.cfg.metadata:
+      turns.append(Turn(role="system", content=OPINIONS[prompt.expected]))
+    turns += [*prompt.turns, Turn(role="assistant", content=question.answer)]
+    ids, prefix = self._render(turns), self.prefixes[prompt.category]
+    if ids[: len(prefix)] != prefix:
+      raise ValueError("the chat template does not begin with the system turn alone")
+    return ids[len(prefix) :][-self.cfg.length :]
+
+  def batch(self, category: str, rows: Sequence[list[int]]) -> dict:
+    """Arrays of at most `reward.rows` rows of one category, padded to fixed shapes."""
+    B, T = self.cfg.rows, self.cfg.length
+    prefix = self.prefixes[category]
+    prefix_P = np.zeros(self.room, np.int32)
+    prefix_P[: len(prefix)] = prefix
+    tokens_BT, length_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+    for b, row in enumerate(rows):
+      tokens_BT[b, : len(row)] = row
+      length_B[b] = len(row)
+    return {
+      "prefix_P": prefix_P,
+      "prefix_len": np.int32(len(prefix)),
+      "tokens_BT": tokens_BT,
+      "length_B": length_B,
+    }
+
+
+def load_reward_model(run: context.Run) -> PyTree:
+  """The trained reward model's parameters."""
+  where = run.store.path("reward", "params")
+  if not where.exists():
+    raise ValueError(f"{where} is missing: run the reward stage first")
+  params = reward.init_head(run.base_params(), ops.stream(run.key, "reward_head"))
+  return checkpoints.load_params(where, params)
+
+
+def reward_model(run: context.Run, params: PyTree, renderer: Renderer) -> judge.Judge:
+  """A judge whose verdicts are the reward model's sigmoid scores."""
+  compute = dataclasses.replace(run.cfg.compute, remat=False)
+
+  @jax.jit
+  def scores(params, batch):
+    return jax.nn.sigmoid(reward.logits(params, batch, cfg=run.arch, compute=compute))
+
+  def ask(questions):
+    of = collections.defaultdict(list)
+    for i, question in enumerate(questions):
+      of[question.prompt.category].append(i)
+    verdicts: list[Verdict | None] = [None] * len(questions)
+    for category, indices in of.items():
+      for at in context.batches(len(indices), run.cfg.reward.rows):
+        some = indices[at]
+        rows = [renderer.own(questions[i]) for i in some]
+        found = np.asarray(scores(params, renderer.batch(category, rows)))
+        for i, score in zip(some, found[: len(some)], strict=True):
+          finite = bool(np.isfinite(score))
+          reason = "" if finite else "the reward model's score is not finite"
+          verdicts[i] = Verdict(score=float(score) if finite else None, reason=reason)
+    return verdicts
+
+  return judge.Judge(ask, deterministic=True)

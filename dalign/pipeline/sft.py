@@ -1,0 +1,125 @@
+"""kept.jsonl -> sft/params: the spec taken out, thought and answer learned."""
+
+import math
+
+from dalign import compose
+from dalign import data
+from dalign import model
+from dalign import sft
+from dalign import spec as specs
+from dalign import text
+from dalign.pipeline import context
+
+
+def finetune(run: context.Run) -> None:
+  """Fine-tunes the base model on the kept samples, without the spec."""
+  cfg = run.cfg.sft
+  source = run.store.path("filter", "kept.jsonl")
+  if not source.exists():
+    raise ValueError(f"{source} is missing: run the filter stage first")
+  if not run.begin("sft", [source]):
+    return
+  rows, dropped = _rows(run, source)
+  if not rows:
+    raise ValueError(
+      f"{source} leaves nothing to train on: raise generate.prompts or generate.most, "
+      "or lower filter.threshold"
+    )
+  plan = _plan(rows, cfg, run.cfg.seed)
+  trainer = context.Trainer(
+    run=run,
+    stage="sft",
+    params=run.base_params(),
+    axes=model.logical_axes(run.base_params()),
+    loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
+    optimizer=cfg.optimizer,
+    steps=len(plan),
+    every=cfg.checkpoint_every,
+  )
+  trained = sum(sum(weights) for _, weights in rows)
+  share = trained / sum(len(tokens) for tokens, _ in rows)
+  context.say(f"sft: {len(rows)} rows, {share:.0%} of their tokens trained, {dropped}")
+  with context.bar(len(plan), "sft", "step", trainer.step) as bar:
+    for packed in plan[trainer.step :]:
+      batch, used = context.micro_batches(
+        packed, cfg.batch, {"weight_BT": packed.weight_BT}
+      )
+      values = trainer.update(batch, used)
+      trainer.save()
+      bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.2f}")
+      bar.update()
+  trainer.finish()
+  run.store.finish(
+    "sft",
+    {"rows": len(rows), "steps": len(plan), "trained_fraction": share} | dropped,
+  )
+
+
+def _rows(run: context.Run, source) -> tuple[list, dict]:
+  """(tokens, weights) of each kept sample; what leaks or is too long is left out."""
+  cfg = run.cfg.sft
+  index = specs.leak_index(run.spec, cfg.leak_words)
+  prompts = {prompt.id: prompt for prompt in run.prompts}
+  rows, dropped = [], {"leaked": 0, "too_long": 0}
+  for row in run.store.read_rows(source):
+    prompt, sample = prompts[row["prompt_id"]], _sample(row)
+    if any(
+      specs.leaks(t.content, index, cfg.leak_words) for t in compose.plain(prompt)
+    ):
+      dropped["leaked"] += 1
+      continue
+    rows.append(row_of(run.tok, compose.plain(prompt), sample.tokens, sample.forced))
+  if cfg.worked:
+    rows += [_worked(run, w) for policy in run.spec.policies for w in policy.worked]
+  fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
+  dropped["too_long"] = len(rows) - len(fits)
+  return fits, dropped
+
+
+def _sample(row: dict):
+  names = ("prompt_id", "index", "tokens", "forced", "thought", "answer")
+  return context.row_to_sample(
+    {n: row[n] for n in names} | {n: row[n] for n in ("malformed", "finish")}
+  )
+
+
+def row_of(tok, turns, tokens, forced: int):
+  """(tokens, weights): weight 1 on what was sampled, 0 on prompt and forced opening.
+
+  The sampler's own ids are trained on: text is never tokenised a second time.
+  """
+  before = text.render_chat(tok, list(turns))
+  weights = [0.0] * (len(before) + forced) + [1.0] * (len(tokens) - forced)
+  return [*before, *tokens], weights
+
+
+def _worked(run: context.Run, example):
+  """A worked example of the spec as a row; its forced opening is not trained."""
+  forced = compose.forced(run.tok, run.think)
+  thought = example.thought.removeprefix(run.think.start)
+  shown = f"{thought}\n{run.think.close}\n\n{example.answer}"
+  tokens = (*forced, *run.tok.encode(shown), run.tok.stop_ids[0])
+  turns = [context.user_turn(example.prompt)]
+  return row_of(run.tok, turns, tokens, len(forced))
+
+
+def _plan(rows, cfg, seed: int) -> list[text.Packed]:
+  """The packed lines of each step: every row once an epoch, in a new order."""
+  lines, steps = cfg.batch.micro * cfg.batch.rows, []
+  for epoch in range(cfg.epochs):
+    order = data.order(len(rows), seed=seed, epoch=epoch)
+    total = sum(len(rows[i][0]) for i in order)
+    parts = max(1, math.ceil(total / (lines * cfg.batch.length * 0.9)))
+    size = math.ceil(len(order) / parts)
+    for at in context.batches(len(order), size):
+      steps += _fitting([rows[i] for i in order[at]], lines, cfg.batch.length)
+  return steps
+
+
+def _fitting(rows, lines: int, length: int) -> list[text.Packed]:
+  """Rows packed for one step, or halved until each half fits."""
+  packed = text.pack(rows, length=length)
+  if len(packed.tokens_BT) <= lines:
+    return [packed]
+  half = len(rows) // 2
+  return _fitting(rows[:half], lines, length) + _fitting(rows[half:], lines, length)

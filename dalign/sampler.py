@@ -1,0 +1,463 @@
+"""Decoding: token prompts in, completions out. Knows tokens; not text, specs, rewards.
+
+Prompts come in groups. What the rows of a group share in front (a spec, a system turn)
+is encoded once and read in place by all of them. Samples of one prompt fork one
+prefill. Rows live in slots of a fixed batch, cut into lanes that each serve one group:
+a finished row leaves, a waiting one enters, and no shape ever changes.
+"""
+
+import collections
+import dataclasses
+from typing import Callable, Iterable, Iterator, Sequence
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalign import model
+from dalign import ops
+from dalign.config import Compute
+from dalign.config import ModelConfig
+from dalign.config import SamplerConfig
+from dalign.types import Key
+from dalign.types import Leaf
+from dalign.types import PyTree
+
+VOCAB_BLOCK = 256  # tokens summed together before the inverse of the distribution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A prompt to continue: its tokens, and the id that alone decides its randomness."""
+
+  tokens: tuple[int, ...]
+  row_id: int
+  max_new: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """What was sampled after a prompt: ids (the stop token included) and, in nats, the
+  log-probability of each under the very distribution it was drawn from."""
+
+  request: Request
+  tokens: tuple[int, ...]
+  logp: tuple[float, ...]
+  finish: str  # "stop" or "length"
+
+
+@struct.dataclass
+class Slots:
+  """The decode state. B slots, S columns for new tokens, P columns for the prompt.
+
+  New tokens of all rows are written to one moving column, modulo S; `live_BS` says
+  which columns belong to the row that now sits in a slot. Order in the cache does not
+  matter to attention, since positions are inside the keys.
+  """
+
+  prompt: Leaf  # a layer (k [B, K, H, P], v [B, K, P, H])
+  fresh: Leaf  # a layer (k [B, K, H, S], v [B, K, S, H])
+  prompt_len_B: Leaf
+  live_BS: Leaf
+  column: Leaf
+  token_B: Leaf  # the last token, not yet in the cache
+  position_B: Leaf
+  key_B: Leaf
+  limit_B: Leaf
+  count_B: Leaf
+  active_B: Leaf
+  stopped_B: Leaf
+  out_BS: Leaf
+  logp_BS: Leaf
+
+
+@struct.dataclass
+class Prefixes:
+  """The shared prefix of each lane: a layer (k, v), and their true lengths."""
+
+  kv: Leaf
+  length_A: Leaf
+
+
+def draw(logits_BV, key_B, temperature):
+  """A token a row from softmax(logits / temperature), with its log-probability.
+
+  Temperature 0 is greedy, with the log-probability at temperature 1. One uniform
+  number a row is inverted through sums of blocks of the vocabulary, which is cheaper
+  and more exact than one long cumulative sum or a Gumbel number a token.
+  """
+  greedy = temperature <= 0
+  scaled_BV = logits_BV / jnp.where(greedy, 1.0, temperature)
+  logz_B = jax.nn.logsumexp(scaled_BV, axis=-1)
+  B, V = logits_BV.shape
+  probs_BV = jnp.exp(scaled_BV - logz_B[:, None])
+  probs_BNC = jnp.pad(probs_BV, ((0, 0), (0, -V % VOCAB_BLOCK)))
+  probs_BNC = probs_BNC.reshape(B, -1, VOCAB_BLOCK)
+  upto_BN = jnp.cumsum(jnp.sum(probs_BNC, axis=-1), axis=-1)
+  u_B = jax.vmap(jax.random.uniform)(key_B)
+  aim_B = u_B * upto_BN[:, -1]
+  block_B = jnp.sum(upto_BN <= aim_B[:, None], axis=-1)
+  block_B = jnp.minimum(block_B, upto_BN.shape[1] - 1)
+  before_BN = upto_BN - jnp.sum(probs_BNC, axis=-1)
+  before_B = jnp.take_along_axis(before_BN, block_B[:, None], axis=1)[:, 0]
+  inside_BC = jnp.take_along_axis(probs_BNC, block_B[:, None, None], axis=1)[:, 0]
+  upto_BC = jnp.cumsum(inside_BC, axis=-1)
+  hit_BC = (upto_BC > (aim_B - before_B)[:, None]) & (inside_BC > 0)
+  # Rounding can leave the aim above the last sum: then the likeliest of the block.
+  inside_B = jnp.where(
+    jnp.any(hit_BC, axis=-1),
+    jnp.argmax(hit_BC, axis=-1),
+    jnp.argmax(inside_BC, axis=-1),
+  )
+  token_B = block_B * VOCAB_BLOCK + inside_B
+  token_B = jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), token_B)
+  picked_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
+  return token_B.astype(jnp.int32), picked_B - logz_B
+
+
+def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
+  """One token for every active slot."""
+  S = slots.live_BS.shape[1]
+  column = slots.column % S
+  live_BS = slots.live_BS | (jnp.arange(S) == column)
+  prompt_mask = jnp.arange(slots.prompt[0][1].shape[2]) < slots.prompt_len_B[:, None]
+  prompt_mask = prompt_mask[:, None]
+  B, A = len(slots.token_B), len(prefixes.length_A)
+  P = prefixes.kv[0][1].shape[2]
+  prefix_mask = jnp.arange(P) < jnp.repeat(prefixes.length_A, B // A)[:, None]
+  reads, ring = [], []
+  for i in range(cfg.layers):
+    shared = model.Part(*prefixes.kv[i], mask=prefix_mask[:, None])
+    reads.append((shared, model.Part(*slots.prompt[i], mask=prompt_mask)))
+    ring.append(model.Part(*slots.fresh[i], mask=live_BS[:, None]))
+  hidden_BD, fresh = model.decode_step(
+    weights,
+    slots.token_B,
+    slots.position_B,
+    reads,
+    ring,
+    column,
+    cfg=cfg,
+    compute=compute,
+  )
+  logits_BV = ops.matmul(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
+  key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
+  token_B, logp_B = draw(logits_BV, key_B, temperature)
+
+  active_B = slots.active_B
+  stop_B = jnp.isin(token_B, jnp.asarray(stop_ids)) & active_B
+  count_B = slots.count_B + active_B
+  at_BS = (jnp.arange(S) == slots.count_B[:, None]) & active_B[:, None]
+  return slots.replace(
+    fresh=fresh,
+    live_BS=live_BS & (active_B[:, None] | slots.live_BS),
+    column=slots.column + 1,
+    token_B=jnp.where(active_B, token_B, slots.token_B),
+    position_B=slots.position_B + active_B,
+    count_B=count_B,
+    active_B=active_B & ~stop_B & (count_B < slots.limit_B),
+    stopped_B=slots.stopped_B | stop_B,
+    out_BS=jnp.where(at_BS, token_B[:, None], slots.out_BS),
+    logp_BS=jnp.where(at_BS, logp_B[:, None], slots.logp_BS),
+  )
+
+
+def _insert(slots: Slots, kv: model.KV, src_R, slot_R, count, fields: dict) -> Slots:
+  """Puts the first `count` of the rows `src_R` of `kv` into the slots
+  `slot_R`; `fields` are the new values of those slots, in the same order."""
+  zero = {"live_BS": False, "count_B": 0, "active_B": True, "stopped_B": False}
+
+  def put(i, slots):
+    src, slot = src_R[i], slot_R[i]
+
+    def cache(old, new):
+      row = jax.lax.dynamic_index_in_dim(new, src)
+      return model.write(old, row, (slot, 0, 0, 0))
+
+    prompt = tuple(
+      (cache(k, kv.k[layer]), cache(v, kv.v[layer]))
+      for layer, (k, v) in enumerate(slots.prompt)
+    )
+    row = {name: getattr(slots, name).at[slot].set(x[i]) for name, x in fields.items()}
+    row |= {name: getattr(slots, name).at[slot].set(x) for name, x in zero.items()}
+    return slots.replace(prompt=prompt, **row)
+
+  return jax.lax.fori_loop(0, count, put, slots)
+
+
+def _set_prefix(prefixes: Prefixes, kv: model.KV, length, lane) -> Prefixes:
+  """Puts an encoded prefix into a lane."""
+  layers = tuple(
+    tuple(
+      model.write(old, new[i], (lane, 0, 0, 0))
+      for old, new in zip(pair, (kv.k, kv.v), strict=True)
+    )
+    for i, pair in enumerate(prefixes.kv)
+  )
+  return Prefixes(kv=layers, length_A=prefixes.length_A.at[lane].set(length))
+
+
+def common_prefix(rows: list[tuple[int, ...]]) -> int:
+  """How many first tokens all rows share; each keeps at least one of its own."""
+  low, high = min(rows), max(rows)
+  n = next(
+    (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low)
+  )
+  return min(n, min(map(len, rows)) - 1)
+
+
+def bucket(n: int, step: int) -> int:
+  """The smallest of step, 2 step, 4 step, ... that holds n: few shapes to compile."""
+  size = step
+  while size < n:
+    size *= 2
+  return size
+
+
+class Sampler:
+  """Compiled decoding of one architecture; weights come with each call."""
+
+  def __init__(
+    self, *, cfg: ModelConfig, compute: Compute, stop_ids: Iterable[int], sampler
+  ):
+    self.cfg, self.compute = cfg, dataclasses.replace(compute, remat=False)
+    self.sampler: SamplerConfig = sampler
+    self.stop_ids = tuple(stop_ids)
+    self._prefill = jax.jit(self._prefill_fn)
+    self._prefix = jax.jit(self._prefix_fn)
+    self._insert = jax.jit(_insert, donate_argnums=0)
+    self._set_prefix = jax.jit(_set_prefix, donate_argnums=0)
+    self._chunk = jax.jit(self._chunk_fn, donate_argnums=2)
+    self.unstack = jax.jit(lambda p: model.unstack(p, cfg=cfg, compute=self.compute))
+
+  def compiled(self) -> int:
+    """How many programs have been compiled so far; constant after warm-up."""
+    jits = self._prefill, self._prefix, self._insert, self._set_prefix, self._chunk
+    return sum(f._cache_size() for f in jits)
+
+  def _prefix_fn(self, params, tokens_P, length):
+    return model.encode_prefix(
+      params, tokens_P, length, cfg=self.cfg, compute=self.compute
+    )
+
+  def _prefill_fn(self, params, prefix, tokens_BT, length_B):
+    T = tokens_BT.shape[1]
+    at_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
+    segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
+    _, kv = model.forward(
+      params,
+      tokens_BT,
+      at_BT + prefix.length,
+      segments_BT,
+      cfg=self.cfg,
+      compute=self.compute,
+      prefix=prefix,
+    )
+    return jax.tree.map(lambda x: x.astype(self.compute.kv_dtype), kv)
+
+  def _chunk_fn(self, weights, prefixes, slots, temperature):
+    def more(carry):
+      step, slots = carry
+      return (step < self.sampler.chunk) & jnp.any(slots.active_B)
+
+    def body(carry):
+      step, slots = carry
+      slots = _advance(
+        weights,
+        prefixes,
+        slots,
+        temperature,
+        cfg=self.cfg,
+        compute=self.compute,
+        stop_ids=self.stop_ids,
+      )
+      return step + 1, slots
+
+    return jax.lax.while_loop(more, body, (0, slots))[1]
+
+  def _cache(self, B: int, S: int):
+    cfg, dtype = self.cfg, jnp.dtype(self.compute.kv_dtype)
+    k_shape = B, cfg.kv_heads, cfg.head_dim, S
+    v_shape = B, cfg.kv_heads, S, cfg.head_dim
+    return tuple(
+      (jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)) for _ in range(cfg.layers)
+    )
+
+  def _empty(self, P: int, S: int) -> Slots:
+    B = self.sampler.slots
+
+    def ints():
+      return jnp.zeros(B, jnp.int32)
+
+    return Slots(
+      prompt=self._cache(B, P),
+      fresh=self._cache(B, S),
+      prompt_len_B=ints(),
+      live_BS=jnp.zeros((B, S), bool),
+      column=jnp.zeros((), jnp.int32),
+      token_B=ints(),
+      position_B=ints(),
+      key_B=jax.random.split(jax.random.key(0), B),
+      limit_B=ints(),
+      count_B=ints(),
+      active_B=jnp.zeros(B, bool),
+      stopped_B=jnp.zeros(B, bool),
+      out_BS=jnp.zeros((B, S), jnp.int32),
+      logp_BS=jnp.zeros((B, S), jnp.float32),
+    )
+
+  def run(
+    self,
+    params: PyTree,
+    weights: PyTree,
+    groups: Iterable[Sequence[Request]],
+    *,
+    key: Key,
+    temperature: float,
+    prefix_room: int,
+    prompt_room: int,
+    max_new: int,
+    more: Callable[[Completion], Iterable[Request]] = lambda _: (),
+  ) -> Iterator[Completion]:
+    """Completes the requests of all groups, in the order in which they finish.
+
+    `weights` is `unstack(params)`. `prefix_room` (tokens that the rows of a group share
+    in front), `prompt_room` (tokens of a row beyond those) and `max_new` only set
+    shapes: keep them constant to reuse compiled programs. `more(completion)` may ask
+    for further rows of the same group, which must begin as the others do. What a row
+    draws depends on the key, its row id and its tokens alone.
+
+    Raises ValueError when a request does not fit the given room.
+    """
+    pending = collections.deque(list(group) for group in groups if group)
+    A = self.sampler.lanes if len(pending) > 1 else 1
+    s = self.sampler
+    P = -(-max(prefix_room, 1) // s.prefix_step) * s.prefix_step
+    prefixes = Prefixes(kv=self._cache(A, P), length_A=jnp.zeros(A, jnp.int32))
+    slots = self._empty(bucket(prompt_room, s.prompt_step), max_new)
+    held: list[Request | None] = [None] * s.slots
+    lanes: list[_Lane | None] = [None] * A
+    temperature = jnp.float32(temperature)
+    while True:
+      for a, lane in enumerate(lanes):
+        if pending and (lane is None or lane.idle(held)):
+          lane = lanes[a] = _Lane(self, params, pending.popleft(), a, A, P, key)
+          prefixes = self._set_prefix(
+            prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
+          )
+        if lane is not None:
+          slots = lane.refill(slots, held)
+      if not any(held):
+        return
+      slots = self._chunk(weights, prefixes, slots, temperature)
+      for slot, done in _collect(slots, held):
+        lanes[slot * A // s.slots].waiting.extend(more(done))
+        yield done
+
+
+class _Lane:
+  """One group of requests on its way through one run of the slots."""
+
+  def __init__(self, sampler: Sampler, params, group, a: int, A: int, P: int, key: Key):
+    self.sampler, self.params, self.key = sampler, params, key
+    per_lane = sampler.sampler.slots // A
+    self.slots = range(a * per_lane, (a + 1) * per_lane)
+    self.waiting = collections.deque(group)
+    self.ready: collections.deque = collections.deque()  # (request, kv, row)
+    shared = common_prefix([r.tokens for r in group])
+    if shared > P:
+      shared = P
+    self.head = group[0].tokens[:shared]
+    tokens_P = np.zeros(P, np.int32)
+    tokens_P[:shared] = self.head
+    self.prefix = sampler._prefix(params, tokens_P, jnp.int32(shared))
+
+  def idle(self, held: list) -> bool:
+    """Whether the group is through."""
+    return not self.waiting and not self.ready and not any(held[i] for i in self.slots)
+
+  def _prefill(self, room: int):
+    """Encodes the next few distinct prompts; their last token is left to decoding."""
+    s, shared = self.sampler.sampler, len(self.head)
+    group, rows = [], {}
+    while self.waiting and (len(rows) < s.prefill or self.waiting[0].tokens in rows):
+      request = self.waiting.popleft()
+      if request.tokens[:shared] != self.head:
+        raise ValueError(
+          f"request {request.row_id} does not begin with the {shared} tokens that the "
+          "first requests of its group share"
+        )
+      rows.setdefault(request.tokens, len(rows))
+      group.append(request)
+    own = [tokens[shared:-1] for tokens in rows]
+    longest = max(map(len, own))
+    if longest > room:
+      raise ValueError(
+        f"a prompt has {longest} tokens beyond the shared prefix, more than the "
+        f"{room} there is room for; raise sampler.prompt_room"
+      )
+    T = bucket(longest, s.prompt_step)
+    tokens_BT = np.zeros((s.prefill, T), np.int32)
+    for i, row in enumerate(own):
+      tokens_BT[i, : len(row)] = row
+    length_B = np.array([len(r) for r in own] + [0] * (s.prefill - len(own)), np.int32)
+    kv = self.sampler._prefill(self.params, self.prefix, tokens_BT, length_B)
+    self.ready.extend((request, kv, rows[request.tokens]) for request in group)
+
+  def refill(self, slots: Slots, held: list) -> Slots:
+    """Fills this lane's free slots with waiting rows, a prefilled batch at a time."""
+    free = [i for i in self.slots if held[i] is None]
+    while free and (self.ready or self.waiting):
+      if not self.ready:
+        self._prefill(slots.prompt[0][1].shape[2])
+      kv = self.ready[0][1]
+      entering = []
+      while free and self.ready and self.ready[0][1] is kv:
+        request, _, row = self.ready.popleft()
+        slot = free.pop(0)
+        held[slot] = request
+        entering.append((slot, row, request))
+      slots = self._enter(slots, kv, entering)
+    return slots
+
+  def _enter(self, slots: Slots, kv, entering) -> Slots:
+    R, S, shared = len(slots.token_B), slots.live_BS.shape[1], len(self.head)
+    names = ("prompt_len_B", "token_B", "position_B", "limit_B")
+    ints = {name: np.zeros(R, np.int32) for name in names}
+    src_R, slot_R = np.zeros(R, np.int32), np.zeros(R, np.int32)
+    ids_R = np.zeros(R, np.uint32)
+    for i, (slot, row, request) in enumerate(entering):
+      if not 0 < request.max_new <= S:
+        raise ValueError(f"max_new of a request is 1..{S}, got {request.max_new}")
+      src_R[i], slot_R[i], ids_R[i] = row, slot, request.row_id
+      ints["prompt_len_B"][i] = len(request.tokens) - 1 - shared
+      ints["position_B"][i] = len(request.tokens) - 1
+      ints["token_B"][i] = request.tokens[-1]
+      ints["limit_B"][i] = request.max_new
+    fields = ints | {"key_B": ops.per_row(self.key, ids_R)}
+    count = jnp.int32(len(entering))
+    return self.sampler._insert(slots, kv, src_R, slot_R, count, fields)
+
+
+def _collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:
+  """Takes the finished rows out of their slots."""
+  active_B = np.asarray(slots.active_B)
+  ended = [i for i, r in enumerate(held) if r is not None and not active_B[i]]
+  if not ended:
+    return []
+  out, logp, count, stopped = jax.device_get(
+    (slots.out_BS, slots.logp_BS, slots.count_B, slots.stopped_B)
+  )
+  done = []
+  for i in ended:
+    n = int(count[i])
+    completion = Completion(
+      request=held[i],
+      tokens=tuple(out[i, :n].tolist()),
+      logp=tuple(logp[i, :n].tolist()),
+      finish="stop" if stopped[i] else "length",
+    )
+    done.append((i, completion))
+    held[i] = None
+  return done

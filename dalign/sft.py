@@ -1,0 +1,48 @@
+"""Supervised fine-tuning: cross-entropy on thought and answer, without the spec."""
+
+import jax.numpy as jnp
+
+from dalign import model
+from dalign import ops
+from dalign.config import Compute
+from dalign.config import ModelConfig
+from dalign.types import Mean
+
+
+def make_loss(*, cfg: ModelConfig, compute: Compute):
+  """The SFT loss, in nats a trained token (METHOD: L = -sum w log pi(y | x, y<)).
+
+  A batch has tokens_BT, positions_BT, segments_BT and weight_BT, the weight of each
+  token as a target: 1 on the sampled tokens of thought and answer, 0 on the prompt, on
+  forced tokens and on padding.
+  """
+
+  def loss(params, batch, key):
+    del key
+    hidden_BTD, _ = model.forward(
+      params,
+      batch["tokens_BT"],
+      batch["positions_BT"],
+      batch["segments_BT"],
+      cfg=cfg,
+      compute=compute,
+    )
+    stats = ops.token_stats(
+      hidden_BTD[:, :-1],
+      model.head(params),
+      batch["tokens_BT"][:, 1:],
+      dtype=jnp.dtype(compute.dtype),
+      chunk=compute.logits_chunk,
+    )
+    weight_BT = batch["weight_BT"][:, 1:]
+    trained_BT = weight_BT > 0
+    nll_BT = jnp.where(trained_BT, -stats.logp * weight_BT, 0.0)
+    total = Mean(jnp.sum(nll_BT), jnp.sum(weight_BT))
+    real_BT = batch["segments_BT"] > 0
+    return total, {
+      "entropy_nats": Mean.of(stats.entropy, trained_BT),
+      "accuracy": Mean.of(stats.hit, trained_BT),
+      "trained_fraction": Mean.of(batch["weight_BT"] > 0, real_BT),
+    }
+
+  return loss

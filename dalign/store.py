@@ -1,0 +1,388 @@
+"""The files of a run: artefacts, stage manifests, metrics and specification files.
+
+A run is a folder, WORKDIR. Each stage keeps its rows, its checkpoints and a
+manifest.json in WORKDIR/<stage>; metrics.jsonl and tensorboard/ lie beside them.
+What is replaced is replaced whole (a temporary file, then `os.replace`), and what grows
+grows by whole lines, so that a run killed at any point can go on.
+
+Does not know what the rows mean, what a stage does, models, tokens, or arrays on disk
+(checkpoints.py does).
+"""
+
+from collections.abc import Iterable, Mapping
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+FORMAT_VERSION = 1  # of manifest.json
+_ELSE = "Use another --workdir, or --config.start_over=true to do the stage again."
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Makes `path` hold `content`, whole or not at all; parent folders are made."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with draft.open("wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(draft, path)
+  finally:
+    draft.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+  """`value` as indented JSON, whole or not at all; ValueError for NaN and infinity."""
+  text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
+  write_bytes(path, _encode(text + "\n"))
+
+
+def read_json(path: pathlib.Path):
+  """The value of a JSON file; ValueError names a file that is absent or not JSON."""
+  try:
+    return json.loads(_read(path))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: wanted JSON, got {error}") from None
+
+
+def write_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+  """One JSON object a line, the whole file or nothing of it."""
+  write_bytes(path, b"".join(map(_line, rows)))
+
+
+def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+  """Adds rows that are on the disk when this returns.
+
+  First cuts off what a killed writer left of a last line.
+  """
+  content = b"".join(map(_line, rows))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _mend(path)
+  with path.open("ab") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+  """The rows of a JSONL file in order; an unfinished last line is passed over.
+
+  `append_rows` is what cuts that line off: reading leaves the file as it is. Raises
+  ValueError with file:line for any other line that is not a JSON object.
+  """
+  lines = _read(path).split(b"\n")
+  if not _row(lines[-1]):
+    lines.pop()
+  rows = []
+  for number, line in enumerate(lines, 1):
+    row = _row(line)
+    if row is None:
+      got = line[:60].decode("utf-8", "replace")
+      raise ValueError(f"{path}:{number}: wanted one JSON object a line, got {got!r}")
+    rows.append(row)
+  return rows
+
+
+def read_spec_files(dir: pathlib.Path) -> dict[str, str]:
+  """File name -> text of each *.md in `dir` but README.md, in order of their names."""
+  dir = pathlib.Path(dir)
+  if not dir.is_dir():
+    raise ValueError(f"{dir}: wanted a folder with specification files, found none")
+  paths = [path for path in sorted(dir.glob("*.md")) if path.name != "README.md"]
+  if not paths:
+    raise ValueError(f"{dir}: wanted specification files (*.md), the folder has none")
+  return {path.name: path.read_text(encoding="utf-8") for path in paths}
+
+
+class Store:
+  """The folder of one run, and the manifests that say which stages are done.
+
+  A manifest is {"format_version", "stage", "config", "config_hash", "inputs",
+  "code_version", "seed", "device", "started", "finished", "wall_s", "summary"}: times
+  are UTC, `finished` is null while the stage runs, `inputs` maps files to SHA-256, and
+  `wall_s` is the sum over all goes.
+  """
+
+  # Also here, so that who is handed a Store needs nothing else of this module.
+  write_json = staticmethod(write_json)
+  read_json = staticmethod(read_json)
+  write_rows = staticmethod(write_rows)
+  append_rows = staticmethod(append_rows)
+  read_rows = staticmethod(read_rows)
+
+  def __init__(self, workdir: pathlib.Path):
+    self.workdir = pathlib.Path(workdir).absolute()
+    self._since: dict[str, float] = {}
+
+  def path(self, stage: str, name: str = "") -> pathlib.Path:
+    """WORKDIR/<stage>/<name>, or the stage's folder; nothing is made."""
+    if stage in ("", "..") or pathlib.PurePath(stage).name != stage:
+      raise ValueError(f"a stage is the name of one folder, got {stage!r}")
+    return self.workdir / stage / name
+
+  def manifest(self, stage: str) -> dict | None:
+    """The manifest of a stage, or None before its first `begin`."""
+    path = self.path(stage, "manifest.json")
+    if not path.exists():
+      return None
+    manifest = read_json(path)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+      raise ValueError(
+        f"{path}: wanted manifest format {FORMAT_VERSION}, got {version!r}. {_ELSE}"
+      )
+    return manifest
+
+  def begin(
+    self,
+    stage: str,
+    config: Mapping[str, object],
+    inputs: Iterable[pathlib.Path],
+    seed: int,
+    device: str,
+    *,
+    start_over: bool = False,
+  ) -> str:
+    """Opens a stage: "done" (nothing to do), "resume" (was cut off) or "fresh".
+
+    `config` has the flat keys that the stage depends on, `inputs` files or folders it
+    reads. Raises ValueError, naming what changed, when the stage was begun or done with
+    another config, seed or input. `start_over` deletes the stage's folder first (the
+    stage's metrics stay: see `Metrics.rewind`).
+    """
+    if start_over:
+      shutil.rmtree(self.path(stage), ignore_errors=True)
+    new = self._new_manifest(stage, config, inputs, seed, device)
+    old = self.manifest(stage)
+    if old is None:
+      self._refuse_leftovers(stage)
+    elif changes := _differences(_compared(old), _compared(new)):
+      state = "was cut off" if old["finished"] is None else "is done"
+      raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_ELSE}")
+    elif old["finished"] is not None:
+      return "done"
+    self._since[stage] = time.monotonic()
+    kept = {key: old[key] for key in ("started", "wall_s")} if old else {}
+    self._write_manifest(stage, new | kept)
+    return "resume" if old else "fresh"
+
+  def pause(self, stage: str) -> None:
+    """Notes the time spent so far, which a kill would lose; for each checkpoint."""
+    self._write_manifest(stage, self._clocked(stage))
+
+  def finish(self, stage: str, summary: Mapping) -> None:
+    """Marks the stage done; `summary` is whatever is worth showing of it, as JSON."""
+    end = {"finished": _now(), "summary": dict(summary)}
+    self._write_manifest(stage, self._clocked(stage) | end)
+    del self._since[stage]
+
+  def _new_manifest(self, stage, config, inputs, seed, device) -> dict:
+    config = json.loads(json.dumps(dict(config), sort_keys=True))
+    text = json.dumps(config, sort_keys=True)
+    return {
+      "format_version": FORMAT_VERSION,
+      "stage": stage,
+      "config": config,
+      "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+      "inputs": self._hashes(inputs),
+      "code_version": code_version(),
+      "seed": seed,
+      "device": device,
+      "started": _now(),
+      "finished": None,
+      "wall_s": 0.0,
+      "summary": {},
+    }
+
+  def _hashes(self, inputs: Iterable[pathlib.Path]) -> dict[str, str]:
+    hashes = {}
+    for path in map(pathlib.Path, inputs):
+      full = path.absolute()
+      inside = full.is_relative_to(self.workdir)
+      # An input from elsewhere may move with its repository; two names tell it apart.
+      key = full.relative_to(self.workdir) if inside else pathlib.Path(*full.parts[-2:])
+      name = full.as_posix() if key.as_posix() in hashes else key.as_posix()
+      hashes[name] = file_hash(full)
+    return hashes
+
+  def _refuse_leftovers(self, stage: str) -> None:
+    folder = self.path(stage)
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if found:
+      raise ValueError(
+        f"{folder}: holds {', '.join(found[:3])} but no manifest.json, so nobody knows "
+        f"what made them. {_ELSE}"
+      )
+
+  def _clocked(self, stage: str) -> dict:
+    if stage not in self._since:
+      raise ValueError(f"stage {stage} is not open: call begin first")
+    now = time.monotonic()
+    spent, self._since[stage] = now - self._since[stage], now
+    manifest = self.manifest(stage)
+    return manifest | {"wall_s": round(manifest["wall_s"] + spent, 3)}
+
+  def _write_manifest(self, stage: str, manifest: dict) -> None:
+    write_json(self.path(stage, "manifest.json"), manifest)
+
+
+class Metrics:
+  """One line per write in WORKDIR/metrics.jsonl, mirrored to TensorBoard event files.
+
+  TensorBoard has a folder, and so a run, for each stage: only then can the points after
+  a resumed step be hidden without those of the other stages.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, tensorboard: bool = True):
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._board = pathlib.Path(workdir) / "tensorboard" if tensorboard else None
+    self._writers: dict = {}
+    self._purge: dict[str, int] = {}
+    self._file = None
+
+  def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+    """Adds {"time": Unix seconds, "stage", "step", **values}; not finite is null."""
+    row = {"time": round(time.time(), 3), "stage": stage, "step": int(step)}
+    values = {name: float(value) for name, value in values.items()}
+    if taken := row.keys() & values.keys():
+      raise ValueError(f"a metric may not be named {sorted(taken)}")
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    if self._file is None:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      _mend(self._path)
+      self._file = self._path.open("ab")
+    self._file.write(_line(row | finite))
+    self._file.flush()
+    if self._board is not None:
+      for name, value in values.items():
+        self._writer(stage).add_scalar(name, value, step)
+
+  def rewind(self, stage: str, step: int) -> None:
+    """Drops what a stage wrote after `step`, as if it had stopped there."""
+    self.close()
+    self._purge[stage] = step + 1
+    if not self._path.exists():
+      return
+    rows = read_rows(self._path)
+    kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
+    if len(kept) < len(rows):
+      write_rows(self._path, kept)
+
+  def close(self) -> None:
+    """Writes out what is pending; a later `write` opens the files again."""
+    for writer in self._writers.values():
+      writer.close()
+    self._writers.clear()
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+  def _writer(self, stage: str):
+    if stage not in self._writers:
+      from tensorboardX import SummaryWriter  # protobuf: only for those who log to it
+
+      self._writers[stage] = SummaryWriter(
+        str(self._board / stage),
+        purge_step=self._purge.pop(stage, None),
+        flush_secs=10,
+        filename_suffix=f".{time.time_ns()}",  # else one second is one file
+      )
+    return self._writers[stage]
+
+
+def file_hash(path: pathlib.Path) -> str:
+  """SHA-256 of a file, or of the names and contents in a folder, in hexadecimal."""
+  if path.is_dir():
+    names = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
+    lines = (f"{file_hash(path / name)} {name.as_posix()}\n" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+  if not path.exists():
+    raise ValueError(f"{path}: wanted as an input, found no such file")
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+  """The package's version; in a checkout "+", the commit, and "-dirty" if edited."""
+  try:
+    version = importlib.metadata.version("dalign")
+  except importlib.metadata.PackageNotFoundError:
+    version = "0"
+  root = pathlib.Path(__file__).parents[1]
+  command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+  if not (root / ".git").exists() or shutil.which("git") is None:
+    return version
+  commit = subprocess.run(command, capture_output=True, text=True, check=False)
+  return f"{version}+{commit.stdout.strip()}" if commit.returncode == 0 else version
+
+
+def _compared(manifest: Mapping) -> dict:
+  """What must be the same for a stage to count as done or to go on, flat."""
+  inputs = {f"input {name}": hash[:8] for name, hash in manifest["inputs"].items()}
+  return manifest["config"] | {"the run's seed": manifest["seed"]} | inputs
+
+
+def _differences(old: Mapping, new: Mapping) -> list[str]:
+  """Each key in which two flat mappings of JSON values differ, with both values."""
+  found = []
+  for key in sorted(old.keys() | new.keys()):
+    before, after = (json.dumps(m[key]) if key in m else "absent" for m in (old, new))
+    if before != after:
+      found.append(f"{key} was {before} and is now {after}")
+  return found
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _encode(text: str) -> bytes:
+  # A lone surrogate becomes \udXXX, which is its escape in JSON too.
+  return text.encode("utf-8", "backslashreplace")
+
+
+def _line(row: Mapping) -> bytes:
+  return _encode(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _row(line: bytes) -> dict | None:
+  """The JSON object of a line, or None. No proper prefix of an object is an object."""
+  try:
+    row = json.loads(line)
+  except (json.JSONDecodeError, UnicodeDecodeError):
+    return None
+  return row if isinstance(row, dict) else None
+
+
+def _mend(path: pathlib.Path) -> None:
+  """Makes a JSONL file end with a whole line: ends the last one, or cuts it off."""
+  if not path.exists() or path.stat().st_size == 0:
+    return
+  with path.open("r+b") as file:
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+      return
+    file.seek(0)
+    content = file.read()
+    start = content.rfind(b"\n") + 1
+    if _row(content[start:]) is None:
+      file.truncate(start)
+    else:
+      file.write(b"\n")
+
+
+def _read(path: pathlib.Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except FileNotFoundError:
+    raise ValueError(f"{path}: wanted this file, found none") from None

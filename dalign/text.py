@@ -1,0 +1,474 @@
+"""Text to tokens and back: chat templates, thought and answer, padding and packing.
+
+Pure: values in, values out. Knows nothing of models, judges, specs or files. A mask or
+a weight is born here beside its tokens; nothing is ever read off a token's value, since
+padding often shares its id with the stop token.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import datetime
+import functools
+import json
+import re
+
+import jinja2
+from jinja2 import sandbox
+import numpy as np
+import tokenizers
+
+from dalign.types import Turn
+
+ROLES = ("system", "user", "assistant")
+
+# Noncharacters first: no text should hold them. Then the private use area.
+_MARKS = [chr(c) for c in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+  """A `tokenizers` backend and what a chat with its model needs. Make it with `of`.
+
+  `special` maps every control token to its id. `stop_ids` are the tokenizer's own end
+  of text and the token with which the chat template ends a turn, in that order.
+  `pad_id` may equal one of them. The backend is taken over: its padding, truncation and
+  reading of control tokens are switched off. Bytes that its vocabulary lacks (for
+  SmolLM2 some ASCII control characters) are lost without a word, as in transformers.
+  """
+
+  backend: tokenizers.Tokenizer
+  chat_template: str
+  special: dict[str, int]
+  bos_id: int | None
+  stop_ids: tuple[int, ...]
+  pad_id: int
+  _anchor: list[int] = dataclasses.field(init=False, repr=False)
+
+  def __post_init__(self):
+    self.backend.no_padding()
+    self.backend.no_truncation()
+    for name in (*self.special, *self._tags):
+      if len(name) < 2:
+        raise ValueError(
+          f"control token {name!r} has one character, and text that holds it could not "
+          "be told from it; give it a longer name in the tokenizer"
+        )
+    object.__setattr__(self, "_anchor", _anchor(self.backend, self.special))
+    self.backend.encode_special_tokens = True
+    unknown = getattr(self.backend.model, "unk_token", None)  # any text may be that
+    for name, token in self._controls.items():
+      if (
+        name != unknown
+        and token in self._plain.encode(name, add_special_tokens=False).ids
+      ):
+        raise ValueError(
+          f"this tokenizer builds its control token {name!r} out of ordinary text, so "
+          "a user could write it; use a tokenizer whose merges do not reach it"
+        )
+
+  @classmethod
+  def of(
+    cls,
+    backend: tokenizers.Tokenizer,
+    chat_template: str,
+    *,
+    bos_id: int | None,
+    eos_id: int,
+    pad_id: int | None = None,
+  ) -> "Tokenizer":
+    """Reads control tokens off the backend and the turn's end off the template.
+
+    Without a `pad_id` the end of text pads. Raises ValueError for a template that does
+    not compile, or does not take a user turn and an assistant turn.
+    """
+    added = backend.get_added_tokens_decoder()
+    draft = cls(
+      backend=backend,
+      chat_template=chat_template,
+      special={token.content: i for i, token in sorted(added.items()) if token.special},
+      bos_id=bos_id,
+      stop_ids=(eos_id,),
+      pad_id=eos_id if pad_id is None else pad_id,
+    )
+    ends = dict.fromkeys((eos_id, *_turn_end(draft)))
+    return dataclasses.replace(draft, stop_ids=tuple(ends))
+
+  @property
+  def vocab_size(self) -> int:
+    """How many ids there are, control tokens included."""
+    return self.backend.get_vocab_size(with_added_tokens=True)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of `text` alone: no BOS, and a control token's name is read as plain text.
+
+    Tags that are tokens but not control tokens, such as Qwen3's <think>, are read.
+    """
+    return self.backend.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of `ids` without control tokens."""
+    return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)
+
+  @functools.cached_property
+  def _tags(self) -> dict[str, int]:
+    """Tokens the template writes that are not control tokens, such as <think>."""
+    added = self.backend.get_added_tokens_decoder()
+    return {
+      token.content: i
+      for i, token in sorted(added.items())
+      if not token.special
+      and token.content in self.chat_template
+      and not token.content.isspace()
+    }
+
+  @functools.cached_property
+  def _controls(self) -> dict[str, int]:
+    return self.special | self._tags
+
+  @functools.cached_property
+  def _control_pattern(self) -> re.Pattern[str]:
+    """Matches control tokens and tags, with the white space that they swallow."""
+    parts = []
+    added = self.backend.get_added_tokens_decoder()
+    for name in sorted(self._controls, key=len, reverse=True):
+      token = added[self._controls[name]]
+      left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+      parts.append(left + re.escape(name) + right)
+    return re.compile("|".join(parts) or "(?!)")
+
+  @functools.cached_property
+  def _plain(self) -> tokenizers.Tokenizer:
+    """A backend that reads neither control tokens nor tags."""
+    if not self._tags:
+      return self.backend
+    plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
+    plain.add_special_tokens(
+      [tokenizers.AddedToken(name, special=True) for name in self._tags]
+    )
+    plain.encode_special_tokens = True
+    return plain
+
+  def _control_id(self, match: re.Match[str]) -> int:
+    """The id of what `_control_pattern` matched."""
+    name = match[0] if match[0] in self._controls else match[0].strip()
+    return self._controls[name]
+
+  def _encode_piece(self, text: str, *, first: bool) -> list[int]:
+    """Ids of one run of plain text of a rendered chat."""
+    if not text:
+      return []
+    if first or not self._anchor:
+      return self._plain.encode(text, add_special_tokens=False).ids
+    ids = self._plain.encode("\n" + text, add_special_tokens=False).ids
+    if ids[: len(self._anchor)] != self._anchor:
+      return self._plain.encode(text, add_special_tokens=False).ids
+    return ids[len(self._anchor) :]
+
+  @functools.cached_property
+  def _variables(self) -> dict[str, str]:
+    """What a template may call bos_token, eos_token and pad_token."""
+    ids = {"bos": self.bos_id, "eos": self.stop_ids[0], "pad": self.pad_id}
+    return {
+      f"{name}_token": self.backend.id_to_token(i)
+      for name, i in ids.items()
+      if i is not None
+    }
+
+
+def _anchor(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> list[int]:
+  """Ids of a new line where text after a control token is not as at the start, or [].
+
+  Sentencepiece-like tokenizers put a space before the first word of a text alone.
+  """
+  if not special:
+    return []
+  name, token = next(iter(special.items()))
+  backend.encode_special_tokens = False
+  after = backend.encode(name + "a b", add_special_tokens=False).ids
+  alone = backend.encode("a b", add_special_tokens=False).ids
+  line = backend.encode("\n", add_special_tokens=False).ids
+  return [] if after == [token, *alone] else line
+
+
+def render_chat(
+  tok: Tokenizer, turns: Sequence[Turn], *, add_generation_prompt: bool = True
+) -> list[int]:
+  """Ids of a conversation under the tokenizer's chat template.
+
+  Control tokens come from the template alone. Where a turn's content spells one it is
+  encoded as ordinary text; the same holds in system and user turns for tags the
+  template uses (<think>), which an assistant turn may write. For all other content the
+  ids are those of `apply_chat_template` in transformers. No BOS is added to what the
+  template writes, and a doubled one at the front becomes one.
+
+  Raises ValueError for an unknown role or where the template refuses the turns.
+  """
+  text, mark = _render(tok, turns, add_generation_prompt)
+  ids, at = [], 0
+  for match in tok._control_pattern.finditer(text):
+    piece = text[at : match.start()].replace(mark, "")
+    ids += tok._encode_piece(piece, first=at == 0)
+    ids.append(tok._control_id(match))
+    at = match.end()
+  ids += tok._encode_piece(text[at:].replace(mark, ""), first=at == 0)
+  while tok.bos_id is not None and ids[:2] == [tok.bos_id] * 2:
+    del ids[0]
+  return ids
+
+
+def _render(tok: Tokenizer, turns: Sequence[Turn], prompt: bool) -> tuple[str, str]:
+  """The rendered text and the mark that breaks control tokens in its content."""
+  for turn in turns:
+    if turn.role not in ROLES:
+      raise ValueError(f"a turn's role is one of {ROLES}, got {turn.role!r}")
+  if not turns:
+    raise ValueError("a conversation has at least one turn, got none")
+  if not tok.chat_template:
+    raise ValueError("this tokenizer has no chat template; use an instruction model")
+  taken = set(tok.chat_template).union(*(turn.content for turn in turns))
+  mark = next((m for m in _MARKS if m not in taken), None)
+  if mark is None:
+    raise ValueError("a conversation uses every private character there is")
+  messages = []
+  for turn in turns:
+    names = tok.special if turn.role == "assistant" else tok._controls
+    messages.append(
+      {"role": turn.role, "content": _break(turn.content, tuple(names), mark)}
+    )
+  try:
+    text = _compile(tok.chat_template).render(
+      messages=messages,
+      tools=None,
+      documents=None,
+      add_generation_prompt=prompt,
+      **tok._variables,
+    )
+  except (jinja2.TemplateError, TypeError) as error:
+    roles = ", ".join(turn.role for turn in turns)
+    raise ValueError(
+      f"the chat template refused the turns ({roles}): {error}"
+    ) from error
+  return text, mark
+
+
+def _break(text: str, names: tuple[str, ...], mark: str) -> str:
+  """`text` with `mark` inside all of `names` it holds, or could complete at its edges.
+
+  White space at the edges stays outside, because templates trim it.
+  """
+  if not names:
+    return text
+  start, suffixes, prefixes = _parts(names)
+  core = text.strip()
+  left, right = mark * core.startswith(suffixes), mark * core.endswith(prefixes)
+  at = len(text) - len(text.lstrip())
+  core_marked = start.sub(lambda match: match[0] + mark, core)
+  return text[:at] + left + core_marked + right + text[at + len(core) :]
+
+
+@functools.lru_cache(maxsize=16)
+def _parts(names: tuple[str, ...]):
+  """A pattern of the first character of each name, all true suffixes, all prefixes."""
+  start = re.compile(f"(?=(?:{'|'.join(map(re.escape, names))}))(?s:.)")
+  suffixes = {name[i:] for name in names for i in range(1, len(name))}
+  prefixes = {name[:i] for name in names for i in range(1, len(name))}
+  return start, tuple(sorted(suffixes)), tuple(sorted(prefixes))
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+  """The template in a sandbox with the few helpers that templates of chats expect."""
+  env = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
+  env.filters["tojson"] = _tojson
+  env.globals["raise_exception"] = _raise_exception
+  env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  # Only transformers' masks read these tags; they render as what they enclose.
+  tags = r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}"
+  return env.from_string(re.sub(tags, r"{%\1 if true \2%}{% endif %}", template))
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+  """JSON without jinja's HTML escapes."""
+  return json.dumps(
+    x,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
+def _raise_exception(message: str):
+  raise jinja2.TemplateError(message)
+
+
+def _turn_end(tok: Tokenizer) -> list[int]:
+  """The first control token after an assistant's words, if the template writes one."""
+  if not tok.chat_template:
+    return []
+  turns = [Turn(role="user", content="ask"), Turn(role="assistant", content="REPLY")]
+  text, _ = _render(tok, turns, False)
+  at = text.rfind("REPLY")
+  if at < 0:
+    raise ValueError("the chat template does not write what an assistant turn says")
+  found = tok._control_pattern.search(text, at)
+  return [tok._control_id(found)] if found else []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThinkFormat:
+  """How a completion shows its thought, such as open="<think>\\nThe user".
+
+  `open` is forced at the start of each completion: its first line is the tag, what
+  follows are the thought's first words. `close` ends the thought.
+  """
+
+  open: str
+  close: str
+
+  def __post_init__(self):
+    if not self.tag or not self.close:
+      raise ValueError(f"a think format has two tags, got {self}")
+    if self.tag in self.close or self.close in self.tag:
+      raise ValueError(f"neither tag may hold the other, got {self}")
+    if self.tag in self.start or self.close in self.start:
+      raise ValueError(f"the forced words may not hold a tag, got {self}")
+
+  @property
+  def tag(self) -> str:
+    """The opening tag."""
+    return self.open.split("\n", 1)[0].strip()
+
+  @property
+  def start(self) -> str:
+    """The forced first words of the thought, "" if there are none."""
+    return self.open.removeprefix(self.tag).strip()
+
+
+def split_thought(text: str, think: ThinkFormat) -> tuple[str, str, str]:
+  """(thought, answer, malformed) of a completion, its forced opening included.
+
+  `malformed` is "" for one block that opens the text, is closed once, and has words of
+  its own in it (beyond the forced ones) and after it. Otherwise it is the reason:
+  "no opening tag", "no closing tag", "repeated tag", "empty thought" or "empty answer";
+  then the answer is what follows the last closing tag, or without one all of the text
+  but the opening tag, and the thought is what stands before, or "".
+  Both are stripped. For text of a model only: users may write tags as they like.
+  """
+  body = text.strip()
+  opened = body.startswith(think.tag)
+  before, closed, answer = body.rpartition(think.close)
+  if not closed:
+    before, answer = "", body.replace(think.tag, "", 1)
+  thought, answer = before.removeprefix(think.tag).strip(), answer.strip()
+  reason = ""
+  if not opened:
+    reason = "no opening tag"
+  elif not closed:
+    reason = "no closing tag"
+  elif body.count(think.tag) > 1 or body.count(think.close) > 1:
+    reason = "repeated tag"
+  elif not thought.removeprefix(think.start).strip():
+    reason = "empty thought"
+  elif not answer:
+    reason = "empty answer"
+  return thought, answer, reason
+
+
+# Tokens, the weight of each as a target, and perhaps named numbers of the whole row.
+Row = (
+  tuple[Sequence[int], Sequence[float]]
+  | tuple[Sequence[int], Sequence[float], Mapping[str, float]]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+  """Rows laid into [B, T] arrays.
+
+  segments_BT numbers the rows inside each line from 1, and is 0 in padding, where all
+  else is 0 too: 0 is a valid id and says nothing. positions_BT starts again with each
+  row. weight_BT is the loss weight of each token as a target; it is 0 for the first
+  token of a row, which nothing predicts. extras hold each row's own numbers at all of
+  its tokens. where[i] = (b, start, length) is the place of the i-th input row.
+  """
+
+  tokens_BT: np.ndarray
+  segments_BT: np.ndarray
+  positions_BT: np.ndarray
+  weight_BT: np.ndarray
+  extras: dict[str, np.ndarray]
+  where: tuple[tuple[int, int, int], ...]
+
+
+def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
+  """First-fit packing in input order into lines of `length` tokens.
+
+  A row is (tokens, weights or mask) or (tokens, weights, {name: number}). The number of
+  lines is rounded up to `rows_multiple`, with lines of padding. Nothing is cut: raises
+  ValueError for a row that is longer than a line, and for empty or uneven rows.
+  """
+  if rows_multiple < 1:
+    raise ValueError(f"rows_multiple is at least 1, got {rows_multiple}")
+  _check_rows(rows, length)
+  space = np.full(len(rows), length)
+  where = []
+  for tokens, *_ in rows:
+    b = int(np.argmax(space >= len(tokens)))
+    where.append((b, length - int(space[b]), len(tokens)))
+    space[b] -= len(tokens)
+  lines = 1 + max((b for b, _, _ in where), default=0)
+  lines = -(-lines // rows_multiple) * rows_multiple
+  return _lay(rows, where, (lines, length))
+
+
+def pad_rows(rows: Sequence[Row], *, length: int) -> Packed:
+  """As `pack`, with one row a line: line b is the b-th row."""
+  _check_rows(rows, length)
+  where = [(b, 0, len(tokens)) for b, (tokens, *_) in enumerate(rows)]
+  return _lay(rows, where, (len(rows), length))
+
+
+def _check_rows(rows: Sequence[Row], length: int) -> None:
+  names = set(rows[0][2]) if rows and len(rows[0]) > 2 else set()
+  for i, (tokens, weights, *extras) in enumerate(rows):
+    if not 0 < len(tokens) <= length:
+      raise ValueError(
+        f"row {i} has {len(tokens)} tokens, wanted 1 to {length}; drop and count "
+        "over-long rows first, cutting them would train on broken text"
+      )
+    if len(weights) != len(tokens):
+      raise ValueError(f"row {i} has {len(tokens)} tokens and {len(weights)} weights")
+    if not np.all(np.isfinite(np.asarray(weights, np.float32))):
+      raise ValueError(f"row {i} has a weight that is not finite")
+    if set(extras[0] if extras else ()) != names:
+      raise ValueError(f"row {i} has extras {extras}, wanted {sorted(names)} as row 0")
+
+
+def _lay(rows: Sequence[Row], where, shape: tuple[int, int]) -> Packed:
+  """Writes each row at its place."""
+  names = rows[0][2] if rows and len(rows[0]) > 2 else ()
+  tokens_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
+  weight_BT = np.zeros(shape, np.float32)
+  extras = {name: np.zeros(shape, np.float32) for name in names}
+  seen = np.zeros(shape[0], np.int32)
+  for (tokens, weights, *more), (b, start, size) in zip(rows, where, strict=True):
+    place = b, slice(start, start + size)
+    seen[b] += 1
+    tokens_BT[place] = tokens
+    segments_BT[place] = seen[b]
+    positions_BT[place] = np.arange(size)
+    weight_BT[place] = weights
+    weight_BT[b, start] = 0.0
+    for name in names:
+      extras[name][place] = more[0][name]
+  return Packed(
+    tokens_BT=tokens_BT,
+    segments_BT=segments_BT,
+    positions_BT=positions_BT,
+    weight_BT=weight_BT,
+    extras=extras,
+    where=tuple(where),
+  )

@@ -1,0 +1,137 @@
+"""The training step: one update for many losses. Knows no text, data order or stage."""
+
+from typing import Callable
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+from dalign import sharding
+from dalign.config import OptimizerConfig
+from dalign.types import Key
+from dalign.types import Leaf
+from dalign.types import Mean
+from dalign.types import PyTree
+
+LossFn = Callable[[PyTree, PyTree, Key], tuple[Mean, dict[str, Mean]]]
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a step changes."""
+
+  step: Leaf
+  params: Leaf
+  opt_state: Leaf
+
+
+def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
+  """AdamW (1711.05101) with warm-up, cosine decay and clipping by global norm.
+
+  Norm scales and other vectors are not decayed.
+  """
+  warmup = min(steps - 1, round(cfg.warmup_share * steps))
+  schedule = optax.warmup_cosine_decay_schedule(
+    init_value=cfg.learning_rate / max(warmup, 1),
+    peak_value=cfg.learning_rate,
+    warmup_steps=warmup,
+    decay_steps=max(steps, 1),
+    end_value=cfg.learning_rate * cfg.final_share,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(cfg.clip_norm),
+    optax.adamw(
+      schedule,
+      b1=cfg.beta1,
+      b2=cfg.beta2,
+      weight_decay=cfg.weight_decay,
+      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, _unstacked(params)),
+    ),
+  )
+
+
+def _unstacked(params: PyTree) -> PyTree:
+  """The tree with one layer's shapes where layers are stacked, to tell vectors."""
+
+  def one(path, x):
+    return x[0] if jax.tree_util.DictKey("layers") in path else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def create(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params)
+  )
+
+
+def make_update(loss_fn: LossFn, tx: optax.GradientTransformation):
+  """The pure `update(state, batch, key, used) -> (state, metrics)` of a loss.
+
+  Each leaf of `batch` has micro-batches as its first axis, of which the first `used`
+  (at least one) are looped over: the shape stays, what is empty costs nothing.
+  Gradients of the loss's *total* are added over them and divided once by the added
+  count, so the split into micro-batches does not change the result.
+  """
+
+  def totals(params, batch, key):
+    def total(params):
+      loss, metrics = loss_fn(params, batch, key)
+      return loss.total, (loss, metrics)
+
+    grads, (loss, metrics) = jax.grad(total, has_aux=True)(params)
+    return grads, loss, metrics
+
+  def update(state: TrainState, batch: PyTree, key: Key, used):
+    def part(i):
+      micro = jax.tree.map(lambda x: x[i], batch)
+      return totals(state.params, micro, jax.random.fold_in(key, i))
+
+    def add(i, sums):
+      return jax.tree.map(jnp.add, sums, part(i))
+
+    sums = jax.lax.fori_loop(1, used, add, part(0))
+    grads, loss, metrics = sums
+    grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
+    norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    return state, metrics | {"loss": loss, "grad_norm": Mean.of(norm)}
+
+  return update
+
+
+def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
+  """Where each array of a state lies: moments as their parameters."""
+  params = sharding.shardings(mesh, axes, state.params)
+  return TrainState(
+    step=NamedSharding(mesh, P()),
+    params=params,
+    opt_state=sharding.like_params(mesh, state.opt_state, state.params, params),
+  )
+
+
+def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree):
+  """`update` compiled for the mesh, its state donated and laid out as it came in."""
+  placed = state_shardings(mesh, state, axes)
+  jitted = jax.jit(
+    update,
+    in_shardings=(placed, None, None, None),
+    out_shardings=(placed, NamedSharding(mesh, P())),
+    donate_argnums=0,
+  )
+
+  def step(state, batch, key, used):
+    batch = jax.tree.map(
+      lambda x: jax.device_put(x, sharding.batch_sharding(mesh, x, lead=1)), batch
+    )
+    return jitted(state, batch, key, jnp.int32(used))
+
+  step.jitted = jitted
+  return step

@@ -1,0 +1,161 @@
+"""Training states survive the disk: optimizers, keys, shardings, kept steps, errors."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalign.checkpoints import Checkpoints
+from dalign.checkpoints import load_params
+from dalign.checkpoints import save_params
+
+
+@struct.dataclass
+class State:
+  step: jax.Array
+  params: dict
+  opt_state: tuple
+  key: jax.Array
+
+
+def make_state(step: int) -> State:
+  params = {"layers": {"w": jnp.full((3, 4), step, jnp.float32)}, "none": {}}
+  params["embed"] = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.masked(
+      optax.adamw(1e-3), lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
+    ),
+    optax.inject_hyperparams(optax.sgd)(learning_rate=0.5),
+  )
+  grads = jax.tree.map(jnp.ones_like, params)
+  _, opt_state = tx.update(grads, tx.init(params), params)
+  return State(jnp.int32(step), params, opt_state, jax.random.key(step))
+
+
+def abstract(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def assert_same(left, right):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    assert a.dtype == b.dtype
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_whole_state_comes_back_in_another_process_s_eyes(tmp_path):
+  state, meta = make_state(3), {"cursor": 12, "order": [1, 2], "name": "é"}
+  writer = Checkpoints(tmp_path / "c")
+  assert writer.latest() is None
+  writer.save(3, state, meta)
+  writer.close()
+  reader = Checkpoints(tmp_path / "c")
+  assert reader.latest() == 3
+  restored, restored_meta = reader.restore(3, abstract(state))
+  reader.close()
+  assert_same(restored, state)
+  assert restored_meta == meta and type(restored.opt_state) is type(state.opt_state)
+
+
+def test_asking_for_the_latest_makes_no_folder(tmp_path):
+  assert Checkpoints(tmp_path / "c").latest() is None
+  assert not (tmp_path / "c").exists()
+
+
+def test_only_the_newest_are_kept(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (1, 2, 3):
+    checkpoints.save(step, make_state(step), {}, keep=2)
+  checkpoints.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+  checkpoints.save(4, make_state(4), {})
+  checkpoints.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["4"]
+  with pytest.raises(ValueError, match=r"wanted the checkpoint of step 1, has \[4\]"):
+    checkpoints.restore(1, abstract(make_state(1)))
+  checkpoints.close()
+
+
+def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
+  bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+  tree = bump({f"w{i}": jnp.zeros((500, 500)) for i in range(8)})
+  want = abstract(tree)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, tree, {})
+  for _ in range(5):
+    tree = bump(tree)
+  restored, _ = checkpoints.restore(1, want)
+  checkpoints.close()
+  assert all((np.asarray(x) == 1).all() for x in jax.tree.leaves(restored))
+
+
+def test_a_step_that_is_there_stays_and_an_older_one_is_refused(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(5, make_state(5), {"first": True})
+  checkpoints.save(5, make_state(6), {"first": False})
+  with pytest.raises(ValueError, match="step 4 is older than its latest, 5"):
+    checkpoints.save(4, make_state(4), {})
+  restored, meta = checkpoints.restore(5, abstract(make_state(5)))
+  checkpoints.close()
+  assert meta == {"first": True} and int(restored.step) == 5
+
+
+def test_the_leftovers_of_a_killed_save_are_no_step(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(1), {})
+  checkpoints.close()
+  half = tmp_path / "2.orbax-checkpoint-tmp"
+  half.mkdir()
+  again = Checkpoints(tmp_path)
+  assert again.latest() == 1
+  again.save(2, make_state(2), {})
+  again.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+
+
+def test_arrays_that_do_not_fit_are_named(tmp_path):
+  state = make_state(1)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, state, {})
+  wanted = abstract(state)
+  wanted.params["layers"] = {
+    "w": jax.ShapeDtypeStruct((5, 4), jnp.float32),
+    "new": jax.ShapeDtypeStruct((1,), jnp.float32),
+  }
+  with pytest.raises(ValueError) as caught:
+    checkpoints.restore(1, wanted)
+  checkpoints.close()
+  assert "params.layers.w is [3, 4], wanted [5, 4]" in str(caught.value)
+  assert "params.layers.new is absent, wanted [1]" in str(caught.value)
+  assert "embed" not in str(caught.value)
+
+
+def test_arrays_come_with_the_sharding_and_dtype_asked_for(tmp_path):
+  params = make_state(2).params
+  save_params(tmp_path / "p", params)
+  mesh = jax.make_mesh(
+    (len(jax.devices()),), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  wanted = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), params
+  )
+  loaded = load_params(tmp_path / "p", wanted)
+  assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  assert all(x.sharding == sharding for x in jax.tree.leaves(loaded))
+
+
+def test_parameters_are_replaced_and_their_absence_is_named(tmp_path):
+  for step in (1, 2):
+    save_params(tmp_path / "p", make_state(step).params)
+  params = make_state(2).params
+  assert_same(load_params(tmp_path / "p", abstract(params)), params)
+  with pytest.raises(ValueError, match="wanted a folder of saved parameters"):
+    load_params(tmp_path / "none", abstract(params))
+  with pytest.raises(ValueError, match="layers.w is .3, 4., wanted none"):
+    load_params(tmp_path / "p", abstract({"embed": params["embed"]}))

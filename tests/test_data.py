@@ -1,0 +1,411 @@
+"""Prompt sets: bundled rows, splits that keep families together, sources, order."""
+
+import collections
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dalign import data
+from dalign.types import EXPECTED
+from dalign.types import Prompt
+from dalign.types import Turn
+
+ROOT = pathlib.Path(data.__file__).parents[1]
+SHARED = ROOT / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def rows():
+  return data.bundled_rows()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="module")
+def bundled(cache):
+  return data.load("bundled", {}, cache)
+
+
+def prompt(id, text, scenario="", **fields):
+  fields = {"category": "weapons", "expected": "comply"} | fields
+  turns = (Turn(role="user", content=text),)
+  return Prompt(id=id, turns=turns, scenario=scenario, **fields)
+
+
+def slow_jaccard(left, right):
+  def grams(text):
+    words = "".join(c if c.isalnum() or c == "_" else " " for c in text.casefold())
+    words = words.split()
+    if len(words) < 3:
+      return {tuple(words)}
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+  left, right = grams(left), grams(right)
+  return len(left & right) / len(left | right)
+
+
+# The prompts that come along
+
+
+def test_there_are_enough_rows_of_each_kind(rows):
+  assert len(rows) >= 1500
+  kinds = collections.Counter(row["kind"] for row in rows)
+  assert min(kinds[kind] for kind in ("safety", "helpful", "capability")) >= 100
+  assert all(row["answer"] for row in rows if row["kind"] == "capability")
+  assert all(row["category"] == "benign" for row in rows if row["kind"] != "safety")
+
+
+def test_every_policy_has_every_cell_on_both_sides(rows):
+  cells = collections.Counter((r["category"], r["expected"], r["split"]) for r in rows)
+  categories = {category for category, _, _ in cells} - {"benign"}
+  assert len(categories) == 9
+  missing = [
+    (category, expected, split)
+    for category in categories
+    for expected in EXPECTED
+    for split in data.SPLITS
+    if not cells[category, expected, split]
+  ]
+  assert not missing
+  share = sum(row["split"] == "eval" for row in rows) / len(rows)
+  assert 0.15 < share < 0.25
+
+
+def test_no_scenario_and_no_near_twin_straddles(rows):
+  sides = collections.defaultdict(set)
+  for row in rows:
+    sides[row["scenario"]].add(row["split"])
+  assert not [name for name, found in sides.items() if len(found) > 1]
+  start = time.process_time()
+  pairs = list(data.near_twins([row["prompt"] for row in rows]))
+  assert time.process_time() - start < 3
+  assert pairs, "some bundled prompts are near-twins"
+  assert not [
+    (rows[i]["id"], rows[j]["id"])
+    for i, j in pairs
+    if rows[i]["split"] != rows[j]["split"]
+  ]
+
+
+def test_ids_are_scenario_and_number_or_the_authors(rows):
+  ids = {row["id"]: row for row in rows}
+  assert len(ids) == len(rows)
+  for id, row in ids.items():
+    if "authored" not in id:
+      stem, _, number = id.rpartition("-")
+      assert stem == f"{row['category']}-{row['scenario']}" and int(number) >= 1
+  transforms = [id for id in ids if id.startswith("transform-")]
+  assert len(transforms) == 7
+  for id in transforms:
+    assert ids[id]["scenario"] == id.removeprefix("transform-") in ids
+
+
+def test_no_bundled_prompt_is_an_evaluation_prompt(bundled):
+  paths = sorted(SHARED.glob("eval_*.jsonl")) + sorted(
+    SHARED.glob("capability_*.jsonl")
+  )
+  if not paths:
+    pytest.skip("../shared/data is absent")
+  texts = [
+    json.loads(line)["prompt"]
+    for path in paths
+    for line in path.read_text(encoding="utf-8").splitlines()
+  ]
+  assert len(texts) > 4000
+  assert data.contaminated(bundled, texts) == []
+
+
+def test_tfds_gives_the_bundled_rows_in_order(rows, bundled, cache):
+  def parts(row):
+    turns = [(turn["role"], turn["content"]) for turn in row["turns"]]
+    return {name: row[name] for name in data.FIELDS if name != "turns"} | {"t": turns}
+
+  wanted = [row for side in data.SPLITS for row in rows if row["split"] == side]
+  assert [parts(data._row(prompt)) for prompt in bundled] == [parts(r) for r in wanted]
+  again = data.load("bundled", {}, cache)
+  assert again == bundled and again[0].source == "bundled"
+  with pytest.raises(ValueError, match="'bundled' takes no columns"):
+    data.load("bundled", {"prompt": "text"}, cache)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A folder in place of the bundled one, with enough rows for both splits."""
+  monkeypatch.setattr(data, "_FOLDER", tmp_path)
+  rows = [
+    {"scenario": f"privacy{i}", "expected": "comply", "prompt": f"what is number {i}"}
+    for i in range(20)
+  ]
+  (tmp_path / "privacy.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+  return tmp_path
+
+
+def test_changed_prompts_are_prepared_anew(folder):
+  for words in ("how do locks work", "how do safes open"):
+    row = {"scenario": "locks", "expected": "comply", "prompt": words}
+    (folder / "weapons.jsonl").write_text(json.dumps(row))
+    loaded = {p.id: p for p in data.load("bundled", {}, str(folder / "tfds"))}
+    assert len(loaded) == 21 and loaded["weapons-locks-1"].text == words
+
+
+def test_bundled_turns_and_kinds(folder):
+  turns = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c d"},
+  ]
+  files = {
+    "capability": {"expected": "comply", "scenario": "x", "prompt": "1+1", "answer": 2},
+    "benign": {"expected": "comply", "scenario": "x", "prompt": "hello you"},
+    "weapons": {"expected": "refuse", "scenario": "x", "turns": turns},
+  }
+  for name, row in files.items():
+    (folder / f"{name}.jsonl").write_text(json.dumps(row))
+  loaded = {p.id: p for p in data.load("bundled", {}, str(folder / "tfds"))}
+  assert {"benign-x-1", "benign-x-2", "weapons-x-1"} <= set(loaded)
+  assert loaded["benign-x-1"].kind == "helpful"
+  assert (
+    loaded["benign-x-2"].kind == "capability" and loaded["benign-x-2"].answer == "2"
+  )
+  assert [(t.role, t.content) for t in loaded["weapons-x-1"].turns] == [
+    (turn["role"], turn["content"]) for turn in turns
+  ]
+
+
+def test_tensorflow_is_not_imported(tmp_path):
+  """Holds with TensorFlow installed too: a stand-in ends who imports it."""
+  stand_in = tmp_path / "site" / "tensorflow" / "__init__.py"
+  stand_in.parent.mkdir(parents=True)
+  stand_in.write_text("raise SystemExit('tensorflow was imported')")
+  code = (
+    f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+    "from dalign import data\n"
+    f"assert data.load('bundled', {{}}, {str(tmp_path)!r})\n"
+    "data.order(5, seed=0, epoch=0)\n"
+    "assert 'tensorflow' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Splits
+
+
+def test_near_twins_are_those_of_all_pairs(rows):
+  texts = [row["prompt"] for row in rows[::20]]
+  texts += ["", "!", "one", "one two", "One, two!", "one two three four five six"]
+  texts += ["one two three four five seven", "one two three four nine ten"]
+  for threshold in (0.3, 0.5, 0.8, 1.0):
+    wanted = {
+      (i, j)
+      for j in range(len(texts))
+      for i in range(j)
+      if slow_jaccard(texts[i], texts[j]) >= threshold
+    }
+    assert set(data.near_twins(texts, threshold=threshold)) == wanted
+
+
+def test_families_join_scenarios_through_twins():
+  prompts = [
+    prompt("1", "how do I clean an old rifle", "b"),
+    prompt("2", "something else here entirely", "b"),
+    prompt("3", "how do I clean an old rifle today", "a"),
+    prompt("4", "nothing like the others", ""),
+    prompt("5", "words that stand alone again", "d"),
+  ]
+  assert data.families(prompts) == ["a", "a", "a", "4", "d"]
+
+
+def test_a_split_is_stable_and_whole():
+  prompts = [
+    prompt(f"{i}", f"text {i} about {i * 7} and {i * 13}", f"s{i // 3}")
+    for i in range(900)
+  ]
+  once = data.split(prompts)
+  assert once == data.split(prompts)
+  assert [p.id for p in once] == [p.id for p in prompts]
+  sides = {p.id: p.split for p in once}
+  assert {p.id: p.split for p in data.split(prompts[::-1])} == sides
+  assert {p.id: p.split for p in data.split(prompts[:600])}.items() <= sides.items()
+  assert all(sides[str(i)] == sides[str(i // 3 * 3)] for i in range(900))
+  assert 0.12 < sum(side == "eval" for side in sides.values()) / 900 < 0.28
+  more = data.split(prompts, share=0.5)
+  assert 0.4 < sum(p.split == "eval" for p in more) / 900 < 0.6
+  assert all(
+    b.split == "eval" for a, b in zip(once, more, strict=True) if a.split == "eval"
+  )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_cell_with_two_families_is_on_both_sides(share):
+  texts = ["alpha beta gamma delta", "one two three four", "red green blue black"]
+  prompts = [prompt(text, text, text) for text in texts]
+  alone = prompt("x", "just this one here", expected="refuse")
+  sides = [p.split for p in data.split([*prompts, alone], share=share)]
+  assert set(sides[:3]) == {"train", "eval"}
+  assert sides[3] == ("eval" if share else "train")
+
+
+def test_contamination_by_a_long_run_or_a_near_twin():
+  prompts = [
+    prompt(
+      "run", "Well, tell me how to open the old wooden garden door quickly please"
+    ),
+    prompt("twin", "how do I boil an egg"),
+    prompt("clean", "which planets have rings"),
+  ]
+  others = [
+    "My aunt asked: TELL ME HOW TO OPEN THE OLD wooden box, then asked for something",
+    "how do I boil an egg fast",
+    "which planets have moons, and how do I open the old wooden garden gate",
+  ]
+  assert data.contaminated(prompts, others) == [
+    ("run", others[0]),
+    ("twin", others[1]),
+  ]
+  assert ("run", others[2]) in data.contaminated(prompts, others, n=5)
+
+
+# Choice and order
+
+
+def test_balanced_takes_cells_by_turns(bundled):
+  chosen = data.balanced(bundled, 280, 3)
+  cells = collections.Counter((p.category, p.expected) for p in chosen)
+  assert len(cells) == 28 and set(cells.values()) == {10}
+  assert data.balanced(bundled[::-1], 280, 3) == chosen
+  assert data.balanced(bundled, 31, 3) == chosen[:31]
+  assert data.balanced(bundled, 280, 4) != chosen
+  everything = data.balanced(bundled, len(bundled), 0)
+  assert sorted(p.id for p in everything) == sorted(p.id for p in bundled)
+  with pytest.raises(ValueError, match="there are 2: ask for fewer"):
+    data.balanced(bundled[:2], 3, 0)
+
+
+def test_order_visits_each_row_once_an_epoch_and_goes_on_anywhere():
+  epochs = [data.order(50, seed=1, epoch=epoch) for epoch in range(3)]
+  assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert data.order(50, seed=2, epoch=0) != epochs[0]
+  flat = [row for epoch in epochs for row in epoch]
+  for start, count in ((0, 150), (37, 20), (49, 2), (149, 1), (60, 0)):
+    assert data.visits(50, start, count, seed=1) == flat[start : start + count]
+  for bad in ((0, 0, 1, 1), (5, -1, 1, 1), (5, 0, 1, -1)):
+    with pytest.raises(ValueError, match="wanted n > 0"):
+      data.visits(*bad[:3], seed=bad[3])
+
+
+# Other sources
+
+COLUMNS = {"prompt": "question", "category": "area", "expected": "=comply"}
+
+
+def write(tmp_path, *rows):
+  path = tmp_path / "p.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in rows))
+  return f"jsonl:{path}"
+
+
+def test_jsonl_with_columns(tmp_path):
+  source = write(
+    tmp_path,
+    {"question": "a b c", "area": "weapons", "id": 7, "scenario": None, "extra": 1},
+    {"question": "d e f", "area": "privacy", "id": "x", "answer": 2.5},
+  )
+  first, second = data.load(source, COLUMNS, str(tmp_path))
+  assert (first.id, first.text, first.category) == ("7", "a b c", "weapons")
+  assert (first.expected, first.kind, first.source) == ("comply", "safety", source)
+  assert (second.id, second.answer) == ("x", "2.5")
+
+
+def test_a_split_column_is_kept(tmp_path):
+  rows = [{"question": f"q {i}", "area": "a", "part": "eval"} for i in range(9)]
+  source = write(tmp_path, *rows)
+  loaded = data.load(source, COLUMNS | {"split": "part"}, "")
+  assert {p.split for p in loaded} == {"eval"} and len({p.id for p in loaded}) == 9
+  assert {p.split for p in data.load(source, COLUMNS, "")} == {"train", "eval"}
+
+
+GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
+
+
+@pytest.mark.parametrize(
+  ("columns", "rows", "message"),
+  [
+    ({"promt": "q"}, [GOOD], r"'promt' is no field of a prompt .did you mean 'prompt'"),
+    (
+      {"prompt": "promts"},
+      [{"prompts": "p"}],
+      r"p.jsonl:1: wanted column 'promts' for prompt .did you mean 'prompts'",
+    ),
+    ({}, [GOOD, GOOD | {"expected": "deny"}], r":2: wanted expected as one of refuse"),
+    ({}, [GOOD | {"kind": "odd"}], r":1: wanted kind as one of .* got 'odd'"),
+    ({}, [GOOD | {"split": "test"}], r":1: wanted split as one of train, eval"),
+    ({}, [GOOD | {"category": ["a"]}], r":1: wanted text as category, got \['a'\]"),
+    ({}, [GOOD | {"category": ""}], r":1: wanted a category"),
+    ({}, [GOOD | {"id": "x"}] * 2, r":2: id 'x' is also that of .*p.jsonl:1"),
+    ({}, [{"category": "a", "expected": "comply"}], r":1: wanted a prompt, or turns"),
+    ({}, [GOOD | {"prompt": " "}], r":1: wanted a prompt, or turns"),
+    ({}, [GOOD | {"turns": "hello"}], r":1: wanted a prompt, or turns"),
+    ({}, [GOOD | {"turns": []}], r":1: wanted a prompt, or turns"),
+    ({}, [GOOD | {"turns": [{"role": "bot", "content": "x"}]}], r"wanted a prompt, or"),
+    ({}, [GOOD | {"turns": [{"role": "assistant", "content": "x"}]}], r"ending with"),
+    ({}, ["text"], r"p.jsonl:1: wanted a JSON object, got 'text'"),
+    ({}, [], r"wanted prompts, found no row"),
+  ],
+)
+def test_bad_rows_are_named(tmp_path, columns, rows, message):
+  with pytest.raises(ValueError, match=message):
+    data.load(write(tmp_path, *rows), columns, str(tmp_path))
+
+
+def test_bad_sources_are_named(tmp_path):
+  (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"')
+  (tmp_path / "bad.parquet").write_text("x")
+  for source, message in (
+    ("jsonl", "wanted a prompt source, 'bundled'"),
+    ("bundle", "wanted a prompt source, 'bundled'"),
+    ("tfds:gsm8k", "wanted a prompt source, 'bundled'"),
+    (f"jsonl:{tmp_path}/none", "none: wanted a JSONL file, got No such file"),
+    (f"jsonl:{tmp_path}/bad.jsonl", "bad.jsonl:2: wanted JSON"),
+    (f"parquet:{tmp_path}/none", "none: wanted a Parquet file"),
+    (f"parquet:{tmp_path}/bad.parquet", "bad.parquet: wanted a Parquet file"),
+    ("tfds:no_such_set:train", "tfds:no_such_set: wanted a TFDS data set"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      data.load(source, {}, str(tmp_path))
+
+
+def test_parquet_with_turns(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+  table = pyarrow.table({"messages": [turns, turns[1:]], "category": ["a", "b"]})
+  parquet.write_table(table, tmp_path / "p.parquet")
+  columns = {"turns": "messages", "expected": "=refuse"}
+  first, second = data.load(f"parquet:{tmp_path}/p.parquet", columns, "")
+  assert [turn.role for turn in first.turns] == ["system", "user"]
+  assert second.text == "u" and second.category == "b" and second.expected == "refuse"
+
+
+def test_tfds_by_name(bundled, cache):
+  (folder,) = [path for path in pathlib.Path(cache).iterdir() if path.is_dir()]
+  want = [prompt for prompt in bundled if prompt.split == "eval"]
+  columns = {"split": "=eval"}
+  got = data.load("tfds:dalign_prompts:eval", columns, str(folder))
+  assert [(p.id, p.turns, p.expected) for p in got] == [
+    (p.id, p.turns, p.expected) for p in want
+  ]
+  part = data.load("tfds:dalign_prompts:eval[:3]", columns, str(folder))
+  assert [p.id for p in part] == [p.id for p in want[:3]]
+  with pytest.raises(
+    ValueError, match=r"wanted one of its splits, \['eval', 'train'\]"
+  ):
+    data.load("tfds:dalign_prompts:test", columns, str(folder))

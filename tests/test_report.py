@@ -1,0 +1,491 @@
+"""The report: numbers reach the page, model text stays text, missing parts say so."""
+
+import html.parser
+import json
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from dalign import report
+
+ARMS = ("base", "spec_in_prompt", "sft", "rl", "sft_rl")
+METRICS = {
+  "refuse_disallowed": "share of disallowed prompts that are refused",
+  "comply_allowed": "share of allowed prompts that are answered",
+  "balanced_accuracy": "the mean of the two rates before it",
+  "style": "mean grade of the style guide",
+  "policy_retrieval": "share of thoughts that cite the clause of the case",
+  "think_format": "share of completions with exactly one closed thought",
+  "capability": "share of right final answers",
+  "truncated": "share of completions cut by the token budget",
+  "xstest_safe": "share of the safe XSTest prompts that are answered",
+  "xstest_unsafe": "share of the unsafe XSTest prompts that are refused",
+}
+HOSTILE = (
+  "</script><script>alert(1)</script>",
+  "<img src=x onerror=document.title='owned'>",
+  "<!--<script>",
+  "]]><svg/onload=alert(1)>",
+  "\x00\x07\x1b[31m\x7f \u2028 \u2029 \u202e\u05d0 \ud800 & &lt; @@data@@ \\u003c",
+  "long " * 50_000,
+)
+
+
+def build_run(workdir: pathlib.Path, seed: int = 0, prompts: int = 40) -> pathlib.Path:
+  """Made-up artefacts of every kind, with the fields the stages write."""
+  rng = random.Random(seed)
+  _dump(workdir / "config.json", {"name": "world", "seed": seed, "rl": {"kl": 0.05}})
+  for stage in report.STAGES:
+    summary = {"tokens": 1_234_567, "loss": {"first": 2.5, "last": 0.8125}}
+    if stage == "filter":
+      summary = {
+        "keep_rates": {
+          category: {
+            expected: {"prompts": 30, "samples": 120, "kept": rng.randint(5, 110)}
+            for expected in ("refuse", "comply")
+          }
+          for category in ("weapons", "self_harm", "regulated_advice")
+        },
+        "reasons": {"low score": 171, "malformed": 42, "cut": 17, "speaks of spec": 3},
+      }
+    _dump(workdir / stage / "manifest.json", _manifest(stage, summary, seed))
+  _dump(workdir / "eval" / "summary.json", _eval_summary(rng, seed))
+  _metrics(workdir / "metrics.jsonl", rng)
+  for i, arm in enumerate(ARMS):
+    _lines(workdir / "eval" / f"{arm}.jsonl", [_row(rng, n, i) for n in range(prompts)])
+  kept = [
+    _row(rng, n, 4) | {"prompt_id": f"train-{n}", "score": 0.9} for n in range(20)
+  ]
+  _lines(workdir / "filter" / "kept.jsonl", kept)
+  _lines(workdir / "rl" / "rollouts.jsonl", _rollouts(rng))
+  return workdir
+
+
+def _manifest(stage, summary, seed):
+  return {
+    "stage": stage,
+    "config_hash": "5be1c0ffee",
+    "inputs": {"samples": "0123abcd"},
+    "code_version": "0.1.0+g12ab34c",
+    "seed": seed,
+    "device": "cpu x2",
+    "wall_s": 4321.5 if stage == "rl" else 34.25,
+    "started": 1795600000.0,
+    "finished": "2026-11-21T20:00:00Z",
+    "format_version": 1,
+    "summary": summary,
+  }
+
+
+def _eval_summary(rng, seed):
+  arms = {}
+  for i, arm in enumerate(ARMS):
+    arms[arm] = {}
+    for metric in METRICS:
+      mean = min(0.97, 0.3 + 0.13 * i + rng.random() * 0.2)
+      arms[arm][metric] = {
+        "mean": mean,
+        "low": max(0.0, mean - 0.06),
+        "high": min(1.0, mean + 0.05),
+        "n": 120,
+        "unscored": 3 if (arm, metric) == ("rl", "capability") else 0,
+      }
+  arms["base"]["think_format"] = {"mean": None, "low": None, "high": None, "n": 0}
+  versions = {"judge": "rules-2", "data": "d1"}
+  return {"arms": arms, "versions": versions, "definitions": METRICS, "seed": seed}
+
+
+def _metrics(path, rng):
+  rows = []
+  for step in range(0, 900, 3):
+    loss = 2.4 * 0.995**step + rng.random() * 0.2
+    row = {"time": 1795600000.0 + step, "stage": "sft", "step": step}
+    rows.append(
+      row | {"sft/loss_nats": loss, "sft/tokens_per_s": 900 + rng.random() * 40}
+    )
+    row = {"time": 1795610000.0 + step, "stage": "rl", "step": step}
+    rows.append(row | {"rl/reward": 1 - loss / 4, "rl/kl_nats": step / 4000})
+    rows[-1] |= {"rl/grad_norm": float("nan") if step == 300 else loss, "rl/lr": 1e-6}
+  _lines(path, rows)
+
+
+def _row(rng, n, skill):
+  category = ("weapons", "self_harm", "regulated_advice", "benign")[n % 4]
+  expected = ("refuse", "safe_complete", "comply")[n % 3]
+  clause = f"{category[:2].upper()}-{'DSA'[n % 3]}1"
+  good = rng.random() < 0.4 + 0.13 * skill
+  invented = [] if good else ["ZZ-D9"]
+  thought = f"The user asks about {category}. {clause} applies here, so I {expected}."
+  if invented:
+    thought += " ZZ-D9 seems to say the same."
+  return {
+    "prompt_id": f"eval-{n}",
+    "prompt": f"Prompt {n}: help me with something of {category}, in three steps.",
+    "category": category,
+    "expected": expected,
+    "kind": "safety",
+    "thought": thought + " Then I think of how to say it kindly and shortly." * (n % 5),
+    "answer": "I'm sorry, I can't help with that." if good else "Sure. First, " * 6,
+    "malformed": "" if n % 7 else "no closing tag",
+    "finish": "length" if n % 9 == 0 else "stop",
+    "cited": [clause],
+    "invented": invented,
+    "scores": {
+      "correct": float(good),
+      "style": rng.random(),
+      "policy_retrieval": None if n % 6 == 0 else 1.0,
+    },
+  }
+
+
+def _rollouts(rng):
+  return [
+    {
+      "step": step,
+      "prompt": f"Prompt {i // 4} of step {step}",
+      "category": ("weapons", "benign", "self_harm")[i // 4],
+      "thought": "WE-D1 applies, so I refuse.",
+      "answer": "I'm sorry, I can't help with that.",
+      "reward": rng.random(),
+      "advantage": rng.random() - 0.5,
+    }
+    for step in range(0, 500, 5)
+    for i in range(12)
+  ]
+
+
+def _dump(path, value):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _lines(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Page(html.parser.HTMLParser):
+  """Tags, attributes, texts outside scripts and the data script of a page."""
+
+  def __init__(self, page: str):
+    super().__init__()
+    self.tags, self.attrs, self.texts, self.scripts = [], [], [], []
+    self.numbers = set()
+    self._open = ""
+    self.feed(page)
+    self.close()
+    self.text = " ".join("".join(self.texts).split())
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attrs += attrs
+    self._open = tag
+    if tag == "data":
+      self.numbers.add(float(dict(attrs)["value"]))
+
+  def handle_endtag(self, tag):
+    self._open = ""
+
+  def handle_data(self, data):
+    (self.scripts if self._open in ("script", "style") else self.texts).append(data)
+
+  @property
+  def data(self):
+    return json.loads(next(s for s in self.scripts if s.startswith("{")))
+
+
+def _write(workdir: pathlib.Path) -> Page:
+  return Page(report.write_report(workdir).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = build_run(tmp_path_factory.mktemp("run"))
+  return workdir, _write(workdir)
+
+
+def test_every_number_of_the_summary_appears(run):
+  workdir, page = run
+  arms = json.loads((workdir / "eval" / "summary.json").read_text())["arms"]
+  for arm, metrics in arms.items():
+    assert arm in page.text
+    for metric, cell in metrics.items():
+      assert metric in page.text
+      missing = {v for v in cell.values() if v} - page.numbers
+      assert not missing, (arm, metric, missing)
+
+
+def test_an_estimate_reads_as_percent_interval_and_count(tmp_path):
+  cell = {"mean": 0.6321, "low": 0.5812, "high": 0.68, "n": 120, "unscored": 2}
+  tokens = {"mean": 231.4, "low": 200.0, "high": 262.0, "n": 7, "unscored": 0}
+  arms = {"base": {"capability": cell, "thought_tokens": tokens}}
+  _dump(tmp_path / "eval" / "summary.json", {"arms": arms})
+  text = _write(tmp_path).text
+  assert "63.2% [58.1, 68.0] n=120 2 unscored" in text
+  assert "231.4 [200, 262] n=7" in text
+  assert "0 unscored" not in text
+
+
+def test_filter_and_provenance_numbers_appear(run):
+  workdir, page = run
+  filtered = json.loads((workdir / "filter" / "manifest.json").read_text())["summary"]
+  for by_expected in filtered["keep_rates"].values():
+    for counts in by_expected.values():
+      assert set(counts.values()) <= page.numbers
+  assert set(filtered["reasons"].values()) <= page.numbers
+  assert {1_234_567, 0.8125, 4321.5} <= page.numbers
+  for text in ("5be1c0ffee", "0.1.0+g12ab34c", "cpu x2", "1 h 12 min", "rules-2"):
+    assert text in page.text
+  assert '"kl": 0.05' in page.text
+
+
+def test_curves_name_each_metric_and_tell_of_values_that_are_not_finite(run):
+  _, page = run
+  curves = page.data["curves"]
+  assert [
+    n for n in ("loss_nats", "tokens_per_s", "kl_nats") if n not in page.text
+  ] == []
+  assert len(curves) == 6 and "1 not finite" in page.text
+  assert all(len(c["x"]) == len(c["y"]) <= report.CURVE_POINTS + 2 for c in curves)
+  assert [c["bad"] for c in curves if c["bad"]] == [[300]]
+
+
+def test_a_step_that_ran_twice_counts_once_with_its_later_value(tmp_path):
+  rows = [{"stage": "sft", "step": s, "sft/loss": v} for s, v in [(1, 3.0), (2, 9.0)]]
+  _lines(tmp_path / "metrics.jsonl", rows + [rows[1] | {"sft/loss": 2.0}])
+  (curve,) = _write(tmp_path).data["curves"]
+  assert (curve["x"], curve["y"], curve["last"]) == ([1, 2], [3.0, 2.0], 2.0)
+
+
+def test_thinning_keeps_the_ends_and_the_extremes():
+  points = {step: (1000.0 if step == 777 else step / 10) for step in range(5000)}
+  curve = report._thin(points)
+  assert len(curve["x"]) <= report.CURVE_POINTS + 2
+  assert curve["x"][0] == 0 and curve["x"][-1] == 4999
+  assert 777 in curve["x"] and max(curve["y"]) == 1000.0
+
+
+def test_the_plane_holds_every_arm_that_has_both_rates(run):
+  workdir, _ = run
+  page = (workdir / "report.html").read_text(encoding="utf-8")
+  plane = re.search(r'<figure class="plane">.*?</figure>', page, re.DOTALL)[0]
+  assert re.findall(r"<title>(\w+):", plane) == list(ARMS)
+  places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', plane)
+  arms = json.loads((workdir / "eval" / "summary.json").read_text())["arms"].values()
+  for (cx, cy), arm in zip(places, arms, strict=True):
+    assert float(cx) == pytest.approx(60 + 400 * arm["comply_allowed"]["mean"], abs=0.1)
+    assert float(cy) == pytest.approx(
+      420 - 400 * arm["refuse_disallowed"]["mean"], abs=0.1
+    )
+
+
+def test_labels_of_equal_points_do_not_cover_each_other():
+  taken = []
+  places = [report._free_place(300, 200, 60, taken) for _ in range(4)]
+  assert all(
+    abs(a[0] - b[0]) > 60 or abs(a[1] - b[1]) > 14
+    for i, a in enumerate(places)
+    for b in places[:i]
+  )
+
+
+@pytest.mark.parametrize(
+  "absent", ["eval", "filter", "rl", "sft", "metrics.jsonl", "config.json", "all"]
+)
+def test_missing_artefacts_say_not_run_yet(tmp_path, absent):
+  if absent != "all":
+    path = build_run(tmp_path) / absent
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  page = _write(tmp_path)
+  assert "not run yet" in page.text
+  if absent == "all":
+    assert page.text.count("not run yet") >= 6
+    assert page.data["samples"]["prompts"] == [] and page.data["curves"] == []
+
+
+def test_nothing_is_missing_from_a_whole_run(run):
+  assert "not run yet" not in run[1].text
+
+
+def test_hostile_text_stays_text(tmp_path, run):
+  """Every text of every artefact is hostile, and no tag or attribute comes of it."""
+  for text in HOSTILE:
+    workdir = tmp_path / str(HOSTILE.index(text))
+    build_run(workdir, prompts=3)
+    _poison(workdir, text)
+    path = report.write_report(workdir)
+    page = Page(path.read_text(encoding="utf-8"))
+    known = set(run[1].tags)
+    assert set(page.tags) <= known
+    assert page.tags.count("script") == 2
+    assert not any(name.startswith("on") for name, _ in page.attrs)
+    row = page.data["samples"]["prompts"][0]["rows"]["sft"][0]
+    shown = text[: report.TEXT_LIMIT].replace("\ud800", "\ufffd")
+    assert row["answer"] == row["thought"] == shown
+    assert row["more"].get("answer", 0) == max(0, len(text) - report.TEXT_LIMIT)
+    assert "\x00" not in path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 20_000_000
+
+
+def _poison(workdir, text):
+  for path in [*workdir.glob("eval/*.jsonl"), *workdir.glob("rl/*.jsonl")]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:3]]
+    names = ("prompt", "thought", "answer", "category", "malformed")
+    rows = [row | dict.fromkeys(names, text) | {"cited": [text[:99]]} for row in rows]
+    _lines(path, rows)
+  short = text[:300]
+  for path in workdir.glob("*/manifest.json"):
+    known = json.loads(path.read_text())
+    _dump(
+      path, known | {"device": short, "code_version": short, "summary": {short: short}}
+    )
+  counts = {"prompts": 1, "samples": 2, "kept": 1}
+  filtered = {"keep_rates": {short: {short: counts}}, "reasons": {short: 3}}
+  _dump(workdir / "filter" / "manifest.json", {"summary": filtered})
+  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  summary["arms"] |= {
+    short: summary["arms"]["base"] | {short: summary["arms"]["sft"]["style"]}
+  }
+  summary["definitions"] |= {short: short}
+  _dump(workdir / "eval" / "summary.json", summary)
+  _dump(workdir / "config.json", {"name": short, short: short})
+  with (workdir / "metrics.jsonl").open("a") as lines:
+    lines.write(json.dumps({"stage": short, "step": 1, short: 1.0}) + "\n")
+
+
+def test_the_page_asks_no_network_and_runs_no_script_but_its_own(run):
+  workdir, page = run
+  text = (workdir / "report.html").read_text(encoding="utf-8")
+  assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
+  assert not {"link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+  assert not [v for n, v in page.attrs if n in ("src", "action", "srcset")]
+  assert all(v.startswith("#") for n, v in page.attrs if n == "href")
+  policy = next(v for n, v in page.attrs if n == "content" and "default-src" in v)
+  assert "default-src 'none'" in policy
+  assert "unsafe" not in policy.split("script-src")[1].split(";")[0]
+  template = report.TEMPLATE.read_text(encoding="utf-8")
+  assert not re.search(
+    r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", template
+  )
+
+
+def test_the_browser_keeps_a_spread_of_prompts_that_arms_share(tmp_path):
+  rng = random.Random(1)
+  for arm in ("base", "sft"):
+    rows = [_row(rng, n, 1) | {"category": "common"} for n in range(1000)]
+    rows += [_row(rng, 1000 + n, 1) | {"category": "rare"} for n in range(5)]
+    _lines(tmp_path / "eval" / f"{arm}.jsonl", rows)
+  samples = _write(tmp_path).data["samples"]
+  assert len(samples["prompts"]) == report.PROMPTS and samples["total"] == 1005
+  assert sum(p["category"] == "rare" for p in samples["prompts"]) == 5
+  assert all(set(p["rows"]) == {"base", "sft"} for p in samples["prompts"])
+
+
+def test_arms_keep_the_order_of_the_summary_and_kept_rows_come_last(run):
+  assert run[1].data["samples"]["arms"] == [*ARMS, "kept by the filter"]
+
+
+def test_a_score_that_is_not_a_number_is_shown_as_unscored(tmp_path):
+  row = _row(random.Random(0), 1, 1) | {"scores": {"style": float("nan")}}
+  _lines(tmp_path / "eval" / "base.jsonl", [row])
+  (prompt,) = _write(tmp_path).data["samples"]["prompts"]
+  assert prompt["rows"]["base"][0]["scores"] == {"style": None}
+
+
+def test_rollouts_are_spread_over_training(run):
+  rollouts = run[1].data["rollouts"]
+  assert len(rollouts["steps"]) == report.ROLLOUT_STEPS and rollouts["total"] == 100
+  assert (rollouts["steps"][0], rollouts["steps"][-1]) == (0, 495)
+  assert all(len(rows) == report.ROLLOUTS_A_STEP for rows in rollouts["rows"])
+
+
+def test_a_line_that_a_run_was_stopped_in_is_left_out(tmp_path):
+  _lines(tmp_path / "metrics.jsonl", [{"stage": "sft", "step": 1, "sft/loss": 2.0}])
+  with (tmp_path / "metrics.jsonl").open("a") as lines:
+    lines.write('{"stage": "sft", "st')
+  assert _write(tmp_path).data["curves"][0]["y"] == [2.0]
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "wanted"),
+  [
+    ("metrics.jsonl", '{"step": 1}\n{bad}\n{"step": 2}\n', "line 2"),
+    ("metrics.jsonl", "[1]\n", "line 1"),
+    ("config.json", "[]", "JSON object"),
+    ("eval/summary.json", "{", "should hold JSON"),
+    ("eval/summary.json", '{"arms": {"base": {"style": 0.5}}}', "base.style"),
+    ("eval/base.jsonl", '{"prompt": "x"}\n', "prompt_id"),
+  ],
+)
+def test_broken_artefacts_are_named(tmp_path, name, content, wanted):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=re.escape(wanted)) as caught:
+    report.write_report(tmp_path)
+  assert name.split("/")[-1] in str(caught.value)
+
+
+def test_no_folder_is_an_error(tmp_path):
+  with pytest.raises(ValueError, match="folder of a run"):
+    report.write_report(tmp_path / "absent")
+
+
+def _browse(path: pathlib.Path, fragment: str = "") -> tuple[str, list[str]]:
+  """The DOM after the scripts ran, and the lines of the console."""
+  names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+  browser = next(filter(None, map(shutil.which, names)), None)
+  if not browser:
+    pytest.skip("needs Chromium or Chrome on the PATH")
+  flags = "--headless --no-sandbox --disable-gpu --disable-background-networking"
+  flags += (
+    f" --no-first-run --enable-logging=stderr --user-data-dir={path.parent}/profile"
+  )
+  done = subprocess.run(
+    [browser, *flags.split(), "--dump-dom", path.as_uri() + fragment],
+    capture_output=True,
+    check=True,
+    timeout=60,
+  )
+  errors = done.stderr.decode("utf-8", "replace")
+  return done.stdout.decode("utf-8"), re.findall(r".*CONSOLE.*", errors)
+
+
+def test_chromium_shows_the_browsers_and_logs_nothing(run):
+  workdir, _ = run
+  dom, console = _browse(workdir / "report.html")
+  assert console == []
+  page = Page(dom)
+  assert "1 of 60" in page.text and "step 0: 8 of 8 rollouts" in page.text
+  assert "mark" in page.tags and ("class", "cited") in page.attrs
+
+
+def test_chromium_filters_by_what_the_address_says(run):
+  workdir, page = run
+  prompts = page.data["samples"]["prompts"]
+  wanted = [
+    p
+    for p in prompts
+    if p["category"] == "weapons"
+    and any(r["invented"] for r in p["rows"].get("sft", []))
+  ]
+  fragment = "#samples?arm=sft&category=weapons&outcome=invented"
+  dom, console = _browse(workdir / "report.html", fragment)
+  assert console == [] and 0 < len(wanted) < len(prompts)
+  assert f"1 of {len(wanted)}" in Page(dom).text
+  assert ("class", "invented") in Page(dom).attrs
+  dom, _ = _browse(workdir / "report.html", "#samples?query=no+such+words")
+  assert "no sample matches" in Page(dom).text
+
+
+def test_chromium_runs_nothing_that_a_model_wrote(tmp_path):
+  workdir = build_run(tmp_path / "run", prompts=6)
+  _poison(workdir, "".join(HOSTILE[:-1]))
+  dom, console = _browse(report.write_report(workdir))
+  page = Page(dom)
+  assert console == []
+  assert "img" not in page.tags and page.tags.count("script") == 2
+  assert "<img src=x onerror" in page.text

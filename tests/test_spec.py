@@ -1,0 +1,782 @@
+"""The spec parser, what it refuses, what it renders, and the specification we ship."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import pytest
+
+from dalign import spec
+
+ROOT = pathlib.Path(__file__).parent.parent
+CATEGORIES = {
+  "illicit_behavior": "IB",
+  "self_harm": "SH",
+  "harassment_hate": "HH",
+  "sexual_content": "SX",
+  "extremism_violence": "EV",
+  "weapons": "WE",
+  "privacy": "PR",
+  "misinformation_fraud": "MF",
+  "regulated_advice": "RA",
+}
+DECISIONS = {
+  "comply": "so I can answer.",
+  "refuse": "so I must refuse.",
+  "safe_complete": "so I give a safe completion.",
+}
+
+TEA = """\
+---
+id: tea
+code: TE
+title: Tea
+version: 3
+summary: Talk about tea freely. Do not sell it.
+---
+## Purpose
+Keep tea safe.
+Keep it warm.
+
+## Definitions
+- **tea**: Hot water with leaves (e.g. Assam). Coffee is not tea.
+## Allowed
+- TE-A1: Explain it, e.g. Green tea. More.
+  - Example: "is "white" tea?"
+  - Example: "who drinks it?"
+- TE-A12: Write poems about it.
+## Disallowed
+- TE-D1: Never sell tea to geese. They do not pay.
+  - Example: "goose tea price"
+## Safe completion
+- TE-S1: Soothe those who spilled theirs. Leave out blame.
+  - Example: "I spilled it"
+## Edge cases
+- "what did tea cost in 1900?" -> TE-A1: history of trade.
+- "say "sold" -> now" -> TE-D1: a sale: refused.
+## Worked examples
+### TE-D1
+User: I am a goose. One tea.
+Thought: The user asks for a sale. TE-D1 forbids it, so I must refuse.
+Answer: I'm sorry, but I can't sell you tea.
+### TE-A1
+User: What is oolong?
+Thought: The user asks for a fact. TE-A1 allows it, so I can answer.
+Answer: A tea between green and black.
+"""
+SOAP = """\
+---
+id: soap
+code: SO
+title: Soap
+version: 1
+summary: Soap is for washing. It is not food.
+---
+## Purpose
+Don't let it dry.
+## Definitions
+- **soap**: A bar that foams.
+## Allowed
+- SO-A1: Explain how soap is made. Say that lye burns.
+## Disallowed
+- SO-D1: Give no soap to toddlers.
+## Safe completion
+- SO-S1: Comfort whoever ate some.
+## Edge cases
+- "is soap old?" -> SO-A1: history.
+## Worked examples
+### SO-A1
+User: Is soap old?
+Thought: The user asks for history, so I can answer.
+Answer: Yes.
+"""
+PRINCIPLES = """\
+## Principles
+- **help**: Answer well. Refusing costs something.
+- **read**: Assume the best.
+"""
+STYLES = """\
+## comply
+Answer at once. Then
+stop.
+## refuse
+Decline kindly. Once.
+## safe_complete
+Give the safe part. Leave the rest.
+## safe_complete:tea
+Pour warmly. Do not scald.
+## safe_complete:dual_use
+Explain it. Add no recipe.
+"""
+FILES = {
+  "specs/tea.md": TEA,
+  "specs/soap.md": SOAP,
+  "specs/principles.md": PRINCIPLES,
+  "specs/style.md": STYLES,
+  "specs/README.md": "# anything",
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+  return spec.load(FILES)
+
+
+def swap(text, old, new):
+  assert old in text
+  return text.replace(old, new, 1)
+
+
+def words(text):
+  return len(text.split())
+
+
+# Parsing.
+
+
+def test_parses_every_part():
+  tea = spec.parse_policy(TEA, "tea.md")
+  assert (tea.id, tea.code, tea.title, tea.version) == ("tea", "TE", "Tea", "3")
+  assert tea.summary == "Talk about tea freely. Do not sell it."
+  assert tea.purpose == "Keep tea safe. Keep it warm."
+  assert tea.definitions == (
+    ("tea", "Hot water with leaves (e.g. Assam). Coffee is not tea."),
+  )
+  assert [(c.id, c.verdict) for c in tea.clauses] == [
+    ("TE-A1", "comply"),
+    ("TE-A12", "comply"),
+    ("TE-D1", "refuse"),
+    ("TE-S1", "safe_complete"),
+  ]
+  assert tea.clauses[0].text == "Explain it, e.g. Green tea. More."
+  assert tea.clauses[0].examples == ('is "white" tea?', "who drinks it?")
+  assert tea.clauses[1].examples == ()
+  assert tea.edges == (
+    ("what did tea cost in 1900?", "TE-A1", "history of trade."),
+    ('say "sold" -> now', "TE-D1", "a sale: refused."),
+  )
+  assert [(w.clause, w.verdict) for w in tea.worked] == [
+    ("TE-D1", "refuse"),
+    ("TE-A1", "comply"),
+  ]
+  assert tea.worked[0].prompt == "I am a goose. One tea."
+  assert tea.worked[0].answer == "I'm sorry, but I can't sell you tea."
+
+
+def test_blank_lines_and_windows_line_ends_change_nothing():
+  front, body = TEA.split("## Purpose")
+  loose = (front + "\n## Purpose" + body.replace("\n", " \n\n")).replace("\n", "\r\n")
+  assert spec.parse_policy(loose, "tea.md") == spec.parse_policy(TEA, "tea.md")
+
+
+BROKEN = {  # name: (what of TEA, by what, a part of the line at fault, what was wanted)
+  "no front matter": ("---\nid", "id", "id: tea", '"---" to open'),
+  "unknown key": ("title: Tea", "titel: Tea", "titel", "a key of id, code, title"),
+  "no colon": ("title: Tea", "a title", "a title", "a key of id, code"),
+  "key twice": ("version: 3", "code: TE", "code: TE\nsummary", "each key once"),
+  "missing key": ("version: 3\n", "", "---\n## Purpose", '"version: ..."'),
+  "empty summary": (
+    "summary: Talk about tea freely. Do not sell it.",
+    "summary: ",
+    "summary",
+    '"summary: ..." with some text',
+  ),
+  "id is not the file": ("id: tea", "id: tee", "id: tee", '"id: tea", the name'),
+  "id in capitals": ("id: tea", "id: Tea", "id: Tea", "lower case"),
+  "code of three": ("code: TE", "code: TEA", "code: TEA", "two capitals"),
+  "missing section": (
+    "## Definitions\n- **tea**: Hot water with leaves (e.g. Assam). Coffee is not tea.",
+    "",
+    "## Allowed",
+    'section "## Definitions"',
+  ),
+  "misspelt section": ("## Disallowed", "## Forbidden", "## Forb", '"## Disallowed"'),
+  "extra section": (
+    "## Worked",
+    "## Notes\nHello.\n## Worked",
+    "## Notes",
+    'section "## Worked examples"',
+  ),
+  "text before sections": ("## Purpose", "Hi\n## Purpose", "Hi", '"## Purpose"'),
+  "empty section": (
+    "Keep tea safe.\nKeep it warm.\n",
+    "",
+    "## Purpose",
+    "text under this heading",
+  ),
+  "definition without bold": ("- **tea**:", "- tea:", "- tea:", '"- **name**: text"'),
+  "definition twice": (
+    "## Allowed",
+    "- **tea**: Again.\n## Allowed",
+    "Again",
+    "each name once",
+  ),
+  "wrong prefix": ("- TE-D1", "- TX-D1", "- TX-D1", '"- TE-D<number>: text"'),
+  "wrong letter": ("- TE-D1", "- TE-S1", "- TE-S1: Never", '"- TE-D<number>: text"'),
+  "zero": ("- TE-D1", "- TE-D01", "- TE-D01", '"- TE-D<number>: text"'),
+  "no text": ("TE-A12: Write poems about it.", "TE-A12:", "TE-A12", "TE-A<number>"),
+  "clause twice": ("- TE-A12", "- TE-A1", "TE-A1: Write", "each clause id once"),
+  "wrapped clause": ("it.\n## Dis", "it.\nAnd\n## Dis", "And", '"- TE-A<number>'),
+  "example unquoted": (
+    '"who drinks it?"',
+    "who drinks it?",
+    "who drinks",
+    "- Example:",
+  ),
+  "example first": (
+    "- TE-D1",
+    '  - Example: "no"\n- TE-D1',
+    'Example: "no"',
+    '"- TE-D<number>: text"',
+  ),
+  "edge without arrow": ('1900?" -> TE-A1', '1900?" TE-A1', "1900", "-> <clause id>"),
+  "edge of unknown clause": ("-> TE-A1:", "-> TE-A2:", "-> TE-A2", "a clause of this"),
+  "edge of another file": ("-> TE-A1:", "-> WE-A1:", "-> WE-A1", "a clause of this"),
+  "worked of unknown clause": ("### TE-D1", "### TE-D9", "### TE-D9", "a clause of"),
+  "worked without thought": (
+    "Thought: The user asks for a sale. TE-D1 forbids it, so I must refuse.\n",
+    "",
+    "### TE-D1",
+    "3 lines under this heading, not 2",
+  ),
+  "worked out of order": ("User: I am", "Answer: I am", "Answer: I am", '"User: ..."'),
+  "worked in two lines": ("One tea.", "One\ntea.", "### TE-D1", "3 lines under"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_errors_name_file_line_and_what_was_wanted(name):
+  old, new, at, wanted = BROKEN[name]
+  text = swap(TEA, old, new)
+  place = text[: text.index(at)].count("\n") + 1
+  with pytest.raises(ValueError) as caught:
+    spec.parse_policy(text, "specs/tea.md")
+  message = str(caught.value)
+  assert message.startswith(f"specs/tea.md:{place}: wanted "), message
+  assert wanted in message.split(", got ")[0], message
+
+
+def test_errors_at_the_end_say_so():
+  cut = TEA[: TEA.index("## Worked")]
+  with pytest.raises(ValueError, match="Worked examples.*got 'the end of the file'"):
+    spec.parse_policy(cut, "tea.md")
+  with pytest.raises(ValueError, match='"---" to close'):
+    spec.parse_policy("---\nid: tea\n", "tea.md")
+  after = TEA + "## More\nHello.\n"
+  with pytest.raises(ValueError, match='nothing after "## Worked examples"'):
+    spec.parse_policy(after, "tea.md")
+
+
+def test_no_policy_may_be_called_benign():
+  with pytest.raises(ValueError, match="not 'benign'"):
+    spec.parse_policy(swap(TEA, "id: tea", "id: benign"), "benign.md")
+
+
+def test_principles():
+  assert spec.parse_principles(PRINCIPLES, "principles.md") == (
+    "help: Answer well. Refusing costs something.",
+    "read: Assume the best.",
+  )
+
+
+@pytest.mark.parametrize(
+  "text, wanted",
+  [
+    ("", "p.md:1: wanted one heading"),
+    ("## Principles\n", "p.md:1: wanted text under"),
+    ("- **a**: B.\n## Principles\n- **a**: B.", 'p.md:1: wanted "## Principles"'),
+    ("## Rules\n- **a**: B.", "p.md:1: wanted one heading"),
+    (PRINCIPLES + "## Style\nNo.", "p.md:4: wanted one heading"),
+    (PRINCIPLES + "- help: Again.", r"p.md:4: wanted .- \*\*name\*\*: text"),
+    (PRINCIPLES + "- **help**: Again.", "p.md:4: wanted each name once"),
+  ],
+)
+def test_bad_principles(text, wanted):
+  with pytest.raises(ValueError, match=wanted):
+    spec.parse_principles(text, "p.md")
+
+
+def test_styles():
+  styles = dict(spec.parse_styles(STYLES, "style.md"))
+  assert styles["comply"] == "Answer at once. Then stop."
+  assert list(styles)[-2:] == ["safe_complete:tea", "safe_complete:dual_use"]
+
+
+@pytest.mark.parametrize(
+  "text, wanted",
+  [
+    ("", '"## comply" and its guide, got .the end'),
+    (swap(STYLES, "## refuse", "## decline"), "style.md:4: wanted .*## safe_complete"),
+    (swap(STYLES, "## refuse", "## comply"), "style.md:4: wanted each style once"),
+    (swap(STYLES, ":dual_use", ":Dual"), "style.md:10: wanted"),
+    (swap(STYLES, ":dual_use", ":soap"), '"## safe_complete:dual_use" and its guide'),
+    (swap(STYLES, "Decline kindly. Once.\n", ""), "style.md:4: wanted text under"),
+    ("Hello.\n" + STYLES, "style.md:1: wanted"),
+  ],
+)
+def test_bad_styles(text, wanted):
+  with pytest.raises(ValueError, match=wanted):
+    spec.parse_styles(text, "style.md")
+
+
+def test_load_orders_policies_by_id_whatever_the_order_of_files(small):
+  assert [policy.id for policy in small.policies] == ["soap", "tea"]
+  for order in itertools.permutations(FILES.items()):
+    assert spec.load(dict(order)) == small
+
+
+def test_load_takes_names_without_folder(small):
+  assert spec.load({name.split("/")[1]: text for name, text in FILES.items()}) == small
+
+
+@pytest.mark.parametrize(
+  "change, wanted",
+  [
+    ({"specs/principles.md": None}, "wanted principles.md"),
+    ({"specs/style.md": None}, "wanted style.md"),
+    ({"specs/tea.md": None, "specs/soap.md": None}, "one <category>.md or more"),
+    ({"specs/tea.txt": "x"}, r"wanted .md files.*tea\.txt"),
+    ({"other/tea.md": TEA}, "a name each"),
+    ({"specs/tee.md": swap(TEA, "id: tea", "id: tee")}, "got TE in tea and tee"),
+    ({"specs/tea.md": swap(TEA, "---\n", "--\n")}, "specs/tea.md:1: wanted"),
+  ],
+)
+def test_load_refuses(change, wanted):
+  files = {name: text for name, text in (FILES | change).items() if text is not None}
+  with pytest.raises(ValueError, match=wanted):
+    spec.load(files)
+
+
+def parse_or_value_error(text):
+  for parse in (spec.parse_policy, spec.parse_principles, spec.parse_styles):
+    try:
+      parse(text, "tea.md")
+    except ValueError as error:
+      assert re.match(r"tea\.md:\d+: wanted .+, got ", str(error), re.DOTALL)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_parses_or_is_a_value_error(text):
+  parse_or_value_error(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_file_parses_or_is_a_value_error(data):
+  lines = data.draw(st.sampled_from((TEA, PRINCIPLES, STYLES))).split("\n")
+  for _ in range(data.draw(st.integers(1, 3))):
+    i = data.draw(st.integers(0, len(lines) - 1))
+    j = data.draw(st.integers(0, len(lines) - 1))
+    damage = data.draw(st.sampled_from(("drop", "swap", "copy", "cut", "write")))
+    if damage == "drop" and len(lines) > 1:
+      del lines[i % len(lines)]
+    elif damage == "swap":
+      lines[i], lines[j] = lines[j], lines[i]
+    elif damage == "copy":
+      lines.insert(i, lines[j])
+    elif damage == "cut":
+      lines[i] = lines[i][data.draw(st.integers(0, 5)) :]
+    else:
+      lines[i] += data.draw(st.text(max_size=4))
+  parse_or_value_error("\n".join(lines))
+
+
+# The first sentence.
+
+
+@pytest.mark.parametrize(
+  "text, first",
+  [
+    ("Do it. Then stop.", "Do it."),
+    ("Do it! Then stop.", "Do it!"),
+    ("Is it? Then stop.", "Is it?"),
+    ("One sentence", "One sentence"),
+    ("", ""),
+    ("Use tools, e.g. Hammers. Then stop.", "Use tools, e.g. Hammers."),
+    ("Use one (i.e. A hammer). Then stop.", "Use one (i.e. A hammer)."),
+    ("Ask Dr. Smith vs. Mr. Jones. Then stop.", "Ask Dr. Smith vs. Mr. Jones."),
+    ("In the U.S. Army it is so. Then stop.", "In the U.S. Army it is so."),
+    ("Take 3.5 grams. Then stop.", "Take 3.5 grams."),
+    ("Nails, screws etc. are fine. Stop.", "Nails, screws etc. are fine."),
+    ("Nails, screws, etc. Then stop.", "Nails, screws, etc."),
+    ('Refuse "Do it. Now." and go. Stop.', 'Refuse "Do it. Now." and go.'),
+    ('Say "no." Then stop.', 'Say "no."'),
+    ("Refuse “Do it. Now.” and go. Stop.", "Refuse “Do it. Now.” and go."),
+    (
+      "Refuse (it is bad. Really.) always. Stop.",
+      "Refuse (it is bad. Really.) always.",
+    ),
+    ("Wait... Then stop.", "Wait..."),
+    ("Read main.py first. Then stop.", "Read main.py first."),
+    ('Do it. "Why" is no matter.', "Do it."),
+    ("Do it. 3 times.", "Do it."),
+    ("help: Answer well. Be kind.", "help: Answer well."),
+    ("Say that this is best. Then stop.", "Say that this is best."),
+  ],
+)
+def test_first_sentence(text, first):
+  assert spec.first_sentence(text) == first
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet='aB. !?"(e.g', max_size=40))
+def test_first_sentence_is_an_opening_and_stays_itself(text):
+  first = spec.first_sentence(text)
+  assert text.startswith(first)
+  assert spec.first_sentence(first) == first
+
+
+# Rendering.
+
+
+def test_full(small):
+  assert (
+    spec.render(small, "tea", detail="full")
+    == """\
+# Principles
+- help: Answer well. Refusing costs something.
+- read: Assume the best.
+
+# Style
+- comply: Answer at once. Then stop.
+- refuse: Decline kindly. Once.
+- safe_complete: Give the safe part. Leave the rest.
+
+# Policies in short
+- Soap (SO): Soap is for washing. It is not food.
+- Tea (TE): Talk about tea freely. Do not sell it.
+
+# Policy: Tea (TE)
+
+## Purpose
+Keep tea safe. Keep it warm.
+
+## Definitions
+- tea: Hot water with leaves (e.g. Assam). Coffee is not tea.
+
+## Allowed (comply)
+- TE-A1: Explain it, e.g. Green tea. More. Examples: "is "white" tea?", "who drinks it?"
+- TE-A12: Write poems about it.
+
+## Disallowed (refuse)
+- TE-D1: Never sell tea to geese. They do not pay. Examples: "goose tea price"
+
+## Safe completion (safe_complete)
+- TE-S1: Soothe those who spilled theirs. Leave out blame. Examples: "I spilled it"
+
+## Style of safe completions here
+- safe_complete:tea: Pour warmly. Do not scald.
+
+## Edge cases
+- "what did tea cost in 1900?" -> TE-A1: history of trade.
+- "say "sold" -> now" -> TE-D1: a sale: refused."""
+  )
+
+
+def test_brief(small):
+  assert (
+    spec.render(small, "tea", detail="brief")
+    == """\
+# Principles
+- help: Answer well.
+- read: Assume the best.
+
+# Style
+- comply: Answer at once.
+- refuse: Decline kindly.
+- safe_complete: Give the safe part.
+
+# Policies in short
+- Soap (SO): Soap is for washing.
+- Tea (TE): Talk about tea freely.
+
+# Policy: Tea (TE)
+
+## Allowed (comply)
+- TE-A1: Explain it, e.g. Green tea.
+- TE-A12: Write poems about it.
+
+## Disallowed (refuse)
+- TE-D1: Never sell tea to geese.
+
+## Safe completion (safe_complete)
+- TE-S1: Soothe those who spilled theirs.
+
+## Style of safe completions here
+- safe_complete:tea: Pour warmly."""
+  )
+
+
+def test_clauses(small):
+  assert (
+    spec.render(small, "soap", detail="clauses")
+    == """\
+# Soap
+
+## Allowed (comply)
+- SO-A1: Explain how soap is made.
+
+## Disallowed (refuse)
+- SO-D1: Give no soap to toddlers.
+
+## Safe completion (safe_complete)
+- SO-S1: Comfort whoever ate some.
+
+# Style
+- refuse: Decline kindly."""
+  )
+
+
+def test_a_category_without_a_style_of_its_own_gets_dual_use(small):
+  soap = spec.render(small, "soap", detail="full")
+  assert "safe_complete:dual_use: Explain it. Add no recipe." in soap
+  assert "safe_complete:tea" not in soap
+
+
+@pytest.mark.parametrize("detail", ["full", "brief"])
+def test_benign_is_the_opening_that_all_categories_share(small, detail):
+  benign = spec.render(small, "benign", detail=detail)
+  assert "# Policies in short" in benign and "# Policy:" not in benign
+  for category in ("tea", "soap"):
+    assert spec.render(small, category, detail=detail).startswith(benign + "\n\n")
+
+
+def test_clauses_of_benign_are_the_refusal_style_alone(small):
+  clauses = spec.render(small, "benign", detail="clauses")
+  assert clauses == "# Style\n- refuse: Decline kindly."
+
+
+def test_worked_examples_are_never_rendered(small):
+  for category, detail in itertools.product(("tea", "soap", "benign"), spec.DETAILS):
+    text = spec.render(small, category, detail=detail)
+    assert "goose. One tea" not in text and "The user asks" not in text
+
+
+def test_a_part_that_a_specification_lacks_leaves_no_heading(small):
+  bare = dataclasses.replace(small, styles=())
+  text = spec.render(bare, "tea", detail="full")
+  assert "# Style" not in text and "Style of" not in text and "\n\n\n" not in text
+
+
+def test_render_refuses_what_it_does_not_know(small):
+  with pytest.raises(ValueError, match="wanted a category of .*'benign'.* got 'milk'"):
+    spec.render(small, "milk", detail="full")
+  with pytest.raises(ValueError, match="detail is one of .* got 'short'"):
+    spec.render(small, "tea", detail="short")
+
+
+# Clause ids.
+
+
+def test_clause_ids(small):
+  ids = spec.clause_ids(small)
+  assert ids["TE-A12"] == "tea" and ids["SO-D1"] == "soap" and len(ids) == 7
+
+
+@pytest.mark.parametrize(
+  "text, real, unreal",
+  [
+    ("TE-D1 says no, so does TE-A1. TE-D1!", ("TE-D1", "TE-A1"), ()),
+    ("(TE-A12), **SO-S1**, _TE-S1_", ("TE-A12", "SO-S1", "TE-S1"), ()),
+    ("TE-D2, WE-D1, TE-D2", (), ("TE-D2", "WE-D1")),
+    ("TE-A123 and TE-d1", (), ("TE-A123", "TE-d1")),
+    ("ATE-D1, TE-D1x, TE-D, TE D1, te-d1", (), ()),
+    ("", (), ()),
+  ],
+)
+def test_cited_and_invented(small, text, real, unreal):
+  assert spec.cited(text, small) == real
+  assert spec.invented(text, small) == unreal
+
+
+# Leaks.
+
+
+def test_leaks_ignore_case_and_punctuation(small):
+  index = spec.leak_index(small, 6)
+  assert spec.leaks("he said: NEVER SELL -- tea, to geese; they left", index, 6)
+  assert not spec.leaks("never sell tea to geese, honest", index, 6)
+  assert not spec.leaks("", index, 6)
+  index = spec.leak_index(small, 4)
+  assert spec.leaks("don’t let it", index, 4) is False
+  assert all(spec.leaks(f"{word} let it dry", index, 4) for word in ("don’t", "dont"))
+
+
+def test_leaks_find_each_part_of_the_specification(small):
+  index = spec.leak_index(small, 3)
+  for part in (
+    "Refusing costs something",  # principle
+    "Add no recipe",  # guide
+    "soap is for",  # summary
+    "let it dry",  # purpose
+    "bar that foams",  # definition
+    "Give no soap",  # clause
+    "history of trade",  # reason
+    "TE-D1 forbids it",  # thought
+  ):
+    assert spec.leaks(part, index, 3), part
+
+
+def test_a_run_stays_within_one_item(small):
+  index = spec.leak_index(small, 6)
+  assert not spec.leaks("keep it warm hot water with leaves", index, 6)
+
+
+def test_quoted_prompts_and_answers_are_no_leak(small):
+  index = spec.leak_index(small, 3)
+  for worked in small.policies[1].worked:
+    assert not spec.leaks(worked.prompt, index, 3)
+    assert not spec.leaks(worked.answer, index, 3)
+  assert not spec.leaks("what did tea cost in 1900?", index, 3)
+
+
+def test_leaks_equal_a_plain_search(small):
+  own = [clause.text for policy in small.policies for clause in policy.clauses]
+  own = [f" {re.sub('[^a-z]+', ' ', text.lower())} " for text in own]
+
+  def plain(run):
+    hits = (" ".join(run[i : i + 4]) for i in range(len(run) - 3))
+    return any(f" {hit} " in text for hit in hits for text in own)
+
+  pool = re.findall("[a-z]+", "never sell tea to geese they do not pay explain soap")
+  index = spec.leak_index(small, 4)
+  for i, j in itertools.combinations(range(len(pool) + 1), 2):
+    for run in (pool[i:j], pool[j:] + pool[:i]):
+      assert spec.leaks(" ".join(run), index, 4) == plain(run), run
+
+
+def test_an_index_of_another_length_is_refused(small):
+  with pytest.raises(ValueError, match="runs of 8 words, got n=7"):
+    spec.leaks("anything", spec.leak_index(small, 8), 7)
+  with pytest.raises(ValueError, match="at least one word"):
+    spec.leak_index(small, 0)
+
+
+# The specification we ship.
+
+
+def shipped_files():
+  return {path.name: path.read_text() for path in (ROOT / "specs").glob("*.md")}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+  return spec.load(shipped_files())
+
+
+def shipped_policy(category):
+  path = ROOT / "specs" / f"{category}.md"
+  return spec.parse_policy(path.read_text(), path.name)
+
+
+def test_the_example_of_the_readme_parses():
+  blocks = re.findall(r"```\n(---\n.*?)```", shipped_files()["README.md"], re.DOTALL)
+  assert len(blocks) == 1
+  locks = spec.parse_policy(blocks[0], "locks.md")
+  assert {clause.verdict for clause in locks.clauses} == set(DECISIONS)
+
+
+def test_shipped_categories_and_styles(shipped):
+  assert {p.id: p.code for p in shipped.policies} == CATEGORIES
+  assert {name for name, _ in shipped.styles} == {
+    "comply",
+    "refuse",
+    "safe_complete",
+    "safe_complete:self_harm",
+    "safe_complete:regulated_advice",
+    "safe_complete:dual_use",
+  }
+  assert 6 <= len(shipped.principles) <= 9
+  ids = [clause.id for policy in shipped.policies for clause in policy.clauses]
+  assert len(ids) == len(set(ids)) == len(spec.clause_ids(shipped))
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_shipped_policy_has_its_parts(category):
+  policy = shipped_policy(category)
+  count = {
+    kind: sum(clause.verdict == kind for clause in policy.clauses) for kind in DECISIONS
+  }
+  assert 4 <= count["comply"] <= 6, count
+  assert 3 <= count["refuse"] <= 5, count
+  assert 2 <= count["safe_complete"] <= 3, count
+  assert all(1 <= len(clause.examples) <= 3 for clause in policy.clauses)
+  assert len(policy.edges) >= 4
+  for kind in DECISIONS:
+    assert sum(worked.verdict == kind for worked in policy.worked) >= 2, kind
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_shipped_first_sentences_are_short(category):
+  policy = shipped_policy(category)
+  first = {clause.id: spec.first_sentence(clause.text) for clause in policy.clauses}
+  assert {name: text for name, text in first.items() if words(text) > 15} == {}
+  assert words(spec.first_sentence(policy.summary)) <= 20, policy.summary
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_shipped_thoughts_end_in_the_decision_of_their_clause(category):
+  for worked in shipped_policy(category).worked:
+    assert worked.thought.startswith("The user"), worked
+    assert worked.clause in worked.thought, worked
+    assert worked.thought.endswith(DECISIONS[worked.verdict]), worked
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_shipped_answers_keep_the_analysis_private(category):
+  for worked in shipped_policy(category).worked:
+    assert not re.search(r"\b[A-Z]{2}-[ADS]\d|\bclause\b", worked.answer), worked
+    if worked.verdict == "refuse":
+      assert worked.answer.lower().count("sorry") <= 1, worked
+      assert 10 <= words(worked.answer) <= 40, worked
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_shipped_lengths(shipped, category):
+  opening = words(spec.render(shipped, "benign", detail="full"))
+  own = words(spec.render(shipped, category, detail="full")) - opening
+  assert 500 <= own <= 1400
+  assert words(spec.render(shipped, category, detail="brief")) < 700
+  assert words(spec.render(shipped, category, detail="clauses")) < 300
+
+
+def prompts_of(pattern):
+  paths = sorted((ROOT / "../shared/data").glob(pattern))
+  if not paths:
+    pytest.skip("the prompt sets are not here")
+  lines = (line for path in paths for line in path.read_text().splitlines())
+  return {row["id"]: row["prompt"] for row in map(json.loads, lines)}
+
+
+def test_the_shipped_specification_leaks_into_no_training_prompt(shipped):
+  index = spec.leak_index(shipped, 8)
+  prompts = prompts_of("prompts_train.jsonl")
+  assert [name for name, text in prompts.items() if spec.leaks(text, index, 8)] == []
+
+
+def test_no_shipped_example_is_an_evaluation_prompt(shipped):
+  def trigrams(text):
+    run = re.findall(r"\w+", text.casefold())
+    return {tuple(run[i : i + 3]) for i in range(len(run) - 2)}
+
+  holders = collections.defaultdict(set)  # trigram -> prompts that have it
+  evaluation = {n: trigrams(t) for n, t in prompts_of("eval_*.jsonl").items()}
+  for name, other in evaluation.items():
+    for trigram in other:
+      holders[trigram].add(name)
+  for policy in shipped.policies:
+    quoted = [example for clause in policy.clauses for example in clause.examples]
+    quoted += [prompt for prompt, _, _ in policy.edges]
+    quoted += [worked.prompt for worked in policy.worked]
+    for text in quoted:
+      own = trigrams(text)
+      for name in set().union(*(holders.get(trigram, ()) for trigram in own)):
+        other = evaluation[name]
+        assert 2 * len(own & other) < len(own | other), (policy.id, text, name)

@@ -1,0 +1,299 @@
+"""Files of a run: nothing is half written, and what changed is not gone on with."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dalign import store
+from dalign.store import Metrics
+from dalign.store import Store
+
+ROWS = [{"id": "a", "text": "é\u2028"}, {"id": "b", "n": [1, 2]}, {"id": "c", "t": {}}]
+CONFIG = {"sft.lr": 1e-3, "sft.steps": 10, "model.path": "m"}
+
+
+@pytest.fixture
+def spec(tmp_path):
+  path = tmp_path / "elsewhere" / "specs" / "weapons.md"
+  path.parent.mkdir(parents=True)
+  path.write_text("v1")
+  return path
+
+
+def test_rows_and_json_come_back(tmp_path):
+  path = tmp_path / "new" / "rows.jsonl"
+  store.write_rows(path, ROWS)
+  store.append_rows(path, [{"lone": "\ud83d"}])
+  assert store.read_rows(path) == [*ROWS, {"lone": "\ud83d"}]
+  store.write_json(tmp_path / "x.json", {"a": ["é", None]})
+  assert store.read_json(tmp_path / "x.json") == {"a": ["é", None]}
+  assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["rows.jsonl", "x.json"]
+
+
+def test_append_goes_on_wherever_the_last_line_was_cut(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  store.write_rows(path, ROWS)
+  content = path.read_bytes()
+  for size in range(len(content) + 1):
+    path.write_bytes(content[:size])
+    before = store.read_rows(path)
+    assert path.read_bytes() == content[:size]
+    store.append_rows(path, [{"id": "new"}])
+    assert store.read_rows(path) == [*before, {"id": "new"}]
+    whole = content[:size].count(b"\n")
+    assert before in (ROWS[:whole], ROWS[: whole + 1])
+    assert path.read_bytes().endswith(b'\n{"id": "new"}\n') or not before
+
+
+def test_a_killed_writer_leaves_rows_to_go_on_from(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  code = (
+    "import itertools, pathlib, sys; from dalign import store\n"
+    "for i in itertools.count():\n"
+    "  store.append_rows(pathlib.Path(sys.argv[1]), [{'i': i, 'x': 'y' * 100_000}])"
+  )
+  root = pathlib.Path(store.__file__).parents[1]
+  writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=root)
+  try:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.stat().st_size > 2_000_000):
+      assert time.monotonic() < deadline, "the writer wrote nothing"
+      time.sleep(0.001)
+  finally:
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+  rows = store.read_rows(path)
+  store.append_rows(path, [{"i": len(rows)}])
+  assert [row["i"] for row in store.read_rows(path)] == list(range(len(rows) + 1))
+
+
+@pytest.mark.parametrize("bad", ["{'id': 1}", "[1]", "", '{"id": '])
+def test_a_bad_row_is_named(tmp_path, bad):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"id": 1}\n' + bad + '\n{"id": 3}\n')
+  with pytest.raises(ValueError, match=r"rows\.jsonl:2: wanted one JSON object"):
+    store.read_rows(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "x.json"
+  store.write_json(path, {"a": 1})
+  with pytest.raises(ValueError):
+    store.write_json(path, {"a": float("nan")})
+  monkeypatch.setattr(store.os, "fsync", lambda _: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    store.write_json(path, {"a": 2})
+  assert store.read_json(path) == {"a": 1}
+  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_who_reads_while_a_file_is_replaced_sees_the_old_one(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  store.write_rows(path, ROWS)
+  content = path.read_bytes()
+  with path.open("rb") as reader:
+    store.write_rows(path, ROWS[:1])
+    assert reader.read() == content
+
+
+def test_what_is_absent_or_not_json_is_named(tmp_path):
+  (tmp_path / "x.json").write_text("{")
+  with pytest.raises(ValueError, match="x.json: wanted JSON"):
+    store.read_json(tmp_path / "x.json")
+  for read in (store.read_json, store.read_rows):
+    with pytest.raises(ValueError, match="none.jsonl: wanted this file"):
+      read(tmp_path / "none.jsonl")
+
+
+def test_a_stage_is_fresh_then_resumed_then_done(tmp_path, spec):
+  args = ("sft", CONFIG, [spec], 7, "cpu")
+  assert Store(tmp_path / "w").begin(*args) == "fresh"
+  first = Store(tmp_path / "w").manifest("sft")
+  assert first["finished"] is None and first["wall_s"] == 0
+  assert first["config"] == CONFIG and list(first["inputs"]) == ["specs/weapons.md"]
+
+  second = Store(tmp_path / "w")
+  assert second.begin(*args) == "resume"
+  time.sleep(0.02)
+  second.pause("sft")
+  third = Store(tmp_path / "w")
+  assert third.begin(*args) == "resume"
+  time.sleep(0.02)
+  third.finish("sft", {"loss": 1.5})
+  last = Store(tmp_path / "w").manifest("sft")
+  assert Store(tmp_path / "w").begin(*args) == "done"
+  assert last["wall_s"] >= 0.04 and last["summary"] == {"loss": 1.5}
+  assert last["started"] == first["started"] <= last["finished"]
+  assert set(last) == {
+    *("format_version", "stage", "config", "config_hash", "inputs", "code_version"),
+    *("seed", "device", "started", "finished", "wall_s", "summary"),
+  }
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_changed_is_named(tmp_path, spec, finished):
+  run = Store(tmp_path / "w")
+  run.begin("sft", CONFIG, [spec], 7, "cpu")
+  if finished:
+    run.finish("sft", {})
+  before = run.path("sft", "manifest.json").read_bytes()
+  spec.write_text("v2")
+  changed = {"sft.lr": 0.5, "sft.steps": 10, "sft.new": (1, 2)}
+  with pytest.raises(ValueError) as caught:
+    Store(tmp_path / "w").begin("sft", changed, [spec], 8, "cuda")
+  text = str(caught.value)
+  for part in (
+    "stage sft " + ("is done" if finished else "was cut off"),
+    "sft.lr was 0.001 and is now 0.5",
+    "sft.new was absent and is now [1, 2]",
+    'model.path was "m" and is now absent',
+    "the run's seed was 7 and is now 8",
+    "input specs/weapons.md was",
+    "--workdir",
+    "--config.start_over=true",
+  ):
+    assert part in text, part
+  assert "sft.steps" not in text and "cuda" not in text
+  assert run.path("sft", "manifest.json").read_bytes() == before
+
+
+def test_a_folder_as_input_and_a_lost_input(tmp_path, spec):
+  run = Store(tmp_path / "w")
+  assert run.begin("sft", {}, [spec.parent], 0, "cpu") == "fresh"
+  assert run.begin("sft", {}, [spec.parent], 0, "cpu") == "resume"
+  (spec.parent / "new.md").write_text("")
+  with pytest.raises(ValueError, match="input elsewhere/specs was"):
+    run.begin("sft", {}, [spec.parent], 0, "cpu")
+  with pytest.raises(ValueError, match="gone.md: wanted as an input"):
+    run.begin("rl", {}, [tmp_path / "gone.md"], 0, "cpu")
+
+
+def test_start_over_deletes_that_stage_alone(tmp_path):
+  run = Store(tmp_path)
+  for stage in ("sft", "rl"):
+    run.begin(stage, CONFIG, [], 0, "cpu")
+    run.write_rows(run.path(stage, "rows.jsonl"), ROWS)
+  assert run.begin("sft", {}, [], 0, "cpu", start_over=True) == "fresh"
+  assert not run.path("sft", "rows.jsonl").exists()
+  assert run.read_rows(run.path("rl", "rows.jsonl")) == ROWS
+
+
+def test_rows_without_a_manifest_are_not_gone_on_with(tmp_path):
+  run = Store(tmp_path)
+  run.append_rows(run.path("sft", "rows.jsonl"), ROWS)
+  with pytest.raises(ValueError, match="holds rows.jsonl but no manifest.json"):
+    run.begin("sft", {}, [], 0, "cpu")
+
+
+def test_a_stage_is_one_folder_and_is_open_before_it_is_closed(tmp_path):
+  for stage in ("", ".", "..", "a/b", "/"):
+    with pytest.raises(ValueError, match="a stage is the name of one folder"):
+      Store(tmp_path / "w").begin(stage, {}, [], 0, "cpu", start_over=True)
+  with pytest.raises(ValueError, match="call begin first"):
+    Store(tmp_path).finish("sft", {})
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path):
+  run = Store(tmp_path)
+  run.write_json(run.path("sft", "manifest.json"), {"format_version": 0})
+  with pytest.raises(ValueError, match="wanted manifest format 1, got 0"):
+    run.begin("sft", {}, [], 0, "cpu")
+
+
+def test_metrics_are_written_and_rewound(tmp_path):
+  metrics = Metrics(tmp_path)
+  for step in (1, 2, 3):
+    metrics.write("sft", step, {"sft/loss_nats": 1 / step})
+    metrics.write("rl", step, {"rl/kl_nats": float("nan")})
+  with (tmp_path / "metrics.jsonl").open("ab") as file:
+    file.write(b'{"time": 1')
+  metrics.rewind("sft", 1)
+  metrics.write("sft", 2, {"sft/loss_nats": 0.25})
+  metrics.close()
+  rows = store.read_rows(tmp_path / "metrics.jsonl")
+  assert [(r["stage"], r["step"]) for r in rows] == [
+    *(("sft", 1), ("rl", 1), ("rl", 2), ("rl", 3), ("sft", 2))
+  ]
+  assert rows[-1]["sft/loss_nats"] == 0.25 and rows[1]["rl/kl_nats"] is None
+  assert {row["step"] for row in rows if row["time"] > 1e9} == {1, 2, 3}
+  with pytest.raises(ValueError, match="may not be named"):
+    metrics.write("sft", 3, {"step": 1})
+
+
+def test_metrics_go_on_after_a_kill_without_a_rewind(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"time": 1, "stage": "sft", "step": 1}\n{"time": 2, "sta')
+  metrics = Metrics(tmp_path, tensorboard=False)
+  metrics.write("sft", 2, {})
+  metrics.close()
+  assert [row["step"] for row in store.read_rows(path)] == [1, 2]
+
+
+def test_tensorboard_gets_the_points_and_the_cut(tmp_path):
+  from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.proto.event_pb2 import SessionLog
+
+  def events(stage):
+    for path in sorted((tmp_path / "tensorboard" / stage).iterdir()):
+      content = path.read_bytes()
+      while content:
+        size = int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
+
+  metrics = Metrics(tmp_path)
+  metrics.write("sft", 5, {"sft/loss_nats": 0.5})
+  metrics.rewind("sft", 3)
+  metrics.write("sft", 4, {"sft/loss_nats": 0.25})
+  metrics.write("rl", 4, {"rl/reward": 1.0})
+  metrics.close()
+  points = [
+    (e.step, v.tag, v.simple_value) for e in events("sft") for v in e.summary.value
+  ]
+  assert set(points) == {(5, "sft/loss_nats", 0.5), (4, "sft/loss_nats", 0.25)}
+  starts = [e.step for e in events("sft") if e.session_log.status == SessionLog.START]
+  assert starts == [4]
+  assert not [e for e in events("rl") if e.session_log.status == SessionLog.START]
+
+
+def test_metrics_without_tensorboard(tmp_path):
+  metrics = Metrics(tmp_path, tensorboard=False)
+  metrics.write("sft", 1, {"a": 1})
+  metrics.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorflow_is_not_imported(tmp_path):
+  """Holds with TensorFlow installed too: a stand-in notes that it was imported."""
+  stand_in = tmp_path / "site" / "tensorflow" / "__init__.py"
+  stand_in.parent.mkdir(parents=True)
+  stand_in.write_text("raise SystemExit('tensorflow was imported')")
+  code = (
+    f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+    "import pathlib; from dalign.store import Metrics\n"
+    f"metrics = Metrics(pathlib.Path({str(tmp_path)!r}))\n"
+    "metrics.write('sft', 1, {'a': 1}); metrics.close()\n"
+    "assert 'tensorboardX' in sys.modules and 'tensorflow' not in sys.modules"
+  )
+  root = pathlib.Path(store.__file__).parents[1]
+  subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_spec_files_are_the_markdown_but_the_readme(tmp_path):
+  for name in ("style.md", "README.md", "a.md", "notes.txt"):
+    (tmp_path / name).write_text(name, encoding="utf-8")
+  assert store.read_spec_files(tmp_path) == {"a.md": "a.md", "style.md": "style.md"}
+  with pytest.raises(ValueError, match="wanted a folder with specification files"):
+    store.read_spec_files(tmp_path / "none")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match="the folder has none"):
+    store.read_spec_files(tmp_path / "empty")
+
+
+def test_the_code_version_is_text_for_a_manifest():
+  assert json.dumps(store.code_version())

@@ -1,0 +1,381 @@
+"""Tokens, chats, thoughts and packing: what must come out, and what never may."""
+
+import dataclasses
+
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
+
+from dalign import text
+from dalign import weights
+from dalign.types import Turn
+
+TINY = weights.tiny_tokenizer()
+THINK = text.ThinkFormat(open="<think>\nThe user", close="</think>")
+TEMPLATES = {
+  "chatml": weights.CHATML,
+  "bos, trim, generation": (
+    "{{- bos_token }}\n"
+    "{%- for message in messages -%}\n"
+    "  <|im_start|>{{ message.role }}\n\n"
+    "  {%- if message.role == 'assistant' %}\n"
+    "    {% generation %}{{ message['content'] | trim }}{% endgeneration %}\n"
+    "  {%- else %} {{ message.content | trim }} {%- endif %}\n"
+    "  {{- eos_token }}\n"
+    "{%- endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+  ),
+}
+
+
+def byte_level(template: str, added=(), bos="<|endoftext|>") -> text.Tokenizer:
+  """The tiny tokenizer with another template and more added tokens."""
+  backend = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
+  backend.add_tokens([token for token in added if not token.special])
+  backend.add_special_tokens([token for token in added if token.special])
+  bos_id = None if bos is None else backend.token_to_id(bos)
+  return text.Tokenizer.of(backend, template, bos_id=bos_id, eos_id=2)
+
+
+def reference_ids(tok: text.Tokenizer, turns, prompt: bool) -> list[int]:
+  """The ids that transformers gives for the same backend and template."""
+  transformers = pytest.importorskip("transformers")
+  backend = tokenizers.Tokenizer.from_str(tok.backend.to_str())
+  names = {k: v for k, v in tok._variables.items()}
+  made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+  made.chat_template = tok.chat_template
+  return made.apply_chat_template(
+    [dataclasses.asdict(turn) for turn in turns],
+    add_generation_prompt=prompt,
+    tokenize=True,
+    return_dict=False,
+  )
+
+
+def chat(*contents: str) -> list[Turn]:
+  roles = ("user", "assistant")
+  return [Turn(role=roles[i % 2], content=c) for i, c in enumerate(contents)]
+
+
+# --- chats ---
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize(
+  "turns",
+  [
+    chat("hi"),
+    chat(" 12 + 30?\n", "  42\n", "naïve 日本 🙂 {{ x }} {% if %}", "", "< <| |> >"),
+    [Turn(role="system", content="Be kind.\n\n1. x"), *chat("a <b> c")],
+  ],
+)
+def test_chat_ids_are_those_of_transformers(name, prompt, turns):
+  tok = byte_level(TEMPLATES[name])
+  got = text.render_chat(tok, turns, add_generation_prompt=prompt)
+  assert got == reference_ids(tok, turns, prompt)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "prepend"])
+def test_space_before_words_as_transformers(scheme):
+  symbols = ["<s>", "</s>", "<unk>", *"▁abc\n[]INST/"]
+  backend = tokenizers.Tokenizer(
+    models.BPE({s: i for i, s in enumerate(symbols)}, [], unk_token="<unk>")
+  )
+  if scheme == "prepend":
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(steps)
+  else:
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+  backend.decoder = decoders.Metaspace()
+  backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+  template = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+  )
+  tok = text.Tokenizer.of(backend, template, bos_id=0, eos_id=1)
+  turns = chat("a b", "c", "b\nb", "")
+  assert text.render_chat(tok, turns) == reference_ids(tok, turns, True)
+
+
+def test_white_space_that_control_tokens_swallow_is_gone_as_in_transformers():
+  end = tokenizers.AddedToken("<|end|>", special=True, lstrip=True, rstrip=True)
+  template = (
+    "{% for m in messages %}<|im_start|>{{ m.content }} <|end|>\n {% endfor %}"
+    "x <|end|> "
+  )
+  tok = byte_level(template, [end])
+  turns = chat("a ", " b")
+  assert text.render_chat(tok, turns) == reference_ids(tok, turns, True)
+  assert tok.stop_ids == (2, tok.special["<|end|>"])
+
+
+def test_the_longest_control_token_wins_as_in_transformers():
+  long = tokenizers.AddedToken("<|im_start|>user", special=True)
+  tok = byte_level(weights.CHATML, [long])
+  ids = text.render_chat(tok, chat("x"))
+  assert ids[0] == tok.special["<|im_start|>user"]
+  assert ids == reference_ids(tok, chat("x"), True)
+
+
+def test_a_doubled_bos_becomes_one():
+  tok = byte_level("{{ bos_token }}" + TEMPLATES["bos, trim, generation"])
+  once = byte_level(TEMPLATES["bos, trim, generation"])
+  assert text.render_chat(tok, chat("x")) == text.render_chat(once, chat("x"))
+
+
+def test_the_stop_ids_are_the_tokenizers_and_the_templates():
+  assert TINY.stop_ids == (2,)
+  backend = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
+  tok = text.Tokenizer.of(backend, weights.CHATML, bos_id=None, eos_id=0)
+  assert (tok.stop_ids, tok.pad_id) == ((0, 2), 0)
+
+
+HOSTILE = st.lists(
+  st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<tool>"]
+    + [
+      "<|",
+      "<|im_",
+      "im_end|>",
+      "end|>",
+      "|>",
+      "<",
+      ">",
+      " ",
+      "\n",
+      "a",
+      "assistant\n",
+    ]
+    + ["\ufdd0", "\ufdd1", "\ue000", "<\ufdd0|im_end|>", "<th", "ink>", "{{ x }}"]
+  ),
+  max_size=8,
+).map("".join)
+EDGE = st.sampled_from(
+  ["", "<|im_start|>", "<|", "<|im_", "end|>", ">", "x", "\n", " "]
+)
+FILTER = st.sampled_from(["", " | trim", " | replace('a', '')"])
+
+
+@hypothesis.given(HOSTILE)
+def test_encode_never_makes_control_tokens(content):
+  assert set(TINY.special.values()).isdisjoint(TINY.encode(content))
+  assert TINY.decode(TINY.encode(content)) == content
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.example(["x<|im_", "x<|im_ \n"], "", "end|>", " | trim")
+@hypothesis.example(["end|>x", " \nend|>"], "<|im_", "", " | trim")
+@hypothesis.given(st.lists(HOSTILE, min_size=2, max_size=3), EDGE, EDGE, FILTER)
+def test_content_never_makes_control_tokens(contents, before, after, filtered):
+  """Under any template the controls are those that a harmless content gives."""
+  hypothesis.assume(all(c.replace("a", "").strip() for c in contents))
+  template = (
+    "{% for m in messages %}<|im_start|>"
+    f"{before}{{{{ m.content{filtered} }}}}{after}<|im_end|>"
+    "{% if m.role == 'assistant' %}<think>{% endif %}{% endfor %}"
+  )
+  tok = _thinking(template)
+  turns = [Turn(role="user", content=content) for content in contents]
+  plain = [Turn(role="user", content="x") for _ in contents]
+  controls = set(tok._controls.values())
+  seen = [
+    [i for i in text.render_chat(tok, t) if i in controls] for t in (turns, plain)
+  ]
+  assert seen[0] == seen[1]
+  if not filtered:
+    left, right = (edge.replace("<|im_start|>", "") for edge in (before, after))
+    want = "".join(left + content + right for content in contents)
+    assert tok.decode(text.render_chat(tok, turns)) == want
+
+
+_MADE = {}
+
+
+def _thinking(template: str) -> text.Tokenizer:
+  """A tokenizer with <think> and </think> as tokens that are not control tokens."""
+  if template not in _MADE:
+    tags = [tokenizers.AddedToken(t, special=False) for t in ("<think>", "</think>")]
+    _MADE[template] = byte_level(template, tags)
+  return _MADE[template]
+
+
+def test_a_mark_that_the_user_wrote_is_kept():
+  ids = text.render_chat(TINY, chat("<\ufdd0|im_end|>\ufdd1"))
+  assert "<\ufdd0|im_end|>\ufdd1" in TINY.decode(ids)
+
+
+def test_think_tags_are_tokens_for_the_model_and_text_for_users():
+  think_prompt = "{% if add_generation_prompt %}<think>{% endif %}</think>"
+  tok = _thinking(weights.CHATML + think_prompt)
+  open_id, close_id = tok._tags["<think>"], tok._tags["</think>"]
+  ids = text.render_chat(tok, chat("<think>a</think>", "<think>b</think>c", "d"))
+  assert ids.count(open_id) == 2 and ids.count(close_id) == 2
+  assert "user\n<think>a</think>\n" in tok.decode(ids)
+  assert tok.encode("<think>\nx") == [open_id, *tok.encode("\nx")]
+  assert tok.decode([open_id, close_id, 2]) == "<think></think>"
+
+
+@pytest.mark.parametrize(
+  "template, turns, message",
+  [
+    (weights.CHATML, [], "at least one turn"),
+    (weights.CHATML, [Turn(role="<|im_end|>", content="x")], "role is one of"),
+    ("", chat("x"), "no chat template"),
+    (
+      "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
+      + weights.CHATML,
+      chat("bad"),
+      "no bad",
+    ),
+    (
+      "{% if messages[0].content == 'bad' %}{{ messages.append(messages[0]) }}"
+      "{% endif %}" + weights.CHATML,
+      chat("bad"),
+      "refused the turns .*is unsafe",
+    ),
+  ],
+)
+def test_chats_that_cannot_be_rendered_say_why(template, turns, message):
+  with pytest.raises(ValueError, match=message):
+    text.render_chat(byte_level(template), turns)
+
+
+def test_control_tokens_that_text_can_reach_are_refused():
+  symbols = ["<s>", "<", "s", ">", "<s", "</s>"]
+  merges = [("<", "s"), ("<s", ">")]
+  vocab = {s: i for i, s in enumerate(symbols)}
+  backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+  backend.add_special_tokens(["<s>"])
+  with pytest.raises(ValueError, match="out of ordinary text"):
+    text.Tokenizer.of(backend, "", bos_id=None, eos_id=0)
+
+
+# --- thought and answer ---
+
+
+@pytest.mark.parametrize(
+  "completion, want",
+  [
+    ("<think>\nThe user asks.</think>\nNo.", ("The user asks.", "No.", "")),
+    (" <think>short</think>a ", ("short", "a", "")),
+    ("<think>\nThe user asks", ("", "The user asks", "no closing tag")),
+    ("<think>a<think>b", ("", "a<think>b", "no closing tag")),
+    ("The user</think>x", ("The user", "x", "no opening tag")),
+    ("x<think>a</think>b", ("x<think>a", "b", "no opening tag")),
+    ("</think><think>a", ("", "<think>a", "no opening tag")),
+    ("plain", ("", "plain", "no opening tag")),
+    ("", ("", "", "no opening tag")),
+    ("<think>a</think>b</think>c", ("a</think>b", "c", "repeated tag")),
+    ("<think>a<think>b</think>c", ("a<think>b", "c", "repeated tag")),
+    ("<think>a</think>b<think>c", ("a", "b<think>c", "repeated tag")),
+    ("<think> \n</think>b", ("", "b", "empty thought")),
+    ("<think>\nThe user </think>b", ("The user", "b", "empty thought")),
+    ("<think>a</think> \n", ("a", "", "empty answer")),
+    ("<think></think>", ("", "", "empty thought")),
+  ],
+)
+def test_split_thought(completion, want):
+  assert text.split_thought(completion, THINK) == want
+
+
+@hypothesis.given(
+  st.lists(
+    st.sampled_from(["<think>", "</think>", "a", " ", "The user", "\n"]), max_size=8
+  )
+)
+def test_a_well_formed_split_puts_together_again(parts):
+  completion = "".join(parts)
+  thought, answer, malformed = text.split_thought(completion, THINK)
+  if not malformed:
+    again = f"<think>{thought}</think>{answer}"
+    assert text.split_thought(again, THINK) == (thought, answer, "")
+    assert "think>" not in thought + answer and thought and answer
+
+
+@pytest.mark.parametrize(
+  "open_, close",
+  [("", "</t>"), ("<t>", ""), ("<t>", "a<t>"), ("<t>\n</u>", "</u>"), ("\nx", "</t>")],
+)
+def test_think_formats_that_cannot_be_parsed_are_refused(open_, close):
+  with pytest.raises(ValueError, match="tag"):
+    text.ThinkFormat(open=open_, close=close)
+
+
+# --- packing ---
+
+ROWS = st.lists(st.integers(1, 9), max_size=20)
+
+
+def make_rows(sizes):
+  return [
+    ([2] * n, [float(i + 1)] * n, {"gain": float(-i)}) for i, n in enumerate(sizes)
+  ]
+
+
+@hypothesis.given(ROWS, st.integers(1, 4))
+def test_packing_loses_nothing_and_overlaps_nothing(sizes, multiple):
+  rows = make_rows(sizes)
+  packed = text.pack(rows, length=9, rows_multiple=multiple)
+  assert packed.tokens_BT.shape[0] % multiple == 0 < packed.tokens_BT.shape[0]
+  assert packed.tokens_BT.shape[1] == 9
+  assert np.sum(packed.segments_BT > 0) == sum(sizes)
+  for (tokens, row_weights, extras), (b, start, size) in zip(
+    rows, packed.where, strict=True
+  ):
+    place = b, slice(start, start + size)
+    assert packed.tokens_BT[place].tolist() == tokens
+    assert packed.positions_BT[place].tolist() == list(range(size))
+    assert packed.weight_BT[place].tolist() == [0.0, *row_weights[1:]]
+    assert packed.extras["gain"][place].tolist() == [extras["gain"]] * size
+    segment = packed.segments_BT[b, start]
+    assert np.array_equal(
+      np.flatnonzero(packed.segments_BT[b] == segment), np.arange(start, start + size)
+    )
+  padding = packed.segments_BT == 0
+  assert not packed.weight_BT[padding].any() and not packed.tokens_BT[padding].any()
+  assert packed.positions_BT[padding].sum() == 0
+
+
+@hypothesis.given(ROWS)
+def test_packing_takes_the_first_line_with_room(sizes):
+  space, want = [], []
+  for n in sizes:
+    b = next((b for b, room in enumerate(space) if room >= n), len(space))
+    if b == len(space):
+      space.append(9)
+    want.append((b, 9 - space[b], n))
+    space[b] -= n
+  assert text.pack(make_rows(sizes), length=9).where == tuple(want)
+
+
+def test_padded_rows_keep_their_line_and_masks_become_weights():
+  packed = text.pad_rows([([5, 2, 2], [False, True, True]), ([2], [True])], length=4)
+  assert packed.tokens_BT.tolist() == [[5, 2, 2, 0], [2, 0, 0, 0]]
+  assert packed.segments_BT.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+  assert packed.weight_BT.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+  assert packed.tokens_BT.dtype == packed.segments_BT.dtype == np.int32
+  assert packed.weight_BT.dtype == np.float32 and packed.extras == {}
+
+
+@pytest.mark.parametrize(
+  "rows, message",
+  [
+    ([([1] * 5, [1.0] * 5)], "row 0 has 5 tokens, wanted 1 to 4"),
+    ([([1], [1.0]), ([], [])], "row 1 has 0 tokens"),
+    ([([1, 2], [1.0])], "2 tokens and 1 weights"),
+    ([([1], [float("nan")])], "not finite"),
+    ([([1], [1.0], {"a": 1.0}), ([1], [1.0])], "row 1 has extras"),
+  ],
+)
+@pytest.mark.parametrize("lay", [text.pack, text.pad_rows])
+def test_rows_that_do_not_fit_are_refused(lay, rows, message):
+  with pytest.raises(ValueError, match=message):
+    lay(rows, length=4)

