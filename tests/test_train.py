@@ -1,0 +1,480 @@
+"""Token statistics, the update, shardings and the SFT loss against plain loops."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from dalign import model
+from dalign import ops
+from dalign import sft
+from dalign import sharding
+from dalign import text
+from dalign import train
+from dalign.config import MeshConfig
+from dalign.config import OptimizerConfig
+from dalign.types import Mean
+
+OPTIMIZER = OptimizerConfig(
+  learning_rate=1e-2,
+  warmup_share=0.3,
+  final_share=0.1,
+  beta1=0.8,
+  beta2=0.95,
+  weight_decay=0.2,
+  clip_norm=0.5,
+)
+KEY = jax.random.key(0)
+
+
+def close(got, want, *, atol=1e-5, rtol=1e-4):
+  got = jax.tree_util.tree_flatten_with_path(got)[0]
+  want = jax.tree_util.tree_flatten_with_path(want)[0]
+  for (path, a), (_, b) in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=str(path))
+
+
+# --- ops ---
+
+
+def test_matmul_rounds_its_operands_and_sums_in_float32():
+  rng = np.random.default_rng(0)
+  x, w, g = (
+    rng.standard_normal(shape, np.float32)
+    for shape in [(3, 5, 600), (600, 7), (3, 5, 7)]
+  )
+  low = functools.partial(ops.matmul, dtype=jnp.dtype("bfloat16"))
+  out, back = jax.vjp(low, x, w)
+  dx, dw = back(g)
+  bx, bw, bg = (a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (x, w, g))
+  assert {a.dtype for a in (out, dx, dw)} == {jnp.dtype("float32")}
+  np.testing.assert_allclose(out, bx @ bw, atol=1e-4)
+  np.testing.assert_allclose(dx, bg @ bw.T, atol=1e-4)
+  np.testing.assert_allclose(dw, np.einsum("abi,abo->io", bx, bg), atol=1e-4)
+  assert np.abs(out - x @ w).max() > 1e-2
+
+
+def plain_stats(hidden_TD, head_DV, targets_T, temperature):
+  """One token at a time, in float64: log-probability, entropy, hit."""
+  rows = []
+  for hidden_D, target in zip(hidden_TD.astype(float), targets_T, strict=True):
+    logits_V = hidden_D @ head_DV / temperature
+    logp_V = logits_V - logits_V.max()
+    logp_V -= np.log(np.exp(logp_V).sum())
+    entropy = -(np.exp(logp_V) * logp_V).sum()
+    rows.append((logp_V[target], entropy, float(target == logits_V.argmax())))
+  return np.array(rows).T
+
+
+@pytest.mark.parametrize("chunk, temperature", [(4, 1.0), (5, 0.7), (100, 1.3)])
+def test_token_stats_are_those_of_one_token_at_a_time(chunk, temperature):
+  rng = np.random.default_rng(chunk)
+  B, T, D, V = 2, 7, 6, 11
+  hidden = 2 * rng.standard_normal((B, T, D), np.float32)
+  head = rng.standard_normal((D, V), np.float32)
+  targets = (hidden @ head).argmax(-1)
+  targets[:, ::2] = rng.integers(0, V, (B, 4))
+  stats = jax.jit(
+    functools.partial(
+      ops.token_stats, dtype=jnp.float32, chunk=chunk, temperature=temperature
+    )
+  )
+  got = stats(hidden, head, targets)
+  for b in range(B):
+    want = plain_stats(hidden[b], head, targets[b], temperature)
+    for a, w in zip((got.logp, got.entropy, got.hit), want, strict=True):
+      np.testing.assert_allclose(a[b], w, atol=1e-4)
+  assert 0 < got.hit.mean() < 1
+
+  def dense(hidden, head):
+    logp = jax.nn.log_softmax(hidden @ head / temperature)
+    return jnp.sum(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] ** 2)
+
+  def chunked(hidden, head):
+    stats_BT = stats(hidden, head, targets)
+    return jnp.sum(stats_BT.logp**2) + jnp.sum(stats_BT.entropy + stats_BT.hit)
+
+  got, want = (jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, dense))
+  close(got, want)
+
+
+def test_segments_see_themselves():
+  mask = ops.segment_mask(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0]]))
+  want = [[True, False, False]] * 2 + [[False, True, False], [False, False, True]]
+  np.testing.assert_array_equal(mask[0], want)
+
+
+def test_keys_differ_by_name_step_and_row():
+  keys = [ops.stream(KEY, name, step) for name in ("rl", "sft") for step in (0, 1)]
+  assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 4
+  rows = jax.random.key_data(ops.per_row(KEY, jnp.array([5, 9, 5], jnp.uint32)))
+  alone = jax.random.key_data(ops.per_row(KEY, jnp.array([9], jnp.uint32)))
+  np.testing.assert_array_equal(rows[1], alone[0])
+  np.testing.assert_array_equal(rows[0], rows[2])
+  assert (rows[0] != rows[1]).any()
+
+
+# --- The update ---
+
+
+def squares(params, batch, key):
+  """Squared errors of a small linear model, on the rows that count."""
+  del key
+  error_BO = batch["x"] @ params["w"] + params["b"][None] - batch["y"]
+  return Mean.of(jnp.sum(error_BO**2, axis=-1), batch["real"]), {
+    "bias": Mean.of(params["b"][0])
+  }
+
+
+def linear(seed, rows):
+  rng = np.random.default_rng(seed)
+  shapes = {"x": (rows, 3), "y": (rows, 2)}
+  batch = {n: 2 * rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+  return batch | {"real": np.arange(rows) % 4 != 1}
+
+
+def one(batch, micro=1):
+  """The batch as so many micro-batches."""
+  return jax.tree.map(lambda x: jnp.reshape(x, (micro, -1, *x.shape[1:])), batch)
+
+
+def plain_adamw(params, gradient, steps):
+  """Decoupled weight decay (1711.05101) after clipping, in float64 and written out."""
+  o, state = OPTIMIZER, {n: [0.0, 0.0] for n in params}
+  for step in range(steps):
+    grads = gradient(params)
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    warmup = round(o.warmup_share * steps)
+    if step < warmup:
+      rate = o.learning_rate * (1 / warmup + (1 - 1 / warmup) * step / warmup)
+    else:
+      along = (step - warmup) / (steps - warmup)
+      cosine = (1 + np.cos(np.pi * along)) / 2
+      rate = o.learning_rate * (o.final_share + (1 - o.final_share) * cosine)
+    for n, g in grads.items():
+      g = g * min(1.0, o.clip_norm / norm)
+      m, v = state[n]
+      m, v = o.beta1 * m + (1 - o.beta1) * g, o.beta2 * v + (1 - o.beta2) * g**2
+      state[n] = [m, v]
+      m, v = m / (1 - o.beta1 ** (step + 1)), v / (1 - o.beta2 ** (step + 1))
+      decay = o.weight_decay * params[n] if params[n].ndim > 1 else 0.0
+      params[n] = params[n] - rate * (m / (np.sqrt(v) + 1e-8) + decay)
+  return params
+
+
+def test_updates_are_those_of_written_out_adamw():
+  batch = linear(0, 8)
+  start = {"w": np.full((3, 2), 0.3, np.float32), "b": np.full(2, -0.4, np.float32)}
+  tx = train.make_optimizer(OPTIMIZER, steps=10)
+  update = jax.jit(train.make_update(squares, tx))
+  state = train.create(jax.tree.map(jnp.asarray, start), tx)
+  for _ in range(10):
+    state, metrics = update(state, one(batch), KEY, 1)
+  x, y = (batch[n][batch["real"]].astype(float) for n in ("x", "y"))
+
+  def gradient(p):
+    error = 2 * (x @ p["w"] + p["b"] - y) / len(x)
+    return {"w": x.T @ error, "b": error.sum(axis=0)}
+
+  want = plain_adamw({n: p.astype(float) for n, p in start.items()}, gradient, 10)
+  close(state.params, want)
+  assert state.step == 10
+  assert metrics["loss"].count == 6 and metrics["grad_norm"].value() > 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_short_runs_have_a_schedule(steps):
+  tx = train.make_optimizer(OPTIMIZER, steps=steps)
+  state = train.create({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, tx)
+  update = jax.jit(train.make_update(squares, tx))
+  state, _ = update(state, one(linear(0, 4)), KEY, 1)
+  moved = np.abs(state.params["b"] - 1)
+  assert np.isfinite(moved).all() and moved.max() > 1e-4
+
+
+def test_micro_batches_change_nothing():
+  """Also where they hold different numbers of real rows, and one holds none."""
+  batch = linear(1, 16)
+  batch["real"][4:8] = False
+  batch["y"][4:8] = np.nan  # what is masked may be anything
+  batch["x"][5] = 1e30
+  tx = optax.sgd(1.0)  # parameters move by the gradient
+  update = jax.jit(train.make_update(squares, tx))
+  start = {"w": jnp.full((3, 2), 0.3), "b": jnp.full(2, -0.4)}
+  whole = update(train.create(start, tx), one(batch), KEY, 1)
+  for micro in (2, 4, 16):
+    state, metrics = update(train.create(start, tx), one(batch, micro), KEY, micro)
+    close(state.params, whole[0].params)
+    assert metrics["loss"].count == 9
+    np.testing.assert_allclose(metrics["loss"].total, whole[1]["loss"].total, rtol=1e-5)
+
+
+def test_unused_micro_batches_are_not_looked_at():
+  batch = linear(1, 16)
+  tx = optax.sgd(1.0)
+  update = jax.jit(train.make_update(squares, tx))
+  start = {"w": jnp.full((3, 2), 0.3), "b": jnp.full(2, -0.4)}
+  few = jax.tree.map(lambda x: x[:8], batch)
+  want, want_metrics = update(train.create(start, tx), one(few, 2), KEY, 2)
+  batch["x"][8:] = np.nan
+  got, metrics = update(train.create(start, tx), one(batch, 4), KEY, 2)
+  close((got.params, metrics), (want.params, want_metrics))
+  update(train.create(start, tx), one(batch, 4), KEY, 1)
+  assert update._cache_size() == 2  # one a shape, none a number of used ones
+
+
+def test_each_micro_batch_has_its_own_key():
+  def noise(params, batch, key):
+    noise = jax.random.normal(key)
+    return Mean(params["b"][0] * noise, batch["x"].sum()), {"noise": Mean.of(noise**2)}
+
+  tx = optax.sgd(1.0)
+  update = jax.jit(train.make_update(noise, tx))
+  start, batch = {"b": jnp.zeros(1)}, {"x": jnp.ones((3, 1))}
+  runs = [update(train.create(start, tx), batch, KEY, used)[1] for used in (1, 2, 3)]
+  totals = np.diff([0.0] + [float(m["noise"].total) for m in runs])
+  assert len(set(totals.round(6).tolist())) == 3
+
+
+def test_a_batch_that_trains_nothing_moves_only_by_decay():
+  batch = linear(1, 4) | {"real": np.zeros(4, bool)}
+  tx = train.make_optimizer(OPTIMIZER, steps=10)
+  state = train.create({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, tx)
+  update = jax.jit(train.make_update(squares, tx))
+  state, metrics = update(state, one(batch), KEY, 1)
+  assert metrics["loss"].value() == 0
+  np.testing.assert_array_equal(state.params["b"], 1)
+  assert ((state.params["w"] < 1) & (state.params["w"] > 0.99)).all()
+
+
+@pytest.mark.parametrize("inside", ["", "trunk"])
+def test_vectors_are_not_decayed_though_layers_are_stacked(inside):
+  """In a decoder's tree and in a reward model's, whose decoder is its trunk."""
+  layers = {"attn_norm": jnp.ones((2, 3)), "q": jnp.ones((2, 3, 3))}
+  params = {"embed": jnp.ones((4, 3)), "norm": jnp.ones(3), "layers": layers}
+  if inside:
+    params = {inside: params, "score": {"weight": jnp.ones(3), "bias": jnp.ones(1)}}
+  tx = train.make_optimizer(OPTIMIZER, steps=10)
+  still = jax.tree.map(jnp.zeros_like, params)
+  moves, _ = tx.update(still, tx.init(params), params)
+  moved = {
+    path[-1].key: bool((move != 0).any())
+    for path, move in jax.tree_util.tree_flatten_with_path(moves)[0]
+  }
+  assert {name for name, move in moved.items() if move} == {"embed", "q"}
+
+
+def test_means_add_before_they_are_divided():
+  a = Mean.of(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
+  b = Mean.of(jnp.array([10.0]))
+  assert (a + b).value() == 14 / 3
+  assert Mean.of(jnp.ones(3), jnp.zeros(3, bool)).value() == 0
+
+
+# --- Shardings ---
+
+
+def test_meshes_use_all_devices():
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  with pytest.raises(ValueError, match="data 3 x fsdp 2 x tensor 1 .* devices, 8"):
+    sharding.make_mesh(MeshConfig(data=3, fsdp=2, tensor=1))
+  with pytest.raises(ValueError, match="is not the number of devices, 8"):
+    sharding.make_mesh(MeshConfig(data=3, fsdp=-1, tensor=1))
+  with pytest.raises(ValueError, match="at most one axis may be -1"):
+    sharding.make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=1))
+
+
+def test_logical_axes_become_mesh_axes():
+  assert sharding.spec(("layer", "width", "heads")) == P(None, "fsdp", "tensor")
+  assert sharding.spec(("batch", None)) == P(("data", "fsdp"), None)
+  with pytest.raises(ValueError, match="lays one mesh axis on two dimensions"):
+    sharding.spec(("heads", "ffw"))
+  with pytest.raises(KeyError, match="rows"):
+    sharding.spec(("rows",))
+
+
+def test_axes_that_do_not_divide_are_dropped(params):
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  placed = sharding.shardings(mesh, model.logical_axes(params), params)
+  assert placed["embed"].spec == P(None, "fsdp")  # 97 words lie on two devices badly
+  assert placed["layers"]["q"].spec == P(None, "fsdp", "tensor")
+  rows = sharding.batch_sharding(mesh, jnp.zeros((3, 8, 5)), lead=1)
+  assert rows.spec == P(None, ("data", "fsdp"), None)
+  assert sharding.batch_sharding(mesh, jnp.zeros((6, 5))).spec == P(None, None)
+
+
+def test_moments_lie_as_their_parameters(params):
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  tx = train.make_optimizer(OPTIMIZER, steps=10)
+  state = jax.eval_shape(lambda p: train.create(p, tx), params)
+  placed = train.state_shardings(mesh, state, model.logical_axes(params))
+  adam = next(s for s in jax.tree.leaves(placed.opt_state, is_leaf=_adam) if _adam(s))
+  assert adam.mu == placed.params and adam.nu == placed.params
+  assert adam.count.spec == placed.step.spec == P()
+
+
+def _adam(x):
+  return isinstance(x, optax.ScaleByAdamState)
+
+
+# --- SFT ---
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """Rows of (tokens, weights): a prompt without weight, then what is trained."""
+  rng = np.random.default_rng(3)
+  sizes = [(5, 9), (3, 4), (8, 12), (2, 2), (6, 1), (4, 7), (1, 11), (7, 7)]
+  return [
+    (rng.integers(0, 97, p + n).tolist(), [0.0] * p + [1.0] * (n - 1) + [0.5])
+    for p, n in sizes
+  ]
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradient(params, cfg, compute):
+  loss = sft.make_loss(cfg=cfg, compute=compute)
+
+  @jax.jit
+  def run(batch):
+    def total(p):
+      mean, metrics = loss(p, batch, KEY)
+      return mean.total, (mean, metrics)
+
+    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
+    return mean, metrics, grads
+
+  return run
+
+
+def sft_batch(packed: text.Packed, micro=None):
+  names = ("tokens_BT", "positions_BT", "segments_BT", "weight_BT")
+  batch = {n: getattr(packed, n) for n in names}
+  return batch if micro is None else one(batch, micro)
+
+
+def test_sft_loss_is_the_sum_of_weighted_tokens(
+  rows, loss_and_gradient, params, cfg, compute
+):
+  packed = text.pad_rows(rows, length=24)
+  mean, metrics, _ = loss_and_gradient(sft_batch(packed))
+  forward = jax.jit(functools.partial(model.forward, cfg=cfg, compute=compute))
+  hidden_BTD, _ = forward(
+    params, packed.tokens_BT, packed.positions_BT, packed.segments_BT
+  )
+  head, want, entropies, hits = np.asarray(model.head(params)), 0.0, [], []
+  for hidden_TD, (tokens, weight) in zip(np.asarray(hidden_BTD), rows, strict=True):
+    n = len(tokens)
+    logp, entropy, hit = plain_stats(hidden_TD[: n - 1], head, tokens[1:], 1.0)
+    trained = np.array(weight[1:]) > 0
+    want -= (logp * weight[1:]).sum()
+    entropies += entropy[trained].tolist()
+    hits += hit[trained].tolist()
+  np.testing.assert_allclose(mean.total, want, rtol=1e-5)
+  assert mean.count == sum(sum(w) for _, w in rows)
+  np.testing.assert_allclose(
+    metrics["entropy_nats"].value(), np.mean(entropies), rtol=1e-4
+  )
+  np.testing.assert_allclose(metrics["accuracy"].value(), np.mean(hits), rtol=1e-4)
+  tokens = sum(len(t) for t, _ in rows)
+  assert metrics["trained_fraction"].value() == pytest.approx(len(hits) / tokens)
+
+
+def test_packing_padding_and_order_change_no_sft_gradient(rows, loss_and_gradient):
+  padded = loss_and_gradient(sft_batch(text.pad_rows(rows, length=24)))
+  turned = loss_and_gradient(sft_batch(text.pad_rows(rows[::-1], length=24)))
+  packed = text.pack(rows, length=24, rows_multiple=8)
+  assert (packed.segments_BT == 0).all(axis=1).any()  # a line of padding alone
+  packed = loss_and_gradient(sft_batch(packed))
+  close(packed, padded)
+  close(turned, padded)
+  alone = [
+    loss_and_gradient(sft_batch(text.pad_rows([row] * 8, length=24))) for row in rows
+  ]
+  total = sum(a[0].total for a in alone) / 8
+  np.testing.assert_allclose(total, padded[0].total, rtol=1e-5)
+
+
+def test_padding_alone_has_finite_gradients(loss_and_gradient):
+  packed = text.pad_rows([([1], [0.0])] * 8, length=24)
+  for x in (packed.segments_BT, packed.weight_BT):
+    x[...] = 0
+  mean, _, grads = loss_and_gradient(sft_batch(packed))
+  assert mean.total == mean.count == 0
+  assert all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.fixture(scope="module")
+def step_of(params, cfg, compute):
+  """`step_of(data, fsdp, tensor)` -> (step, state) of SFT on so many devices."""
+  tx = train.make_optimizer(dataclasses.replace(OPTIMIZER, clip_norm=1e9), steps=10)
+  update = train.make_update(sft.make_loss(cfg=cfg, compute=compute), tx)
+
+  def make(data, fsdp, tensor):
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    state = train.create(jax.tree.map(jnp.copy, params), tx)
+    axes = model.logical_axes(params)
+    state = jax.device_put(state, train.state_shardings(mesh, state, axes))
+    return train.jit_update(update, mesh, state, axes), state
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def batches(rows):
+  made = [text.pad_rows(part, length=24) for part in (rows, rows[::-1])]
+  made.append(text.pack(rows, length=24, rows_multiple=8))
+  return [sft_batch(packed, micro=2) for packed in made]
+
+
+@pytest.fixture(scope="module")
+def one_device(step_of, batches):
+  """The compiled update on one device: its text, and what three steps gave."""
+  step, state = step_of(1, 1, 1)
+  two = jnp.int32(2)
+  compiled = step.jitted.lower(state, batches[0], KEY, two).compile()
+  trace = []
+  for batch in batches:
+    state, metrics = compiled(state, batch, KEY, two)
+    trace.append(jax.device_get((state.params, metrics)))
+  return compiled.as_text(), trace
+
+
+def test_a_mesh_of_eight_gives_the_same_updates(one_device, step_of, batches):
+  """And compiles once, moves no parameter, and gives the old state's memory back."""
+  step, state = step_of(2, 2, 2)
+  first = state.params["layers"]["q"]
+  assert len(first.sharding.device_set) == 8
+  for batch, (want, want_metrics) in zip(batches, one_device[1], strict=True):
+    state, metrics = step(state, batch, KEY, 2)
+    assert first.is_deleted()
+    close(metrics, want_metrics)
+    close(state.params, want, atol=1e-5, rtol=0)
+  assert state.params["layers"]["q"].sharding.spec == P(None, "fsdp", "tensor")
+  step(state, batches[0], KEY, 1)
+  assert step.jitted._cache_size() == 1
+
+
+def test_steps_lower_the_loss(one_device):
+  losses = [float(metrics["loss"].value()) for _, metrics in one_device[1]]
+  assert losses[2] < losses[1] < losses[0]
+
+
+def test_the_sft_step_never_holds_all_logits(one_device, cfg, compute):
+  """No buffer of the program is larger than one chunk's logits, parameters aside."""
+  shapes = {
+    tuple(map(int, dims.split(",")))
+    for dims in re.findall(r"(?:f32|bf16|pred|s32)\[([\d,]+)\]", one_device[0])
+  }
+  words = {s for s in shapes if cfg.vocab in s and cfg.width not in s}
+  assert (compute.logits_chunk, cfg.vocab) in words
+  assert max(np.prod(s) for s in words) == compute.logits_chunk * cfg.vocab, words
