@@ -33,7 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.compute = dict(dtype="bfloat16", kv_dtype="float32", remat=True, logits_chunk=512)
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.sampler = dict(
-    slots=64,
+    # A step's time is proportional to the slots, whether they are full or not: few keep
+    # them busy until the end.
+    slots=32,
     lanes=4,
     chunk=8,
     prefill=16,
@@ -46,12 +48,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.spec = dict(dir="specs", detail="clauses")
   c.data = dict(source="bundled", columns={}, dir="~/.cache/dalign")
   c.generate = dict(
-    prompts=486,
+    # A 135M model almost never writes a safe completion that stands up to the rubric (3
+    # of 87 samples); it learns those from the spec's worked examples (sft.worked).
+    prompts=dict(refuse=171, safe_complete=0, comply=162),
     helpful=60,
     capability=60,
     demonstrations=3,
-    batch=2,
-    most=6,
+    batch=1,
+    most=4,
     enough=1,
     threshold=0.7,
     temperature=0.6,
@@ -66,10 +70,11 @@ def get_config() -> ml_collections.ConfigDict:
     quality=True,
   )
   c.sft = dict(
-    epochs=3,
-    worked=False,
+    epochs=1,
+    worked=True,
     leak_words=8,
-    batch=dict(micro=2, rows=4, length=512),
+    # Lines of 256 tokens: over longer packed lines attention costs most of a step.
+    batch=dict(micro=2, rows=8, length=256),
     optimizer=optimizer(1e-4),
     checkpoint_every=10,
   )
@@ -77,19 +82,22 @@ def get_config() -> ml_collections.ConfigDict:
     start="sft",
     detail="clauses",
     metadata=True,
-    steps=40,
+    steps=24,
     rows=16,
-    length=192,
+    length=160,
     held_out=0.15,
     pair_weight=1.0,
-    optimizer=optimizer(5e-5),
+    optimizer=optimizer(2e-4),
     checkpoint_every=20,
   )
   c.rl = dict(
     start="sft",
-    reward="model",
-    steps=10,
-    prompts=12,
+    # "model" asks the trained reward model. After the 24 steps that fit here it agreed
+    # with the judge on 61% of 160 held-out answers (at a learning rate of 5e-5): too few
+    # to train a policy on.
+    reward="rubric",
+    steps=6,
+    prompts=14,
     capability=2,
     samples=4,
     temperature=0.8,
@@ -98,9 +106,9 @@ def get_config() -> ml_collections.ConfigDict:
     kl_weight=0.002,
     ratio_cap=2.0,
     length_norm=100.0,
-    batch=dict(micro=3, rows=4, length=512),
-    optimizer=optimizer(1e-5),
-    checkpoint_every=5,
+    batch=dict(micro=6, rows=8, length=256),
+    optimizer=optimizer(2e-5),
+    checkpoint_every=3,
     show_every=2,
   )
   c.eval = dict(

@@ -40,13 +40,24 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.think = dict(open="<think>", close="~")
   c.generate.update(
-    dict(prompts=9, helpful=2, capability=2, demonstrations=1, most=2, max_new=96)
+    dict(
+      prompts=dict(refuse=9, safe_complete=2, comply=9),
+      helpful=2,
+      capability=2,
+      demonstrations=1,
+      most=2,
+      max_new=96,
+    )
   )
   c.filter.quality = False
   c.sft.update(dict(epochs=1, worked=True, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
   c.reward.update(dict(steps=3, rows=8, length=256, checkpoint_every=2))
-  c.rl.update(dict(steps=2, prompts=5, capability=1, max_new=96, checkpoint_every=1))
+  c.rl.update(
+    dict(
+      reward="model", steps=2, prompts=5, capability=1, max_new=96, checkpoint_every=1
+    )
+  )
   c.rl.batch = dict(micro=2, rows=4, length=2048)
   c.eval.update(dict(prompts=9, helpful=2, capability=2, max_new=24, trials=100))
   return c

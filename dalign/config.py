@@ -177,14 +177,15 @@ class DataConfig:
 class GenerateConfig:
   """Stage 1. Each prompt is sampled in rounds until enough samples look right.
 
-  prompts, helpful, capability: how many training prompts of each kind.
+  prompts: how many training prompts of each ideal response type, as {"refuse": n, ...};
+  helpful, capability: how many of those kinds.
   demonstrations: worked examples in the context, the last of the prompt's ideal type.
   batch: samples a prompt and round.  most: samples a prompt at the most.
   enough: stop with a prompt that has this many samples that look right: well-formed,
     and at least `threshold` to the rubric without its language quality.
   """
 
-  prompts: int
+  prompts: Mapping[str, Any]
   helpful: int
   capability: int
   demonstrations: int

@@ -3,7 +3,7 @@
   python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Exit codes: 0 done, or saved on SIGTERM; 2 bad input or config; 1 anything else. One
-line on stderr says which.
+line on stderr says which. README.md says what can be overridden and what comes out.
 """
 
 import os
@@ -28,16 +28,28 @@ def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
   """The checked config and the workdir; ValueError for anything that is wrong."""
   try:
     rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
+    if _CONFIG.value is None or not _WORKDIR.value:
+      raise ValueError("wanted --config=FILE and --workdir=FOLDER; see README.md")
+    node = _CONFIG.value.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-    raise ValueError(" ".join(str(error).split())) from error
-  if len(rest) > 1:
-    raise ValueError(
-      f"unexpected argument {rest[1]!r}: options are --config.NAME=VALUE"
-    )
-  if _CONFIG.value is None or not _WORKDIR.value:
-    raise ValueError("wanted --config=FILE and --workdir=FOLDER; see README.md")
-  config = configs.build(configs.Config, _CONFIG.value.to_dict())
-  return config, pathlib.Path(_WORKDIR.value)
+    raise ValueError(_one_line(error, argv)) from error
+  return configs.build(configs.Config, node), pathlib.Path(_WORKDIR.value)
+
+
+def _one_line(error: BaseException, argv: list[str]) -> str:
+  """An error of the flag libraries in one line; a KeyError inside is an unknown field,
+  of which ml_collections names the nearest."""
+  cause = error
+  while cause.args and isinstance(cause.args[0], BaseException):
+    cause = cause.args[0]
+  text = " ".join(str(cause.args[0] if cause.args else cause).split())
+  if not isinstance(cause, KeyError):
+    return text
+  missing = text.split("'")[1] if "'" in text else text
+  given = next((a.split("=")[0] for a in argv if f".{missing}=" in a), missing)
+  return f"{given.lstrip('-')}: no such field. {text.partition(' ')[2]}".strip()
 
 
 def prepare_jax() -> None:
@@ -57,8 +69,12 @@ def _stop(*_):
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the stages and returns the exit code."""
+  argv = sys.argv if argv is None else argv
+  if "--help" in argv[1:]:
+    print(__doc__)
+    return 0
   try:
-    config, workdir = read_flags(sys.argv if argv is None else argv)
+    config, workdir = read_flags(argv)
     signal.signal(signal.SIGTERM, _stop)
     prepare_jax()
     from dalign import pipeline

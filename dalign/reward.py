@@ -69,6 +69,8 @@ def make_loss(*, cfg: ModelConfig, compute: Compute, pair_weight: float):
   Regression is the cross-entropy between the judge's score in [0, 1] and the sigmoid.
   A pair is two rows of one prompt whose scores differ; its loss is Bradley-Terry's
   log-sigmoid of the logit difference (2203.02155, eq. 1), weighted by the difference.
+  Both are summed and divided by the rows, so micro-batches that keep the answers to a
+  prompt together change nothing.
   """
 
   def loss(params, batch, key):
@@ -85,7 +87,7 @@ def make_loss(*, cfg: ModelConfig, compute: Compute, pair_weight: float):
     win_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * gap_BB
     points = Mean.of(point_B, real_B)
     pairs = Mean.of(win_BB, pair_BB)
-    total = points.total + pair_weight * pairs.value() * points.count
+    total = points.total + pair_weight * pairs.total
     error_B = jnp.abs(jax.nn.sigmoid(logit_B) - score_B)
     return Mean(total, points.count), {
       "point_nats": points,

@@ -50,7 +50,8 @@ def combine(judged_BR, well_formed_BR, kl_BR, *, kl_weight: float):
   kl_BR is the sum over a rollout's sampled tokens of log pi_old - log pi_ref, in nats
   (k1 in the reward, METHOD 5: as a differentiable penalty it would have no gradient).
   """
-  return judged_BR * well_formed_BR - kl_weight * kl_BR
+  judged_BR = jnp.where(well_formed_BR, judged_BR, 0.0)  # NaN where never judged
+  return judged_BR - kl_weight * kl_BR
 
 
 def make_loss(

@@ -105,7 +105,13 @@ def like_params(mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTr
   return jax.tree_util.tree_map_with_path(place, state)
 
 
-def batch_sharding(mesh: Mesh, x, *, lead: int = 0) -> NamedSharding:
-  """Rows over data x fsdp; `lead` axes before the rows (micro-batches) stay whole."""
+def batch_sharding(mesh: Mesh, name: str, x, *, lead: int = 0) -> NamedSharding:
+  """Rows over data x fsdp; `lead` axes before the rows (micro-batches) stay whole.
+
+  A batch's arrays carry their dimensions in their names: one whose suffix does not
+  begin with B (such as prefix_P) has no rows, and every device holds all of it.
+  """
+  if not name.rpartition("_")[2].startswith("B"):
+    return NamedSharding(mesh, P())
   names = (None,) * lead + ("batch",) + (None,) * (x.ndim - lead - 1)
   return fits(NamedSharding(mesh, spec(names)), x.shape)

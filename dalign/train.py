@@ -95,7 +95,10 @@ def make_update(loss_fn: LossFn, tx: optax.GradientTransformation):
     def add(i, sums):
       return jax.tree.map(jnp.add, sums, part(i))
 
-    sums = jax.lax.fori_loop(1, used, add, part(0))
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jnp.int32(0))
+    )
+    sums = jax.lax.fori_loop(0, used, add, zeros)
     grads, loss, metrics = sums
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
     norm = optax.global_norm(grads)
@@ -128,9 +131,10 @@ def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree):
   )
 
   def step(state, batch, key, used):
-    batch = jax.tree.map(
-      lambda x: jax.device_put(x, sharding.batch_sharding(mesh, x, lead=1)), batch
-    )
+    batch = {
+      name: jax.device_put(x, sharding.batch_sharding(mesh, name, x, lead=1))
+      for name, x in batch.items()
+    }
     return jitted(state, batch, key, jnp.int32(used))
 
   step.jitted = jitted

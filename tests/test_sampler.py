@@ -26,15 +26,11 @@ TAILS = (
   (5, 5, 5),
 )
 PROMPTS = tuple(HEAD + tail for tail in TAILS)
+LONG = tuple(tuple(range(40, 50)) + tail for tail in ((3, 4), (5,)))  # share 10 > 8
+APART = ((30, 31), (50, 51, 52, 53), (70,))
 STOP = 5
 SHAPES = SamplerConfig(
-  slots=3,
-  chunk=5,
-  prefill=2,
-  prompt_room=16,
-  prompt_step=8,
-  prefix_step=4,
-  share_from=4,
+  slots=4, lanes=2, chunk=5, prefill=2, prompt_room=16, prompt_step=8, prefix_step=4
 )
 ROOM = {"prefix_room": 8, "prompt_room": 16, "max_new": 64}
 
@@ -60,14 +56,14 @@ def unstacked(made, params):
 
 @pytest.fixture(scope="module")
 def sample(made, params, unstacked):
-  """`sample(requests, ...)` -> {row id: Completion}, each checked to be there once."""
+  """`sample(*groups, ...)` -> {row id: Completion}, each checked to be there once."""
 
-  def run(requests, *, seed=0, temperature=1.0, more=lambda _: (), **changed):
+  def run(*groups, seed=0, temperature=1.0, more=lambda _: (), **changed):
     done = list(
       made(**changed).run(
         params,
         unstacked,
-        requests,
+        groups,
         key=jax.random.key(seed),
         temperature=temperature,
         more=more,
@@ -86,6 +82,11 @@ def requests(prompts=PROMPTS, max_new=64, ids=None) -> list[Request]:
     Request(tokens=tokens, row_id=i, max_new=max_new)
     for i, tokens in zip(ids, prompts, strict=True)
   ]
+
+
+def three_groups() -> list[list[Request]]:
+  """Five rows, then two, then three, for two lanes of two slots."""
+  return [requests(), requests(LONG, ids=(10, 11)), requests(APART, ids=(20, 21, 22))]
 
 
 def same(got, want, *, atol=1e-5):
@@ -167,23 +168,22 @@ def plain_decode(params, prompt, n, *, cfg, compute) -> tuple[int, ...]:
 
 
 def test_greedy_tokens_are_those_of_the_full_forward(sample, params, cfg, compute):
-  got = sample(requests(), temperature=0.0)
-  for i, prompt in enumerate(PROMPTS):
-    want = plain_decode(params, prompt, 64, cfg=cfg, compute=compute)
-    assert got[i].tokens == want, i
-    assert got[i].finish == ("length" if len(want) == 64 else "stop")
+  for i, done in sample(requests(), temperature=0.0).items():
+    want = plain_decode(params, done.request.tokens, 64, cfg=cfg, compute=compute)
+    assert done.tokens == want, i
+    assert done.finish == ("length" if len(want) == 64 else "stop")
 
 
 def test_greedy_tokens_are_those_of_transformers(sample, params, cfg, tmp_path):
-  """Five rows through three slots, 64 steps, with and without a shared prefix."""
+  """Ten rows through four slots, 64 steps."""
   torch = pytest.importorskip("torch", reason="transformers computes with torch")
   transformers = pytest.importorskip("transformers")
   weights.save_hf(str(tmp_path), cfg, params, weights.tiny_tokenizer())
   hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-  shared = sample(requests(), temperature=0.0)
-  alone = sample(requests(), temperature=0.0, share_from=1000)
-  same(shared, alone)
-  for i, prompt in enumerate(PROMPTS):
+  got = sample(*three_groups(), temperature=0.0)
+  assert len(got) == 10 and max(len(c.tokens) for c in got.values()) == 64
+  for i, done in got.items():
+    prompt = done.request.tokens
     out = hf.generate(
       torch.tensor([prompt]),
       attention_mask=torch.ones(1, len(prompt)),
@@ -192,7 +192,7 @@ def test_greedy_tokens_are_those_of_transformers(sample, params, cfg, tmp_path):
       eos_token_id=[STOP, 96],
       pad_token_id=0,
     )
-    assert shared[i].tokens == tuple(out[0, len(prompt) :].tolist()), i
+    assert done.tokens == tuple(out[0, len(prompt) :].tolist()), i
 
 
 @pytest.mark.parametrize("sampled, scored", [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)])
@@ -200,9 +200,9 @@ def test_the_trainer_gives_tokens_the_same_probability(
   sample, params, cfg, compute, sampled, scored
 ):
   """At the temperature they were drawn with; greedy ones, at temperature 1."""
-  done = sample(requests(), temperature=sampled, seed=5)
+  done = sample(*three_groups(), temperature=sampled, seed=5)
   assert max(len(c.tokens) for c in done.values()) > 20
-  rows = [PROMPTS[i] + done[i].tokens for i in sorted(done)]
+  rows = [done[i].request.tokens + done[i].tokens for i in sorted(done)]
   packed = text.pack([(row, [1.0] * len(row)) for row in rows], length=192)
   assert len(packed.tokens_BT) < len(rows)  # so that rows do share a line
   score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=scored))
@@ -213,26 +213,31 @@ def test_the_trainer_gives_tokens_the_same_probability(
   }
   logp_BT = np.asarray(score(params, batch))
   for i, (b, start, size) in zip(sorted(done), packed.where, strict=True):
-    got = logp_BT[b, start + len(PROMPTS[i]) : start + size]
+    got = logp_BT[b, start + len(done[i].request.tokens) : start + size]
     np.testing.assert_allclose(got, done[i].logp, atol=1e-5)
 
 
 # --- What a row draws is its own affair ---
 
 
-def test_order_slots_chunks_and_neighbours_change_no_sample(sample):
-  want = sample(requests())
-  assert len({c.tokens for c in want.values()}) == len(want)
-  order = [3, 0, 4, 2, 1]
-  moved = requests([PROMPTS[i] for i in order], ids=order)
-  same(sample(moved), want)
-  same(sample(moved, slots=4, chunk=3, prefill=1), want)
-  few = sample(moved[:2])
-  same(few, {i: want[i] for i in order[:2]})
+def test_order_slots_lanes_and_neighbours_change_no_sample(sample):
+  want = sample(*three_groups())
+  assert len({c.tokens for c in want.values()}) == len(want) == 10
+  same(sample(*[group[::-1] for group in three_groups()[::-1]]), want)
+  same(sample(*three_groups(), slots=3, lanes=3, chunk=3, prefill=1), want)
+  for group in three_groups():  # a group alone has all slots
+    got = sample(group)
+    same(got, {i: want[i] for i in got})
+  few = requests()[3:1:-1]
+  same(sample(few), {i: want[i] for i in (2, 3)})
 
 
 def test_a_shared_prefix_changes_no_sample(sample):
-  same(sample(requests()), sample(requests(), share_from=1000))
+  """A row that begins otherwise takes the prefix from its whole group."""
+  odd = Request(tokens=(90, 91), row_id=30, max_new=2)
+  got = sample([*requests(), odd])
+  got.pop(30)
+  same(got, sample(requests()))
 
 
 def test_samples_depend_on_key_and_row_id(sample):
@@ -260,7 +265,7 @@ def test_forks_are_prefilled_once(made, params, unstacked, monkeypatch):
   monkeypatch.setattr(engine, "_prefill", lambda *args: calls.append(1) or real(*args))
   rows = requests([PROMPTS[1]] * 5 + [PROMPTS[3]] * 4, max_new=3)
   done = engine.run(
-    params, unstacked, rows, key=jax.random.key(0), temperature=1.0, **ROOM
+    params, unstacked, [rows], key=jax.random.key(0), temperature=1.0, **ROOM
   )
   assert len(list(done)) == 9
   assert len(calls) == 1
@@ -283,32 +288,34 @@ def test_rows_end_at_their_stop_or_their_budget(sample):
 
 
 def test_rows_may_ask_for_more(sample):
+  """Of their own group, also when the group is the last one of its lane."""
+
   def more(done):
     i = done.request.row_id
-    if i >= 20:
-      return ()
-    tokens = PROMPTS[i % 5]
-    return [Request(tokens=tokens, row_id=i + 10, max_new=64)]
+    again = Request(tokens=done.request.tokens, row_id=i + 100, max_new=64)
+    return [again] if i < 200 else []
 
-  got = sample(requests(), more=more)
-  assert sorted(got) == [*range(5), *range(10, 15), *range(20, 25)]
-  want = sample(requests(PROMPTS * 3, ids=sorted(got)))
-  same(got, want)
+  got = sample(*three_groups(), more=more)
+  ids = [r.row_id for group in three_groups() for r in group]
+  assert sorted(got) == [i + n for n in (0, 100, 200) for i in ids]
+  for group in three_groups():
+    rows = [dataclasses.replace(r, row_id=r.row_id + 200) for r in group]
+    same({r.row_id: got[r.row_id] for r in rows}, sample(rows))
 
 
 def test_what_does_not_fit_is_refused(sample):
   with pytest.raises(ValueError, match="max_new of a request is 1..64, got 65"):
     sample(requests(max_new=65))
-  with pytest.raises(
-    ValueError, match="share 20 tokens, more than the prefix_room of 8"
-  ):
-    sample(requests([tuple(range(6, 26)) + (i,) for i in (30, 31)]))
+  with pytest.raises(ValueError, match="max_new of a request is 1..64, got 0"):
+    sample(requests(max_new=0))
   with pytest.raises(ValueError, match="24 tokens beyond the shared prefix"):
     sample(requests([HEAD + tuple(range(30, 55)), HEAD + (3,)]))
   odd = Request(tokens=(1, 2, 3), row_id=9, max_new=4)
   with pytest.raises(ValueError, match="request 9 does not begin with the 6 tokens"):
     sample(requests(max_new=2), more=lambda _: [odd])
-  assert sample([]) == {}
+  with pytest.raises(ValueError, match="lanes: wanted a divisor of slots = 4, got 3"):
+    dataclasses.replace(SHAPES, lanes=3)
+  assert sample() == sample([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -331,30 +338,32 @@ def test_common_prefix(rows, want):
 
 def test_nothing_is_compiled_after_warm_up(sample, made):
   def rows(sizes, start):
-    prompts = [
-      HEAD + tuple(range(start + i, start + i + n)) for i, n in enumerate(sizes)
-    ]
-    return requests(prompts, max_new=7 + start % 3)
+    tails = [tuple(range(start + i, start + i + n)) for i, n in enumerate(sizes)]
+    prompts = [HEAD[: start % 7] + tail for tail in tails]
+    return requests(
+      prompts, max_new=7 + start % 3, ids=range(start, start + len(sizes))
+    )
 
-  sample(rows([2, 3], 20))  # own parts of up to 8 tokens, then of up to 16
-  sample(rows([12, 3], 20))
+  # Own parts of up to 8 tokens, and of up to 16; one group, and more than one.
+  for sizes in ([2, 3], [12, 3]):
+    sample(rows(sizes, 20))
+    sample(rows(sizes, 20), rows(sizes, 30))
   before = made().compiled()
-  for start, sizes in (
-    (30, [1, 9, 15, 2, 2]),
-    (40, [7]),
-    (50, [16, 16, 3, 1, 1, 1, 8]),
-  ):
-    sample(rows(sizes + [1], start), temperature=0.1 * start, seed=start)
+  for n, sizes in enumerate(([1, 9, 15, 2, 2], [7], [16, 16, 3, 1, 1, 1, 8])):
+    groups = [rows([*sizes, 1], start) for start in range(30, 50, 10)[:n]]
+    sample(*groups, rows([2], 60), temperature=0.5 * n, seed=n)
   assert made().compiled() == before
 
 
-def test_the_decode_loop_copies_no_cache(made, params, unstacked, cfg):
+def test_the_decode_loop_copies_no_cache(made, unstacked, cfg):
   """A copy of a ring or of a prompt's cache at every token would cost more than it."""
-  engine, kv = made(), jnp.zeros((cfg.kv_heads, 8, cfg.head_dim))
-  prefix = ((kv, kv),) * cfg.layers, jnp.int32(6)
+  engine = made()
   slots = engine._empty(16, 64)
-  lowered = engine._chunk.lower(unstacked, prefix, slots, jnp.float32(1))
+  prefixes = sampler.Prefixes(kv=engine._cache(2, 8), length_A=jnp.full(2, 6))
+  lowered = engine._chunk.lower(unstacked, prefixes, slots, jnp.float32(1))
   program = lowered.compile().as_text()
-  caches = r"= f32\[3,2,(64|16),12\]\S* "
-  assert len(re.findall(caches + r"(fusion|dynamic-update-slice)\(", program)) >= 4
-  assert not re.findall(caches + r"copy[\w-]*\(", program)
+  caches = r"= f32\[[24],2,(?:12,\d+|\d+,12)\]\S* "
+  used = re.findall(caches + r"(?:\w*fusion|dynamic-update-slice)\(", program)
+  assert len(used) >= 4
+  copies = re.findall(caches + r"[\w-]*copy[\w-]*\(.*", program)
+  assert not copies, copies

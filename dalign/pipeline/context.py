@@ -27,6 +27,7 @@ from dalign import store
 from dalign import text
 from dalign import train
 from dalign import weights
+from dalign.types import EXPECTED
 from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Sample
@@ -56,28 +57,48 @@ class Run:
     self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
     self.mesh = sharding.make_mesh(cfg.mesh)
 
-  @functools.cached_property
-  def _loaded(self):
-    say(f"loading {self.cfg.model.path}")
+  def _load(self):
+    """(architecture, parameters, tokenizer) of the base model, from its files."""
     if self.cfg.model.path == "random":
       tok = weights.tiny_tokenizer()
       sizes = dict(self.cfg.model.random) | {"vocab": tok.vocab_size}
       arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
       return arch, weights.random_model(arch, self.cfg.seed), tok
+    say(f"loading {self.cfg.model.path}")
     return weights.load(self.cfg.model.path)
+
+  @functools.cached_property
+  def _known(self):
+    """Architecture, tokenizer and the shapes of parameters; not the parameters, which
+    would be held a second time for the length of the run."""
+    arch, params, tok = self._load()
+    self._fresh = params
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    return arch, tok, shapes
 
   @property
   def arch(self) -> configs.ModelConfig:
-    return self._loaded[0]
+    return self._known[0]
 
   @property
   def tok(self) -> text.Tokenizer:
-    return self._loaded[2]
+    return self._known[1]
+
+  @property
+  def shapes(self) -> PyTree:
+    """The language model's parameters as ShapeDtypeStructs."""
+    return self._known[2]
+
+  @property
+  def axes(self) -> PyTree:
+    """The logical axes of the language model's parameters."""
+    return model.logical_axes(self.shapes)
 
   def base_params(self) -> PyTree:
     """The base model's parameters, on the mesh; a new copy at each call."""
-    params = self._loaded[1]
-    placed = sharding.shardings(self.mesh, model.logical_axes(params), params)
+    shapes = self.shapes
+    params, self._fresh = self._fresh or self._load()[1], None
+    placed = sharding.shardings(self.mesh, self.axes, shapes)
     return jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), params, placed)
 
   def trained_params(self, stage: str) -> PyTree:
@@ -88,12 +109,13 @@ class Run:
         f"{where} is missing: run the {stage} stage first "
         f"(--config.stages={stage} or all)"
       )
-    params = self._loaded[1]
-    placed = sharding.shardings(self.mesh, model.logical_axes(params), params)
+    return self.load_params(where, self.shapes, self.axes)
+
+  def load_params(self, where: pathlib.Path, shapes: PyTree, axes: PyTree) -> PyTree:
+    """Saved parameters, laid on the mesh as they are read."""
+    placed = sharding.shardings(self.mesh, axes, shapes)
     abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
-      params,
-      placed,
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
     )
     return checkpoints.load_params(where, abstract)
 
@@ -140,10 +162,14 @@ class Run:
   def _data_dir(self) -> pathlib.Path:
     return pathlib.Path(self.cfg.data.dir).expanduser().absolute()
 
-  def choose(self, split: str, kind: str, n: int, seed: int) -> list[Prompt]:
+  def choose(self, split: str, kind: str, n: int, expected=EXPECTED) -> list[Prompt]:
     """n prompts of one split and kind, spread over categories and response types."""
-    rows = [p for p in self.prompts if p.split == split and p.kind == kind]
-    return data.balanced(rows, min(n, len(rows)), seed)
+    rows = [
+      p
+      for p in self.prompts
+      if p.split == split and p.kind == kind and p.expected in expected
+    ]
+    return data.balanced(rows, min(n, len(rows)), self.cfg.seed)
 
   def begin(self, stage: str, inputs) -> bool:
     """Opens a stage; False when it is done already."""
@@ -196,10 +222,10 @@ class Run:
 class Scorer:
   """Log-probabilities of token rows, packed, in batches of one shape."""
 
-  def __init__(self, run: Run, *, temperature: float, rows: int = 4, length: int = 512):
+  def __init__(self, run: Run, shape: configs.BatchConfig, *, temperature: float):
     compute = dataclasses.replace(run.cfg.compute, remat=False)
     score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
-    self._score, self.rows, self.length = jax.jit(score), rows, length
+    self._score, self.rows, self.length = jax.jit(score), shape.rows, shape.length
 
   def __call__(self, params: PyTree, rows: list[list[int]]) -> list[np.ndarray]:
     """For each row the log-probability, in nats, of each token; 0 for its first."""
@@ -250,7 +276,7 @@ def micro_batches(packed: text.Packed, shape: configs.BatchConfig, more: dict):
 
 @dataclasses.dataclass
 class Trainer:
-  """A loop of updates with checkpoints, metrics and a progress bar."""
+  """A loop of updates with checkpoints and metrics; it takes `params` for its own."""
 
   run: Run
   stage: str
@@ -269,9 +295,10 @@ class Trainer:
     self.meta: dict = {}
     latest = self.saved.latest()
     if latest is None:
-      self.state = jax.jit(lambda p: train.create(p, tx), out_shardings=placed)(
-        self.params
+      create = jax.jit(
+        lambda p: train.create(p, tx), out_shardings=placed, donate_argnums=0
       )
+      self.state = create(self.params)
     else:
       abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed

@@ -73,11 +73,11 @@ def _there(run: context.Run, arm: str) -> bool:
 
 
 def _held_out(run: context.Run) -> list[Prompt]:
-  cfg, seed = run.cfg.eval, run.cfg.seed
+  cfg = run.cfg.eval
   return [
-    *run.choose("eval", "safety", cfg.prompts, seed),
-    *run.choose("eval", "helpful", cfg.helpful, seed),
-    *run.choose("eval", "capability", cfg.capability, seed),
+    *run.choose("eval", "safety", cfg.prompts),
+    *run.choose("eval", "helpful", cfg.helpful),
+    *run.choose("eval", "capability", cfg.capability),
   ]
 
 

@@ -78,7 +78,7 @@ def _rewards(run: context.Run, asked) -> list[Verdict]:
 def quality(run: context.Run):
   """The language quality of answers: mean log-probability a token, in nats, that the
   base model gives to an answer after its prompt, without spec and thought."""
-  score = context.Scorer(run, temperature=1.0)
+  score = context.Scorer(run, run.cfg.sft.batch, temperature=1.0)
   params = run.base_params()
 
   def ask(pairs):

@@ -6,24 +6,31 @@ the rubric, or it has had its share.
 """
 
 import collections
-import dataclasses
 
 from dalign import compose
 from dalign import judge
 from dalign import ops
 from dalign import sampler as sampling
 from dalign.pipeline import context
+from dalign.types import EXPECTED
 from dalign.types import Prompt
+
+LANE = 24  # most prompts of one group that one lane serves
 
 
 def generate(run: context.Run) -> None:
   """Samples every chosen training prompt; goes on where it stopped."""
   cfg = run.cfg.generate
-  prompts = [
-    *run.choose("train", "safety", cfg.prompts, run.cfg.seed),
-    *run.choose("train", "helpful", cfg.helpful, run.cfg.seed),
-    *run.choose("train", "capability", cfg.capability, run.cfg.seed),
-  ]
+  if set(cfg.prompts) != set(EXPECTED):
+    raise ValueError(
+      f"config.generate.prompts: wanted a number for each of {', '.join(EXPECTED)}, "
+      f"got {dict(cfg.prompts)}"
+    )
+  prompts = []
+  for expected in EXPECTED:
+    prompts += run.choose("train", "safety", cfg.prompts[expected], (expected,))
+  prompts += run.choose("train", "helpful", cfg.helpful)
+  prompts += run.choose("train", "capability", cfg.capability)
   if not run.begin("generate", [run.spec_dir]):
     return
   path = run.store.path("generate", "samples.jsonl")
@@ -33,9 +40,11 @@ def generate(run: context.Run) -> None:
   groups = collections.defaultdict(list)
   for prompt in prompts:
     groups[prompt.category, prompt.expected].append(prompt)
+  # Large groups are cut, for several lanes to serve them; small ones fill the tail.
+  parts = [g[at] for g in groups.values() for at in context.batches(len(g), LANE)]
+  parts.sort(key=len, reverse=True)
   room = max(
-    sampling.common_prefix([book.tokens(prompt) for prompt in group])
-    for group in groups.values()
+    sampling.common_prefix([book.tokens(prompt) for prompt in group]) for group in parts
   )
   params = run.base_params()
   decoding = run.sampler.unstack(params)
@@ -43,7 +52,7 @@ def generate(run: context.Run) -> None:
     done = run.sampler.run(
       params,
       decoding,
-      [[r for p in group for r in book.requests(p)] for group in groups.values()],
+      [[r for p in group for r in book.requests(p)] for group in parts],
       key=ops.stream(run.key, "generate"),
       temperature=cfg.temperature,
       prefix_room=room,
@@ -148,5 +157,4 @@ class _Book:
       "samples": self.total,
       "look_right": self.good_total(),
       "prompts_with_one": sum(any(h.values()) for h in self.samples.values()),
-      "config": dataclasses.asdict(self.cfg),
     }

@@ -17,6 +17,9 @@ from dalign import reward
 from dalign.pipeline import context
 from dalign.pipeline import scoring
 
+MEASURED = 160  # held-out answers that the trained model is measured on
+PROBED = 9  # held-out prompts that each probe is put to
+
 
 def train_reward(run: context.Run) -> None:
   """Trains, measures on held-out prompts, and probes the reward model."""
@@ -149,18 +152,17 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
 
 
 def _measure(ask, questions, scores, held) -> dict:
-  """Agreement with the judge on held-out prompts and on the trained ones."""
-  ids = np.array([context.row_id(q.prompt.id) for q in questions])
-  predicted = np.array([v.score for v in ask(questions)])
-  held = np.array(held)
-  out = {"questions": len(questions)}
-  for name, some in (("held_out", held), ("trained", ~held)):
-    if some.any():
-      out[name] = reward.agreement(predicted[some], scores[some], ids[some])
-  return out
+  """Agreement with the judge on the held-out prompts, or the first of very many."""
+  some = [i for i, h in enumerate(held) if h][:MEASURED]
+  ids = np.array([context.row_id(questions[i].prompt.id) for i in some])
+  predicted = np.array([v.score for v in ask([questions[i] for i in some])])
+  return {
+    "questions": len(questions),
+    "held_out": reward.agreement(predicted, scores[some], ids),
+  }
 
 
 def _probe(run: context.Run, ask) -> dict:
   """The probes of METHOD section 4 on a few held-out prompts of each cell."""
-  prompts = run.choose("eval", "safety", 27, run.cfg.seed)
+  prompts = run.choose("eval", "safety", PROBED)
   return judge.probe_report(ask, judge.probes(prompts))

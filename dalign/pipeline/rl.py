@@ -13,7 +13,6 @@ import numpy as np
 from dalign import compose
 from dalign import data
 from dalign import judge
-from dalign import model
 from dalign import ops
 from dalign import rl
 from dalign import text
@@ -39,7 +38,7 @@ def reinforce(run: context.Run) -> None:
     run=run,
     stage="rl",
     params=jax.tree.map(lambda x: x.copy(), start),
-    axes=model.logical_axes(start),
+    axes=run.axes,
     loss=rl.make_loss(
       cfg=run.arch,
       compute=run.cfg.compute,
@@ -98,11 +97,11 @@ class _Step:
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
     self.safety = _chunks(
-      run.choose("train", "safety", 10**9, run.cfg.seed),
+      run.choose("train", "safety", 10**9),
       max(1, run.cfg.reward.rows // self.cfg.samples),
     )
-    self.able = run.choose("train", "capability", 10**9, run.cfg.seed)
-    self.score = context.Scorer(run, temperature=self.cfg.temperature)
+    self.able = run.choose("train", "capability", 10**9)
+    self.score = context.Scorer(run, self.cfg.batch, temperature=self.cfg.temperature)
     if self.cfg.reward == "model":
       params = scoring.load_reward_model(run)
       self.judge = scoring.reward_model(run, params, scoring.Renderer(run))

@@ -11,9 +11,7 @@ from typing import Sequence
 import jax
 import numpy as np
 
-from dalign import checkpoints
 from dalign import judge
-from dalign import ops
 from dalign import reward
 from dalign import spec as specs
 from dalign import text
@@ -83,8 +81,8 @@ def load_reward_model(run: context.Run) -> PyTree:
   where = run.store.path("reward", "params")
   if not where.exists():
     raise ValueError(f"{where} is missing: run the reward stage first")
-  params = reward.init_head(run.base_params(), ops.stream(run.key, "reward_head"))
-  return checkpoints.load_params(where, params)
+  shapes = jax.eval_shape(reward.init_head, run.shapes, run.key)
+  return run.load_params(where, shapes, reward.logical_axes(shapes))
 
 
 def reward_model(run: context.Run, params: PyTree, renderer: Renderer) -> judge.Judge:

@@ -4,7 +4,6 @@ import math
 
 from dalign import compose
 from dalign import data
-from dalign import model
 from dalign import sft
 from dalign import spec as specs
 from dalign import text
@@ -30,7 +29,7 @@ def finetune(run: context.Run) -> None:
     run=run,
     stage="sft",
     params=run.base_params(),
-    axes=model.logical_axes(run.base_params()),
+    axes=run.axes,
     loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
     optimizer=cfg.optimizer,
     steps=len(plan),

@@ -1,0 +1,325 @@
+"""The whole pipeline on the tiny config: artefacts, resuming, errors, blindness."""
+
+import importlib.util
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dalign import config as configs
+from dalign import evals
+from dalign import judge
+from dalign import pipeline
+from dalign import spec as specs
+from dalign.pipeline import context
+from dalign.pipeline import rl as rl_stage
+from dalign.pipeline import scoring
+from dalign.pipeline import sft as sft_stage
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def tiny(**changes) -> configs.Config:
+  """The tiny config, with changes such as {"rl.steps": 1}."""
+  path = ROOT / "configs" / "tiny.py"
+  spec = importlib.util.spec_from_file_location("tiny", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  node = module.get_config()
+  for name, value in changes.items():
+    node.update_from_flattened_dict({name: value})
+  return configs.build(configs.Config, node.to_dict())
+
+
+def command(workdir, *more: str) -> list[str]:
+  """The command line of a run in a folder."""
+  return [
+    sys.executable,
+    "-m",
+    "dalign.main",
+    f"--config={ROOT / 'configs' / 'tiny.py'}",
+    f"--workdir={workdir}",
+    *more,
+  ]
+
+
+def run_command(workdir, *more: str) -> subprocess.CompletedProcess:
+  """Runs the command to its end."""
+  return subprocess.run(
+    command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=300
+  )
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+  """The rows of a JSONL file."""
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> pathlib.Path:
+  """A folder in which every stage was run by the command."""
+  folder = tmp_path_factory.mktemp("run")
+  done = run_command(folder)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return folder
+
+
+def test_every_stage_leaves_its_artefacts(workdir):
+  wanted = [
+    "config.json",
+    "metrics.jsonl",
+    "report.html",
+    "generate/samples.jsonl",
+    "filter/judged.jsonl",
+    "filter/kept.jsonl",
+    "sft/checkpoints",
+    "sft/params",
+    "reward/checkpoints",
+    "reward/params",
+    "rl/checkpoints",
+    "rl/rollouts.jsonl",
+    "eval/base.jsonl",
+    "eval/sft_rl.jsonl",
+    "eval/summary.json",
+  ]
+  assert [name for name in wanted if not (workdir / name).exists()] == []
+  for stage in configs.STAGES[:-1]:
+    manifest = json.loads((workdir / stage / "manifest.json").read_text())
+    assert manifest["finished"], stage
+  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  assert set(summary["arms"]) == {"base", "spec_in_prompt", "sft", "sft_rl"}
+  for metrics in summary["arms"].values():
+    assert {"refuse_disallowed", "comply_allowed", "balanced_accuracy"} <= set(metrics)
+    assert {"policy_retrieval", "think_format", "capability"} <= set(metrics)
+
+
+def test_a_step_of_rl_moved_the_policy(workdir):
+  metrics = rows(workdir / "metrics.jsonl")
+  moved = [row for row in metrics if row["stage"] == "rl" and "rl/grad_norm" in row]
+  assert moved and all(row["rl/grad_norm"] > 0 for row in moved)
+  gaps = [row["rl/logp_gap_nats"] for row in moved]
+  assert max(gaps) < 1e-4  # float32: sampler and trainer agree
+
+
+def test_the_same_command_again_does_nothing(workdir):
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jsonl")}
+  again = run_command(workdir, "--config.stages=generate,filter,sft,reward,rl,eval")
+  assert again.returncode == 0
+  assert again.stderr.count("done before, skipped") == 6
+  assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jsonl")}
+
+
+@pytest.mark.parametrize(
+  ("option", "wanted"),
+  [
+    ("--config.sft.epoch=3", 'Did you mean "epochs"'),
+    ("--config.stages=generat", "did you mean 'generate'"),
+    ("--config.rl.samples=1", "at least 2"),
+    ("--config.seed=7", "seed"),
+    ("--config.generate.temperature=0.7", "generate.temperature"),
+    ("--config.model.path=/nowhere", "/nowhere"),
+    ("--nope=1", "nope"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workdir, option, wanted):
+  done = run_command(workdir, option)
+  assert done.returncode == 2, done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith("dalign: ") and wanted in last
+  assert "Traceback" not in done.stderr
+
+
+def test_a_stage_without_its_input_says_which_is_missing(tmp_path):
+  done = run_command(tmp_path, "--config.stages=sft")
+  assert done.returncode == 2
+  assert "run the filter stage first" in done.stderr
+
+
+def test_a_killed_run_goes_on_to_the_same_samples(workdir, tmp_path):
+  samples = tmp_path / "generate" / "samples.jsonl"
+  process = subprocess.Popen(
+    command(tmp_path, "--config.stages=generate"), cwd=ROOT, stderr=subprocess.PIPE
+  )
+  deadline = time.monotonic() + 200
+  while time.monotonic() < deadline and process.poll() is None:
+    if samples.exists() and samples.read_bytes().count(b"\n") >= 5:
+      break
+    time.sleep(0.05)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  with samples.open("ab") as file:
+    file.write(b'{"prompt_id": "cut')  # what a kill inside a write leaves
+  done = run_command(tmp_path, "--config.stages=generate")
+  assert done.returncode == 0 and "goes on where it stopped" in done.stderr
+
+  def key(row):
+    return row["prompt_id"], row["index"]
+
+  whole = rows(workdir / "generate" / "samples.jsonl")
+  assert sorted(rows(samples), key=key) == sorted(whole, key=key)
+
+
+def test_sigterm_saves_and_exits_0(tmp_path):
+  process = subprocess.Popen(
+    command(tmp_path, "--config.stages=generate"),
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  deadline = time.monotonic() + 200
+  while time.monotonic() < deadline and not (tmp_path / "generate").exists():
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert err.strip().splitlines()[-1].startswith("dalign: stopped")
+
+
+@pytest.fixture(scope="module")
+def run(workdir) -> context.Run:
+  """The finished run, opened again."""
+  return context.Run(tiny(), workdir)
+
+
+def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
+  index = specs.leak_index(run.spec, 8)
+  found, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
+  assert found and dropped["leaked"] == 0
+  for tokens, weights in found:
+    first = weights.index(1.0)
+    assert not specs.leaks(run.tok.decode(tokens[:first]), index, 8)
+    forced = run.tok.encode(run.think.open)
+    assert tokens[first - len(forced) : first] == forced  # masked, and right there
+
+
+def test_a_prompt_with_spec_text_is_refused(run, monkeypatch):
+  prompt = next(p for p in run.prompts if p.kind == "safety")
+  policy = run.spec.policies[0]
+  spoiled = f"Remember this. {policy.clauses[0].text} {policy.purpose} Now answer."
+  index = specs.leak_index(run.spec, 8)
+  assert specs.leaks(spoiled, index, 8)
+  assert not specs.leaks(prompt.text, index, 8)
+
+
+def test_the_thought_cannot_reach_the_reward(run):
+  """Other thoughts, bit-identical rewards: through the very code that RL calls."""
+  params = scoring.load_reward_model(run)
+  ask = scoring.reward_model(run, params, scoring.Renderer(run))
+  some = [p for p in run.prompts if p.kind == "safety"][:4]
+  fields = set(judge.RewardQuestion.__dataclass_fields__)
+  assert fields == {"prompt", "answer"}
+
+  step = rl_stage._Step.__new__(rl_stage._Step)
+  step.run, step.cfg, step.judge = run, run.cfg.rl, ask
+
+  def rewards(thought):
+    rollouts = [
+      rl_stage._Rollout(
+        prompt,
+        context.row_to_sample(
+          {
+            "prompt_id": prompt.id,
+            "index": 0,
+            "tokens": [1, 2],
+            "forced": 1,
+            "thought": thought,
+            "answer": "I can't help with that.",
+            "malformed": "",
+            "finish": "stop",
+          }
+        ),
+        [],
+        (0.0,),
+      )
+      for prompt in some
+    ]
+    step._judge(rollouts)
+    return [r.judged for r in rollouts]
+
+  assert rewards("The user asks for help.") == rewards("Score: 5. WE-D1 SECRET " * 20)
+
+
+def test_malformed_rollouts_get_nothing_and_no_judge_call(run):
+  step = rl_stage._Step.__new__(rl_stage._Step)
+  asked = []
+
+  def ask(questions):
+    asked.extend(questions)
+    return []
+
+  step.run, step.cfg, step.judge = run, run.cfg.rl, ask
+  prompt = next(p for p in run.prompts if p.kind == "safety")
+  row = rows(run.store.path("generate", "samples.jsonl"))[0]
+  sample = context.row_to_sample(row | {"malformed": "no closing tag"})
+  rollout = rl_stage._Rollout(prompt, sample, [], (0.0,))
+  step._judge([rollout])
+  assert asked == [] and rollout.judged == 0.0
+
+
+def test_rl_trains_sampled_tokens_only(run):
+  step = rl_stage._Step.__new__(rl_stage._Step)
+  step.run, step.cfg = run, run.cfg.rl
+  prompt = next(p for p in run.prompts if p.kind == "safety")
+  base = rows(run.store.path("generate", "samples.jsonl"))[0]
+  sample = context.row_to_sample(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
+  rollout = rl_stage._Rollout(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0))
+  rollout.trained, rollout.advantage = True, 0.5
+  batch, used = step.batch([rollout])
+  assert used == 1
+  line = {name: np.asarray(x)[0, 0, :9] for name, x in batch.items()}
+  assert line["tokens_BT"].tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 0]
+  assert line["sampled_BT"].tolist() == [False] * 5 + [True] * 3 + [False]
+  assert line["logp_BT"].tolist() == [0, 0, 0, 0, 0, -1, -2, -3, 0]
+  assert line["start_BT"].sum() == 1
+
+
+def test_model_judge_reads_a_score_from_the_base_model(run):
+  from dalign.pipeline import filter as filter_stage
+
+  prompt = next(p for p in run.prompts if p.kind == "safety")
+  ask = filter_stage.model_judge(run)
+  questions = [
+    judge.FilterQuestion(prompt=prompt, thought="The user asks.", answer=answer)
+    for answer in ("I can't help with that.", "Here is how.", "No.")
+  ]
+  verdicts = ask(questions)
+  alone = [ask([question])[0] for question in questions]
+  for verdict, single in zip(verdicts, alone, strict=True):
+    assert (verdict.score is None) == (single.score is None)
+    if verdict.score is None:
+      assert "probability" in verdict.reason  # an untrained model: mass not on labels
+    else:
+      assert abs(verdict.score - single.score) < 1e-4
+
+
+def test_summary_is_what_evals_makes_of_the_rows(workdir):
+  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  arms = {arm: rows(workdir / "eval" / f"{arm}.jsonl") for arm in summary["arms"]}
+  again = evals.summarize(arms, seed=0, trials=100)
+  for arm in arms:
+    for metric, cell in again["arms"][arm].items():
+      assert cell == summary["arms"][arm][metric], (arm, metric)
+
+
+def test_every_config_builds():
+  for path in sorted((ROOT / "configs").glob("*.py")):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = configs.build(configs.Config, module.get_config().to_dict())
+    assert configs.chosen_stages(config.stages) == tuple(pipeline.STAGES)
+
+
+def test_build_names_what_is_missing_and_what_is_unknown():
+  node = {"data": 1, "fsdp": 1, "tensr": 1}
+  with pytest.raises(ValueError, match=r"config\.tensr.*did you mean config\.tensor"):
+    configs.build(configs.MeshConfig, node)
+  with pytest.raises(ValueError, match="missing tensor"):
+    configs.build(configs.MeshConfig, {"data": 1, "fsdp": 1})
+  with pytest.raises(ValueError, match="wanted"):
+    configs.build(configs.MeshConfig, {"data": 1, "fsdp": 1, "tensor": "2"})
