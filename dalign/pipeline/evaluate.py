@@ -128,4 +128,7 @@ def _arm(run: context.Run, arm: str, prompts: list[Prompt]) -> list[dict]:
       rows[prompt.id] = row
       bar.update()
   jax.tree.map(lambda x: x.delete(), params)
-  return [rows[prompt.id] for prompt in prompts]
+  ordered = [rows[prompt.id] for prompt in prompts]
+  run.store.write_rows(path, ordered)  # not in the order in which they happened to end
+  run.store.pause("eval")
+  return ordered

@@ -63,6 +63,8 @@ def generate(run: context.Run) -> None:
     for completion in done:
       sample = book.sample(completion)
       run.store.append_rows(path, [context.sample_to_row(sample)])
+      if book.total % 20 == 0:
+        run.store.pause("generate")
       bar.n = book.finished()
       bar.set_postfix(samples=book.total, good=book.good_total(), refresh=False)
       bar.update(0)
