@@ -244,6 +244,32 @@ def forward(
   )
 
 
+def target_stats(
+  params: PyTree, batch, *, cfg: ModelConfig, compute: Compute, temperature: float = 1.0
+) -> ops.TokenStats:
+  """Statistics, [B, T - 1] each, of tokens_BT[:, 1:] given the tokens before them.
+
+  `batch` has tokens_BT, positions_BT and segments_BT. What a segment's first token gets
+  is meaningless, since it follows another segment's: callers mask it.
+  """
+  hidden_BTD, _ = forward(
+    params,
+    batch["tokens_BT"],
+    batch["positions_BT"],
+    batch["segments_BT"],
+    cfg=cfg,
+    compute=compute,
+  )
+  return ops.token_stats(
+    hidden_BTD[:, :-1],
+    head(params),
+    batch["tokens_BT"][:, 1:],
+    dtype=jnp.dtype(compute.dtype),
+    chunk=compute.logits_chunk,
+    temperature=temperature,
+  )
+
+
 def head(params: PyTree):
   """The output projection [D, V]: the transposed embedding when tied."""
   return params["head"] if "head" in params else params["embed"].T

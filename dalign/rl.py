@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from dalign import model
-from dalign import ops
 from dalign.config import Compute
 from dalign.config import ModelConfig
 from dalign.types import Mean
@@ -73,21 +72,8 @@ def make_loss(
 
   def loss(params, batch, key):
     del key
-    hidden_BTD, _ = model.forward(
-      params,
-      batch["tokens_BT"],
-      batch["positions_BT"],
-      batch["segments_BT"],
-      cfg=cfg,
-      compute=compute,
-    )
-    stats = ops.token_stats(
-      hidden_BTD[:, :-1],
-      model.head(params),
-      batch["tokens_BT"][:, 1:],
-      dtype=jnp.dtype(compute.dtype),
-      chunk=compute.logits_chunk,
-      temperature=temperature,
+    stats = model.target_stats(
+      params, batch, cfg=cfg, compute=compute, temperature=temperature
     )
     sampled_BT = batch["sampled_BT"][:, 1:]
     delta_BT = jnp.where(sampled_BT, stats.logp - batch["logp_BT"][:, 1:], 0.0)
@@ -106,24 +92,12 @@ def make_loss(
 
 def make_score(*, cfg: ModelConfig, compute: Compute, temperature: float):
   """`score(params, batch) -> logp_BT`: log-probability in nats of each token given the
-  ones before it in its segment; column 0 is 0."""
+  ones before it in its segment; column 0 is 0, and a segment's first token is to be
+  masked (`model.target_stats`)."""
 
   def score(params, batch):
-    hidden_BTD, _ = model.forward(
-      params,
-      batch["tokens_BT"],
-      batch["positions_BT"],
-      batch["segments_BT"],
-      cfg=cfg,
-      compute=compute,
-    )
-    stats = ops.token_stats(
-      hidden_BTD[:, :-1],
-      model.head(params),
-      batch["tokens_BT"][:, 1:],
-      dtype=jnp.dtype(compute.dtype),
-      chunk=compute.logits_chunk,
-      temperature=temperature,
+    stats = model.target_stats(
+      params, batch, cfg=cfg, compute=compute, temperature=temperature
     )
     return jnp.pad(stats.logp, ((0, 0), (1, 0)))
 

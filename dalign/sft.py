@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from dalign import model
-from dalign import ops
 from dalign.config import Compute
 from dalign.config import ModelConfig
 from dalign.types import Mean
@@ -19,21 +18,7 @@ def make_loss(*, cfg: ModelConfig, compute: Compute):
 
   def loss(params, batch, key):
     del key
-    hidden_BTD, _ = model.forward(
-      params,
-      batch["tokens_BT"],
-      batch["positions_BT"],
-      batch["segments_BT"],
-      cfg=cfg,
-      compute=compute,
-    )
-    stats = ops.token_stats(
-      hidden_BTD[:, :-1],
-      model.head(params),
-      batch["tokens_BT"][:, 1:],
-      dtype=jnp.dtype(compute.dtype),
-      chunk=compute.logits_chunk,
-    )
+    stats = model.target_stats(params, batch, cfg=cfg, compute=compute)
     weight_BT = batch["weight_BT"][:, 1:]
     trained_BT = weight_BT > 0
     nll_BT = jnp.where(trained_BT, -stats.logp * weight_BT, 0.0)

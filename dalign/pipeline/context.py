@@ -377,8 +377,9 @@ def sample_to_row(sample: Sample) -> dict:
 
 
 def row_to_sample(row: dict) -> Sample:
-  """The Sample of a JSON row."""
-  return Sample(**row | {"tokens": tuple(row["tokens"])})
+  """The Sample of a JSON row, which may hold more than a Sample."""
+  own = {field.name: row[field.name] for field in dataclasses.fields(Sample)}
+  return Sample(**own | {"tokens": tuple(row["tokens"])})
 
 
 def user_turn(content: str) -> Turn:

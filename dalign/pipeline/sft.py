@@ -61,7 +61,7 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   prompts = {prompt.id: prompt for prompt in run.prompts}
   rows, dropped = [], {"leaked": 0, "too_long": 0}
   for row in run.store.read_rows(source):
-    prompt, sample = prompts[row["prompt_id"]], _sample(row)
+    prompt, sample = prompts[row["prompt_id"]], context.row_to_sample(row)
     if any(
       specs.leaks(t.content, index, cfg.leak_words) for t in compose.plain(prompt)
     ):
@@ -73,13 +73,6 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
   dropped["too_long"] = len(rows) - len(fits)
   return fits, dropped
-
-
-def _sample(row: dict):
-  names = ("prompt_id", "index", "tokens", "forced", "thought", "answer")
-  return context.row_to_sample(
-    {n: row[n] for n in names} | {n: row[n] for n in ("malformed", "finish")}
-  )
 
 
 def row_of(tok, turns, tokens, forced: int):
