@@ -33,12 +33,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.compute = dict(dtype="bfloat16", kv_dtype="float32", remat=True, logits_chunk=512)
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.sampler = dict(
-    # A step's time is proportional to the slots, whether they are full or not: few keep
-    # them busy until the end.
-    slots=32,
-    lanes=4,
+    # Many lanes of few slots: a lane takes a new group when its last row is done.
+    slots=64,
+    lanes=8,
     chunk=8,
-    prefill=16,
+    prefill=8,
     prompt_room=96,
     prompt_step=48,
     prefix_step=64,
@@ -50,16 +49,17 @@ def get_config() -> ml_collections.ConfigDict:
   c.generate = dict(
     # A 135M model almost never writes a safe completion that stands up to the rubric (3
     # of 87 samples); it learns those from the spec's worked examples (sft.worked).
-    prompts=dict(refuse=171, safe_complete=0, comply=162),
-    helpful=60,
-    capability=60,
+    prompts=dict(refuse=135, safe_complete=0, comply=243),
+    helpful=75,
+    # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
+    capability=0,
     demonstrations=3,
     batch=1,
-    most=4,
+    most=3,
     enough=1,
     threshold=0.7,
     temperature=0.6,
-    max_new=128,
+    max_new=112,
   )
   c.filter = dict(
     judge="rubric",
@@ -72,17 +72,18 @@ def get_config() -> ml_collections.ConfigDict:
   c.sft = dict(
     epochs=1,
     worked=True,
+    capability=150,
     leak_words=8,
     # Lines of 256 tokens: over longer packed lines attention costs most of a step.
-    batch=dict(micro=2, rows=8, length=256),
-    optimizer=optimizer(1e-4),
+    batch=dict(micro=1, rows=8, length=256),
+    optimizer=optimizer(2e-4),
     checkpoint_every=10,
   )
   c.reward = dict(
     start="sft",
     detail="clauses",
     metadata=True,
-    steps=24,
+    steps=16,
     rows=16,
     length=160,
     held_out=0.15,
@@ -92,7 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.rl = dict(
     start="sft",
-    # "model" asks the trained reward model. After 24 steps (at a learning rate of 5e-5)
+    # "model" asks the trained reward model. After 24 steps at a learning rate of 5e-5
     # it agreed with the judge on 61% of 160 held-out answers: too few to train on.
     reward="rubric",
     steps=6,
@@ -102,7 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
     temperature=0.8,
     max_new=112,
     advantages="rloo",
-    kl_weight=0.002,
+    kl_weight=0.01,
     ratio_cap=2.0,
     length_norm=100.0,
     batch=dict(micro=6, rows=8, length=256),
@@ -117,8 +118,9 @@ def get_config() -> ml_collections.ConfigDict:
     capability=40,
     extra={},
     extra_limit=200,
-    temperature=0.0,
-    max_new=128,
+    # Greedy, models of this size fall into loops; the same for every arm.
+    temperature=0.5,
+    max_new=112,
     trials=1000,
   )
   return c

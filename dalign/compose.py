@@ -8,6 +8,7 @@ from typing import Sequence
 
 from dalign import spec as specs
 from dalign import text
+from dalign import words
 from dalign.types import Prompt
 from dalign.types import Spec
 from dalign.types import Turn
@@ -21,7 +22,8 @@ TASK = (
 
 
 # How a demonstrated thought ends. Small models copy a short, constant pattern far more
-# reliably than the longer prose of the policies' own worked thoughts.
+# reliably than the longer prose of the policies' own worked thoughts; the constant word
+# before the clause's id makes them cite one.
 DECISIONS = {
   "comply": "allows this, so I can answer.",
   "refuse": "forbids this, so I must refuse.",
@@ -64,12 +66,15 @@ def teach(
 
   `worked` examples of the category's policy come as earlier turns, those of the
   prompt's ideal response type first: a proposal for a small model to imitate, which the
-  filter then judges. They are the same for all prompts of one category and type.
+  filter then judges. They are the same for all prompts of one category and type, and
+  cut to two sentences of answer: of longer ones it samples more that have no end.
   """
   system = TASK + specs.render(spec, prompt.category, detail=detail)
   turns = [Turn(role="system", content=system)]
+  title = topic(spec, prompt.category)
   for example in demonstrations(spec, prompt.category, prompt.expected, worked):
-    shown = f"{think.tag}\n{brief_thought(example)}\n{think.close}\n\n{example.answer}"
+    answer = " ".join(words.sentences(example.answer)[:2])
+    shown = f"{think.tag}\n{brief_thought(example, title)}\n{think.close}\n\n{answer}"
     turns.append(Turn(role="user", content=example.prompt))
     turns.append(Turn(role="assistant", content=shown))
   return (*turns, *prompt.turns)
@@ -83,12 +88,37 @@ def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Wor
   return sorted(worked, key=lambda example: example.verdict != expected)[:n]
 
 
-def brief_thought(example: Worked) -> str:
-  """What is asked, the clause that decides, and the decision, in two sentences."""
+def topic(spec: Spec, category: str) -> str:
+  """The title of a category's policy in running text, or ""."""
+  titles = {policy.id: policy.title for policy in spec.policies}
+  return titles.get(category, "").lower()
+
+
+def brief_thought(example: Worked, topic: str) -> str:
+  """What is asked, the clause that decides, and the decision, in two sentences.
+
+  Before a clause that limits comes its topic, whose plain words lead a small model to
+  the policy better than the letters of an id; before one that allows, they lead it
+  astray: with them a fifth of sampled thoughts and answers were good, without a third.
+  """
   asks = specs.first_sentence(example.thought)
   if not example.clause:
     return f"{asks} No policy touches this, so I can answer."
-  return f"{asks} {example.clause} {DECISIONS[example.verdict]}"
+  decides = f"{example.clause} {DECISIONS[example.verdict]}"
+  if example.verdict == "comply":
+    return f"{asks} Clause {decides}"
+  return f"{asks} On {topic}, clause {decides}"
+
+
+def reference(prompt: Prompt) -> Worked:
+  """A prompt with a known answer as an example: no clause, and the answer as it is."""
+  return Worked(
+    clause="",
+    verdict="comply",
+    prompt=prompt.text,
+    thought="The user asks something that has one right answer.",
+    answer=prompt.answer,
+  )
 
 
 def plain(prompt: Prompt) -> tuple[Turn, ...]:

@@ -233,10 +233,16 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-  """Stage 3. epochs over the kept rows; worked adds the spec's own worked examples."""
+  """Stage 3. epochs over the kept rows, and what is mixed in with them.
+
+  worked: the spec's own worked examples, with their thoughts in brief.
+  capability: how many training prompts with a known answer, with that answer (METHOD:
+    capability data).
+  """
 
   epochs: int
   worked: bool
+  capability: int
   leak_words: int
   batch: BatchConfig
   optimizer: OptimizerConfig

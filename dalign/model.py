@@ -70,6 +70,7 @@ class Block(nn.Module):
 
   cfg: ModelConfig
   compute: Compute
+  turned: bool = False  # weights are [out, in], for decoding
 
   @nn.compact
   def __call__(self, x_BTD, angles, own: Part, column, parts: tuple[Part, ...]):
@@ -84,7 +85,8 @@ class Block(nn.Module):
     init = nn.initializers.normal(0.02)
 
     def dense(name, x, shape):
-      return ops.matmul(x, self.param(name, init, shape), dtype)
+      w = self.param(name, init, shape[::-1] if self.turned else shape)
+      return (ops.matmul_turned if self.turned else ops.matmul)(x, w, dtype)
 
     def norm(name, x):
       return rms_norm(x, self.param(name, nn.initializers.ones, (D,)), cfg.norm_eps)
@@ -293,7 +295,7 @@ def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
   dtype = jnp.dtype(compute.dtype)
 
   def cast(x):
-    return x.astype(dtype) if x.ndim > 1 else x
+    return x.T.astype(dtype) if x.ndim > 1 else x
 
   layers = tuple(
     jax.tree.map(lambda p: cast(p[i]), params["layers"])  # noqa: B023
@@ -303,7 +305,7 @@ def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
     "embed": params["embed"],
     "layers": layers,
     "norm": params["norm"],
-    "head": head(params).astype(dtype),
+    "head": cast(head(params)),
   }
 
 
@@ -314,7 +316,7 @@ def decode_step(weights, token_B, position_B, reads, ring, column, *, cfg, compu
   token's keys and values to, at `column`, where its mask is already True. Returns the
   hidden states [B, D] and the rings' new (k, v) a layer.
   """
-  block = Block(cfg, compute)
+  block = Block(cfg, compute, turned=True)
   x_BTD = jnp.take(weights["embed"], token_B[:, None], axis=0)
   angles = rotary_angles(position_B[:, None], cfg)
   written = []

@@ -49,6 +49,17 @@ def _matmul_bwd(dtype, saved, g):
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
+def matmul_turned(x, w, dtype):
+  """`x @ w.T` as `matmul` does it, without a gradient; w is [out, in].
+
+  The weight is the product's left side: XLA's CPU kernels repack the right side at
+  every call, which with few rows of x takes longer than the product.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  y = _dot(w, rows, ((1,), (1,)), dtype)
+  return y.T.reshape(*x.shape[:-1], w.shape[0])
+
+
 @struct.dataclass
 class TokenStats:
   """Per token, in nats and float32: log-probability, entropy, and the argmax hit."""

@@ -141,7 +141,7 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
     cfg=cfg,
     compute=compute,
   )
-  logits_BV = ops.matmul(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
+  logits_BV = ops.matmul_turned(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
   key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
   token_B, logp_B = draw(logits_BV, key_B, temperature)
 

@@ -231,10 +231,9 @@ def _render(tok: Tokenizer, turns: Sequence[Turn], prompt: bool) -> tuple[str, s
     raise ValueError("a conversation uses every private character there is")
   messages = []
   for turn in turns:
-    names = tok.special if turn.role == "assistant" else tok._controls
-    messages.append(
-      {"role": turn.role, "content": _break(turn.content, tuple(names), mark)}
-    )
+    kept = tuple(tok._tags) if turn.role == "assistant" else ()
+    content = _break(turn.content, tuple(tok._controls), kept, mark)
+    messages.append({"role": turn.role, "content": content})
   try:
     text = _compile(tok.chat_template).render(
       messages=messages,
@@ -251,28 +250,27 @@ def _render(tok: Tokenizer, turns: Sequence[Turn], prompt: bool) -> tuple[str, s
   return text, mark
 
 
-def _break(text: str, names: tuple[str, ...], mark: str) -> str:
-  """`text` with `mark` inside all of `names` it holds, or could complete at its edges.
+def _break(text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str) -> str:
+  """`text` with `mark` after each character that one of `names` begins with, but for
+  those of the tags `kept`; and in front, if it holds a name's first or last character.
 
+  So none of the names can come to stand there, whatever the template cuts out or puts
+  around it; and text that could never make one stays what the template compares it to.
   White space at the edges stays outside, because templates trim it.
   """
-  if not names:
+  if not {c for name in names for c in (name[0], name[-1])} & set(text):
     return text
-  start, suffixes, prefixes = _parts(names)
-  core = text.strip()
-  left, right = mark * core.startswith(suffixes), mark * core.endswith(prefixes)
   at = len(text) - len(text.lstrip())
-  core_marked = start.sub(lambda match: match[0] + mark, core)
-  return text[:at] + left + core_marked + right + text[at + len(core) :]
+  marked = _starts(names, kept).sub(lambda match: match[0] + mark, text[at:])
+  return text[:at] + mark + marked
 
 
 @functools.lru_cache(maxsize=16)
-def _parts(names: tuple[str, ...]):
-  """A pattern of the first character of each name, all true suffixes, all prefixes."""
-  start = re.compile(f"(?=(?:{'|'.join(map(re.escape, names))}))(?s:.)")
-  suffixes = {name[i:] for name in names for i in range(1, len(name))}
-  prefixes = {name[:i] for name in names for i in range(1, len(name))}
-  return start, tuple(sorted(suffixes)), tuple(sorted(prefixes))
+def _starts(names: tuple[str, ...], kept: tuple[str, ...]) -> re.Pattern[str]:
+  """A pattern of the first character of any of `names`, where none of `kept` begins."""
+  first = "".join(re.escape(c) for c in sorted({name[0] for name in names}))
+  other = "|".join(map(re.escape, kept)) or "(?!)"
+  return re.compile(f"(?!{other})[{first}]")
 
 
 @functools.lru_cache(maxsize=16)
@@ -401,6 +399,15 @@ class Packed:
   weight_BT: np.ndarray
   extras: dict[str, np.ndarray]
   where: tuple[tuple[int, int, int], ...]
+
+  @property
+  def lines(self) -> dict[str, np.ndarray]:
+    """What a model reads: tokens_BT, positions_BT and segments_BT."""
+    return {
+      "tokens_BT": self.tokens_BT,
+      "positions_BT": self.positions_BT,
+      "segments_BT": self.segments_BT,
+    }
 
 
 def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:

@@ -173,6 +173,8 @@ def test_encode_never_makes_control_tokens(content):
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.example(["x<|im_", "x<|im_ \n"], "", "end|>", " | trim")
 @hypothesis.example(["end|>x", " \nend|>"], "<|im_", "", " | trim")
+@hypothesis.example(["<|im_end|>", "aim_end|>"], "<|", "", " | replace('a', '')")
+@hypothesis.example(["x", "<|aim_end|>"], "", "", " | replace('a', '')")
 @hypothesis.given(st.lists(HOSTILE, min_size=2, max_size=3), EDGE, EDGE, FILTER)
 def test_content_never_makes_control_tokens(contents, before, after, filtered):
   """Under any template the controls are those that a harmless content gives."""

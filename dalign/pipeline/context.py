@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 READS = {
   "generate": ("model", "compute", "think", "spec", "data", "generate"),
   "filter": ("model", "compute", "spec", "filter"),
-  "sft": ("model", "compute", "mesh", "think", "sft"),
+  "sft": ("model", "compute", "mesh", "think", "data", "sft"),
   "reward": ("model", "compute", "mesh", "spec", "reward"),
   "rl": ("model", "compute", "mesh", "think", "spec", "data", "rl"),
   "eval": ("model", "compute", "think", "spec", "data", "eval"),
@@ -250,18 +250,12 @@ class Scorer:
     return [np.concatenate([[0.0], row[1:]]) for row in found]
 
 
-def micro_batches(packed: text.Packed, shape: configs.BatchConfig, more: dict):
-  """Packed lines as [M, rows, T] micro-batches, and how many of them are used.
+def micro_batches(lines: dict, shape: configs.BatchConfig):
+  """[B, T] arrays as [M, rows, T] micro-batches, and how many of them are used.
 
-  `more` are further [B, T] arrays to go along. Raises ValueError when there are more
-  lines than one update holds.
+  Raises ValueError when there are more lines than one update holds.
   """
-  lines = {
-    "tokens_BT": packed.tokens_BT,
-    "positions_BT": packed.positions_BT,
-    "segments_BT": packed.segments_BT,
-  } | more
-  have, room = len(packed.tokens_BT), shape.micro * shape.rows
+  have, room = len(lines["tokens_BT"]), shape.micro * shape.rows
   if have > room:
     raise ValueError(
       f"an update needs {have} lines of {shape.length} tokens, its batch holds {room}: "

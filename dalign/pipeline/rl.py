@@ -219,7 +219,7 @@ class _Step:
       "logp_BT": logp_BT,
       "start_BT": start_BT,
     }
-    return context.micro_batches(packed, self.cfg.batch, more)
+    return context.micro_batches(packed.lines | more, self.cfg.batch)
 
   def _metrics(self, rollouts: list[_Rollout], idle_B) -> dict[str, float]:
     def mean(values):

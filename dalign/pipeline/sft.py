@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from dalign import compose
 from dalign import data
 from dalign import sft
@@ -39,10 +41,8 @@ def finetune(run: context.Run) -> None:
   share = trained / sum(len(tokens) for tokens, _ in rows)
   context.say(f"sft: {len(rows)} rows, {share:.0%} of their tokens trained, {dropped}")
   with context.bar(len(plan), "sft", "step", trainer.step) as bar:
-    for packed in plan[trainer.step :]:
-      batch, used = context.micro_batches(
-        packed, cfg.batch, {"weight_BT": packed.weight_BT}
-      )
+    for lines in plan[trainer.step :]:
+      batch, used = context.micro_batches(lines, cfg.batch)
       values = trainer.update(batch, used)
       trainer.save()
       bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.2f}")
@@ -69,7 +69,11 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
       continue
     rows.append(row_of(run.tok, compose.plain(prompt), sample.tokens, sample.forced))
   if cfg.worked:
-    rows += [_worked(run, w) for policy in run.spec.policies for w in policy.worked]
+    for policy in run.spec.policies:
+      title = compose.topic(run.spec, policy.id)
+      rows += [_written(run, example, title) for example in policy.worked]
+  for prompt in run.choose("train", "capability", cfg.capability):
+    rows.append(_written(run, compose.reference(prompt), ""))
   fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
   dropped["too_long"] = len(rows) - len(fits)
   return fits, dropped
@@ -85,33 +89,30 @@ def row_of(tok, turns, tokens, forced: int):
   return [*before, *tokens], weights
 
 
-def _worked(run: context.Run, example):
-  """A worked example of the spec as a row; its forced opening is not trained."""
+def _written(run: context.Run, example, topic: str):
+  """An example that was written, not sampled, as a row of brief thought and answer; its
+  forced opening is not trained."""
   forced = compose.forced(run.tok, run.think)
-  thought = example.thought.removeprefix(run.think.start)
+  thought = compose.brief_thought(example, topic).removeprefix(run.think.start)
   shown = f"{thought}\n{run.think.close}\n\n{example.answer}"
   tokens = (*forced, *run.tok.encode(shown), run.tok.stop_ids[0])
   turns = [context.user_turn(example.prompt)]
   return row_of(run.tok, turns, tokens, len(forced))
 
 
-def _plan(rows, cfg, seed: int) -> list[text.Packed]:
-  """The packed lines of each step: every row once an epoch, in a new order."""
-  lines, steps = cfg.batch.micro * cfg.batch.rows, []
+def _plan(rows, cfg, seed: int) -> list[dict]:
+  """The packed lines of each step: every row once an epoch, in a new order.
+
+  An epoch is packed as a whole, which fills its lines to the brim, and cut into steps
+  of about as many lines each; packing puts long rows last, so lines are shuffled too.
+  """
+  steps = []
   for epoch in range(cfg.epochs):
     order = data.order(len(rows), seed=seed, epoch=epoch)
-    total = sum(len(rows[i][0]) for i in order)
-    parts = max(1, math.ceil(total / (lines * cfg.batch.length * 0.9)))
-    size = math.ceil(len(order) / parts)
-    for at in context.batches(len(order), size):
-      steps += _fitting([rows[i] for i in order[at]], lines, cfg.batch.length)
+    packed = text.pack([rows[i] for i in order], length=cfg.batch.length)
+    arrays = packed.lines | {"weight_BT": packed.weight_BT}
+    shuffled = data.order(len(packed.tokens_BT), seed=seed, epoch=epoch)
+    count = math.ceil(len(shuffled) / (cfg.batch.micro * cfg.batch.rows))
+    for at in np.array_split(shuffled, count):
+      steps.append({name: x[at] for name, x in arrays.items()})
   return steps
-
-
-def _fitting(rows, lines: int, length: int) -> list[text.Packed]:
-  """Rows packed for one step, or halved until each half fits."""
-  packed = text.pack(rows, length=length)
-  if len(packed.tokens_BT) <= lines:
-    return [packed]
-  half = len(rows) // 2
-  return _fitting(rows[:half], lines, length) + _fitting(rows[half:], lines, length)
