@@ -48,6 +48,19 @@ def assert_same(left, right):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_a_settled_save_is_whole(tmp_path):
+  writer = Checkpoints(tmp_path / "c")
+  writer.settle()
+  state = make_state(2)
+  state.params["big"] = jax.random.normal(jax.random.key(0), (3000, 1000))
+  writer.save(2, state, {})
+  assert not (tmp_path / "c" / "2").exists()
+  writer.settle()
+  assert (tmp_path / "c" / "2").exists()
+  assert Checkpoints(tmp_path / "c").latest() == 2
+  writer.close()
+
+
 def test_a_whole_state_comes_back_in_another_process_s_eyes(tmp_path):
   state, meta = make_state(3), {"cursor": 12, "order": [1, 2], "name": "é"}
   writer = Checkpoints(tmp_path / "c")

@@ -1,5 +1,6 @@
 """The whole pipeline on the tiny config: artefacts, resuming, errors, blindness."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -120,6 +121,7 @@ def test_the_same_command_again_does_nothing(workdir):
     ("--config.sft.epoch=3", 'Did you mean "epochs"'),
     ("--config.stages=generat", "did you mean 'generate'"),
     ("--config.rl.samples=1", "at least 2"),
+    ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
     ("--config.seed=7", "seed"),
     ("--config.generate.temperature=0.7", "generate.temperature"),
     ("--config.model.path=/nowhere", "/nowhere"),
@@ -197,13 +199,56 @@ def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
     assert tokens[first - len(forced) : first] == forced  # masked, and right there
 
 
-def test_a_prompt_with_spec_text_is_refused(run, monkeypatch):
-  prompt = next(p for p in run.prompts if p.kind == "safety")
+def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
+  sample = rows(run.store.path("generate", "samples.jsonl"))[0]
+  prompt = next(p for p in run.prompts if p.id == sample["prompt_id"])
   policy = run.spec.policies[0]
   spoiled = f"Remember this. {policy.clauses[0].text} {policy.purpose} Now answer."
-  index = specs.leak_index(run.spec, 8)
-  assert specs.leaks(spoiled, index, 8)
-  assert not specs.leaks(prompt.text, index, 8)
+  bad = dataclasses.replace(prompt, id="bad", turns=(context.user_turn(spoiled),))
+  monkeypatch.setattr(run, "prompts", [*run.prompts, bad])
+
+  def trained(*ids):
+    monkeypatch.setattr(
+      run.store, "read_rows", lambda _: [sample | {"prompt_id": i} for i in ids]
+    )
+    found, dropped = sft_stage._rows(run, "kept.jsonl")
+    return len(found), dropped["leaked"]
+
+  n, _ = trained()
+  assert trained(prompt.id) == (n + 1, 0)
+  assert trained(prompt.id, "bad") == (n + 1, 1)
+
+
+def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
+  draw = np.random.default_rng(0)
+  made = [
+    ([i + 1] * int(n), [1.0] * int(n))
+    for i, n in enumerate(draw.integers(40, 150, 300))
+  ]
+  cfg = dataclasses.replace(
+    tiny().sft, epochs=2, batch=configs.BatchConfig(micro=2, rows=4, length=256)
+  )
+  steps = sft_stage._plan(made, cfg, seed=0)
+  assert all(0 < len(step["tokens_BT"]) <= 8 for step in steps)
+  counts = np.bincount(np.concatenate([s["tokens_BT"].ravel() for s in steps]))[1:]
+  assert counts.tolist() == [2 * len(tokens) for tokens, _ in made]
+  assert counts.sum() > 0.9 * sum(step["tokens_BT"].size for step in steps)
+  half = len(steps) // 2
+  assert not np.array_equal(steps[0]["tokens_BT"], steps[half]["tokens_BT"])
+  longest = [step["positions_BT"].max() for step in steps[:half]]
+  assert max(longest[: half // 2]) > 130 and max(longest[half // 2 :]) > 130
+
+
+def test_known_answers_are_mixed_into_sft(run):
+  cfg = run.cfg.sft
+  source = run.store.path("filter", "kept.jsonl")
+  found, _ = sft_stage._rows(run, source)
+  texts = [run.tok.decode(tokens) for tokens, _ in found[-cfg.capability :]]
+  for prompt, row in zip(
+    run.choose("train", "capability", cfg.capability), texts, strict=True
+  ):
+    assert prompt.text in row and row.endswith(f"{run.think.close}\n\n{prompt.answer}")
+    assert "No policy touches this" in row and "capability" in prompt.kind
 
 
 def test_the_thought_cannot_reach_the_reward(run):

@@ -50,6 +50,11 @@ class Run:
   """One run of the method in one folder."""
 
   def __init__(self, cfg: configs.Config, workdir: pathlib.Path):
+    if jax.default_backend() == "cpu" and cfg.compute.kv_dtype != "float32":
+      raise ValueError(
+        "config.compute.kv_dtype: wanted float32 on a CPU, whose XLA has no batched "
+        f"product of attention in other types; got {cfg.compute.kv_dtype}"
+      )
     self.cfg = cfg
     self.store = store.Store(workdir)
     self.metrics = store.Metrics(workdir)
@@ -326,6 +331,8 @@ class Trainer:
     """A checkpoint, at every `every` steps and at the end."""
     if self.step % self.every == 0 or self.step == self.steps:
       self.saved.save(self.step, self.state, self.meta)
+      if jax.default_backend() == "cpu":
+        self.saved.settle()
       self.run.store.pause(self.stage)
 
   def finish(self) -> PyTree:
