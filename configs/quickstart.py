@@ -93,8 +93,8 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.rl = dict(
     start="sft",
-    # "model" asks the trained reward model. After 24 steps at a learning rate of 5e-5
-    # it agreed with the judge on 61% of 160 held-out answers: too few to train on.
+    # "model" asks the trained reward model. After these few steps it agreed with the
+    # judge on 44% of 160 held-out answers, and on 72% of pairs: too few to train on.
     reward="rubric",
     steps=6,
     prompts=14,

@@ -55,10 +55,7 @@ class Checkpoints:
     """
     if self._manager is not None:
       self._manager.wait_until_finished()
-    if sys.platform == "linux":
-      trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-      if trim:
-        trim(0)
+    give_back_memory()
 
   def latest(self) -> int | None:
     """The newest step that is whole, or None."""
@@ -109,6 +106,14 @@ class Checkpoints:
         },
       )
     return self._manager
+
+
+def give_back_memory() -> None:
+  """Returns freed host memory to the system, which malloc keeps; glibc only."""
+  if sys.platform == "linux":
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+      trim(0)
 
 
 def save_params(dir: pathlib.Path, params: PyTree) -> None:

@@ -235,8 +235,6 @@ def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
   assert counts.sum() > 0.9 * sum(step["tokens_BT"].size for step in steps)
   half = len(steps) // 2
   assert not np.array_equal(steps[0]["tokens_BT"], steps[half]["tokens_BT"])
-  longest = [step["positions_BT"].max() for step in steps[:half]]
-  assert max(longest[: half // 2]) > 130 and max(longest[half // 2 :]) > 130
 
 
 def test_known_answers_are_mixed_into_sft(run):

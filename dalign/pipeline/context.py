@@ -313,6 +313,7 @@ class Trainer:
     """One step over the first `used` micro-batches; returns and writes its metrics."""
     key = ops.stream(self.run.key, self.stage, self.step)
     start = time.monotonic()
+    checkpoints.give_back_memory()  # of what was done since the last step
     self.state, metrics = self._update(self.state, batch, key, used)
     values = {name: float(mean.value()) for name, mean in metrics.items()}
     values["step_s"] = time.monotonic() - start
