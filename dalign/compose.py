@@ -71,10 +71,9 @@ def teach(
   """
   system = TASK + specs.render(spec, prompt.category, detail=detail)
   turns = [Turn(role="system", content=system)]
-  title = topic(spec, prompt.category)
   for example in demonstrations(spec, prompt.category, prompt.expected, worked):
     answer = " ".join(words.sentences(example.answer)[:2])
-    shown = f"{think.tag}\n{brief_thought(example, title)}\n{think.close}\n\n{answer}"
+    shown = f"{think.tag}\n{brief_thought(spec, example)}\n{think.close}\n\n{answer}"
     turns.append(Turn(role="user", content=example.prompt))
     turns.append(Turn(role="assistant", content=shown))
   return (*turns, *prompt.turns)
@@ -88,18 +87,12 @@ def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Wor
   return sorted(worked, key=lambda example: example.verdict != expected)[:n]
 
 
-def topic(spec: Spec, category: str) -> str:
-  """The title of a category's policy in running text, or ""."""
-  titles = {policy.id: policy.title for policy in spec.policies}
-  return titles.get(category, "").lower()
-
-
-def brief_thought(example: Worked, topic: str) -> str:
+def brief_thought(spec: Spec, example: Worked) -> str:
   """What is asked, the clause that decides, and the decision, in two sentences.
 
-  Before a clause that limits comes its topic, whose plain words lead a small model to
-  the policy better than the letters of an id; before one that allows, they lead it
-  astray: with them a fifth of sampled thoughts and answers were good, without a third.
+  Before a clause that limits comes the title of its policy, in plain words for a small
+  model to go by; before one that allows, they lead it astray: with them a fifth of
+  sampled thoughts and answers were good, without a third.
   """
   asks = specs.first_sentence(example.thought)
   if not example.clause:
@@ -107,7 +100,8 @@ def brief_thought(example: Worked, topic: str) -> str:
   decides = f"{example.clause} {DECISIONS[example.verdict]}"
   if example.verdict == "comply":
     return f"{asks} Clause {decides}"
-  return f"{asks} On {topic}, clause {decides}"
+  policy = spec.policy(specs.clause_ids(spec)[example.clause])
+  return f"{asks} On {policy.title.lower()}, clause {decides}"
 
 
 def reference(prompt: Prompt) -> Worked:

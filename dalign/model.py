@@ -288,7 +288,7 @@ def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Comput
 
 
 def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
-  """Parameters for decoding: one tree a layer, matrices in the compute dtype.
+  """Parameters for decoding: one tree a layer, matrices [out, in], compute dtype.
 
   A decode loop that slices stacked layers would copy each weight at every step.
   """

@@ -255,14 +255,16 @@ def _break(text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str) 
   those of the tags `kept`; and in front, if it holds a name's first or last character.
 
   So none of the names can come to stand there, whatever the template cuts out or puts
-  around it; and text that could never make one stays what the template compares it to.
+  around it; and text that could never make one, or begins with a kept tag, begins as
+  the template expects it.
   White space at the edges stays outside, because templates trim it.
   """
   if not {c for name in names for c in (name[0], name[-1])} & set(text):
     return text
   at = len(text) - len(text.lstrip())
   marked = _starts(names, kept).sub(lambda match: match[0] + mark, text[at:])
-  return text[:at] + mark + marked
+  front = "" if text[at:].startswith(kept) else mark
+  return text[:at] + front + marked
 
 
 @functools.lru_cache(maxsize=16)

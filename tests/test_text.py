@@ -198,6 +198,16 @@ def test_content_never_makes_control_tokens(contents, before, after, filtered):
     assert tok.decode(text.render_chat(tok, turns)) == want
 
 
+def test_templates_find_the_tag_that_an_assistant_turn_begins_with():
+  template = (
+    "{% for m in messages %}<|im_start|>{{ m.content.startswith('<think>') }}"
+    "{{ m.content }}<|im_end|>{% endfor %}"
+  )
+  turns = [Turn(role=role, content="<think>a") for role in ("assistant", "user")]
+  tok = _thinking(template)
+  assert tok.decode(text.render_chat(tok, turns)) == "True<think>aFalse<think>a"
+
+
 _MADE = {}
 
 

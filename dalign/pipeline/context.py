@@ -291,6 +291,7 @@ class Trainer:
     state = jax.eval_shape(lambda p: train.create(p, tx), self.params)
     placed = train.state_shardings(self.run.mesh, state, self.axes)
     self.saved = checkpoints.Checkpoints(self.run.store.path(self.stage, "checkpoints"))
+    self.in_host_memory = jax.default_backend() == "cpu"
     self.meta: dict = {}
     latest = self.saved.latest()
     if latest is None:
@@ -312,8 +313,9 @@ class Trainer:
   def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
     """One step over the first `used` micro-batches; returns and writes its metrics."""
     key = ops.stream(self.run.key, self.stage, self.step)
+    if self.in_host_memory:
+      checkpoints.give_back_memory()  # of what was done since the last step
     start = time.monotonic()
-    checkpoints.give_back_memory()  # of what was done since the last step
     self.state, metrics = self._update(self.state, batch, key, used)
     values = {name: float(mean.value()) for name, mean in metrics.items()}
     values["step_s"] = time.monotonic() - start
@@ -332,7 +334,7 @@ class Trainer:
     """A checkpoint, at every `every` steps and at the end."""
     if self.step % self.every == 0 or self.step == self.steps:
       self.saved.save(self.step, self.state, self.meta)
-      if jax.default_backend() == "cpu":
+      if self.in_host_memory:
         self.saved.settle()
       self.run.store.pause(self.stage)
 

@@ -69,11 +69,9 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
       continue
     rows.append(row_of(run.tok, compose.plain(prompt), sample.tokens, sample.forced))
   if cfg.worked:
-    for policy in run.spec.policies:
-      title = compose.topic(run.spec, policy.id)
-      rows += [_written(run, example, title) for example in policy.worked]
+    rows += [_written(run, w) for policy in run.spec.policies for w in policy.worked]
   for prompt in run.choose("train", "capability", cfg.capability):
-    rows.append(_written(run, compose.reference(prompt), ""))
+    rows.append(_written(run, compose.reference(prompt)))
   fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
   dropped["too_long"] = len(rows) - len(fits)
   return fits, dropped
@@ -89,11 +87,11 @@ def row_of(tok, turns, tokens, forced: int):
   return [*before, *tokens], weights
 
 
-def _written(run: context.Run, example, topic: str):
+def _written(run: context.Run, example):
   """An example that was written, not sampled, as a row of brief thought and answer; its
   forced opening is not trained."""
   forced = compose.forced(run.tok, run.think)
-  thought = compose.brief_thought(example, topic).removeprefix(run.think.start)
+  thought = compose.brief_thought(run.spec, example).removeprefix(run.think.start)
   shown = f"{thought}\n{run.think.close}\n\n{example.answer}"
   tokens = (*forced, *run.tok.encode(shown), run.tok.stop_ids[0])
   turns = [context.user_turn(example.prompt)]
