@@ -163,27 +163,33 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   )
 
 
-def _insert(slots: Slots, kv: model.KV, src_R, slot_R, count, fields: dict) -> Slots:
-  """Puts the first `count` of the rows `src_R` of `kv` into the slots
-  `slot_R`; `fields` are the new values of those slots, in the same order."""
-  zero = {"live_BS": False, "count_B": 0, "active_B": True, "stopped_B": False}
+def _insert(slots: Slots, kv: model.KV, src_R, slot_R, count) -> Slots:
+  """Copies the first `count` of the rows `src_R` of `kv` into the slots `slot_R`."""
 
-  def put(i, slots):
-    src, slot = src_R[i], slot_R[i]
-
+  def put(i, prompt):
     def cache(old, new):
-      row = jax.lax.dynamic_index_in_dim(new, src)
-      return model.write(old, row, (slot, 0, 0, 0))
+      row = jax.lax.dynamic_index_in_dim(new, src_R[i])
+      return model.write(old, row, (slot_R[i], 0, 0, 0))
 
-    prompt = tuple(
+    return tuple(
       (cache(k, kv.k[layer]), cache(v, kv.v[layer]))
-      for layer, (k, v) in enumerate(slots.prompt)
+      for layer, (k, v) in enumerate(prompt)
     )
-    row = {name: getattr(slots, name).at[slot].set(x[i]) for name, x in fields.items()}
-    row |= {name: getattr(slots, name).at[slot].set(x) for name, x in zero.items()}
-    return slots.replace(prompt=prompt, **row)
 
-  return jax.lax.fori_loop(0, count, put, slots)
+  return slots.replace(prompt=jax.lax.fori_loop(0, count, put, slots.prompt))
+
+
+def _start(slots: Slots, starts_B, fields: dict) -> Slots:
+  """Begins a new row in each slot of `starts_B`, whose prompt lies there already;
+  `fields` are the values of all slots, of which those that start are taken."""
+  fields |= {"live_BS": False, "count_B": 0, "active_B": True, "stopped_B": False}
+
+  def pick(name, new):
+    old = getattr(slots, name)
+    mask = starts_B.reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(mask, new, old)
+
+  return slots.replace(**{name: pick(name, new) for name, new in fields.items()})
 
 
 def _set_prefix(prefixes: Prefixes, kv: model.KV, length, lane) -> Prefixes:
@@ -227,14 +233,26 @@ class Sampler:
     self._prefill = jax.jit(self._prefill_fn)
     self._prefix = jax.jit(self._prefix_fn)
     self._insert = jax.jit(_insert, donate_argnums=0)
+    self._start = jax.jit(_start, donate_argnums=0)
+    self._cast = jax.jit(self._cast_fn)
     self._set_prefix = jax.jit(_set_prefix, donate_argnums=0)
     self._chunk = jax.jit(self._chunk_fn, donate_argnums=2)
     self.unstack = jax.jit(lambda p: model.unstack(p, cfg=cfg, compute=self.compute))
 
   def compiled(self) -> int:
     """How many programs have been compiled so far; constant after warm-up."""
-    jits = self._prefill, self._prefix, self._insert, self._set_prefix, self._chunk
+    prefill = self._cast, self._prefix, self._set_prefix, self._prefill
+    jits = *prefill, self._insert, self._start, self._chunk
     return sum(f._cache_size() for f in jits)
+
+  def _cast_fn(self, params):
+    """Parameters whose layers' matrices are in the compute dtype already: rounding
+    them anew at each prefill takes as long as the products of some hundred tokens."""
+    dtype = jnp.dtype(self.compute.dtype)
+    layers = jax.tree.map(
+      lambda w: w.astype(dtype) if w.ndim > 2 else w, params["layers"]
+    )
+    return params | {"layers": layers}
 
   def _prefix_fn(self, params, tokens_P, length):
     return model.encode_prefix(
@@ -330,7 +348,7 @@ class Sampler:
 
     Raises ValueError when a request does not fit the given room.
     """
-    pending = collections.deque(list(group) for group in groups if group)
+    pending = collections.deque(group for group in groups if group)
     A = self.sampler.lanes if len(pending) > 1 else 1
     s = self.sampler
     P = -(-max(prefix_room, 1) // s.prefix_step) * s.prefix_step
@@ -338,40 +356,76 @@ class Sampler:
     slots = self._empty(bucket(prompt_room, s.prompt_step), max_new)
     held: list[Request | None] = [None] * s.slots
     lanes: list[_Lane | None] = [None] * A
+    params = self._cast(params)
     temperature = jnp.float32(temperature)
+
+    def next_lane(own: range) -> _Lane | None:
+      """A lane for the next group; when there is none, with half of another's queue."""
+      if pending:
+        group = collections.deque(pending.popleft())
+        head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]
+        tokens_P = np.zeros(P, np.int32)
+        tokens_P[: len(head)] = head
+        prefix = self._prefix(params, tokens_P, jnp.int32(len(head)))
+        return _Lane(self, params, key, head, prefix, own, group)
+      queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
+      if not queued:
+        return None
+      return max(queued, key=lambda lane: len(lane.waiting)).split(own)
+
     while True:
       for a, lane in enumerate(lanes):
-        if pending and (lane is None or lane.idle(held)):
-          lane = lanes[a] = _Lane(self, params, pending.popleft(), a, A, P, key)
-          prefixes = self._set_prefix(
-            prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
-          )
+        if lane is None or lane.idle(held):
+          new = next_lane(range(a * s.slots // A, (a + 1) * s.slots // A))
+          if new is not None:
+            lane = lanes[a] = new
+            prefixes = self._set_prefix(
+              prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
+            )
         if lane is not None:
           slots = lane.refill(slots, held)
       if not any(held):
         return
       slots = self._chunk(weights, prefixes, slots, temperature)
       for slot, done in _collect(slots, held):
-        lanes[slot * A // s.slots].waiting.extend(more(done))
+        lanes[slot * A // s.slots].add(more(done), slot, done.request, held)
         yield done
 
 
+@dataclasses.dataclass
 class _Lane:
-  """One group of requests on its way through one run of the slots."""
+  """Requests of one group on their way through some of the slots."""
 
-  def __init__(self, sampler: Sampler, params, group, a: int, A: int, P: int, key: Key):
-    self.sampler, self.params, self.key = sampler, params, key
-    per_lane = sampler.sampler.slots // A
-    self.slots = range(a * per_lane, (a + 1) * per_lane)
-    self.waiting = collections.deque(group)
-    self.ready: collections.deque = collections.deque()  # (request, kv, row)
-    shared = common_prefix([r.tokens for r in group])
-    if shared > P:
-      shared = P
-    self.head = group[0].tokens[:shared]
-    tokens_P = np.zeros(P, np.int32)
-    tokens_P[:shared] = self.head
-    self.prefix = sampler._prefix(params, tokens_P, jnp.int32(shared))
+  sampler: Sampler
+  params: PyTree
+  key: Key
+  head: tuple[int, ...]  # the tokens that all share,
+  prefix: model.Prefix  # and what they encode to
+  slots: range
+  waiting: collections.deque[Request]
+  ready: collections.deque = dataclasses.field(default_factory=collections.deque)
+  staying: list = dataclasses.field(default_factory=list)
+
+  # `ready` has (request, kv, row of kv) of what is prefilled; `staying` (slot, request)
+  # of rows whose prompt lies in their slot already.
+
+  def split(self, slots: range) -> "_Lane":
+    """A lane of the same group in other slots, with half of what waits here."""
+    half = [self.waiting.pop() for _ in range(len(self.waiting) // 2)]
+    waiting = collections.deque(reversed(half))
+    return dataclasses.replace(
+      self, slots=slots, waiting=waiting, ready=collections.deque(), staying=[]
+    )
+
+  def add(self, requests: Iterable[Request], slot: int, done: Request, held: list):
+    """Takes further requests; one for the prompt that `slot` has just `done` goes
+    on there, without a second prefill."""
+    for request in requests:
+      if held[slot] is None and request.tokens == done.tokens:
+        held[slot] = request
+        self.staying.append((slot, request))
+      else:
+        self.waiting.append(request)
 
   def idle(self, held: list) -> bool:
     """Whether the group is through."""
@@ -408,36 +462,37 @@ class _Lane:
   def refill(self, slots: Slots, held: list) -> Slots:
     """Fills this lane's free slots with waiting rows, a prefilled batch at a time."""
     free = [i for i in self.slots if held[i] is None]
+    starting, self.staying = self.staying, []
     while free and (self.ready or self.waiting):
       if not self.ready:
         self._prefill(slots.prompt[0][1].shape[2])
       kv = self.ready[0][1]
-      entering = []
+      src_R, slot_R = np.zeros((2, len(held)), np.int32)
+      count = 0
       while free and self.ready and self.ready[0][1] is kv:
-        request, _, row = self.ready.popleft()
-        slot = free.pop(0)
+        request, _, src_R[count] = self.ready.popleft()
+        slot = slot_R[count] = free.pop(0)
         held[slot] = request
-        entering.append((slot, row, request))
-      slots = self._enter(slots, kv, entering)
-    return slots
+        starting.append((slot, request))
+        count += 1
+      slots = self.sampler._insert(slots, kv, src_R, slot_R, jnp.int32(count))
+    return self._start(slots, starting) if starting else slots
 
-  def _enter(self, slots: Slots, kv, entering) -> Slots:
-    R, S, shared = len(slots.token_B), slots.live_BS.shape[1], len(self.head)
+  def _start(self, slots: Slots, starting) -> Slots:
+    B, S = slots.live_BS.shape
     names = ("prompt_len_B", "token_B", "position_B", "limit_B")
-    ints = {name: np.zeros(R, np.int32) for name in names}
-    src_R, slot_R = np.zeros(R, np.int32), np.zeros(R, np.int32)
-    ids_R = np.zeros(R, np.uint32)
-    for i, (slot, row, request) in enumerate(entering):
+    ints = {name: np.zeros(B, np.int32) for name in names}
+    starts_B, ids_B = np.zeros(B, bool), np.zeros(B, np.uint32)
+    for slot, request in starting:
       if not 0 < request.max_new <= S:
         raise ValueError(f"max_new of a request is 1..{S}, got {request.max_new}")
-      src_R[i], slot_R[i], ids_R[i] = row, slot, request.row_id
-      ints["prompt_len_B"][i] = len(request.tokens) - 1 - shared
-      ints["position_B"][i] = len(request.tokens) - 1
-      ints["token_B"][i] = request.tokens[-1]
-      ints["limit_B"][i] = request.max_new
-    fields = ints | {"key_B": ops.per_row(self.key, ids_R)}
-    count = jnp.int32(len(entering))
-    return self.sampler._insert(slots, kv, src_R, slot_R, count, fields)
+      starts_B[slot], ids_B[slot] = True, request.row_id
+      ints["prompt_len_B"][slot] = len(request.tokens) - 1 - len(self.head)
+      ints["position_B"][slot] = len(request.tokens) - 1
+      ints["token_B"][slot] = request.tokens[-1]
+      ints["limit_B"][slot] = request.max_new
+    fields = ints | {"key_B": ops.per_row(self.key, ids_B)}
+    return self.sampler._start(slots, starts_B, fields)
 
 
 def _collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:

@@ -1,5 +1,6 @@
 """Decoding: the draw, the cache against the full forward, slots, forks, programs."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -260,15 +261,43 @@ def test_forks_of_one_prompt_are_rows_like_others(sample, made):
 
 
 def test_forks_are_prefilled_once(made, params, unstacked, monkeypatch):
+  """Those of the beginning, and those that are asked for when one is done."""
   engine, calls = made(), []
   real = engine._prefill
   monkeypatch.setattr(engine, "_prefill", lambda *args: calls.append(1) or real(*args))
   rows = requests([PROMPTS[1]] * 5 + [PROMPTS[3]] * 4, max_new=3)
+
+  def more(done):
+    if done.request.row_id >= 20:
+      return []
+    return [dataclasses.replace(done.request, row_id=done.request.row_id + 10)]
+
   done = engine.run(
-    params, unstacked, [rows], key=jax.random.key(0), temperature=1.0, **ROOM
+    params, unstacked, [rows], key=jax.random.key(0), temperature=1.0, more=more, **ROOM
   )
-  assert len(list(done)) == 9
+  assert len(list(done)) == 27
   assert len(calls) == 1
+
+
+def test_an_idle_lane_takes_half_of_a_queue(
+  cfg, compute, params, unstacked, monkeypatch
+):
+  """Of two lanes, one with sixteen rows and one with one, none is left idle."""
+  shapes = dataclasses.replace(SHAPES, chunk=1)
+  engine = sampler.Sampler(cfg=cfg, compute=compute, stop_ids=(), sampler=shapes)
+  calls = collections.Counter()
+
+  def counted(name, real):
+    return lambda *args: calls.update([name]) or real(*args)
+
+  for name in ("_prefix", "_chunk"):
+    monkeypatch.setattr(engine, name, counted(name, getattr(engine, name)))
+  many = requests([(*HEAD, i) for i in range(20, 36)], max_new=10)
+  one = requests(LONG[:1], ids=[99], max_new=10)
+  run = functools.partial(engine.run, params, unstacked, temperature=1.0, **ROOM)
+  assert len(list(run([many, one], key=jax.random.key(0)))) == 17
+  assert calls["_prefix"] == 2
+  assert calls["_chunk"] <= 60  # a lane alone takes 16 rows of 10 tokens in 80 steps
 
 
 def test_rows_end_at_their_stop_or_their_budget(sample):

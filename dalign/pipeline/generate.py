@@ -15,8 +15,6 @@ from dalign.pipeline import context
 from dalign.types import EXPECTED
 from dalign.types import Prompt
 
-LANE = 24  # most prompts of one group that one lane serves
-
 
 def generate(run: context.Run) -> None:
   """Samples every chosen training prompt; goes on where it stopped."""
@@ -40,9 +38,7 @@ def generate(run: context.Run) -> None:
   groups = collections.defaultdict(list)
   for prompt in prompts:
     groups[prompt.category, prompt.expected].append(prompt)
-  # Large groups are cut, for several lanes to serve them; small ones fill the tail.
-  parts = [g[at] for g in groups.values() for at in context.batches(len(g), LANE)]
-  parts.sort(key=len, reverse=True)
+  parts = sorted(groups.values(), key=len, reverse=True)
   room = max(
     sampling.common_prefix([book.tokens(prompt) for prompt in group]) for group in parts
   )
