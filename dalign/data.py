@@ -69,8 +69,11 @@ def bundled_rows() -> list[Row]:
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):
   """`bundled_rows` as a TFDS data set with the splits "train" and "eval"."""
 
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES = {"1.0.0": "The first prompts."}
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {
+    "1.0.0": "The first prompts.",
+    "1.1.0": "Blunt questions with benign look-alikes.",
+  }
   # TFDS 4.9 would look for it with importlib_resources, which it does not install.
   code_path = epath.Path(__file__)
 
