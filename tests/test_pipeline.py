@@ -237,16 +237,28 @@ def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
   assert not np.array_equal(steps[0]["tokens_BT"], steps[half]["tokens_BT"])
 
 
-def test_known_answers_are_mixed_into_sft(run):
-  cfg = run.cfg.sft
-  source = run.store.path("filter", "kept.jsonl")
-  found, _ = sft_stage._rows(run, source)
-  texts = [run.tok.decode(tokens) for tokens, _ in found[-cfg.capability :]]
-  for prompt, row in zip(
-    run.choose("train", "capability", cfg.capability), texts, strict=True
-  ):
-    assert prompt.text in row and row.endswith(f"{run.think.close}\n\n{prompt.answer}")
-    assert "No policy touches this" in row and "capability" in prompt.kind
+def test_known_answers_are_mixed_into_sft(run, monkeypatch):
+  cfg, source = run.cfg.sft, run.store.path("filter", "kept.jsonl")
+  known = run.choose("train", "capability", cfg.capability)
+  assert len(known) == cfg.capability > 1
+  found, dropped = sft_stage._rows(run, source)
+  texts = [run.tok.decode(tokens) for tokens, _ in found]
+  for prompt in known:
+    (row,) = [text for text in texts if prompt.text in text]
+    assert row.endswith(f"{run.think.close}\n\n{prompt.answer}")
+    assert "No policy touches this" in row
+  assert dropped["leaked"] == 0
+
+  spoiled = context.user_turn(run.spec.policies[0].purpose)
+  bad = dataclasses.replace(known[0], turns=(spoiled,))
+  monkeypatch.setattr(run, "choose", lambda *_: [bad, *known[1:]])
+  found, dropped = sft_stage._rows(run, source)
+  assert len(found) == len(texts) - 1 and dropped["leaked"] == 1
+
+  empty = dataclasses.replace(known[0], answer=" ")
+  monkeypatch.setattr(run, "choose", lambda *_: [empty])
+  with pytest.raises(ValueError, match=f"{empty.id}.*has no answer to train on"):
+    sft_stage._rows(run, source)
 
 
 def test_the_thought_cannot_reach_the_reward(run):

@@ -59,25 +59,32 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   cfg = run.cfg.sft
   index = specs.leak_index(run.spec, cfg.leak_words)
   prompts = {prompt.id: prompt for prompt in run.prompts}
-  rows, dropped = [], {"leaked": 0, "too_long": 0}
-  for row in run.store.read_rows(source):
-    prompt, sample = prompts[row["prompt_id"]], context.row_to_sample(row)
-    if any(
-      specs.leaks(t.content, index, cfg.leak_words) for t in compose.plain(prompt)
-    ):
-      dropped["leaked"] += 1
-      continue
-    rows.append(row_of(run.tok, compose.plain(prompt), sample.tokens, sample.forced))
+  found = []  # (turns, row)
+  for kept in run.store.read_rows(source):
+    turns = compose.plain(prompts[kept["prompt_id"]])
+    sample = context.row_to_sample(kept)
+    found.append((turns, row_of(run.tok, turns, sample.tokens, sample.forced)))
+  for prompt in run.choose("train", "capability", cfg.capability):
+    if not prompt.answer.strip():
+      raise ValueError(
+        f"prompt {prompt.id!r} is of kind capability and has no answer to train on: "
+        "give it one, or set sft.capability=0"
+      )
+    found.append((compose.plain(prompt), _written(run, compose.reference(prompt))))
+  rows = [
+    row
+    for turns, row in found
+    if not any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
+  ]
+  dropped = {"leaked": len(found) - len(rows)}
   if cfg.worked:
     rows += [_written(run, w) for policy in run.spec.policies for w in policy.worked]
-  for prompt in run.choose("train", "capability", cfg.capability):
-    rows.append(_written(run, compose.reference(prompt)))
   fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
   dropped["too_long"] = len(rows) - len(fits)
   return fits, dropped
 
 
-def row_of(tok, turns, tokens, forced: int):
+def row_of(tok, turns, tokens, forced: int) -> tuple[list, list]:
   """(tokens, weights): weight 1 on what was sampled, 0 on prompt and forced opening.
 
   The sampler's own ids are trained on: text is never tokenised a second time.
@@ -87,7 +94,7 @@ def row_of(tok, turns, tokens, forced: int):
   return [*before, *tokens], weights
 
 
-def _written(run: context.Run, example):
+def _written(run: context.Run, example) -> tuple[list, list]:
   """An example that was written, not sampled, as a row of brief thought and answer; its
   forced opening is not trained."""
   forced = compose.forced(run.tok, run.think)
