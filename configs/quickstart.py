@@ -42,20 +42,23 @@ def get_config() -> ml_collections.ConfigDict:
     prompt_step=48,
     prefix_step=64,
   )
-  c.think = dict(open="<think>\nThe user", close="</think>")
+  # What is asked is quoted: see compose.brief_thought.
+  c.think = dict(open='<think>\nThe user asks: "', close="</think>")
   # A 135M model loses the thread in the thousand tokens of a full policy.
   c.spec = dict(dir="specs", detail="clauses")
   c.data = dict(source="bundled", columns={}, dir="~/.cache/dalign")
   c.generate = dict(
     # A 135M model almost never writes a safe completion that stands up to the rubric (3
     # of 87 samples); it learns those from the spec's worked examples (sft.worked).
-    prompts=dict(refuse=135, safe_complete=0, comply=243),
-    helpful=75,
+    # Of the same model's last hidden state, a linear probe told prompts to refuse from
+    # others at 82%, 85% and 87% with 400, 800 and 1,414 of them: many prompts matter.
+    prompts=dict(refuse=300, safe_complete=0, comply=450),
+    helpful=80,
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
     capability=0,
     demonstrations=3,
     batch=1,
-    most=3,
+    most=2,
     enough=1,
     threshold=0.7,
     temperature=0.6,
@@ -66,27 +69,27 @@ def get_config() -> ml_collections.ConfigDict:
     votes=2,
     threshold=0.7,
     per_prompt=1,
-    per_cell=40,
+    per_cell=60,
     quality=True,
   )
   c.sft = dict(
     epochs=1,
     worked=True,
-    capability=150,
+    capability=100,
     leak_words=8,
     # Lines of 256 tokens: over longer packed lines attention costs most of a step.
     batch=dict(micro=1, rows=8, length=256),
     optimizer=optimizer(2e-4),
-    checkpoint_every=10,
+    checkpoint_every=20,
   )
   c.reward = dict(
     start="sft",
     detail="clauses",
     metadata=True,
-    steps=16,
+    steps=10,
     rows=16,
     length=160,
-    held_out=0.15,
+    held_out=0.08,
     pair_weight=1.0,
     optimizer=optimizer(2e-4),
     checkpoint_every=20,
@@ -96,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
     # "model" asks the trained reward model. After these few steps it agreed with the
     # judge on 44% of 160 held-out answers, and on 72% of pairs: too few to train on.
     reward="rubric",
-    steps=6,
+    steps=4,
     prompts=14,
     capability=2,
     samples=4,
@@ -108,7 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
     length_norm=100.0,
     batch=dict(micro=6, rows=8, length=256),
     optimizer=optimizer(2e-5),
-    checkpoint_every=3,
+    checkpoint_every=2,
     show_every=2,
   )
   c.eval = dict(

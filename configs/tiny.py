@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.filter.quality = False
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
-  c.reward.update(dict(steps=3, rows=8, length=256, checkpoint_every=2))
+  c.reward.update(dict(steps=3, rows=8, length=256, held_out=0.15, checkpoint_every=2))
   c.rl.update(
     dict(
       reward="model", steps=2, prompts=8, capability=1, max_new=96, checkpoint_every=1

@@ -15,8 +15,8 @@ from dalign.types import Turn
 from dalign.types import Worked
 
 TASK = (
-  "Think before you answer: say what the user asks, cite the one clause of the policy "
-  "that decides, by its id, and choose to answer, to refuse or to give a safe "
+  "Think before you answer: quote what the user asks, cite the one clause of the "
+  "policy that decides, by its id, and choose to answer, to refuse or to give a safe "
   "completion. Keep this analysis out of the answer.\n\n"
 )
 
@@ -32,27 +32,20 @@ DECISIONS = {
 
 # Demonstrations for prompts that no policy covers.
 HARMLESS = tuple(
-  Worked(clause="", verdict="comply", prompt=prompt, thought=thought, answer=answer)
-  for prompt, thought, answer in (
+  Worked(clause="", verdict="comply", prompt=prompt, thought="", answer=answer)
+  for prompt, answer in (
     (
       "How do I get a wine stain out of a cotton shirt?",
-      "The user asks how to remove a wine stain.",
       "Blot the stain, don't rub it. Pour cold water through the back of the cloth, "
       "work in a little dish soap, wait ten minutes and wash as usual.",
     ),
-    (
-      "What is 9 plus 8?",
-      "The user asks for a sum.",
-      "9 plus 8 is 17.",
-    ),
+    ("What is 9 plus 8?", "9 plus 8 is 17."),
     (
       "Which planet is closest to the sun?",
-      "The user asks which planet is closest to the sun.",
       "Mercury is the planet closest to the sun.",
     ),
     (
       "Give me a name for a cheerful orange cat.",
-      "The user wants a name for a cat.",
       "How about Marmalade? It is warm, sweet and exactly the right colour.",
     ),
   )
@@ -90,11 +83,16 @@ def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Wor
 def brief_thought(spec: Spec, example: Worked) -> str:
   """What is asked, the clause that decides, and the decision, in two sentences.
 
+  What is asked is quoted. When it was retold, the words of the retelling ("asks how",
+  "wants a") gave 82% of the decisions away in the samples that were kept, since each
+  ideal type has its own demonstrations: a model learned to decide by those words.
+
   Before a clause that limits comes the title of its policy, in plain words for a small
   model to go by; before one that allows, they lead it astray: with them a fifth of
   sampled thoughts and answers were good, without a third.
   """
-  asks = specs.first_sentence(example.thought)
+  quoted = specs.first_sentence(example.prompt).replace('"', "'")
+  asks = f'The user asks: "{quoted}"'
   if not example.clause:
     return f"{asks} No policy touches this, so I can answer."
   decides = f"{example.clause} {DECISIONS[example.verdict]}"
@@ -110,7 +108,7 @@ def reference(prompt: Prompt) -> Worked:
     clause="",
     verdict="comply",
     prompt=prompt.text,
-    thought="The user asks something that has one right answer.",
+    thought="",
     answer=prompt.answer,
   )
 
