@@ -33,7 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.compute = dict(dtype="bfloat16", kv_dtype="float32", remat=True, logits_chunk=512)
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.sampler = dict(
-    # Many lanes of few slots: a lane takes a new group when its last row is done.
+    # Many lanes of few slots: when its last row is done, a lane takes a new group, or
+    # half of what waits in another lane.
     slots=64,
     lanes=8,
     chunk=8,
@@ -50,8 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.generate = dict(
     # A 135M model almost never writes a safe completion that stands up to the rubric (3
     # of 87 samples); it learns those from the spec's worked examples (sft.worked).
-    # Of the same model's last hidden state, a linear probe told prompts to refuse from
-    # others at 82%, 85% and 87% with 400, 800 and 1,414 of them: many prompts matter.
+    # On the same model's last hidden state, a linear probe told prompts to refuse from
+    # others with a balanced accuracy of 80%, 84% and 87% after 400, 800 and all 1,771
+    # of them: many prompts matter.
     prompts=dict(refuse=300, safe_complete=0, comply=450),
     helpful=80,
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).

@@ -75,7 +75,8 @@ class SamplerConfig:
   """Shapes of the decode loop; none of them changes what a row samples.
 
   slots: rows decoded together.
-  lanes: groups of prompts (each with its shared prefix) that are served together.
+  lanes: parts of the slots; each serves one group of prompts with its shared prefix,
+    and two may serve the same.
   chunk: tokens decoded between two looks at which rows have ended.
   prefill: prompts encoded together.
   prompt_room: most tokens of a prompt beyond the prefix that all rows share.

@@ -417,7 +417,9 @@ class _Lane:
       self, slots=slots, waiting=waiting, ready=collections.deque(), staying=[]
     )
 
-  def add(self, requests: Iterable[Request], slot: int, done: Request, held: list):
+  def add(
+    self, requests: Iterable[Request], slot: int, done: Request, held: list
+  ) -> None:
     """Takes further requests; one for the prompt that `slot` has just `done` goes
     on there, without a second prefill."""
     for request in requests:
