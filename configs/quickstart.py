@@ -39,12 +39,14 @@ def get_config() -> ml_collections.ConfigDict:
     lanes=8,
     chunk=8,
     prefill=8,
-    prompt_room=96,
-    prompt_step=48,
+    prompt_room=128,
+    prompt_step=64,
     prefix_step=64,
   )
-  # What is asked is quoted: see compose.brief_thought.
-  c.think = dict(open='<think>\nThe user asks: "', close="</think>")
+  # The template quotes what is asked, so that the first token a model adds decides. Its
+  # own quotes were untrue in a fifth of the samples; retold, the words of the retelling
+  # gave 82% of the decisions away, since each ideal type has its own demonstrations.
+  c.think = dict(open='<think>\nThe user asks: "{prompt}"', close="</think>")
   # A 135M model loses the thread in the thousand tokens of a full policy.
   c.spec = dict(dir="specs", detail="clauses")
   c.data = dict(source="bundled", columns={}, dir="~/.cache/dalign")
@@ -54,8 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
     # On the same model's last hidden state, a linear probe told prompts to refuse from
     # others with a balanced accuracy of 80%, 84% and 87% after 400, 800 and all 1,771
     # of them: many prompts matter.
-    prompts=dict(refuse=300, safe_complete=0, comply=450),
-    helpful=80,
+    prompts=dict(refuse=350, safe_complete=0, comply=650),
+    helpful=110,
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
     capability=0,
     demonstrations=3,
@@ -64,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     enough=1,
     threshold=0.7,
     temperature=0.6,
-    max_new=112,
+    max_new=88,
   )
   c.filter = dict(
     judge="rubric",
@@ -78,6 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
     epochs=1,
     worked=True,
     capability=100,
+    # On 160 training prompts that SFT left out, the odds of this token told those to
+    # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
+    decision_weight=20.0,
     leak_words=8,
     # Lines of 256 tokens: over longer packed lines attention costs most of a step.
     batch=dict(micro=1, rows=8, length=256),
@@ -88,10 +93,10 @@ def get_config() -> ml_collections.ConfigDict:
     start="sft",
     detail="clauses",
     metadata=True,
-    steps=10,
+    steps=8,
     rows=16,
     length=160,
-    held_out=0.08,
+    held_out=0.06,
     pair_weight=1.0,
     optimizer=optimizer(2e-4),
     checkpoint_every=20,
@@ -102,17 +107,19 @@ def get_config() -> ml_collections.ConfigDict:
     # judge on 59% of 157 held-out answers, and on 54% of pairs: too few to train on.
     reward="rubric",
     steps=4,
-    prompts=14,
+    prompts=16,
+    # Safe completions are left out, as in generate.
+    expected=("refuse", "comply"),
     capability=2,
     samples=4,
     temperature=0.8,
-    max_new=112,
+    max_new=88,
     advantages="rloo",
     kl_weight=0.01,
     ratio_cap=2.0,
     length_norm=100.0,
     batch=dict(micro=6, rows=8, length=256),
-    optimizer=optimizer(2e-5),
+    optimizer=optimizer(5e-5),
     checkpoint_every=2,
     show_every=2,
   )

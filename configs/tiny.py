@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.sampler.update(
     dict(slots=16, lanes=2, prompt_room=512, prompt_step=256, prefix_step=512)
   )
-  c.think = dict(open="<think>", close="=")
+  c.think = dict(open='<think>\n"{prompt}"', close="(")
   c.generate.update(
     dict(
       prompts=dict(refuse=9, safe_complete=2, comply=9),
@@ -55,7 +55,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.reward.update(dict(steps=3, rows=8, length=256, held_out=0.15, checkpoint_every=2))
   c.rl.update(
     dict(
-      reward="model", steps=2, prompts=8, capability=1, max_new=96, checkpoint_every=1
+      reward="model",
+      steps=2,
+      prompts=8,
+      expected=("refuse", "safe_complete", "comply"),
+      capability=1,
+      max_new=96,
+      checkpoint_every=1,
     )
   )
   c.rl.batch = dict(micro=2, rows=4, length=2048)

@@ -66,9 +66,9 @@ def teach(
   turns = [Turn(role="system", content=system)]
   for example in demonstrations(spec, prompt.category, prompt.expected, worked):
     answer = " ".join(words.sentences(example.answer)[:2])
-    shown = f"{think.tag}\n{brief_thought(spec, example)}\n{think.close}\n\n{answer}"
+    shown = brief(spec, example, think)
     turns.append(Turn(role="user", content=example.prompt))
-    turns.append(Turn(role="assistant", content=shown))
+    turns.append(Turn(role="assistant", content=f"{shown}{answer}"))
   return (*turns, *prompt.turns)
 
 
@@ -80,26 +80,27 @@ def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Wor
   return sorted(worked, key=lambda example: example.verdict != expected)[:n]
 
 
-def brief_thought(spec: Spec, example: Worked) -> str:
-  """What is asked, the clause that decides, and the decision, in two sentences.
+def brief(spec: Spec, example: Worked, think: text.ThinkFormat) -> str:
+  """The think block of an example, in one sentence after the forced opening."""
+  opening = think.of(example.prompt).open
+  gap = "\n" if opening == think.tag else "" if opening[-1].isspace() else " "
+  return f"{opening}{gap}{decision(spec, example)}\n{think.close}\n\n"
 
-  What is asked is quoted. When it was retold, the words of the retelling ("asks how",
-  "wants a") gave 82% of the decisions away in the samples that were kept, since each
-  ideal type has its own demonstrations: a model learned to decide by those words.
+
+def decision(spec: Spec, example: Worked) -> str:
+  """The clause that decides about an example and what it decides, in one sentence.
 
   Before a clause that limits comes the title of its policy, in plain words for a small
   model to go by; before one that allows, they lead it astray: with them a fifth of
   sampled thoughts and answers were good, without a third.
   """
-  quoted = specs.first_sentence(example.prompt).replace('"', "'")
-  asks = f'The user asks: "{quoted}"'
   if not example.clause:
-    return f"{asks} No policy touches this, so I can answer."
+    return "No policy touches this, so I can answer."
   decides = f"{example.clause} {DECISIONS[example.verdict]}"
   if example.verdict == "comply":
-    return f"{asks} Clause {decides}"
+    return f"Clause {decides}"
   policy = spec.policy(specs.clause_ids(spec)[example.clause])
-  return f"{asks} On {policy.title.lower()}, clause {decides}"
+  return f"On {policy.title.lower()}, clause {decides}"
 
 
 def reference(prompt: Prompt) -> Worked:
@@ -123,9 +124,11 @@ def opened(
 ) -> tuple[int, ...]:
   """Token ids of a conversation up to where sampling begins, with the forced ones."""
   ids = text.render_chat(tok, list(turns))
-  return (*ids, *forced(tok, think))
+  return (*ids, *forced(tok, turns, think))
 
 
-def forced(tok: text.Tokenizer, think: text.ThinkFormat | None) -> tuple[int, ...]:
-  """Token ids that the template forces at the start of a completion."""
-  return tuple(tok.encode(think.open)) if think else ()
+def forced(
+  tok: text.Tokenizer, turns: Sequence[Turn], think: text.ThinkFormat | None
+) -> tuple[int, ...]:
+  """Token ids that the template forces at the start of the completion of `turns`."""
+  return tuple(tok.encode(think.of(turns[-1].content).open)) if think else ()

@@ -141,7 +141,8 @@ class ModelSource:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThinkConfig:
   """The think block: `open` is forced at the start of each completion (its first line
-  is the tag, the rest the thought's first words), `close` ends the thought."""
+  is the tag, the rest the thought's first words, with the prompt in the place of
+  "{prompt}"), `close` ends the thought."""
 
   open: str
   close: str
@@ -239,18 +240,22 @@ class SFTConfig:
   worked: the spec's own worked examples, with their thoughts in brief.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
+  decision_weight: the weight in the loss of the first token of a thought after its
+    forced opening, where all others have 1. Where that token decides (compose.decision)
+    it is one in fifty, and learned last at the weight of one.
   """
 
   epochs: int
   worked: bool
   capability: int
+  decision_weight: float
   leak_words: int
   batch: BatchConfig
   optimizer: OptimizerConfig
   checkpoint_every: int
 
   def __post_init__(self):
-    _positive(self, "epochs", "leak_words", "checkpoint_every")
+    _positive(self, "epochs", "decision_weight", "leak_words", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +290,8 @@ class RLConfig:
 
   reward: "model" (the trained reward model) or "rubric" (the rubric judge).
   prompts x samples rollouts a step, `capability` of the prompts with a known answer;
-  one update a step.  ratio_cap: the most an importance ratio counts.
+  one update a step.  expected: the ideal response types of the other prompts.
+  ratio_cap: the most an importance ratio counts.
   length_norm: constant token count that a rollout's loss is divided by.
   """
 
@@ -293,6 +299,7 @@ class RLConfig:
   reward: str
   steps: int
   prompts: int
+  expected: tuple[str, ...]
   capability: int
   samples: int
   temperature: float
@@ -315,6 +322,8 @@ class RLConfig:
       _refuse(self, "advantages", "'rloo' or 'dr_grpo'")
     if self.samples < 2:
       _refuse(self, "samples", "at least 2, for the group baseline")
+    if not self.expected or set(self.expected) - {"refuse", "safe_complete", "comply"}:
+      _refuse(self, "expected", "some of refuse, safe_complete and comply")
     if not 0 <= self.capability < self.prompts:
       _refuse(self, "capability", f"0 to {self.prompts - 1}, fewer than prompts")
     _positive(self, "steps", "max_new", "temperature", "ratio_cap", "length_norm")

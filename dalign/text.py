@@ -317,12 +317,17 @@ def _turn_end(tok: Tokenizer) -> list[int]:
   return [tok._control_id(found)] if found else []
 
 
+PROMPT = "{prompt}"  # where a think format's opening quotes the prompt
+QUOTED = 30  # words at either end of a long prompt that are quoted
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThinkFormat:
   """How a completion shows its thought, such as open="<think>\\nThe user".
 
   `open` is forced at the start of each completion: its first line is the tag, what
-  follows are the thought's first words. `close` ends the thought.
+  follows are the thought's first words. `close` ends the thought. Where `open` holds
+  "{prompt}", the prompt that is answered is quoted: `of(prompt)` is its own format.
   """
 
   open: str
@@ -345,6 +350,23 @@ class ThinkFormat:
   def start(self) -> str:
     """The forced first words of the thought, "" if there are none."""
     return self.open.removeprefix(self.tag).strip()
+
+  def of(self, prompt: str) -> "ThinkFormat":
+    """The format for one prompt, with `prompt` in the place of "{prompt}".
+
+    It is quoted on one line, its double quotes as single ones, its tags broken or gone,
+    so that no tokenizer reads one, and of more than 2 * QUOTED words the middle left
+    out.
+    """
+    if PROMPT not in self.open:
+      return self
+    for tag in (self.tag, self.close):
+      prompt = prompt.replace(tag, " ")
+    said = re.sub(r"<(?=\S)", "< ", prompt).replace('"', "'").split()
+    if len(said) > 2 * QUOTED:
+      said = [*said[:QUOTED], "...", *said[-QUOTED:]]
+    quoted = self.open.replace(PROMPT, " ".join(said))
+    return dataclasses.replace(self, open=quoted)
 
 
 def split_thought(text: str, think: ThinkFormat) -> tuple[str, str, str]:

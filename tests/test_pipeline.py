@@ -121,6 +121,7 @@ def test_the_same_command_again_does_nothing(workdir):
     ("--config.sft.epoch=3", 'Did you mean "epochs"'),
     ("--config.stages=generat", "did you mean 'generate'"),
     ("--config.rl.samples=1", "at least 2"),
+    ("--config.rl.expected=('refuse','answer')", "wanted some of refuse"),
     ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
     ("--config.seed=7", "seed"),
     ("--config.generate.temperature=0.7", "generate.temperature"),
@@ -191,12 +192,15 @@ def run(workdir) -> context.Run:
 def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
   index = specs.leak_index(run.spec, 8)
   found, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
-  assert found and dropped["leaked"] == 0
+  decides = run.cfg.sft.decision_weight
+  assert found and dropped["leaked"] == 0 and decides != 1.0
   for tokens, weights in found:
-    first = weights.index(1.0)
-    assert not specs.leaks(run.tok.decode(tokens[:first]), index, 8)
-    forced = run.tok.encode(run.think.open)
-    assert tokens[first - len(forced) : first] == forced  # masked, and right there
+    first = next(i for i, weight in enumerate(weights) if weight)
+    assert weights[first:] == [decides] + [1.0] * (len(tokens) - first - 1)
+    before = run.tok.decode(tokens[:first])
+    assert not specs.leaks(before, index, 8)
+    asked = before.rpartition("user\n")[2].partition("assistant\n")
+    assert asked[2] == run.think.of(asked[0]).open  # masked, and right there
 
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
@@ -350,6 +354,17 @@ def test_model_judge_reads_a_score_from_the_base_model(run):
       assert "probability" in verdict.reason  # an untrained model: mass not on labels
     else:
       assert abs(verdict.score - single.score) < 1e-4
+
+
+def test_rl_draws_prompts_of_the_types_asked_for(run):
+  def drawn(expected):
+    cfg = dataclasses.replace(run.cfg.rl, expected=expected, prompts=60)
+    some = context.Run(dataclasses.replace(run.cfg, rl=cfg), run.store.workdir)
+    chosen = rl_stage._Step(some, None).prompts(0)
+    return {p.expected for p in chosen if p.kind == "safety"}
+
+  assert drawn(("refuse",)) == {"refuse"}
+  assert drawn(("refuse", "comply")) == {"refuse", "comply"}
 
 
 def test_summary_is_what_evals_makes_of_the_rows(workdir):

@@ -12,6 +12,7 @@ from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
+from dalign import compose
 from dalign import text
 from dalign import weights
 from dalign.types import Turn
@@ -319,6 +320,45 @@ def test_a_well_formed_split_puts_together_again(parts):
 def test_think_formats_that_cannot_be_parsed_are_refused(open_, close):
   with pytest.raises(ValueError, match="tag"):
     text.ThinkFormat(open=open_, close=close)
+
+
+def test_an_opening_quotes_its_prompt_on_one_line_without_tags():
+  think = text.ThinkFormat(open='<think>\nAsked: "{prompt}"', close="</think>")
+  prompt = 'Say "hi",\n\nthen </think> and\t<tool_call> {prompt}, as 1 < 2.'
+  own = think.of(prompt)
+  said = "Say 'hi', then and < tool_call> {prompt}, as 1 < 2."
+  assert own.open == f'<think>\nAsked: "{said}"'
+  assert (own.tag, own.close) == (think.tag, think.close)
+  assert think.of("<thi<think>nk> b").start == 'Asked: "< thi nk> b"'
+  assert THINK.of(prompt) is THINK
+
+
+def test_of_a_long_prompt_both_ends_are_quoted():
+  think = text.ThinkFormat(open="<think>\n{prompt}", close="</think>")
+  n = text.QUOTED
+  fits = [f"w{i}" for i in range(2 * n)]
+  assert think.of(" ".join(fits)).start.split() == fits
+  long = [*fits[:n], "left", "out", *fits[n:]]
+  assert think.of(" ".join(long)).start.split() == [*fits[:n], "...", *fits[n:]]
+
+
+def test_words_of_its_own_must_follow_a_quoted_prompt():
+  think = text.ThinkFormat(open='<think>\n"{prompt}"', close="</think>").of("Why?")
+  bare = f"{think.open} </think> Since."
+  assert text.split_thought(bare, think) == ('"Why?"', "Since.", "empty thought")
+  own = f"{think.open} I can.</think> Since."
+  assert text.split_thought(own, think) == ('"Why?" I can.', "Since.", "")
+
+
+@hypothesis.given(HOSTILE, st.sampled_from(["</think>", "=", "</t>"]))
+def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
+  """<think> and </think> are tokens of this tokenizer, as in Qwen3."""
+  tok = _thinking(weights.CHATML + "<think></think>")
+  think = text.ThinkFormat(open='<think>\n"{prompt}"', close=close)
+  turns = (Turn(role="user", content=content),)
+  ids = compose.forced(tok, turns, think)
+  assert [i for i in ids if i in tok._controls.values()] == [tok._tags["<think>"]]
+  assert compose.opened(tok, turns, think)[-len(ids) :] == ids
 
 
 # --- packing ---

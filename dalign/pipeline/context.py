@@ -197,9 +197,10 @@ class Run:
     self, prompt: Prompt, done: sampling.Completion, index, think
   ) -> Sample:
     """A completion as a Sample: thought and answer split, forced tokens marked."""
-    forced = compose.forced(self.tok, think)
-    written = (think.open if think else "") + self.tok.decode(done.tokens)
-    thought, answer, malformed = text.split_thought(written, self.think)
+    forced = compose.forced(self.tok, prompt.turns, think)
+    own = self.think.of(prompt.text)
+    written = (own.open if think else "") + self.tok.decode(done.tokens)
+    thought, answer, malformed = text.split_thought(written, own)
     if not malformed and done.finish == "length":
       malformed = "cut by the token budget"
     return Sample(

@@ -97,7 +97,7 @@ class _Step:
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
     self.safety = _chunks(
-      run.choose("train", "safety", 10**9),
+      run.choose("train", "safety", 10**9, self.cfg.expected),
       max(1, run.cfg.reward.rows // self.cfg.samples),
     )
     self.able = run.choose("train", "capability", 10**9)
@@ -143,13 +143,12 @@ class _Step:
     run, cfg = self.run, self.cfg
     prompts = self.prompts(step)
     before = [text.render_chat(run.tok, list(compose.plain(p))) for p in prompts]
-    forced = compose.forced(run.tok, run.think)
     requests, place = [], {}
     for i, prompt in enumerate(prompts):
       for r in range(cfg.samples):
         row = context.row_id(prompt.id, r)
         place[row] = i, r
-        tokens = (*before[i], *forced)
+        tokens = compose.opened(run.tok, compose.plain(prompt), run.think)
         requests.append(Request(tokens=tokens, row_id=row, max_new=cfg.max_new))
     done = run.sampler.run(
       params,

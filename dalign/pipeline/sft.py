@@ -63,7 +63,8 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   for kept in run.store.read_rows(source):
     turns = compose.plain(prompts[kept["prompt_id"]])
     sample = context.row_to_sample(kept)
-    found.append((turns, row_of(run.tok, turns, sample.tokens, sample.forced)))
+    row = row_of(run.tok, turns, sample.tokens, sample.forced, cfg.decision_weight)
+    found.append((turns, row))
   for prompt in run.choose("train", "capability", cfg.capability):
     if not prompt.answer.strip():
       raise ValueError(
@@ -84,25 +85,26 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   return fits, dropped
 
 
-def row_of(tok, turns, tokens, forced: int) -> tuple[list, list]:
-  """(tokens, weights): weight 1 on what was sampled, 0 on prompt and forced opening.
+def row_of(tok, turns, tokens, forced: int, first: float) -> tuple[list, list]:
+  """(tokens, weights): weight 0 on prompt and forced opening, `first` on the first
+  token that was sampled, 1 on the rest.
 
   The sampler's own ids are trained on: text is never tokenised a second time.
   """
   before = text.render_chat(tok, list(turns))
-  weights = [0.0] * (len(before) + forced) + [1.0] * (len(tokens) - forced)
-  return [*before, *tokens], weights
+  weights = [first] + [1.0] * (len(tokens) - forced - 1)
+  return [*before, *tokens], [0.0] * (len(before) + forced) + weights
 
 
 def _written(run: context.Run, example) -> tuple[list, list]:
   """An example that was written, not sampled, as a row of brief thought and answer; its
   forced opening is not trained."""
-  forced = compose.forced(run.tok, run.think)
-  thought = compose.brief_thought(run.spec, example).removeprefix(run.think.start)
-  shown = f"{thought}\n{run.think.close}\n\n{example.answer}"
-  tokens = (*forced, *run.tok.encode(shown), run.tok.stop_ids[0])
   turns = [context.user_turn(example.prompt)]
-  return row_of(run.tok, turns, tokens, len(forced))
+  forced = compose.forced(run.tok, turns, run.think)
+  shown = compose.brief(run.spec, example, run.think) + example.answer
+  rest = run.tok.encode(shown.removeprefix(run.think.of(example.prompt).open))
+  tokens = (*forced, *rest, run.tok.stop_ids[0])
+  return row_of(run.tok, turns, tokens, len(forced), run.cfg.sft.decision_weight)
 
 
 def _plan(rows, cfg, seed: int) -> list[dict]:
