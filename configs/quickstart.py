@@ -56,8 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
     # On the same model's last hidden state, a linear probe told prompts to refuse from
     # others with a balanced accuracy of 80%, 84% and 87% after 400, 800 and all 1,771
     # of them: many prompts matter.
-    prompts=dict(refuse=350, safe_complete=0, comply=650),
-    helpful=110,
+    prompts=dict(refuse=350, safe_complete=0, comply=550),
+    helpful=100,
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
     capability=0,
     demonstrations=3,

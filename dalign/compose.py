@@ -73,11 +73,20 @@ def teach(
 
 
 def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Worked]:
-  """The first n worked examples of a category, those of the ideal type first."""
+  """The first n worked examples of a category, those of the ideal type first.
+
+  They are in the order of their clauses: a small model counts on from the ids it sees.
+  After A1, A2, A3 43% of its samples were good, after A1, A6, A5 (so A7) 21%.
+  """
   if category not in {policy.id for policy in spec.policies}:
     return list(HARMLESS[:n])
-  worked = spec.policy(category).worked
-  return sorted(worked, key=lambda example: example.verdict != expected)[:n]
+  policy = spec.policy(category)
+  order = [clause.id for clause in policy.clauses]
+
+  def place(example):
+    return example.verdict != expected, order.index(example.clause)
+
+  return sorted(policy.worked, key=place)[:n]
 
 
 def brief(spec: Spec, example: Worked, think: text.ThinkFormat) -> str:

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
+from dalign import compose
 from dalign import spec
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -719,6 +720,17 @@ def test_shipped_first_sentences_are_short(category):
   first = {clause.id: spec.first_sentence(clause.text) for clause in policy.clauses}
   assert {name: text for name, text in first.items() if words(text) > 15} == {}
   assert words(spec.first_sentence(policy.summary)) <= 20, policy.summary
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("verdict, letter", [("comply", "A"), ("refuse", "D")])
+def test_demonstrations_count_up_through_the_clauses_of_a_type(
+  category, verdict, letter
+):
+  shipped = spec.Spec(principles=(), styles=(), policies=(shipped_policy(category),))
+  shown = compose.demonstrations(shipped, category, verdict, 3)
+  code = CATEGORIES[category]
+  assert [e.clause for e in shown] == [f"{code}-{letter}{i}" for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
