@@ -362,12 +362,13 @@ class Sampler:
     def next_lane(own: range) -> _Lane | None:
       """A lane for the next group; when there is none, with half of another's queue."""
       if pending:
-        group = collections.deque(pending.popleft())
+        # Long prompts first, like ones together: a batch is as wide as its longest.
+        group = sorted(pending.popleft(), key=lambda r: (-len(r.tokens), r.tokens))
         head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]
         tokens_P = np.zeros(P, np.int32)
         tokens_P[: len(head)] = head
         prefix = self._prefix(params, tokens_P, jnp.int32(len(head)))
-        return _Lane(self, params, key, head, prefix, own, group)
+        return _Lane(self, params, key, head, prefix, own, collections.deque(group))
       queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
       if not queued:
         return None

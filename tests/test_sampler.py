@@ -279,6 +279,25 @@ def test_forks_are_prefilled_once(made, params, unstacked, monkeypatch):
   assert len(calls) == 1
 
 
+def test_prompts_of_like_length_are_prefilled_together(
+  made, params, unstacked, monkeypatch
+):
+  engine, widths = made(), collections.Counter()
+  prefill = engine._prefill
+
+  def counted(params, prefix, tokens_BT, length_B):
+    widths[tokens_BT.shape[1]] += 1
+    return prefill(params, prefix, tokens_BT, length_B)
+
+  monkeypatch.setattr(engine, "_prefill", counted)
+  prompts = [HEAD + (i,) * n for i in range(20, 24) for n in (3, 13)]
+  key = jax.random.key(0)
+  group = requests(prompts, max_new=2)
+  done = engine.run(params, unstacked, [group], key=key, temperature=1.0, **ROOM)
+  assert len(list(done)) == 8
+  assert widths == {8: 2, 16: 2}
+
+
 def test_an_idle_lane_takes_half_of_a_queue(
   cfg, compute, params, unstacked, monkeypatch
 ):
