@@ -66,9 +66,9 @@ def teach(
   turns = [Turn(role="system", content=system)]
   for example in demonstrations(spec, prompt.category, prompt.expected, worked):
     answer = " ".join(words.sentences(example.answer)[:2])
-    shown = brief(spec, example, think)
+    shown = f"{think.of(example.prompt).open}{brief(spec, example, think)}{answer}"
     turns.append(Turn(role="user", content=example.prompt))
-    turns.append(Turn(role="assistant", content=f"{shown}{answer}"))
+    turns.append(Turn(role="assistant", content=shown))
   return (*turns, *prompt.turns)
 
 
@@ -90,10 +90,10 @@ def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Wor
 
 
 def brief(spec: Spec, example: Worked, think: text.ThinkFormat) -> str:
-  """The think block of an example, in one sentence after the forced opening."""
-  opening = think.of(example.prompt).open
-  gap = "\n" if opening == think.tag else "" if opening[-1].isspace() else " "
-  return f"{opening}{gap}{decision(spec, example)}\n{think.close}\n\n"
+  """What follows the forced opening of an example: its decision, the closing tag, and
+  the space before its answer."""
+  gap = "\n" if think.open == think.tag else "" if think.open[-1].isspace() else " "
+  return f"{gap}{decision(spec, example)}\n{think.close}\n\n"
 
 
 def decision(spec: Spec, example: Worked) -> str:

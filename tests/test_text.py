@@ -350,6 +350,16 @@ def test_words_of_its_own_must_follow_a_quoted_prompt():
   assert text.split_thought(own, think) == ('"Why?" I can.', "Since.", "")
 
 
+@pytest.mark.parametrize(
+  "open_, gap",
+  [("<t>", "\n"), ("<t>\n", ""), ("<t>\nThe user", " "), ('<t>\n"{prompt}"', " ")],
+)
+def test_a_demonstrated_thought_follows_its_opening(open_, gap):
+  think = text.ThinkFormat(open=open_, close="</t>")
+  rest = compose.brief(None, compose.HARMLESS[1], think)
+  assert rest == f"{gap}No policy touches this, so I can answer.\n</t>\n\n"
+
+
 @hypothesis.given(HOSTILE, st.sampled_from(["</think>", "=", "</t>"]))
 def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
   """<think> and </think> are tokens of this tokenizer, as in Qwen3."""

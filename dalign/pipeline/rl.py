@@ -145,10 +145,10 @@ class _Step:
     before = [text.render_chat(run.tok, list(compose.plain(p))) for p in prompts]
     requests, place = [], {}
     for i, prompt in enumerate(prompts):
+      tokens = (*before[i], *compose.forced(run.tok, compose.plain(prompt), run.think))
       for r in range(cfg.samples):
         row = context.row_id(prompt.id, r)
         place[row] = i, r
-        tokens = compose.opened(run.tok, compose.plain(prompt), run.think)
         requests.append(Request(tokens=tokens, row_id=row, max_new=cfg.max_new))
     done = run.sampler.run(
       params,

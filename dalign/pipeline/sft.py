@@ -101,9 +101,8 @@ def _written(run: context.Run, example) -> tuple[list, list]:
   forced opening is not trained."""
   turns = [context.user_turn(example.prompt)]
   forced = compose.forced(run.tok, turns, run.think)
-  shown = compose.brief(run.spec, example, run.think) + example.answer
-  rest = run.tok.encode(shown.removeprefix(run.think.of(example.prompt).open))
-  tokens = (*forced, *rest, run.tok.stop_ids[0])
+  rest = compose.brief(run.spec, example, run.think) + example.answer
+  tokens = (*forced, *run.tok.encode(rest), run.tok.stop_ids[0])
   return row_of(run.tok, turns, tokens, len(forced), run.cfg.sft.decision_weight)
 
 
