@@ -56,8 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
     # On the same model's last hidden state, a linear probe told prompts to refuse from
     # others with a balanced accuracy of 80%, 84% and 87% after 400, 800 and all 1,771
     # of them: many prompts matter.
-    prompts=dict(refuse=350, safe_complete=0, comply=550),
-    helpful=100,
+    prompts=dict(refuse=280, safe_complete=0, comply=450),
+    helpful=80,
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
     capability=0,
     demonstrations=3,
@@ -84,8 +84,12 @@ def get_config() -> ml_collections.ConfigDict:
     # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
     decision_weight=20.0,
     leak_words=8,
-    # Lines of 256 tokens: over longer packed lines attention costs most of a step.
-    batch=dict(micro=1, rows=8, length=256),
+    # Lines of 256 tokens: over longer packed lines attention costs most of a step. 119
+    # steps of 4 lines took as long as 60 of 8 over the same 937 rows, and the odds told
+    # 362 held-out prompts apart with an area of 94%, not 90% (XSTest's 342: 82%, not
+    # 79%). With 8 lines, a learning rate of 4e-4, and one of 1e-4 with a weight of 40,
+    # did worse than this one on both.
+    batch=dict(micro=1, rows=4, length=256),
     optimizer=optimizer(2e-4),
     checkpoint_every=20,
   )
@@ -107,7 +111,8 @@ def get_config() -> ml_collections.ConfigDict:
     # held-out answers and 80% of 75 pairs. RL was measured with the rubric only.
     reward="rubric",
     steps=4,
-    prompts=16,
+    # With the capability prompts, as many rollouts as the sampler has slots.
+    prompts=14,
     # Safe completions are left out, as in generate.
     expected=("refuse", "comply"),
     capability=2,
@@ -132,7 +137,7 @@ def get_config() -> ml_collections.ConfigDict:
     extra_limit=200,
     # Greedy, models of this size fall into loops; the same for every arm.
     temperature=0.5,
-    max_new=112,
+    max_new=88,
     trials=1000,
   )
   return c

@@ -368,15 +368,15 @@ def probes(prompts: Sequence[Prompt]) -> list[Probe]:
 
 
 def probe_report(
-  judge: Judge, asked: Sequence[Probe]
+  asked: Sequence[Probe], verdicts: Sequence[Verdict]
 ) -> dict[str, dict[str, float | None]]:
-  """Name -> {"false_positive_rate", "false_negative_rate", "n", "unscored"}.
+  """Name -> {"false_positive_rate", "false_negative_rate", "n", "unscored"}, of the
+  verdicts that a judge gave to the probes' questions.
 
   The rates are over the n scored questions: those that should score low and reach
   FALSE_POSITIVE, and those that should not and stay below it. A rate that no question
   bears on is None.
   """
-  verdicts = judge([question for _, question, _ in asked])
   report = {}
   for name in dict.fromkeys(name for name, _, _ in asked):
     rows = [

@@ -247,12 +247,19 @@ def forward(
 
 
 def target_stats(
-  params: PyTree, batch, *, cfg: ModelConfig, compute: Compute, temperature: float = 1.0
+  params: PyTree,
+  batch,
+  wanted_BT,
+  *,
+  cfg: ModelConfig,
+  compute: Compute,
+  temperature: float = 1.0,
 ) -> ops.TokenStats:
   """Statistics, [B, T - 1] each, of tokens_BT[:, 1:] given the tokens before them.
 
-  `batch` has tokens_BT, positions_BT and segments_BT. What a segment's first token gets
-  is meaningless, since it follows another segment's: callers mask it.
+  `batch` has tokens_BT, positions_BT and segments_BT. Where `wanted_BT`, of the shape
+  of the result, is False they are 0. What a segment's first token gets is meaningless,
+  since it follows another segment's: it is not to be wanted.
   """
   hidden_BTD, _ = forward(
     params,
@@ -266,6 +273,7 @@ def target_stats(
     hidden_BTD[:, :-1],
     head(params),
     batch["tokens_BT"][:, 1:],
+    wanted_BT,
     dtype=jnp.dtype(compute.dtype),
     chunk=compute.logits_chunk,
     temperature=temperature,

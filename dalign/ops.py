@@ -70,38 +70,92 @@ class TokenStats:
 
 
 def token_stats(
-  hidden_BTD, head_DV, targets_BT, *, dtype, chunk: int, temperature: float = 1.0
+  hidden_BTD,
+  head_DV,
+  targets_BT,
+  wanted_BT,
+  *,
+  dtype,
+  chunk: int,
+  temperature: float = 1.0,
 ) -> TokenStats:
-  """Statistics of each target token under `softmax(hidden @ head / temperature)`.
+  """Statistics of each wanted target under `softmax(hidden @ head / temperature)`.
 
-  `targets_BT[:, t]` is scored with `hidden_BTD[:, t]`: the caller shifts. Never makes
-  a [B, T, V] array: the rows are cut in chunks of `chunk` tokens, each recomputed in
-  the backward pass.
+  `targets_BT[:, t]` is scored with `hidden_BTD[:, t]`: the caller shifts. Tokens that
+  are not wanted get zeros and no work: the head is applied to as many chunks of `chunk`
+  tokens as the wanted ones fill. Never makes a [B, T, V] array. Only `logp` has a
+  gradient.
   """
   B, T, D = hidden_BTD.shape
   N = B * T
   chunk = min(chunk, N)
-  pad = -N % chunk
-  hidden_ND = jnp.pad(hidden_BTD.reshape(N, D), ((0, pad), (0, 0)))
-  targets_N = jnp.pad(targets_BT.reshape(N), (0, pad))
+  order_N = jnp.argsort(~wanted_BT.reshape(N), stable=True)
+  used = -(-jnp.sum(wanted_BT) // chunk)
 
-  @jax.checkpoint
-  def one(hidden_CD, targets_C):
-    logits_CV = matmul(hidden_CD, head_DV, dtype) / temperature
-    logz_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-    probs_CV = jnp.exp(jax.lax.stop_gradient(logits_CV - logz_C[:, None]))
-    mean_C = jnp.sum(probs_CV * jax.lax.stop_gradient(logits_CV), axis=-1)
-    entropy_C = jax.lax.stop_gradient(logz_C) - mean_C
-    hit_C = jax.lax.stop_gradient(picked_C >= jnp.max(logits_CV, axis=-1))
-    return TokenStats(picked_C - logz_C, entropy_C, hit_C.astype(jnp.float32))
+  def chunks(x, *shape):
+    x = jnp.take(x.reshape(N, *shape), order_N, axis=0, unique_indices=True)
+    x = jnp.pad(x, ((0, -N % chunk), *[(0, 0)] * len(shape)))
+    return x.reshape(-1, chunk, *shape)
 
-  def body(_, part):
-    return None, one(*part)
+  hidden_NCD, targets_NC = chunks(hidden_BTD, D), chunks(targets_BT)
+  stats = _head_stats(hidden_NCD, head_DV, targets_NC, used, dtype, temperature)
 
-  parts = hidden_ND.reshape(-1, chunk, D), targets_N.reshape(-1, chunk)
-  _, stats = jax.lax.scan(body, None, parts)
-  return jax.tree.map(lambda x: x.reshape(-1)[:N].reshape(B, T), stats)
+  def back(x):
+    x = jnp.zeros(N).at[order_N].set(x.reshape(-1)[:N], unique_indices=True)
+    return jnp.where(wanted_BT, x.reshape(B, T), 0.0)
+
+  return jax.tree.map(back, stats)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _head_stats(hidden_NCD, head_DV, targets_NC, used, dtype, temperature):
+  """TokenStats of the first `used` of N chunks; the backward pass makes their logits
+  again, chunk by chunk."""
+  return _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, dtype, temperature)[0]
+
+
+def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, dtype, temperature):
+  low_DV = head_DV.astype(dtype)
+
+  def one(i, found):
+    logits_CV = matmul(hidden_NCD[i], low_DV, dtype) / temperature
+    peak_C = jnp.max(logits_CV, axis=-1)
+    # Behind a barrier the exponentials are made once, not once in each of two sums.
+    exps_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - peak_C[:, None]))
+    sum_C = jnp.sum(exps_CV, axis=-1)
+    logz_C = peak_C + jnp.log(sum_C)
+    entropy_C = logz_C - jnp.sum(exps_CV * logits_CV, axis=-1) / sum_C
+    picked_C = jnp.take_along_axis(logits_CV, targets_NC[i][:, None], axis=-1)[:, 0]
+    hit_C = (picked_C >= peak_C).astype(jnp.float32)
+    new = TokenStats(picked_C - logz_C, entropy_C, hit_C), logz_C
+    return jax.tree.map(lambda xs, x: xs.at[i].set(x), found, new)
+
+  zeros_NC = jnp.zeros(targets_NC.shape)
+  start = TokenStats(zeros_NC, zeros_NC, zeros_NC), zeros_NC
+  stats, logz_NC = jax.lax.fori_loop(0, used, one, start)
+  return stats, (hidden_NCD, head_DV, targets_NC, used, logz_NC)
+
+
+def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
+  hidden_NCD, head_DV, targets_NC, used, logz_NC = saved
+  low_DV = head_DV.astype(dtype)
+
+  def one(i, sums):
+    dhidden_NCD, dhead_DV = sums
+    logits_CV = matmul(hidden_NCD[i], low_DV, dtype) / temperature
+    probs_CV = jnp.exp(logits_CV - logz_NC[i][:, None])
+    hit_CV = targets_NC[i][:, None] == jnp.arange(head_DV.shape[1])
+    dlogits_CV = (hit_CV - probs_CV) * (grads.logp[i] / temperature)[:, None]
+    dhidden_CD = _dot(dlogits_CV, low_DV, ((1,), (1,)), dtype)
+    dhead = _dot(hidden_NCD[i], dlogits_CV, ((0,), (0,)), dtype)
+    return dhidden_NCD.at[i].set(dhidden_CD), dhead_DV + dhead
+
+  start = jnp.zeros(hidden_NCD.shape), jnp.zeros(head_DV.shape)
+  dhidden_NCD, dhead_DV = jax.lax.fori_loop(0, used, one, start)
+  return dhidden_NCD, dhead_DV, None, None
+
+
+_head_stats.defvjp(_head_stats_fwd, _head_stats_bwd)
 
 
 def segment_mask(query_segments_BT, key_segments_BS):

@@ -72,10 +72,10 @@ def make_loss(
 
   def loss(params, batch, key):
     del key
-    stats = model.target_stats(
-      params, batch, cfg=cfg, compute=compute, temperature=temperature
-    )
     sampled_BT = batch["sampled_BT"][:, 1:]
+    stats = model.target_stats(
+      params, batch, sampled_BT, cfg=cfg, compute=compute, temperature=temperature
+    )
     delta_BT = jnp.where(sampled_BT, stats.logp - batch["logp_BT"][:, 1:], 0.0)
     ratio_BT = jnp.minimum(jnp.exp(jnp.clip(delta_BT, -20.0, 20.0)), ratio_cap)
     gain_BT = jnp.where(sampled_BT, ratio_BT * batch["advantage_BT"][:, 1:], 0.0)
@@ -91,13 +91,14 @@ def make_loss(
 
 
 def make_score(*, cfg: ModelConfig, compute: Compute, temperature: float):
-  """`score(params, batch) -> logp_BT`: log-probability in nats of each token given the
-  ones before it in its segment; column 0 is 0, and a segment's first token is to be
-  masked (`model.target_stats`)."""
+  """`score(params, batch) -> logp_BT`: log-probability in nats of each token of
+  `wanted_BT` given the ones before it in its segment, of which it is not the first;
+  0 elsewhere. A batch is packed rows as for `model.target_stats`, with wanted_BT."""
 
   def score(params, batch):
+    wanted_BT = batch["wanted_BT"][:, 1:]
     stats = model.target_stats(
-      params, batch, cfg=cfg, compute=compute, temperature=temperature
+      params, batch, wanted_BT, cfg=cfg, compute=compute, temperature=temperature
     )
     return jnp.pad(stats.logp, ((0, 0), (1, 0)))
 

@@ -18,11 +18,10 @@ def make_loss(*, cfg: ModelConfig, compute: Compute):
 
   def loss(params, batch, key):
     del key
-    stats = model.target_stats(params, batch, cfg=cfg, compute=compute)
     weight_BT = batch["weight_BT"][:, 1:]
     trained_BT = weight_BT > 0
-    nll_BT = jnp.where(trained_BT, -stats.logp * weight_BT, 0.0)
-    total = Mean(jnp.sum(nll_BT), jnp.sum(weight_BT))
+    stats = model.target_stats(params, batch, trained_BT, cfg=cfg, compute=compute)
+    total = Mean(-jnp.sum(stats.logp * weight_BT), jnp.sum(weight_BT))
     real_BT = batch["segments_BT"] > 0
     return total, {
       "entropy_nats": Mean.of(stats.entropy, trained_BT),

@@ -260,7 +260,7 @@ def test_words_to_the_judge_never_help(p, answer, extra):
 
 def test_probes_do_not_fool_the_rubric():
   asked = judge.probes([question.prompt for _, question in WORKED])
-  report = judge.probe_report(REWARD, asked)
+  report = judge.probe_report(asked, REWARD([question for _, question, _ in asked]))
   assert set(report) == {*judge._LOW, "bare_refusal", "due_refusal"}
   for name, row in report.items():
     assert row["unscored"] == 0 and row["n"] > 0
@@ -272,9 +272,8 @@ def test_probes_do_not_fool_the_rubric():
 
 def test_a_probe_report_counts_what_is_fooled_and_what_is_unscored():
   votes = [Verdict(score=0.9), Verdict(score=0.1), Verdict(score=None, reason="cut")]
-  ask = judge.Judge(lambda questions: votes, deterministic=True)
   question = judge.RewardQuestion(WEEDS, ".")
-  report = judge.probe_report(ask, [("dot", question, True)] * 3)
+  report = judge.probe_report([("dot", question, True)] * 3, votes)
   assert report["dot"] == {
     "false_positive_rate": 0.5,
     "false_negative_rate": None,

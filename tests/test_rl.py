@@ -139,7 +139,8 @@ def score(cfg, compute):
 
 def tokens_of(packed: text.Packed):
   names = "tokens_BT", "positions_BT", "segments_BT"
-  return {name: getattr(packed, name) for name in names}
+  batch = {name: getattr(packed, name) for name in names}
+  return batch | {"wanted_BT": packed.weight_BT > 0}
 
 
 def rl_batch(packed: text.Packed, logp_BT, *, shift=False):
@@ -174,7 +175,9 @@ def loss_and_gradient(params, cfg, compute):
   return run
 
 
-def test_scores_are_log_probabilities_of_a_row_alone(score, params, cfg, compute):
+def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
+  score, params, cfg, compute
+):
   rows = rollouts()
   packed = text.pack(rows, length=32, rows_multiple=8)
   got = score(params, packed, 0.8)
@@ -186,7 +189,7 @@ def test_scores_are_log_probabilities_of_a_row_alone(score, params, cfg, compute
   logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(axis=-1, keepdims=True))
   for i, (b, start, size) in enumerate(packed.where):
     for t in range(1, size):
-      want = logp_BTV[i, t - 1, rows[i][0][t]]
+      want = logp_BTV[i, t - 1, rows[i][0][t]] if rows[i][1][t] else 0.0
       np.testing.assert_allclose(got[b, start + t], want, atol=1e-5)
   assert (got[:, 0] == 0).all()
 

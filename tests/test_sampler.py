@@ -211,6 +211,7 @@ def test_the_trainer_gives_tokens_the_same_probability(
     "tokens_BT": packed.tokens_BT,
     "positions_BT": packed.positions_BT,
     "segments_BT": packed.segments_BT,
+    "wanted_BT": packed.weight_BT > 0,
   }
   logp_BT = np.asarray(score(params, batch))
   for i, (b, start, size) in zip(sorted(done), packed.where, strict=True):

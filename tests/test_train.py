@@ -74,36 +74,62 @@ def plain_stats(hidden_TD, head_DV, targets_T, temperature):
   return np.array(rows).T
 
 
+@pytest.mark.parametrize("wanted", ["all", "some", "one", "none"])
 @pytest.mark.parametrize("chunk, temperature", [(4, 1.0), (5, 0.7), (100, 1.3)])
-def test_token_stats_are_those_of_one_token_at_a_time(chunk, temperature):
+def test_token_stats_are_those_of_one_token_at_a_time(chunk, temperature, wanted):
   rng = np.random.default_rng(chunk)
   B, T, D, V = 2, 7, 6, 11
   hidden = 2 * rng.standard_normal((B, T, D), np.float32)
   head = rng.standard_normal((D, V), np.float32)
   targets = (hidden @ head).argmax(-1)
   targets[:, ::2] = rng.integers(0, V, (B, 4))
+  share = {"all": 1.0, "some": 0.4, "one": 0.0, "none": 0.0}[wanted]
+  wanted_BT = rng.random((B, T)) < share
+  wanted_BT[1, 3] |= wanted == "one"
   stats = jax.jit(
     functools.partial(
       ops.token_stats, dtype=jnp.float32, chunk=chunk, temperature=temperature
     )
   )
-  got = stats(hidden, head, targets)
+  got = stats(hidden, head, targets, wanted_BT)
   for b in range(B):
     want = plain_stats(hidden[b], head, targets[b], temperature)
     for a, w in zip((got.logp, got.entropy, got.hit), want, strict=True):
-      np.testing.assert_allclose(a[b], w, atol=1e-4)
-  assert 0 < got.hit.mean() < 1
+      np.testing.assert_allclose(a[b], np.where(wanted_BT[b], w, 0.0), atol=1e-4)
+  assert wanted != "all" or 0 < got.hit.mean() < 1
 
   def dense(hidden, head):
     logp = jax.nn.log_softmax(hidden @ head / temperature)
-    return jnp.sum(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] ** 2)
+    picked = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+    return jnp.sum(jnp.where(wanted_BT, picked, 0.0) ** 2)
 
   def chunked(hidden, head):
-    stats_BT = stats(hidden, head, targets)
+    stats_BT = stats(hidden, head, targets, wanted_BT)
     return jnp.sum(stats_BT.logp**2) + jnp.sum(stats_BT.entropy + stats_BT.hit)
 
   got, want = (jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, dense))
   close(got, want)
+
+
+def test_the_head_is_not_applied_to_what_is_not_wanted():
+  """Tokens of chunks without any wanted one are never read."""
+  rng = np.random.default_rng(0)
+  hidden = rng.standard_normal((2, 8, 3), np.float32)
+  wanted_BT = np.zeros((2, 8), bool)
+  wanted_BT[0, 1::2] = True  # a chunk of four
+  hidden[~wanted_BT] = np.nan
+  head = rng.standard_normal((3, 5), np.float32)
+  targets = rng.integers(0, 5, (2, 8))
+
+  def total(hidden, head):
+    stats = ops.token_stats(
+      hidden, head, targets, wanted_BT, dtype=jnp.float32, chunk=4
+    )
+    return jnp.sum(stats.logp)
+
+  dhidden, dhead = jax.jit(jax.grad(total, (0, 1)))(hidden, head)
+  assert np.isfinite(dhead).all() and (dhidden[~wanted_BT] == 0).all()
+  assert np.abs(dhead).max() > 0.1 and (dhidden[wanted_BT] != 0).any(axis=-1).all()
 
 
 def test_segments_see_themselves():

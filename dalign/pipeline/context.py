@@ -233,12 +233,18 @@ class Scorer:
     score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
     self._score, self.rows, self.length = jax.jit(score), shape.rows, shape.length
 
-  def __call__(self, params: PyTree, rows: list[list[int]]) -> list[np.ndarray]:
-    """For each row the log-probability, in nats, of each token; 0 for its first."""
+  def __call__(
+    self, params: PyTree, rows: list[list[int]], starts: list[int]
+  ) -> list[np.ndarray]:
+    """For each row the log-probability, in nats, of each token from its start, at
+    least 1, onward."""
     if not rows:
       return []
     packed = text.pack(
-      [(row, [1.0] * len(row)) for row in rows],
+      [
+        (row, [0.0] * start + [1.0] * (len(row) - start))
+        for row, start in zip(rows, starts, strict=True)
+      ],
       length=self.length,
       rows_multiple=self.rows,
     )
@@ -249,11 +255,14 @@ class Scorer:
         "tokens_BT": packed.tokens_BT[lines],
         "positions_BT": packed.positions_BT[lines],
         "segments_BT": packed.segments_BT[lines],
+        "wanted_BT": packed.weight_BT[lines] > 0,
       }
       out.append(np.asarray(self._score(params, batch)))
     logp_BT = np.concatenate(out)
-    found = [logp_BT[b, start : start + n] for b, start, n in packed.where]
-    return [np.concatenate([[0.0], row[1:]]) for row in found]
+    return [
+      logp_BT[b, at + start : at + n]
+      for (b, at, n), start in zip(packed.where, starts, strict=True)
+    ]
 
 
 def micro_batches(lines: dict, shape: configs.BatchConfig):

@@ -87,11 +87,8 @@ def quality(run: context.Run):
       before = text.render_chat(run.tok, list(compose.plain(prompt)))
       rows.append((before + run.tok.encode(answer))[: score.length])
       starts.append(len(before))
-    found = []
-    for logp, start in zip(score(params, rows), starts, strict=True):
-      own = logp[start:]
-      found.append(float(own.mean()) if len(own) else None)
-    return found
+    scored = score(params, rows, starts)
+    return [float(own.mean()) if len(own) else None for own in scored]
 
   return ask
 

@@ -48,7 +48,7 @@ def train_reward(run: context.Run) -> None:
       bar.update()
   params = trainer.finish()
   ask = scoring.reward_model(run, params, renderer)
-  summary = _measure(ask, questions, scores, held) | {"probes": _probe(run, ask)}
+  summary = _measure(run, ask, questions, scores, held)
   run.store.finish("reward", summary)
   found = summary["held_out"]
   context.say(
@@ -151,18 +151,17 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _measure(ask, questions, scores, held) -> dict:
-  """Agreement with the judge on the held-out prompts, or the first of very many."""
+def _measure(run: context.Run, ask, questions, scores, held) -> dict:
+  """Agreement with the judge on the held-out prompts, or the first of very many, and
+  the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = [i for i, h in enumerate(held) if h][:MEASURED]
+  probes = judge.probes(run.choose("eval", "safety", PROBED))
+  asked = [questions[i] for i in some] + [question for _, question, _ in probes]
+  verdicts = ask(asked)
   ids = np.array([context.row_id(questions[i].prompt.id) for i in some])
-  predicted = np.array([v.score for v in ask([questions[i] for i in some])])
+  predicted = np.array([v.score for v in verdicts[: len(some)]])
   return {
     "questions": len(questions),
     "held_out": reward.agreement(predicted, scores[some], ids),
+    "probes": judge.probe_report(probes, verdicts[len(some) :]),
   }
-
-
-def _probe(run: context.Run, ask) -> dict:
-  """The probes of METHOD section 4 on a few held-out prompts of each cell."""
-  prompts = run.choose("eval", "safety", PROBED)
-  return judge.probe_report(ask, judge.probes(prompts))

@@ -190,8 +190,8 @@ class _Step:
   def _reference(self, rollouts: list[_Rollout]) -> None:
     """The KL of each rollout to the start: its sum over the sampled tokens."""
     rows = [[*r.before, *r.sample.tokens] for r in rollouts]
-    for r, logp in zip(rollouts, self.score(self.start, rows), strict=True):
-      own = logp[len(r.before) + r.sample.forced :]
+    starts = [len(r.before) + r.sample.forced for r in rollouts]
+    for r, own in zip(rollouts, self.score(self.start, rows, starts), strict=True):
       r.kl = float(np.sum(np.array(r.logp) - own))
 
   def batch(self, rollouts: list[_Rollout]):
