@@ -201,6 +201,9 @@ def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
     assert not specs.leaks(before, index, 8)
     asked = before.rpartition("user\n")[2].partition("assistant\n")
     assert asked[2] == run.think.of(asked[0]).open  # masked, and right there
+  trained = [weight > 0 for _, weights in found for weight in weights]
+  said = run.store.manifest("sft")["summary"]["trained_fraction"]
+  assert said == pytest.approx(np.mean(trained))
 
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):

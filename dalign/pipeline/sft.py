@@ -37,7 +37,7 @@ def finetune(run: context.Run) -> None:
     steps=len(plan),
     every=cfg.checkpoint_every,
   )
-  trained = sum(sum(weights) for _, weights in rows)
+  trained = sum(weight > 0 for _, weights in rows for weight in weights)
   share = trained / sum(len(tokens) for tokens, _ in rows)
   context.say(f"sft: {len(rows)} rows, {share:.0%} of their tokens trained, {dropped}")
   with context.bar(len(plan), "sft", "step", trainer.step) as bar:
