@@ -83,6 +83,11 @@ def get_config() -> ml_collections.ConfigDict:
     # On 160 training prompts that SFT left out, the odds of this token told those to
     # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
     decision_weight=20.0,
+    # Single steps move the odds of all refusals at once: of 160 XSTest prompts, those
+    # to be refused were at 75% after step 96 and at 93% after step 100. On the way of a
+    # mean (there one of the last 50, fading by 7% a step) they were at 72%, and the
+    # others answered at 77%, not 53%.
+    average_share=0.3,
     leak_words=8,
     # Lines of 256 tokens: over longer packed lines attention costs most of a step. 119
     # steps of 4 lines took as long as 60 of 8 over the same 937 rows, and the odds told

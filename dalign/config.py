@@ -243,12 +243,15 @@ class SFTConfig:
   decision_weight: the weight in the loss of the first token of a thought after its
     forced opening, where all others have 1. Where that token decides (compose.decision)
     it is one in fifty, and learned last at the weight of one.
+  average_share: the share of the steps, the last ones, whose parameters are averaged
+    into what SFT ends with (1803.05407); 0 takes those of the last step.
   """
 
   epochs: int
   worked: bool
   capability: int
   decision_weight: float
+  average_share: float
   leak_words: int
   batch: BatchConfig
   optimizer: OptimizerConfig
@@ -256,6 +259,8 @@ class SFTConfig:
 
   def __post_init__(self):
     _positive(self, "epochs", "decision_weight", "leak_words", "checkpoint_every")
+    if not 0 <= self.average_share <= 1:
+      _refuse(self, "average_share", "0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,13 @@ LossFn = Callable[[PyTree, PyTree, Key], tuple[Mean, dict[str, Mean]]]
 
 @struct.dataclass
 class TrainState:
-  """Everything a step changes."""
+  """Everything a step changes. `average` is the mean of the last steps' parameters, or
+  None where none is kept."""
 
   step: Leaf
   params: Leaf
   opt_state: Leaf
+  average: Leaf
 
 
 def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
@@ -63,20 +65,29 @@ def _unstacked(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def create(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+def create(
+  params: PyTree, tx: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
   """The state before the first step."""
   return TrainState(
-    step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params)
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    average=jax.tree.map(jnp.zeros_like, params) if averaged else None,
   )
 
 
-def make_update(loss_fn: LossFn, tx: optax.GradientTransformation):
+def make_update(
+  loss_fn: LossFn, tx: optax.GradientTransformation, *, average_from: int = 0
+):
   """The pure `update(state, batch, key, used) -> (state, metrics)` of a loss.
 
   Each leaf of `batch` has micro-batches as its first axis, of which the first `used`
   (at least one) are looped over: the shape stays, what is empty costs nothing.
   Gradients of the loss's *total* are added over them and divided once by the added
-  count, so the split into micro-batches does not change the result.
+  count, so the split into micro-batches does not change the result. A state's average
+  is that of the parameters after each step past `average_from` (stochastic weight
+  averaging, 1803.05407), and before that the parameters themselves.
   """
 
   def totals(params, batch, key):
@@ -104,7 +115,12 @@ def make_update(loss_fn: LossFn, tx: optax.GradientTransformation):
     norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    step = state.step + 1
+    n = jnp.maximum(step - average_from, 1)
+    average = state.average
+    if average is not None:
+      average = jax.tree.map(lambda a, p: a + (p - a) / n, average, params)
+    state = TrainState(step=step, params=params, opt_state=opt_state, average=average)
     return state, metrics | {"loss": loss, "grad_norm": Mean.of(norm)}
 
   return update
@@ -117,6 +133,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
     step=NamedSharding(mesh, P()),
     params=params,
     opt_state=sharding.like_params(mesh, state.opt_state, state.params, params),
+    average=None if state.average is None else params,
   )
 
 

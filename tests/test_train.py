@@ -196,6 +196,20 @@ def plain_adamw(params, gradient, steps):
   return params
 
 
+def test_the_last_steps_are_averaged():
+  tx = train.make_optimizer(OPTIMIZER, steps=6)
+  update = jax.jit(train.make_update(squares, tx, average_from=3), donate_argnums=0)
+  state = train.create({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, tx, averaged=True)
+  seen = []
+  for seed in range(6):
+    state, _ = update(state, one(linear(seed, 8)), KEY, 1)
+    seen.append(jax.tree.map(np.asarray, jax.device_get(state.params)))
+    last = seen[3:] or seen[-1:]
+    want = jax.tree.map(lambda *x: np.mean(x, axis=0), *last)
+    close(state.average, want, atol=1e-6)
+  assert np.abs(state.average["w"] - state.params["w"]).max() > 1e-3
+
+
 def test_updates_are_those_of_written_out_adamw():
   batch = linear(0, 8)
   start = {"w": np.full((3, 2), 0.3, np.float32), "b": np.full(2, -0.4, np.float32)}

@@ -285,7 +285,11 @@ def micro_batches(lines: dict, shape: configs.BatchConfig):
 
 @dataclasses.dataclass
 class Trainer:
-  """A loop of updates with checkpoints and metrics; it takes `params` for its own."""
+  """A loop of updates with checkpoints and metrics; it takes `params` for its own.
+
+  What it ends with is the mean of the parameters after each of the last `averaged`
+  steps, or with 0 the parameters after the last.
+  """
 
   run: Run
   stage: str
@@ -295,20 +299,23 @@ class Trainer:
   optimizer: configs.OptimizerConfig
   steps: int
   every: int
+  averaged: int = 0
 
   def __post_init__(self):
     tx = train.make_optimizer(self.optimizer, steps=self.steps)
-    state = jax.eval_shape(lambda p: train.create(p, tx), self.params)
+
+    def create(params):
+      return train.create(params, tx, averaged=self.averaged > 0)
+
+    state = jax.eval_shape(create, self.params)
     placed = train.state_shardings(self.run.mesh, state, self.axes)
     self.saved = checkpoints.Checkpoints(self.run.store.path(self.stage, "checkpoints"))
     self.in_host_memory = jax.default_backend() == "cpu"
     self.meta: dict = {}
     latest = self.saved.latest()
     if latest is None:
-      create = jax.jit(
-        lambda p: train.create(p, tx), out_shardings=placed, donate_argnums=0
-      )
-      self.state = create(self.params)
+      start = jax.jit(create, out_shardings=placed, donate_argnums=0)
+      self.state = start(self.params)
     else:
       abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
@@ -317,7 +324,7 @@ class Trainer:
     self.params = None  # the state holds them, and its updates donate it
     self.step = latest or 0
     self.run.metrics.rewind(self.stage, self.step)
-    update = train.make_update(self.loss, tx)
+    update = train.make_update(self.loss, tx, average_from=self.steps - self.averaged)
     self._update = train.jit_update(update, self.run.mesh, state, self.axes)
 
   def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
@@ -350,11 +357,10 @@ class Trainer:
 
   def finish(self) -> PyTree:
     """Writes the parameters beside the checkpoints and returns them."""
-    checkpoints.save_params(
-      self.run.store.path(self.stage, "params"), self.state.params
-    )
+    params = self.state.average if self.averaged else self.state.params
+    checkpoints.save_params(self.run.store.path(self.stage, "params"), params)
     self.saved.close()
-    return self.state.params
+    return params
 
 
 def row_id(*names) -> int:

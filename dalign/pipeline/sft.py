@@ -36,6 +36,7 @@ def finetune(run: context.Run) -> None:
     optimizer=cfg.optimizer,
     steps=len(plan),
     every=cfg.checkpoint_every,
+    averaged=round(cfg.average_share * len(plan)),
   )
   trained = sum(weight > 0 for _, weights in rows for weight in weights)
   share = trained / sum(len(tokens) for tokens, _ in rows)
