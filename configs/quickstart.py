@@ -55,8 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
     # of 87 samples); it learns those from the spec's worked examples (sft.worked).
     # On the same model's last hidden state, a linear probe told prompts to refuse from
     # others with a balanced accuracy of 80%, 84% and 87% after 400, 800 and all 1,771
-    # of them: many prompts matter.
-    prompts=dict(refuse=280, safe_complete=0, comply=450),
+    # of them: many prompts matter. Trained on as many refusals as answers, it refuses
+    # too much, hence more prompts to comply with.
+    prompts=dict(refuse=220, safe_complete=0, comply=520),
     helpful=80,
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
     capability=0,
@@ -83,10 +84,10 @@ def get_config() -> ml_collections.ConfigDict:
     # On 160 training prompts that SFT left out, the odds of this token told those to
     # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
     decision_weight=20.0,
-    # Single steps move the odds of all refusals at once: of 160 XSTest prompts, those
-    # to be refused were at 75% after step 96 and at 93% after step 100. On the way of a
-    # mean (there one of the last 50, fading by 7% a step) they were at 72%, and the
-    # others answered at 77%, not 53%.
+    # Single steps move the odds of all refusals at once. Over the same rows, by the
+    # likelier first token, the last step refused 97% of 362 held-out prompts to refuse
+    # and answered 68% of the others (XSTest's 342: 87% and 57%), this mean of the last
+    # 30% of the steps 84% and 81% (XSTest: 64% and 80%).
     average_share=0.3,
     leak_words=8,
     # Lines of 256 tokens: over longer packed lines attention costs most of a step. 119
@@ -129,7 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
     ratio_cap=2.0,
     length_norm=100.0,
     batch=dict(micro=6, rows=8, length=256),
-    optimizer=optimizer(5e-5),
+    optimizer=optimizer(2e-5),
     checkpoint_every=2,
     show_every=2,
   )

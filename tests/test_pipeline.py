@@ -18,6 +18,7 @@ from dalign import judge
 from dalign import pipeline
 from dalign import spec as specs
 from dalign.pipeline import context
+from dalign.pipeline import filter as filter_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
@@ -204,6 +205,14 @@ def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
   trained = [weight > 0 for _, weights in found for weight in weights]
   said = run.store.manifest("sft")["summary"]["trained_fraction"]
   assert said == pytest.approx(np.mean(trained))
+
+
+def test_an_answer_after_a_prompt_too_long_to_score_has_no_quality(run):
+  short = next(p for p in run.prompts if p.kind == "safety")
+  turns = (context.user_turn("word " * run.cfg.sft.batch.length),)
+  long = dataclasses.replace(short, turns=turns)
+  found = filter_stage.quality(run)([(long, "Yes."), (short, "Yes."), (short, "")])
+  assert found[0] is None and found[1] < 0 and found[2] is None
 
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):

@@ -237,12 +237,12 @@ class Scorer:
     self, params: PyTree, rows: list[list[int]], starts: list[int]
   ) -> list[np.ndarray]:
     """For each row the log-probability, in nats, of each token from its start, at
-    least 1, onward."""
+    least 1, onward: none where the row ends before."""
     if not rows:
       return []
     packed = text.pack(
       [
-        (row, [0.0] * start + [1.0] * (len(row) - start))
+        (row, [float(at >= start) for at in range(len(row))])
         for row, start in zip(rows, starts, strict=True)
       ],
       length=self.length,
