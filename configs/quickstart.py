@@ -113,10 +113,10 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.rl = dict(
     start="sft",
-    # "model" asks the trained reward model, which agreed with the judge on 64% of 116
-    # held-out answers and 67% of 60 pairs. RL was measured with the rubric only.
+    # "model" asks the trained reward model, which agreed with the judge on 69% of 121
+    # held-out answers and 70% of 54 pairs. RL was measured with the rubric only.
     reward="rubric",
-    steps=4,
+    steps=6,
     # With the capability prompts, as many rollouts as the sampler has slots.
     prompts=14,
     # Safe completions are left out, as in generate.
@@ -130,7 +130,10 @@ def get_config() -> ml_collections.ConfigDict:
     ratio_cap=2.0,
     length_norm=100.0,
     batch=dict(micro=6, rows=8, length=256),
-    optimizer=optimizer(2e-5),
+    # A step has too few rollouts for Adam to go far: at 2e-5, four steps took the share
+    # of allowed prompts that are answered from 72% to 64%; at 4e-6, eight took it from
+    # 72% to 75%, with refusals 2 points fewer both times.
+    optimizer=optimizer(4e-6),
     checkpoint_every=2,
     show_every=2,
   )
