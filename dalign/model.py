@@ -223,7 +223,7 @@ def forward(
   params: PyTree,
   tokens_BT,
   positions_BT,
-  segments_BT,
+  ends_BT,
   *,
   cfg: ModelConfig,
   compute: Compute,
@@ -231,12 +231,10 @@ def forward(
 ):
   """Hidden states after the final norm, float32 [B, T, D], and the KV of these tokens.
 
-  A token sees the tokens of its own segment that do not come after it (segment 0 is
-  padding) and, when given, the whole prefix; `positions_BT` then start at the
-  prefix's length.
+  A token sees itself, what comes before it and ends after it (`ops.tree_mask`), and,
+  when given, the whole prefix; `positions_BT` then start at the prefix's length.
   """
-  T = tokens_BT.shape[1]
-  own_mask = ops.segment_mask(segments_BT, segments_BT) & jnp.tri(T, dtype=bool)[None]
+  own_mask = ops.tree_mask(ends_BT)
   kv, mask = None, None
   if prefix is not None:
     kv = prefix.kv
@@ -257,15 +255,15 @@ def target_stats(
 ) -> ops.TokenStats:
   """Statistics, [B, T - 1] each, of tokens_BT[:, 1:] given the tokens before them.
 
-  `batch` has tokens_BT, positions_BT and segments_BT. Where `wanted_BT`, of the shape
-  of the result, is False they are 0. What a segment's first token gets is meaningless,
-  since it follows another segment's: it is not to be wanted.
+  `batch` has tokens_BT, positions_BT and ends_BT. Where `wanted_BT`, of the shape of
+  the result, is False they are 0. A token whose left neighbour is not the one before it
+  in its row is not to be wanted: what it gets is meaningless.
   """
   hidden_BTD, _ = forward(
     params,
     batch["tokens_BT"],
     batch["positions_BT"],
-    batch["segments_BT"],
+    batch["ends_BT"],
     cfg=cfg,
     compute=compute,
   )
@@ -288,10 +286,8 @@ def head(params: PyTree):
 def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Compute):
   """The Prefix of `tokens_P`, of which the first `length` are real."""
   at_P = jnp.arange(tokens_P.shape[0])
-  segments_BT = (at_P < length).astype(jnp.int32)[None]
-  _, kv = forward(
-    params, tokens_P[None], at_P[None], segments_BT, cfg=cfg, compute=compute
-  )
+  ends_BT = ops.row_ends(jnp.reshape(length, 1), len(at_P))
+  _, kv = forward(params, tokens_P[None], at_P[None], ends_BT, cfg=cfg, compute=compute)
   return Prefix(kv=kv, length=length)
 
 

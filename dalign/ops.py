@@ -158,12 +158,23 @@ def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
 _head_stats.defvjp(_head_stats_fwd, _head_stats_bwd)
 
 
-def segment_mask(query_segments_BT, key_segments_BS):
-  """True where a query may see a key of its own segment; segment 0 is padding.
+def row_ends(length_B, T: int):
+  """Ends for `tree_mask` of one row a line, padded on the right to T tokens."""
+  length_B1 = length_B[:, None]
+  return jnp.where(jnp.arange(T) < length_B1, length_B1, 0)
 
-  Padding sees padding, so that no row of the mask is empty and no softmax is NaN.
+
+def tree_mask(ends_BT):
+  """[B, T, T], True where the token of a column may see that of another: the other is
+  not after it, and ends after it. All see themselves, padding (end 0) nothing else.
+
+  With the tokens of a tree written depth first, and each token's end the column behind
+  the last of its descendants, a token sees the path from the root to itself. Packed
+  rows are the plainest such tree.
   """
-  return query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+  at_T = jnp.arange(ends_BT.shape[1])
+  ended_BTT = at_T[:, None] >= ends_BT[:, None, :]
+  return (at_T[None] < at_T[:, None]) & ~ended_BTT | jnp.eye(len(at_T), dtype=bool)
 
 
 def stream(root: Key, name: str, step: int = 0) -> Key:

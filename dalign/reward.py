@@ -49,7 +49,7 @@ def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute)
     trunk,
     tokens_BT,
     at_BT + prefix.length,
-    (at_BT < length_B[:, None]).astype(jnp.int32),
+    ops.row_ends(length_B, tokens_BT.shape[1]),
     cfg=cfg,
     compute=compute,
     prefix=prefix,

@@ -92,8 +92,8 @@ def make_loss(
 
 def make_score(*, cfg: ModelConfig, compute: Compute, temperature: float):
   """`score(params, batch) -> logp_BT`: log-probability in nats of each token of
-  `wanted_BT` given the ones before it in its segment, of which it is not the first;
-  0 elsewhere. A batch is packed rows as for `model.target_stats`, with wanted_BT."""
+  `wanted_BT` given the ones before it in its row, of which its left neighbour is the
+  last; 0 elsewhere. A batch is that of `model.target_stats` with wanted_BT."""
 
   def score(params, batch):
     wanted_BT = batch["wanted_BT"][:, 1:]

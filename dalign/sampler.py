@@ -74,7 +74,7 @@ class Slots:
 
 @struct.dataclass
 class Prefixes:
-  """The shared prefix of each lane: a layer (k, v), and their true lengths."""
+  """The shared prefix of each lane: (k, v) a layer, or none, and their true lengths."""
 
   kv: Leaf
   length_A: Leaf
@@ -124,12 +124,14 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   prompt_mask = jnp.arange(slots.prompt[0][1].shape[2]) < slots.prompt_len_B[:, None]
   prompt_mask = prompt_mask[:, None]
   B, A = len(slots.token_B), len(prefixes.length_A)
-  P = prefixes.kv[0][1].shape[2]
-  prefix_mask = jnp.arange(P) < jnp.repeat(prefixes.length_A, B // A)[:, None]
+  shared = [()] * cfg.layers
+  if prefixes.kv:
+    P = prefixes.kv[0][1].shape[2]
+    prefix_mask = jnp.arange(P) < jnp.repeat(prefixes.length_A, B // A)[:, None]
+    shared = [(model.Part(*kv, mask=prefix_mask[:, None]),) for kv in prefixes.kv]
   reads, ring = [], []
   for i in range(cfg.layers):
-    shared = model.Part(*prefixes.kv[i], mask=prefix_mask[:, None])
-    reads.append((shared, model.Part(*slots.prompt[i], mask=prompt_mask)))
+    reads.append((*shared[i], model.Part(*slots.prompt[i], mask=prompt_mask)))
     ring.append(model.Part(*slots.fresh[i], mask=live_BS[:, None]))
   hidden_BD, fresh = model.decode_step(
     weights,
@@ -262,12 +264,11 @@ class Sampler:
   def _prefill_fn(self, params, prefix, tokens_BT, length_B):
     T = tokens_BT.shape[1]
     at_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-    segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
     _, kv = model.forward(
       params,
       tokens_BT,
-      at_BT + prefix.length,
-      segments_BT,
+      at_BT if prefix is None else at_BT + prefix.length,
+      ops.row_ends(length_B, T),
       cfg=self.cfg,
       compute=self.compute,
       prefix=prefix,
@@ -341,18 +342,19 @@ class Sampler:
     """Completes the requests of all groups, in the order in which they finish.
 
     `weights` is `unstack(params)`. `prefix_room` (tokens that the rows of a group share
-    in front), `prompt_room` (tokens of a row beyond those) and `max_new` only set
-    shapes: keep them constant to reuse compiled programs. `more(completion)` may ask
-    for further rows of the same group, which must begin as the others do. What a row
-    draws depends on the key, its row id and its tokens alone.
+    in front, with 0 they share none), `prompt_room` (tokens of a row beyond those) and
+    `max_new` only set shapes: keep them constant to reuse compiled programs.
+    `more(completion)` may ask for further rows of the same group, which must begin as
+    the others do. What a row draws depends on the key, its row id and its tokens alone.
 
     Raises ValueError when a request does not fit the given room.
     """
     pending = collections.deque(group for group in groups if group)
     A = self.sampler.lanes if len(pending) > 1 else 1
     s = self.sampler
-    P = -(-max(prefix_room, 1) // s.prefix_step) * s.prefix_step
-    prefixes = Prefixes(kv=self._cache(A, P), length_A=jnp.zeros(A, jnp.int32))
+    P = -(-prefix_room // s.prefix_step) * s.prefix_step
+    kv = self._cache(A, P) if P else ()
+    prefixes = Prefixes(kv=kv, length_A=jnp.zeros(A, jnp.int32))
     slots = self._empty(bucket(prompt_room, s.prompt_step), max_new)
     held: list[Request | None] = [None] * s.slots
     lanes: list[_Lane | None] = [None] * A
@@ -364,10 +366,12 @@ class Sampler:
       if pending:
         # Long prompts first, like ones together: a batch is as wide as its longest.
         group = sorted(pending.popleft(), key=lambda r: (-len(r.tokens), r.tokens))
-        head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]
-        tokens_P = np.zeros(P, np.int32)
-        tokens_P[: len(head)] = head
-        prefix = self._prefix(params, tokens_P, jnp.int32(len(head)))
+        head, prefix = (), None
+        if P:
+          head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]
+          tokens_P = np.zeros(P, np.int32)
+          tokens_P[: len(head)] = head
+          prefix = self._prefix(params, tokens_P, jnp.int32(len(head)))
         return _Lane(self, params, key, head, prefix, own, collections.deque(group))
       queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
       if not queued:
@@ -380,9 +384,10 @@ class Sampler:
           new = next_lane(range(a * s.slots // A, (a + 1) * s.slots // A))
           if new is not None:
             lane = lanes[a] = new
-            prefixes = self._set_prefix(
-              prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
-            )
+            if P:
+              prefixes = self._set_prefix(
+                prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
+              )
         if lane is not None:
           slots = lane.refill(slots, held)
       if not any(held):
@@ -401,7 +406,7 @@ class _Lane:
   params: PyTree
   key: Key
   head: tuple[int, ...]  # the tokens that all share,
-  prefix: model.Prefix  # and what they encode to
+  prefix: model.Prefix | None  # and what they encode to
   slots: range
   waiting: collections.deque[Request]
   ready: collections.deque = dataclasses.field(default_factory=collections.deque)

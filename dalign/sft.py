@@ -11,7 +11,7 @@ from dalign.types import Mean
 def make_loss(*, cfg: ModelConfig, compute: Compute):
   """The SFT loss, in nats a trained token (METHOD: L = -sum w log pi(y | x, y<)).
 
-  A batch has tokens_BT, positions_BT, segments_BT and weight_BT, the weight of each
+  A batch has tokens_BT, positions_BT, ends_BT and weight_BT, the weight of each
   token as a target: 1 on the sampled tokens of thought and answer, 0 on the prompt, on
   forced tokens and on padding.
   """
@@ -22,11 +22,9 @@ def make_loss(*, cfg: ModelConfig, compute: Compute):
     trained_BT = weight_BT > 0
     stats = model.target_stats(params, batch, trained_BT, cfg=cfg, compute=compute)
     total = Mean(-jnp.sum(stats.logp * weight_BT), jnp.sum(weight_BT))
-    real_BT = batch["segments_BT"] > 0
     return total, {
       "entropy_nats": Mean.of(stats.entropy, trained_BT),
       "accuracy": Mean.of(stats.hit, trained_BT),
-      "trained_fraction": Mean.of(batch["weight_BT"] > 0, real_BT),
     }
 
   return loss

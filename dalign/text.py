@@ -408,17 +408,20 @@ Row = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-  """Rows laid into [B, T] arrays.
+  """Rows laid into [B, T] arrays; a front that rows of a line share is there once.
 
-  segments_BT numbers the rows inside each line from 1, and is 0 in padding, where all
-  else is 0 too: 0 is a valid id and says nothing. positions_BT starts again with each
-  row. weight_BT is the loss weight of each token as a target; it is 0 for the first
-  token of a row, which nothing predicts. extras hold each row's own numbers at all of
-  its tokens. where[i] = (b, start, length) is the place of the i-th input row.
+  A line is a tree written depth first. ends_BT is, for each token, the column behind
+  the last token that follows it in a row: it is seen from the columns before that. In
+  padding it is 0, where all else is 0 too: 0 is a valid id and says nothing.
+  positions_BT counts from the start of each row. weight_BT is the loss weight of each
+  token as a target; it is 0 for the first token of a row, which nothing predicts.
+  extras hold each row's own numbers at its own tokens. where[i] = (b, start, length) is
+  the place of what the i-th input row does not share with one to its left: all of it,
+  or its last `length` tokens, and always its first target and the token before it.
   """
 
   tokens_BT: np.ndarray
-  segments_BT: np.ndarray
+  ends_BT: np.ndarray
   positions_BT: np.ndarray
   weight_BT: np.ndarray
   extras: dict[str, np.ndarray]
@@ -426,40 +429,67 @@ class Packed:
 
   @property
   def lines(self) -> dict[str, np.ndarray]:
-    """What a model reads: tokens_BT, positions_BT and segments_BT."""
+    """What a model reads: tokens_BT, positions_BT and ends_BT."""
     return {
       "tokens_BT": self.tokens_BT,
       "positions_BT": self.positions_BT,
-      "segments_BT": self.segments_BT,
+      "ends_BT": self.ends_BT,
     }
 
 
 def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
-  """First-fit packing in input order into lines of `length` tokens.
+  """Packs rows, in input order, into lines of `length` tokens.
 
-  A row is (tokens, weights or mask) or (tokens, weights, {name: number}). The number of
-  lines is rounded up to `rows_multiple`, with lines of padding. Nothing is cut: raises
-  ValueError for a row that is longer than a line, and for empty or uneven rows.
+  A row is (tokens, weights or mask) or (tokens, weights, {name: number}). It goes where
+  it adds the fewest tokens, to the first such line: known tokens in front, before the
+  one that predicts its first target, may be those of another row (a chat's system turn,
+  the prompt of several samples). The number of lines is rounded up to `rows_multiple`,
+  with lines of padding. Nothing is cut: raises ValueError for a row that is longer than
+  a line, and for empty or uneven rows.
   """
   if rows_multiple < 1:
     raise ValueError(f"rows_multiple is at least 1, got {rows_multiple}")
   _check_rows(rows, length)
-  space = np.full(len(rows), length)
-  where = []
-  for tokens, *_ in rows:
-    b = int(np.argmax(space >= len(tokens)))
-    where.append((b, length - int(space[b]), len(tokens)))
-    space[b] -= len(tokens)
-  lines = 1 + max((b for b, _, _ in where), default=0)
-  lines = -(-lines // rows_multiple) * rows_multiple
-  return _lay(rows, where, (lines, length))
+  fronts = [_front(row) for row in rows]
+  lines: list[list[int]] = []  # the rows of each
+  room = np.full(len(rows), length)
+  for i, (tokens, *_) in enumerate(rows):
+    best = len(tokens), len(lines)
+    hopeful = room[: len(lines)] >= len(tokens) - len(fronts[i])
+    for b in np.flatnonzero(hopeful)[:_LOOK]:
+      more = len(tokens) - max(_common(fronts[i], fronts[j]) for j in lines[b])
+      if room[b] >= more:
+        best = min(best, (more, int(b)))
+    more, b = best
+    if b == len(lines):
+      lines.append([])
+    lines[b].append(i)
+    room[b] -= more
+  count = -(-max(len(lines), 1) // rows_multiple) * rows_multiple
+  return _lay(rows, fronts, lines + [[]] * (count - len(lines)), length)
 
 
 def pad_rows(rows: Sequence[Row], *, length: int) -> Packed:
   """As `pack`, with one row a line: line b is the b-th row."""
   _check_rows(rows, length)
-  where = [(b, 0, len(tokens)) for b, (tokens, *_) in enumerate(rows)]
-  return _lay(rows, where, (len(rows), length))
+  return _lay(rows, [()] * len(rows), [[b] for b in range(len(rows))], length)
+
+
+_LOOK = 64  # lines that a row is tried in
+
+
+def _front(row: Row) -> tuple[int, ...]:
+  """The tokens of a row that another may share: those before the token that predicts
+  the first target."""
+  tokens, weights, *_ = row
+  first = next((t for t, weight in enumerate(weights) if weight > 0), len(tokens))
+  return tuple(tokens[: max(first - 1, 0)])
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+  """How many first tokens two sequences share."""
+  pairs = enumerate(zip(a, b, strict=False))
+  return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _check_rows(rows: Sequence[Row], length: int) -> None:
@@ -478,26 +508,36 @@ def _check_rows(rows: Sequence[Row], length: int) -> None:
       raise ValueError(f"row {i} has extras {extras}, wanted {sorted(names)} as row 0")
 
 
-def _lay(rows: Sequence[Row], where, shape: tuple[int, int]) -> Packed:
-  """Writes each row at its place."""
+def _lay(rows: Sequence[Row], fronts, lines: list[list[int]], length: int) -> Packed:
+  """Writes the rows of each line as a tree: sorted, a row shares with its neighbour
+  what it shares with any."""
   names = rows[0][2] if rows and len(rows[0]) > 2 else ()
-  tokens_BT, segments_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
+  shape = len(lines), length
+  tokens_BT, ends_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
   weight_BT = np.zeros(shape, np.float32)
   extras = {name: np.zeros(shape, np.float32) for name in names}
-  seen = np.zeros(shape[0], np.int32)
-  for (tokens, weights, *more), (b, start, size) in zip(rows, where, strict=True):
-    place = b, slice(start, start + size)
-    seen[b] += 1
-    tokens_BT[place] = tokens
-    segments_BT[place] = seen[b]
-    positions_BT[place] = np.arange(size)
-    weight_BT[place] = weights
-    weight_BT[b, start] = 0.0
-    for name in names:
-      extras[name][place] = more[0][name]
+  where = [(0, 0, 0)] * len(rows)
+  for b, line in enumerate(lines):
+    start, before, path = 0, (), np.zeros(0, np.int64)
+    for i in sorted(line, key=lambda i: fronts[i]):
+      tokens, weights, *more = rows[i]
+      shared = _common(before, fronts[i])
+      end = start + len(tokens) - shared
+      path = np.concatenate([path[:shared], np.arange(start, end)])
+      where[i] = b, start, end - start
+      own = b, slice(start, end)
+      tokens_BT[own] = tokens[shared:]
+      positions_BT[own] = np.arange(shared, len(tokens))
+      weight_BT[own] = weights[shared:]
+      ends_BT[b, path] = end
+      if not shared:
+        weight_BT[b, start] = 0.0
+      for name in names:
+        extras[name][own] = more[0][name]
+      before, start = fronts[i], end
   return Packed(
     tokens_BT=tokens_BT,
-    segments_BT=segments_BT,
+    ends_BT=ends_BT,
     positions_BT=positions_BT,
     weight_BT=weight_BT,
     extras=extras,

@@ -68,7 +68,7 @@ def load(path: str) -> tuple[ModelConfig, PyTree, Tokenizer]:
   """
   place = pathlib.Path(path).expanduser()
   if path.startswith("pip:"):
-    cfg, params, tok = _load_gguf(_packaged(path.removeprefix("pip:")))
+    cfg, params, tok = _load_gguf(packaged(path.removeprefix("pip:")))
   elif place.is_dir():
     cfg, params, tok = _load_hf(place)
   elif place.suffix == ".gguf" and place.is_file():
@@ -259,7 +259,7 @@ def _some(names: set[str]) -> str:
   return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def _packaged(name: str) -> pathlib.Path:
+def packaged(name: str) -> pathlib.Path:
   """The GGUF file inside an installed package, found without importing it."""
   spec = importlib.util.find_spec(name.replace("-", "_"))
   if spec is None or not spec.submodule_search_locations:

@@ -22,13 +22,13 @@ TOKENS = np.random.default_rng(7).integers(3, 97, 40).tolist()
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"))
 def jitted(params, batch, prefix, *, cfg, compute):
   """[B, T, V] logits, small enough here to be made whole."""
-  tokens_BT, positions_BT, segments_BT = batch
+  tokens_BT, positions_BT, ends_BT = batch
   offset = 0 if prefix is None else prefix.length
   hidden_BTD, _ = model.forward(
     params,
     tokens_BT,
     positions_BT + offset,
-    segments_BT,
+    ends_BT,
     cfg=cfg,
     compute=compute,
     prefix=prefix,
@@ -37,7 +37,7 @@ def jitted(params, batch, prefix, *, cfg, compute):
 
 
 def logits(params, packed: text.Packed, *, cfg, compute, prefix=None):
-  batch = packed.tokens_BT, packed.positions_BT, packed.segments_BT
+  batch = packed.tokens_BT, packed.positions_BT, packed.ends_BT
   return jitted(params, batch, prefix, cfg=cfg, compute=compute)
 
 
@@ -101,8 +101,8 @@ def test_logits_are_those_of_transformers(
   hf = hugging_face(cfg, params)
   packed = text.pad_rows(rows(TOKENS, TOKENS[5:22], TOKENS[:1]), length=40)
   got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
-  want = hf_logits(hf, packed.tokens_BT, packed.segments_BT)
-  real_BT = packed.segments_BT > 0
+  want = hf_logits(hf, packed.tokens_BT, packed.ends_BT > 0)
+  real_BT = packed.ends_BT > 0
   gap = np.abs(got - want)[real_BT].max()
   assert want[real_BT].std() > 0.5  # so that 1e-4 says something
   assert gap < 1e-4
@@ -126,8 +126,8 @@ def test_smollm2_logits_are_those_of_transformers(compute, hugging_face, shared_
   packed = text.pad_rows(rows(*prompts), length=max(map(len, prompts)))
   params = jax.tree.map(jnp.asarray, params)
   got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
-  want = hf_logits(hf, packed.tokens_BT, packed.segments_BT)
-  real_BT = packed.segments_BT > 0
+  want = hf_logits(hf, packed.tokens_BT, packed.ends_BT > 0)
+  real_BT = packed.ends_BT > 0
   gap, size = np.abs(got - want)[real_BT].max(), np.abs(want[real_BT]).max()
   assert size > 15 and gap < 2e-4
   assert (got.argmax(-1) == want.argmax(-1))[real_BT].all()
@@ -213,10 +213,10 @@ def test_packed_rows_are_those_alone(run, params):
 def test_what_stands_in_padding_is_never_seen(run, params):
   packed = text.pad_rows(rows(TOKENS[:9], TOKENS[:30]), length=40)
   want = run(params, packed)
-  packed.tokens_BT[packed.segments_BT == 0] = 55
-  packed.positions_BT[packed.segments_BT == 0] = 99
+  packed.tokens_BT[packed.ends_BT == 0] = 55
+  packed.positions_BT[packed.ends_BT == 0] = 99
   got = run(params, packed)
-  real_BT = packed.segments_BT > 0
+  real_BT = packed.ends_BT > 0
   np.testing.assert_array_equal(got[real_BT], want[real_BT])
   assert np.isfinite(got).all()
 
@@ -250,7 +250,7 @@ def test_gradients_of_padding_rows_are_finite(params, cfg, compute):
 
   def total(params):
     x_BTV = logits(params, packed, cfg=cfg, compute=compute)
-    return jnp.sum(jnp.where(packed.segments_BT[..., None] > 0, x_BTV, 0.0) ** 2)
+    return jnp.sum(jnp.where(packed.ends_BT[..., None] > 0, x_BTV, 0.0) ** 2)
 
   grads = jax.tree.leaves(jax.jit(jax.grad(total))(params))
   assert all(np.isfinite(g).all() for g in grads)

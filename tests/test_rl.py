@@ -112,12 +112,15 @@ def test_malformed_rollouts_need_no_judge(well_formed):
 
 
 def rollouts(seed=0, count=8):
-  """(tokens, sampled, {advantage, behaviour shift}) of rollouts."""
+  """(tokens, sampled, {advantage, behaviour shift}) of rollouts, two of a prompt."""
   rng = np.random.default_rng(seed)
   rows = []
-  for _ in range(count):
-    prompt, new = rng.integers(1, 6), rng.integers(1, 9)
-    tokens = rng.integers(0, 97, prompt + new).tolist()
+  for i in range(count):
+    if i % 2 == 0:
+      prompt = rng.integers(1, 6)
+      front = rng.integers(0, 97, prompt).tolist()
+    new = rng.integers(1, 9)
+    tokens = front + rng.integers(0, 97, new).tolist()
     numbers = {"advantage": rng.normal(), "shift": rng.normal() * 0.3}
     rows.append((tokens, [0.0] * prompt + [1.0] * new, numbers))
   return rows
@@ -138,7 +141,7 @@ def score(cfg, compute):
 
 
 def tokens_of(packed: text.Packed):
-  names = "tokens_BT", "positions_BT", "segments_BT"
+  names = "tokens_BT", "positions_BT", "ends_BT"
   batch = {name: getattr(packed, name) for name in names}
   return batch | {"wanted_BT": packed.weight_BT > 0}
 
@@ -183,14 +186,17 @@ def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
   got = score(params, packed, 0.8)
   alone = text.pad_rows(rows, length=32)
   hidden_BTD, _ = forward_of(cfg, compute)(
-    params, alone.tokens_BT, alone.positions_BT, alone.segments_BT
+    params, alone.tokens_BT, alone.positions_BT, alone.ends_BT
   )
   logits_BTV = np.asarray(hidden_BTD @ model.head(params)).astype(float) / 0.8
   logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(axis=-1, keepdims=True))
+  sizes = [size for _, _, size in packed.where]
+  assert any(n < len(row[0]) for n, row in zip(sizes, rows, strict=True))
   for i, (b, start, size) in enumerate(packed.where):
-    for t in range(1, size):
+    shared = len(rows[i][0]) - size
+    for t in range(shared + 1, shared + size):
       want = logp_BTV[i, t - 1, rows[i][0][t]] if rows[i][1][t] else 0.0
-      np.testing.assert_allclose(got[b, start + t], want, atol=1e-5)
+      np.testing.assert_allclose(got[b, start + t - shared], want, atol=1e-5)
   assert (got[:, 0] == 0).all()
 
 
@@ -226,7 +232,7 @@ def test_on_policy_the_gradient_is_that_of_log_pi(
       p,
       packed.tokens_BT,
       packed.positions_BT,
-      packed.segments_BT,
+      packed.ends_BT,
       cfg=cfg,
       compute=compute,
     )
@@ -250,7 +256,7 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
     runs.append(loss_and_gradient(batch))
   close(runs[1], runs[0])
   close(runs[2], runs[0])
-  assert (packed.segments_BT == 0).all(axis=1).any()  # lines of padding alone
+  assert (packed.ends_BT == 0).all(axis=1).any()  # lines of padding alone
 
 
 def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params):
@@ -295,7 +301,7 @@ def test_the_expected_gradient_is_the_exact_one(
       p,
       line.tokens_BT,
       line.positions_BT,
-      line.segments_BT,
+      line.ends_BT,
       cfg=cfg,
       compute=compute,
     )
@@ -370,7 +376,7 @@ def test_the_score_is_read_at_the_last_token(judge, rows, reward_params, cfg, co
   for i, (tokens, _, _) in enumerate(rows):
     line = text.pad_rows([(SPEC + tokens, [1.0] * (5 + len(tokens)))], length=32)
     hidden_BTD, _ = forward_of(cfg, compute)(
-      reward_params["trunk"], line.tokens_BT, line.positions_BT, line.segments_BT
+      reward_params["trunk"], line.tokens_BT, line.positions_BT, line.ends_BT
     )
     last_D = np.asarray(hidden_BTD[0, 4 + len(tokens)], float)
     head = reward_params["score"]

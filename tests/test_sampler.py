@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dalign import model
+from dalign import ops
 from dalign import rl
 from dalign import sampler
 from dalign import text
@@ -59,7 +60,7 @@ def unstacked(made, params):
 def sample(made, params, unstacked):
   """`sample(*groups, ...)` -> {row id: Completion}, each checked to be there once."""
 
-  def run(*groups, seed=0, temperature=1.0, more=lambda _: (), **changed):
+  def run(*groups, seed=0, temperature=1.0, more=lambda _: (), room=ROOM, **changed):
     done = list(
       made(**changed).run(
         params,
@@ -68,7 +69,7 @@ def sample(made, params, unstacked):
         key=jax.random.key(seed),
         temperature=temperature,
         more=more,
-        **ROOM,
+        **room,
       )
     )
     assert len({c.request.row_id for c in done}) == len(done)
@@ -150,9 +151,9 @@ def test_one_likely_token_is_always_drawn():
 def likeliest(params, tokens_T, length, *, cfg, compute):
   """The likeliest token after the first `length`, by a full forward of them all."""
   at_T = jnp.arange(len(tokens_T))
-  segments_T = (at_T < length).astype(jnp.int32)
+  ends_BT = ops.row_ends(jnp.array([length]), len(at_T))
   hidden_BTD, _ = model.forward(
-    params, tokens_T[None], at_T[None], segments_T[None], cfg=cfg, compute=compute
+    params, tokens_T[None], at_T[None], ends_BT, cfg=cfg, compute=compute
   )
   return jnp.argmax(hidden_BTD[0, length - 1] @ model.head(params))
 
@@ -203,19 +204,22 @@ def test_the_trainer_gives_tokens_the_same_probability(
   """At the temperature they were drawn with; greedy ones, at temperature 1."""
   done = sample(*three_groups(), temperature=sampled, seed=5)
   assert max(len(c.tokens) for c in done.values()) > 20
-  rows = [done[i].request.tokens + done[i].tokens for i in sorted(done)]
-  packed = text.pack([(row, [1.0] * len(row)) for row in rows], length=192)
+  rows = [
+    (c.request.tokens + c.tokens, [0] * len(c.request.tokens) + [1] * len(c.tokens))
+    for _, c in sorted(done.items())
+  ]
+  packed = text.pack(rows, length=192)
   assert len(packed.tokens_BT) < len(rows)  # so that rows do share a line
   score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=scored))
   batch = {
     "tokens_BT": packed.tokens_BT,
     "positions_BT": packed.positions_BT,
-    "segments_BT": packed.segments_BT,
+    "ends_BT": packed.ends_BT,
     "wanted_BT": packed.weight_BT > 0,
   }
   logp_BT = np.asarray(score(params, batch))
   for i, (b, start, size) in zip(sorted(done), packed.where, strict=True):
-    got = logp_BT[b, start + len(done[i].request.tokens) : start + size]
+    got = logp_BT[b, start + size - len(done[i].tokens) : start + size]
     np.testing.assert_allclose(got, done[i].logp, atol=1e-5)
 
 
@@ -227,6 +231,8 @@ def test_order_slots_lanes_and_neighbours_change_no_sample(sample):
   assert len({c.tokens for c in want.values()}) == len(want) == 10
   same(sample(*[group[::-1] for group in three_groups()[::-1]]), want)
   same(sample(*three_groups(), slots=3, lanes=3, chunk=3, prefill=1), want)
+  unshared = {"prefix_room": 0, "prompt_room": 32, "max_new": 64}
+  same(sample(*three_groups(), room=unshared), want)
   for group in three_groups():  # a group alone has all slots
     got = sample(group)
     same(got, {i: want[i] for i in got})

@@ -374,6 +374,9 @@ def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
 # --- packing ---
 
 ROWS = st.lists(st.integers(1, 9), max_size=20)
+KNOWN = st.lists(
+  st.tuples(st.lists(st.integers(1, 2), max_size=7), st.integers(1, 5)), max_size=20
+)
 
 
 def make_rows(sizes):
@@ -382,26 +385,39 @@ def make_rows(sizes):
   ]
 
 
-@hypothesis.given(ROWS, st.integers(1, 4))
-def test_packing_loses_nothing_and_overlaps_nothing(sizes, multiple):
-  rows = make_rows(sizes)
-  packed = text.pack(rows, length=9, rows_multiple=multiple)
+@hypothesis.given(KNOWN, st.integers(1, 4))
+@hypothesis.example([([1, 2, 1], 2), ([1, 2, 2], 2), ([1, 2, 1], 3)], 1)
+def test_packing_loses_nothing_and_overlaps_nothing(known, multiple):
+  """Rows are known tokens and then targets, told apart by their ids."""
+  rows = [
+    (
+      [*front, *[10 + i] * n],
+      [0.0] * len(front) + [float(i + 1)] * n,
+      {"gain": float(-1 - i)},
+    )
+    for i, (front, n) in enumerate(known)
+  ]
+  packed = text.pack(rows, length=12, rows_multiple=multiple)
   assert packed.tokens_BT.shape[0] % multiple == 0 < packed.tokens_BT.shape[0]
-  assert packed.tokens_BT.shape[1] == 9
-  assert np.sum(packed.segments_BT > 0) == sum(sizes)
-  for (tokens, row_weights, extras), (b, start, size) in zip(
+  assert packed.tokens_BT.shape[1] == 12
+  used = np.zeros(packed.tokens_BT.shape, int)
+  at_T = np.arange(12)
+  for (tokens, wanted, extras), (b, start, size) in zip(
     rows, packed.where, strict=True
   ):
-    place = b, slice(start, start + size)
-    assert packed.tokens_BT[place].tolist() == tokens
-    assert packed.positions_BT[place].tolist() == list(range(size))
-    assert packed.weight_BT[place].tolist() == [0.0, *row_weights[1:]]
-    assert packed.extras["gain"][place].tolist() == [extras["gain"]] * size
-    segment = packed.segments_BT[b, start]
-    assert np.array_equal(
-      np.flatnonzero(packed.segments_BT[b] == segment), np.arange(start, start + size)
-    )
-  padding = packed.segments_BT == 0
+    last = start + size - 1
+    path = np.flatnonzero((at_T <= last) & (last < packed.ends_BT[b]))  # what it sees
+    assert packed.tokens_BT[b, path].tolist() == tokens
+    assert packed.positions_BT[b, path].tolist() == list(range(len(tokens)))
+    assert packed.weight_BT[b, path].tolist() == [0.0, *wanted[1:]]
+    own = path[-size:]
+    assert own.tolist() == list(range(start, start + size))
+    assert packed.extras["gain"][b, own].tolist() == [extras["gain"]] * size
+    targets = [t for t in range(1, len(tokens)) if wanted[t] > 0]
+    assert all(path[t] - 1 == path[t - 1] >= start for t in targets)
+    used[b, own] += 1
+  assert np.array_equal(used, packed.ends_BT > 0)  # each column by one row
+  padding = packed.ends_BT == 0
   assert not packed.weight_BT[padding].any() and not packed.tokens_BT[padding].any()
   assert packed.positions_BT[padding].sum() == 0
 
@@ -418,12 +434,31 @@ def test_packing_takes_the_first_line_with_room(sizes):
   assert text.pack(make_rows(sizes), length=9).where == tuple(want)
 
 
+def test_rows_of_a_line_share_what_is_known_in_front():
+  """Two samples of a prompt, and a prompt that begins like it."""
+  a = [7, 7, 1, 2, 3], [0, 0, 0, 0, 1]
+  b = [7, 7, 1, 2, 4, 5], [0, 0, 0, 0, 1, 1]
+  c = [7, 7, 6, 8], [0, 0, 0, 1]
+  packed = text.pack([a, c, b], length=12)
+  assert packed.tokens_BT.tolist() == [[7, 7, 6, 8, 1, 2, 3, 2, 4, 5, 0, 0]]
+  assert packed.positions_BT.tolist() == [[0, 1, 2, 3, 2, 3, 4, 3, 4, 5, 0, 0]]
+  assert packed.ends_BT.tolist() == [[10, 10, 4, 4, 10, 7, 7, 10, 10, 10, 0, 0]]
+  assert packed.weight_BT.tolist() == [[0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0]]
+  assert packed.where == ((0, 4, 3), (0, 0, 4), (0, 7, 3))
+
+
+def test_a_row_goes_where_it_adds_least():
+  rows = [([i, i, i, 9], [0, 0, 0, 1]) for i in (1, 2, 1)]
+  packed = text.pack(rows, length=6)
+  assert [b for b, _, _ in packed.where] == [0, 1, 0]
+
+
 def test_padded_rows_keep_their_line_and_masks_become_weights():
   packed = text.pad_rows([([5, 2, 2], [False, True, True]), ([2], [True])], length=4)
   assert packed.tokens_BT.tolist() == [[5, 2, 2, 0], [2, 0, 0, 0]]
-  assert packed.segments_BT.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+  assert packed.ends_BT.tolist() == [[3, 3, 3, 0], [1, 0, 0, 0]]
   assert packed.weight_BT.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
-  assert packed.tokens_BT.dtype == packed.segments_BT.dtype == np.int32
+  assert packed.tokens_BT.dtype == packed.ends_BT.dtype == np.int32
   assert packed.weight_BT.dtype == np.float32 and packed.extras == {}
 
 

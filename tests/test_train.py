@@ -132,10 +132,11 @@ def test_the_head_is_not_applied_to_what_is_not_wanted():
   assert np.abs(dhead).max() > 0.1 and (dhidden[wanted_BT] != 0).any(axis=-1).all()
 
 
-def test_segments_see_themselves():
-  mask = ops.segment_mask(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0]]))
-  want = [[True, False, False]] * 2 + [[False, True, False], [False, False, True]]
-  np.testing.assert_array_equal(mask[0], want)
+def test_a_token_sees_its_path_from_the_root():
+  # 0 and 1 lead to 2, 3 and to 4; 5 is a row of its own; 6 is padding.
+  mask = np.asarray(ops.tree_mask(jnp.array([[5, 5, 4, 4, 5, 6, 0]])))[0]
+  sees = [np.flatnonzero(row).tolist() for row in mask]
+  assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5], [6]]
 
 
 def test_keys_differ_by_name_step_and_row():
@@ -373,13 +374,18 @@ def _adam(x):
 
 @pytest.fixture(scope="module")
 def rows():
-  """Rows of (tokens, weights): a prompt without weight, then what is trained."""
+  """Rows of (tokens, weights): a prompt without weight, then what is trained. The
+  prompts begin alike, and two are the same."""
   rng = np.random.default_rng(3)
-  sizes = [(5, 9), (3, 4), (8, 12), (2, 2), (6, 1), (4, 7), (1, 11), (7, 7)]
-  return [
-    (rng.integers(0, 97, p + n).tolist(), [0.0] * p + [1.0] * (n - 1) + [0.5])
-    for p, n in sizes
-  ]
+  sizes = [(5, 9), (3, 4), (8, 12), (2, 2), (6, 1), (4, 7), (1, 11), (6, 7)]
+  front = rng.integers(0, 97, 5).tolist()
+  rows = []
+  for p, n in sizes:
+    tokens = rng.integers(0, 97, p + n).tolist()
+    tokens[: min(p, 5)] = front[:p]
+    rows.append((tokens, [0.0] * p + [1.0] * (n - 1) + [0.5]))
+  rows[7][0][:6] = rows[4][0][:6]
+  return rows
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +405,7 @@ def loss_and_gradient(params, cfg, compute):
 
 
 def sft_batch(packed: text.Packed, micro=None):
-  names = ("tokens_BT", "positions_BT", "segments_BT", "weight_BT")
+  names = ("tokens_BT", "positions_BT", "ends_BT", "weight_BT")
   batch = {n: getattr(packed, n) for n in names}
   return batch if micro is None else one(batch, micro)
 
@@ -410,9 +416,7 @@ def test_sft_loss_is_the_sum_of_weighted_tokens(
   packed = text.pad_rows(rows, length=24)
   mean, metrics, _ = loss_and_gradient(sft_batch(packed))
   forward = jax.jit(functools.partial(model.forward, cfg=cfg, compute=compute))
-  hidden_BTD, _ = forward(
-    params, packed.tokens_BT, packed.positions_BT, packed.segments_BT
-  )
+  hidden_BTD, _ = forward(params, packed.tokens_BT, packed.positions_BT, packed.ends_BT)
   head, want, entropies, hits = np.asarray(model.head(params)), 0.0, [], []
   for hidden_TD, (tokens, weight) in zip(np.asarray(hidden_BTD), rows, strict=True):
     n = len(tokens)
@@ -427,15 +431,14 @@ def test_sft_loss_is_the_sum_of_weighted_tokens(
     metrics["entropy_nats"].value(), np.mean(entropies), rtol=1e-4
   )
   np.testing.assert_allclose(metrics["accuracy"].value(), np.mean(hits), rtol=1e-4)
-  tokens = sum(len(t) for t, _ in rows)
-  assert metrics["trained_fraction"].value() == pytest.approx(len(hits) / tokens)
 
 
 def test_packing_padding_and_order_change_no_sft_gradient(rows, loss_and_gradient):
   padded = loss_and_gradient(sft_batch(text.pad_rows(rows, length=24)))
   turned = loss_and_gradient(sft_batch(text.pad_rows(rows[::-1], length=24)))
   packed = text.pack(rows, length=24, rows_multiple=8)
-  assert (packed.segments_BT == 0).all(axis=1).any()  # a line of padding alone
+  assert (packed.ends_BT == 0).all(axis=1).any()  # a line of padding alone
+  assert np.sum(packed.ends_BT > 0) < sum(len(tokens) for tokens, _ in rows) - 5
   packed = loss_and_gradient(sft_batch(packed))
   close(packed, padded)
   close(turned, padded)
@@ -448,7 +451,7 @@ def test_packing_padding_and_order_change_no_sft_gradient(rows, loss_and_gradien
 
 def test_padding_alone_has_finite_gradients(loss_and_gradient):
   packed = text.pad_rows([([1], [0.0])] * 8, length=24)
-  for x in (packed.segments_BT, packed.weight_BT):
+  for x in (packed.ends_BT, packed.weight_BT):
     x[...] = 0
   mean, _, grads = loss_and_gradient(sft_batch(packed))
   assert mean.total == mean.count == 0

