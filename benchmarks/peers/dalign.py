@@ -1,0 +1,210 @@
+"""dalign's turn: all works."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import turn
+from benchmarks import works
+from dalign import ops
+from dalign import rl
+from dalign import sampler as sampling
+from dalign import sft
+from dalign import text
+from dalign import train
+from dalign import weights
+from dalign.config import Compute
+from dalign.config import OptimizerConfig
+from dalign.config import SamplerConfig
+
+OPTIMIZER = OptimizerConfig(
+  learning_rate=1e-5,
+  warmup_share=0.0,
+  final_share=1.0,
+  beta1=0.9,
+  beta2=0.999,
+  weight_decay=0.0,
+  clip_norm=1.0,
+)
+
+
+def main() -> None:
+  """Runs the turn that the command line asks for."""
+  asked = turn.settings()
+  cache = os.environ.get("BENCH_COMPILE_CACHE")
+  if cache:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  dtype = {"f32": "float32", "bf16": "bfloat16"}[asked.dtype]
+  compute = Compute(dtype=dtype, kv_dtype="float32", remat=False, logits_chunk=512)
+  cfg, params, _ = weights.load(asked.model)
+  params = jax.tree.map(jnp.asarray, params)
+  work = works.WORKS[asked.work]
+  packages = "jax", "flax", "optax"
+  version = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+  if isinstance(work, works.Decode):
+    decode(work, asked, cfg, compute, params, version)
+  elif isinstance(work, works.Train):
+    step = sft_step(work, cfg, dataclasses.replace(compute, remat=work.remat), params)
+    start = turn.first(step)
+    turn.answer(start=start, runs=turn.measure(step, asked.repeats), version=version)
+  else:
+    step = RLStep(work, cfg, compute, params)
+    start = turn.first(step)
+    runs = turn.measure(step, asked.repeats)
+    turn.answer(start=start, runs=runs, version=version, parts=step.parts)
+
+
+def decode(work: works.Decode, asked, cfg, compute, params, version: str) -> None:
+  """All rows through the slots; as "static", one batch after the other."""
+  rows, lengths = work.rows(), work.lengths()
+  engine = make_sampler(cfg, compute, work.batch, work.own[1], work.shared)
+  unstacked = engine.unstack(params)
+
+  def run(whole: bool):
+    requests = [
+      sampling.Request(tokens=tuple(row), row_id=i, max_new=n if whole else 1)
+      for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
+    ]
+    size = work.batch if asked.variant == "static" else len(requests)
+    done = {}
+    for at in range(0, len(requests), size):
+      for c in engine.run(
+        params,
+        unstacked,
+        [requests[at : at + size]],
+        key=jax.random.key(0),
+        temperature=0.0,
+        prefix_room=work.shared,
+        prompt_room=work.own[1],
+        max_new=work.new[1],
+      ):
+        done[c.request.row_id] = c.tokens
+    return [done[i] for i in range(len(requests))]
+
+  turn.decode(run, asked.repeats, version=version)
+
+
+def make_sampler(cfg, compute, slots: int, own: int, shared: int) -> sampling.Sampler:
+  """One lane whose rows end only at their length."""
+  shape = SamplerConfig(
+    slots=slots,
+    lanes=1,
+    chunk=8,
+    prefill=8,
+    prompt_room=own,
+    prompt_step=64,
+    prefix_step=max(shared, 64),
+  )
+  return sampling.Sampler(cfg=cfg, compute=compute, stop_ids=(), sampler=shape)
+
+
+def trainer(loss, params):
+  """`step(batch) -> metrics` on a state of its own, and the state's parameters."""
+  tx = train.make_optimizer(OPTIMIZER, steps=1000)
+  update = jax.jit(train.make_update(loss, tx), donate_argnums=0)
+  state = [train.create(jax.tree.map(jnp.copy, params), tx)]
+
+  def step(batch: dict):
+    used = len(batch["tokens_BT"])
+    state[0], metrics = update(state[0], batch, jax.random.key(0), used)
+    return jax.block_until_ready(metrics)
+
+  return step, lambda: state[0].params
+
+
+def sft_step(work: works.Train, cfg, compute, params):
+  """A step of SFT on new rows at each call."""
+  step, _ = trainer(sft.make_loss(cfg=cfg, compute=compute), params)
+  count = [0]
+
+  def one():
+    rows = [(row.tolist(), [1.0] * work.length) for row in work.rows(count[0])]
+    packed = text.pad_rows(rows, length=work.length)
+    batch = packed.lines | {"weight_BT": packed.weight_BT}
+    step({name: x[None] for name, x in batch.items()})
+    count[0] += 1
+
+  return one
+
+
+class RLStep:
+  """Rollout, reward, reference and update, on new prompts at each call."""
+
+  def __init__(self, work: works.Reinforce, cfg, compute, params):
+    self.work, self.reference, self.count = work, params, 0
+    rows = work.prompts * work.samples
+    self.engine = make_sampler(cfg, compute, rows, work.prompt, 0)
+    make = functools.partial(rl.make_loss, cfg=cfg, compute=compute, temperature=1.0)
+    loss = make(ratio_cap=2.0, length_norm=float(work.new))
+    self.update, self.params = trainer(loss, params)
+    self.score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=1.0))
+    self.parts: dict[str, float] = {}
+
+  def __call__(self) -> None:
+    work = self.work
+    with turn.Timer() as rollout:
+      done = self._rollout()
+    with turn.Timer() as reference:
+      batch, places = self._batch(done)
+      scored = batch | {"wanted_BT": batch["sampled_BT"]}
+      known_BT = np.asarray(self.score(self.reference, scored))
+    kl_BT = batch["logp_BT"] - known_BT
+    kl_R = np.array([kl_BT[place].sum() for place in places])
+    reward_R = np.array([works.reward(c.tokens) for c in done]) - 0.04 * kl_R
+    shape = work.prompts, work.samples
+    advantage = rl.rloo_advantages(reward_R.reshape(shape), np.ones(shape, bool))
+    batch["advantage_BT"] = np.zeros(kl_BT.shape, np.float32)
+    for place, value in zip(places, np.asarray(advantage).ravel(), strict=True):
+      batch["advantage_BT"][place] = value
+    with turn.Timer() as update:
+      self.update({name: x[None] for name, x in batch.items()})
+    self.parts = {"rollout": rollout.s, "reference": reference.s, "update": update.s}
+    self.count += 1
+
+  def _rollout(self) -> list[sampling.Completion]:
+    work, params = self.work, self.params()
+    requests = [
+      sampling.Request(tokens=tuple(row), row_id=i * work.samples + r, max_new=work.new)
+      for i, row in enumerate(work.rows(self.count))
+      for r in range(work.samples)
+    ]
+    done = self.engine.run(
+      params,
+      self.engine.unstack(params),
+      [requests],
+      key=ops.stream(jax.random.key(0), "rollout", self.count),
+      temperature=1.0,
+      prefix_room=0,
+      prompt_room=work.prompt,
+      max_new=work.new,
+    )
+    return sorted(done, key=lambda c: c.request.row_id)
+
+  def _batch(self, done: list[sampling.Completion]) -> tuple[dict, list]:
+    """A line a prompt, with all its samples behind it; and where each sample lies."""
+    work = self.work
+    rows = [
+      ([*c.request.tokens, *c.tokens], [0.0] * work.prompt + [1.0] * work.new)
+      for c in done
+    ]
+    packed = text.pack(rows, length=work.prompt + work.samples * (work.new + 1))
+    logp_BT = np.zeros(packed.tokens_BT.shape, np.float32)
+    start_BT = np.zeros(packed.tokens_BT.shape, bool)
+    places = []
+    for c, (b, start, n) in zip(done, packed.where, strict=True):
+      places.append((b, slice(start + n - work.new, start + n)))
+      logp_BT[places[-1]] = c.logp
+      start_BT[b, start] = True
+    sampled_BT = packed.weight_BT > 0
+    more = {"sampled_BT": sampled_BT, "logp_BT": logp_BT, "start_BT": start_BT}
+    return packed.lines | more, places
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,131 @@
+"""The benchmarks' own arithmetic, and dalign's side of each kind of work."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import roofline
+from benchmarks import run as benchmark
+from benchmarks import works
+from benchmarks.peers import dalign as ours
+from dalign import weights
+
+SHAPE = roofline.Model(
+  layers=2, width=8, heads=4, kv_heads=2, head_dim=2, ffw=16, vocab=32
+)
+
+
+def test_floors_count_each_token_and_what_it_sees_once():
+  """By hand: a token's products in the layers, in the head, and its attention."""
+  body = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+  token, head, pair = 2 * body, 2 * 8 * 32, 2 * 2 * 8 * 2
+  assert (SHAPE.body, SHAPE.head) == (body, 8 * 32)
+  rates = roofline.Rates(gflops=1e-9, gb_s=np.inf, weight=4)  # seconds are operations
+  shared = works.Decode(about="", prompts=3, batch=3, shared=5, own=(2, 2), new=(4, 4))
+  floor = roofline.floor(shared, SHAPE, rates)
+  seen = 5 * 6 / 2 + 3 * (2 * 5 + 2 * 3 / 2)
+  assert floor["prefill"] == pytest.approx((5 + 3 * 2) * token + 3 * head + seen * pair)
+  assert floor["decode"] == pytest.approx(9 * (token + head) + 9 * pair * (5 + 2 + 2))
+  train = works.Train(about="", batch=3, length=4, remat=False)
+  once = 12 * (token + head) + 3 * 10 * pair
+  assert roofline.floor(train, SHAPE, rates)["gradient"] == pytest.approx(3 * once)
+  step = works.Reinforce(about="", prompts=2, samples=3, prompt=4, new=5)
+  floor = roofline.floor(step, SHAPE, rates)
+  prompts = 2 * (4 * token + 10 * pair)
+  assert floor["prefill"] == pytest.approx(prompts + 6 * head)
+  own = 30 * (token + head) + 6 * (5 * 4 + 15) * pair
+  assert floor["reference"] == pytest.approx(prompts + own)
+  assert floor["update"] == pytest.approx(3 * (prompts + own))
+
+
+def test_reading_bounds_what_has_few_products():
+  rates = roofline.Rates(gflops=1e30, gb_s=1e-9, weight=4)  # seconds are bytes
+  work = works.Decode(about="", prompts=3, batch=3, shared=5, own=(2, 2), new=(3, 3))
+  floor = roofline.floor(work, SHAPE, rates)
+  cached = 2 * 2 * 2 * 2 * (5 + 3 * (2 + 3 / 2))  # the shared ones once for all rows
+  want = 2 * 4 * (SHAPE.body + SHAPE.head + cached)
+  assert floor["decode"] == pytest.approx(want)
+
+
+def turns(name, seconds, **more):
+  return [
+    {"work": "W3", "turn": i, "name": name, "dtype": "f32", "seconds": [s]}
+    | {"peak_mb": 100 + i, "first_done_s": 9.0 - i, "others_cpus": [0.1]}
+    | more
+    for i, s in enumerate(seconds)
+  ]
+
+
+def test_the_table_pairs_the_turns(tmp_path):
+  config = dict(num_hidden_layers=2, hidden_size=8, num_attention_heads=4)
+  config |= dict(num_key_value_heads=2, intermediate_size=16, vocab_size=32)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert roofline.Model.of(str(tmp_path)) == SHAPE
+  ceilings = {"gflops": {"f32": 1.0, "bf16": 2.0}, "gb_s": 1.0, "device": "a cpu"}
+  rows = [{"ceilings": ceilings, "commit": "abc", "date": "today"}]
+  rows += turns("dalign", [1.0, 2.0, 4.0])
+  rows += turns("TRL", [3.0, 2.0, 10.0, 4.0], parts={"update": 1.5})
+  rows.append({"work": "W3", "turn": 0, "name": "Tunix", "dtype": "f32"})
+  rows[-1]["failed"] = "exit 1: no memory"
+  lines = benchmark.table(rows, str(tmp_path))
+  assert "commit abc" in lines[0] and "1 GFLOP/s float32" in lines[0]
+  cells = [[c.strip() for c in line.split("|")] for line in lines]
+  trl = next(c for c in cells if "TRL" in c)
+  # Turns are compared one by one: 3 / 1, 2 / 2, 10 / 4, of which 2.5 is the middle; the
+  # fourth has no partner.
+  assert trl[3:7] == ["3.50 (2.00-10.00)", f"{4096 / 3.5:.0f}", "update 1.5", "2.50"]
+  assert trl[8:10] == ["103", "9.0, then 7.0"]
+  floor = roofline.floor(
+    works.WORKS["W3"], SHAPE, roofline.Rates(gflops=1.0, gb_s=1.0, weight=4)
+  )
+  assert trl[7] == f"{sum(floor.values()) / 3.5:.0%}"
+  assert any("exit 1: no memory" in c for line in cells for c in line)
+
+
+def test_an_unknown_work_ends_with_what_there_is():
+  done = subprocess.run(
+    [sys.executable, "-m", "benchmarks.run", "--works", "W9"],
+    cwd=benchmark.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and "no work W9; there are W1, W2" in done.stderr
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, cfg, params):
+  """Runs dalign's side of a work with the tiny model; its answer."""
+  monkeypatch.setattr(works, "ORDINARY", (3, cfg.vocab))
+  monkeypatch.setattr(ours.turn, "wait_until_quiet", lambda: None)
+  tok = weights.tiny_tokenizer()
+  monkeypatch.setattr(weights, "load", lambda _: (cfg, params, tok))
+
+  def run(capsys, work, *more):
+    monkeypatch.setitem(works.WORKS, "tiny", work)
+    argv = ["turn", "--work", "tiny", "--model", "-", *more]
+    monkeypatch.setattr(sys, "argv", argv)
+    ours.main()
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+  return run
+
+
+def test_slots_and_static_batches_decode_the_same(tiny, capsys):
+  work = works.Decode(about="", prompts=5, batch=2, own=(2, 9), new=(1, 6))
+  slots = tiny(capsys, work)
+  static = tiny(capsys, work, "--variant", "static")
+  assert slots["check"] == static["check"]
+  assert slots["new_tokens"] == static["new_tokens"] == work.tokens
+  assert len(slots["seconds"]) == len(slots["first_token_s"]) == 1
+
+
+def test_a_training_and_an_rl_step_give_their_times(tiny, capsys):
+  train = works.Train(about="", batch=2, length=16, remat=True)
+  assert len(tiny(capsys, train, "--repeats", "2")["seconds"]) == 2
+  step = works.Reinforce(about="", prompts=2, samples=3, prompt=7, new=5)
+  parts = tiny(capsys, step)["parts"]
+  assert set(parts) == {"rollout", "reference", "update"} and min(parts.values()) > 0
