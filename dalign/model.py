@@ -152,7 +152,8 @@ def write(cache, new, at):
 def rms_norm(x, scale_D, eps: float):
   """Root-mean-square normalisation in float32 (Zhang & Sennrich, 1910.07467)."""
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale_D
+  scale = jnp.expand_dims(scale_D, range(x.ndim - 1))
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
 def rotary_angles(positions_BT, cfg: ModelConfig):

@@ -144,7 +144,7 @@ def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
     dhidden_NCD, dhead_DV = sums
     logits_CV = matmul(hidden_NCD[i], low_DV, dtype) / temperature
     probs_CV = jnp.exp(logits_CV - logz_NC[i][:, None])
-    hit_CV = targets_NC[i][:, None] == jnp.arange(head_DV.shape[1])
+    hit_CV = targets_NC[i][:, None] == jnp.arange(head_DV.shape[1])[None]
     dlogits_CV = (hit_CV - probs_CV) * (grads.logp[i] / temperature)[:, None]
     dhidden_CD = _dot(dlogits_CV, low_DV, ((1,), (1,)), dtype)
     dhead = _dot(hidden_NCD[i], dlogits_CV, ((0,), (0,)), dtype)
@@ -161,7 +161,7 @@ _head_stats.defvjp(_head_stats_fwd, _head_stats_bwd)
 def row_ends(length_B, T: int):
   """Ends for `tree_mask` of one row a line, padded on the right to T tokens."""
   length_B1 = length_B[:, None]
-  return jnp.where(jnp.arange(T) < length_B1, length_B1, 0)
+  return jnp.where(jnp.arange(T)[None] < length_B1, length_B1, 0)
 
 
 def tree_mask(ends_BT):
@@ -172,9 +172,11 @@ def tree_mask(ends_BT):
   the last of its descendants, a token sees the path from the root to itself. Packed
   rows are the plainest such tree.
   """
-  at_T = jnp.arange(ends_BT.shape[1])
-  ended_BTT = at_T[:, None] >= ends_BT[:, None, :]
-  return (at_T[None] < at_T[:, None]) & ~ended_BTT | jnp.eye(len(at_T), dtype=bool)
+  T = ends_BT.shape[1]
+  at_T = jnp.arange(T)
+  before_TT, self_TT = at_T[None] < at_T[:, None], jnp.eye(T, dtype=bool)
+  open_BTT = at_T[None, :, None] < ends_BT[:, None]
+  return before_TT[None] & open_BTT | self_TT[None]
 
 
 def stream(root: Key, name: str, step: int = 0) -> Key:

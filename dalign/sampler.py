@@ -120,14 +120,16 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   """One token for every active slot."""
   S = slots.live_BS.shape[1]
   column = slots.column % S
-  live_BS = slots.live_BS | (jnp.arange(S) == column)
-  prompt_mask = jnp.arange(slots.prompt[0][1].shape[2]) < slots.prompt_len_B[:, None]
+  at_1S = jnp.arange(S)[None]
+  live_BS = slots.live_BS | (at_1S == column)
+  at_1P = jnp.arange(slots.prompt[0][1].shape[2])[None]
+  prompt_mask = at_1P < slots.prompt_len_B[:, None]
   prompt_mask = prompt_mask[:, None]
   B, A = len(slots.token_B), len(prefixes.length_A)
   shared = [()] * cfg.layers
   if prefixes.kv:
-    P = prefixes.kv[0][1].shape[2]
-    prefix_mask = jnp.arange(P) < jnp.repeat(prefixes.length_A, B // A)[:, None]
+    at_1P = jnp.arange(prefixes.kv[0][1].shape[2])[None]
+    prefix_mask = at_1P < jnp.repeat(prefixes.length_A, B // A)[:, None]
     shared = [(model.Part(*kv, mask=prefix_mask[:, None]),) for kv in prefixes.kv]
   reads, ring = [], []
   for i in range(cfg.layers):
@@ -150,7 +152,7 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   active_B = slots.active_B
   stop_B = jnp.isin(token_B, jnp.asarray(stop_ids)) & active_B
   count_B = slots.count_B + active_B
-  at_BS = (jnp.arange(S) == slots.count_B[:, None]) & active_B[:, None]
+  at_BS = (at_1S == slots.count_B[:, None]) & active_B[:, None]
   return slots.replace(
     fresh=fresh,
     live_BS=live_BS & (active_B[:, None] | slots.live_BS),

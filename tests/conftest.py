@@ -1,7 +1,8 @@
 """What all tests share: eight CPU devices, a tiny model, and the shared data's place.
 
-All that jax reads once, when it first looks for devices, is set here. Tests compile
-more than they compute, so LLVM is told not to optimise.
+All that jax reads once, when it first looks for devices, is set here. Shapes of unlike
+rank are not broadcast: that hides mistakes. Tests compile more than they compute, so
+LLVM is told not to optimise.
 """
 
 import os
@@ -20,6 +21,7 @@ from dalign.config import Compute
 from dalign.config import ModelConfig
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).parents[1] / ".." / "shared"
 
