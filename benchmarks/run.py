@@ -143,7 +143,10 @@ def play(asked, out: pathlib.Path, wanted: list[str]) -> None:
         args += ["--repeats", str(asked.repeats), "--variant", player.variant]
         args += ["--gguf", str(gguf)] if gguf else []
         module = f"benchmarks.peers.{player.module}"
-        env = {"BENCH_COMPILE_CACHE": str(cache / f"{player.module}-{player.dtype}")}
+        env = {  # JAX reads these itself
+          "JAX_COMPILATION_CACHE_DIR": str(cache / f"{player.module}-{player.dtype}"),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         at = time.monotonic()
         done = run_module(python, module, *args, limit=asked.limit, env=env)
         row = {"work": work, "turn": number, "name": player.label}

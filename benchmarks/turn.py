@@ -4,6 +4,7 @@ Needs the standard library alone, so it runs in every contender's environment.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import resource
@@ -26,6 +27,11 @@ def settings() -> argparse.Namespace:
   parser.add_argument("--variant", default="", help="a form that this contender has")
   parser.add_argument("--repeats", type=int, default=1)
   return parser.parse_args()
+
+
+def versions(*packages: str) -> str:
+  """What is installed here of each."""
+  return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 class Timer:
@@ -137,10 +143,10 @@ class Steps:
 
     setattr(thing, name, timed)
 
-  def answer(self, *, version: str, parts: dict[str, float] | None = None) -> None:
+  def answer(self, *, version: str) -> None:
     """The answer of a loop whose first step was the warm-up."""
     start = self.runs[0], self.first_done_s
-    answer(start=start, runs=self.runs[1:], version=version, parts=parts or self.last)
+    answer(start=start, runs=self.runs[1:], version=version, parts=self.last)
 
 
 def answer(*, start: tuple[Timer, float], runs: list[Timer], version: str, **more):

@@ -84,10 +84,10 @@ def get_config() -> ml_collections.ConfigDict:
     # On 160 training prompts that SFT left out, the odds of this token told those to
     # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
     decision_weight=20.0,
-    # Single steps move the odds of all refusals at once. Over the same rows, by the
-    # likelier first token, the last step refused 97% of 362 held-out prompts to refuse
-    # and answered 68% of the others (XSTest's 342: 87% and 57%), this mean of the last
-    # 30% of the steps 84% and 81% (XSTest: 64% and 80%).
+    # Single steps move the odds of all refusals at once. Of 362 held-out prompts, by
+    # their likelier first token, the last step over some rows refused 97% of those to
+    # refuse and answered 68% of the others (of XSTest's 342, 87% and 57%); this mean of
+    # the last 30% of the steps, over the same rows, 84% and 81% (64% and 80%).
     average_share=0.3,
     leak_words=8,
     # Lines of 256 tokens: over longer packed lines attention costs most of a step. 119

@@ -17,6 +17,7 @@ import numpy as np
 
 from dalign import model
 from dalign import ops
+from dalign import text
 from dalign.config import Compute
 from dalign.config import ModelConfig
 from dalign.config import SamplerConfig
@@ -211,10 +212,7 @@ def _set_prefix(prefixes: Prefixes, kv: model.KV, length, lane) -> Prefixes:
 def common_prefix(rows: list[tuple[int, ...]]) -> int:
   """How many first tokens all rows share; each keeps at least one of its own."""
   low, high = min(rows), max(rows)
-  n = next(
-    (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low)
-  )
-  return min(n, min(map(len, rows)) - 1)
+  return min(text.common_front(low, high), min(map(len, rows)) - 1)
 
 
 def bucket(n: int, step: int) -> int:

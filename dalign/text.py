@@ -457,7 +457,7 @@ def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
     best = len(tokens), len(lines)
     hopeful = room[: len(lines)] >= len(tokens) - len(fronts[i])
     for b in np.flatnonzero(hopeful)[:_LOOK]:
-      more = len(tokens) - max(_common(fronts[i], fronts[j]) for j in lines[b])
+      more = len(tokens) - max(common_front(fronts[i], fronts[j]) for j in lines[b])
       if room[b] >= more:
         best = min(best, (more, int(b)))
     more, b = best
@@ -486,7 +486,7 @@ def _front(row: Row) -> tuple[int, ...]:
   return tuple(tokens[: max(first - 1, 0)])
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_front(a: Sequence[int], b: Sequence[int]) -> int:
   """How many first tokens two sequences share."""
   pairs = enumerate(zip(a, b, strict=False))
   return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
@@ -521,7 +521,7 @@ def _lay(rows: Sequence[Row], fronts, lines: list[list[int]], length: int) -> Pa
     start, before, path = 0, (), np.zeros(0, np.int64)
     for i in sorted(line, key=lambda i: fronts[i]):
       tokens, weights, *more = rows[i]
-      shared = _common(before, fronts[i])
+      shared = common_front(before, fronts[i])
       end = start + len(tokens) - shared
       path = np.concatenate([path[:shared], np.arange(start, end)])
       where[i] = b, start, end - start

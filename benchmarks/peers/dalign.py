@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
-import os
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +34,12 @@ OPTIMIZER = OptimizerConfig(
 def main() -> None:
   """Runs the turn that the command line asks for."""
   asked = turn.settings()
-  cache = os.environ.get("BENCH_COMPILE_CACHE")
-  if cache:
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   dtype = {"f32": "float32", "bf16": "bfloat16"}[asked.dtype]
   compute = Compute(dtype=dtype, kv_dtype="float32", remat=False, logits_chunk=512)
   cfg, params, _ = weights.load(asked.model)
   params = jax.tree.map(jnp.asarray, params)
   work = works.WORKS[asked.work]
-  packages = "jax", "flax", "optax"
-  version = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+  version = turn.versions("jax", "flax", "optax")
   if isinstance(work, works.Decode):
     decode(work, asked, cfg, compute, params, version)
   elif isinstance(work, works.Train):
@@ -156,7 +149,8 @@ class RLStep:
       known_BT = np.asarray(self.score(self.reference, scored))
     kl_BT = batch["logp_BT"] - known_BT
     kl_R = np.array([kl_BT[place].sum() for place in places])
-    reward_R = np.array([works.reward(c.tokens) for c in done]) - 0.04 * kl_R
+    judged_R = np.array([works.reward(c.tokens) for c in done])
+    reward_R = rl.combine(judged_R, np.ones(len(done), bool), kl_R, kl_weight=0.04)
     shape = work.prompts, work.samples
     advantage = rl.rloo_advantages(reward_R.reshape(shape), np.ones(shape, bool))
     batch["advantage_BT"] = np.zeros(kl_BT.shape, np.float32)

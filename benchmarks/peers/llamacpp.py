@@ -6,7 +6,6 @@ The cache is float32 with float32 weights, else llama.cpp's default, float16. Va
 """
 
 import ctypes
-import importlib.metadata
 import os
 
 import llama_cpp as lib
@@ -101,7 +100,7 @@ def main() -> None:
       entries = [(t[-1], len(rows[s]) + n, s, 1) for s, t in enumerate(found)]
     return found
 
-  version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
+  version = turn.versions("llama-cpp-python")
   turn.decode(run, asked.repeats, version=version)
 
 

@@ -63,7 +63,7 @@ def main() -> None:
       done += batch(rows[part], ends)
     return done
 
-  version = f"transformers {transformers.__version__}, torch {torch.__version__}"
+  version = turn.versions("transformers", "torch")
   turn.decode(run, asked.repeats, version=version)
 
 

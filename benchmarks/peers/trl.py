@@ -34,10 +34,6 @@ def main() -> None:
   asked = turn.settings()
   torch.set_num_threads(turn.THREADS)
   work = works.WORKS[asked.work]
-  packages = transformers, torch
-  version = f"trl {trl.__version__}, " + ", ".join(
-    f"{p.__name__} {p.__version__}" for p in packages
-  )
   clock = turn.Steps()
   run = sft if isinstance(work, works.Train) else grpo
   run(work, asked, clock)
@@ -46,7 +42,7 @@ def main() -> None:
     both = parts.pop("rollout and reference")
     parts["reference"] = both - parts["rollout"]
     parts["update"] = clock.runs[-1].s - both
-  clock.answer(version=version, parts=parts)
+  clock.answer(version=turn.versions("trl", "transformers", "torch"))
 
 
 def settings(asked, **more) -> dict:

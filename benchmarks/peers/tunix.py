@@ -4,7 +4,6 @@ Tunix 0.1.7 leaves a model's rotary base at 1,000,000 whatever its config says; 
 patched here to the model's. Its sampler has no shared prefix.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -101,13 +100,8 @@ def settled(model) -> None:
 def main() -> None:
   """Runs the turn that the command line asks for."""
   asked = turn.settings()
-  cache = os.environ.get("BENCH_COMPILE_CACHE")
-  if cache:
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   work = works.WORKS[asked.work]
-  packages = "google-tunix", "jax", "flax"
-  version = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+  version = turn.versions("google-tunix", "jax", "flax")
   model = Model(asked, remat=isinstance(work, works.Train) and work.remat)
   if isinstance(work, works.Decode):
     decode(work, asked, model, version)
