@@ -5,21 +5,22 @@ layers are stacked on axis 0 (the tree of `weights.py`); the KV cache is an argu
 and a result. Knows nothing of losses, sampling or text.
 """
 
-import functools
-
 from flax import linen as nn
 from flax import struct
 import jax
+from jax.ad_checkpoint import checkpoint_name as keep
 import jax.numpy as jnp
 import numpy as np
 
+from dalign import attention
 from dalign import ops
+from dalign.attention import Line
+from dalign.attention import Part
+from dalign.attention import attend
 from dalign.config import Compute
 from dalign.config import ModelConfig
 from dalign.types import Leaf
 from dalign.types import PyTree
-
-HIDDEN = -1e30  # a finite stand-in for minus infinity: masked rows stay free of NaN
 
 LAYER_AXES = {
   "attn_norm": ("layer", "width"),
@@ -34,19 +35,9 @@ LAYER_AXES = {
 }
 
 
-@struct.dataclass
-class Part:
-  """Keys and values that queries may read, and which of them they may see.
-
-  `k` is [A, K, H, S] (the faster side for a product with few queries), `v` is
-  [A, K, S, H]. A divides B: each run of B / A rows shares one, which is read in place
-  and never copied to the rows. A = B are rows' own, A = 1 is shared by all. `mask` is
-  True where visible and broadcasts to [B, T, S].
-  """
-
-  k: Leaf
-  v: Leaf
-  mask: Leaf
+# What a layer keeps for its backward pass: results of products, and not what is made of
+# them element by element, which costs less to make again than to write and read.
+KEPT = (*attention.KEPT, "q", "k", "v", "middle", "gate", "up")
 
 
 @struct.dataclass
@@ -70,23 +61,25 @@ class Block(nn.Module):
 
   cfg: ModelConfig
   compute: Compute
-  turned: bool = False  # weights are [out, in], for decoding
+  turned: bool = False  # weights are those of `unstack`
 
   @nn.compact
-  def __call__(self, x_BTD, angles, own: Part, column, parts: tuple[Part, ...]):
+  def __call__(self, x_BTD, angles, own, parts: tuple[Part, ...], column=None):
     """Returns the new x_BTD and the (k, v) that now hold this layer's own.
 
-    `own` is the cache that the new keys and values are written to, at `column`, before
-    it is read: so it is updated in place. Its k and v may be None: then the new keys
-    and values themselves are the cache.
+    `own` is either the tokens' ends [B, T], for whole lines, or the cache that the new
+    keys and values are written to, at `column`, before it is read: so it is updated in
+    place.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
     D, N, K, H, F = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ffw
     init = nn.initializers.normal(0.02)
 
-    def dense(name, x, shape):
+    def dense(name, x, size):
+      shape = x.shape[-1], size
       w = self.param(name, init, shape[::-1] if self.turned else shape)
-      return (ops.matmul_turned if self.turned else ops.matmul)(x, w, dtype)
+      product = ops.matmul_turned if self.turned else ops.matmul
+      return product(x, from_bits(w), dtype)
 
     def norm(name, x):
       return rms_norm(x, self.param(name, nn.initializers.ones, (D,)), cfg.norm_eps)
@@ -95,20 +88,24 @@ class Block(nn.Module):
       return y.reshape(*y.shape[:2], n, H).swapaxes(1, 2)
 
     y_BTD = norm("attn_norm", x_BTD)
-    q_BNTH = rotate(heads(dense("q", y_BTD, (D, N * H)), N), angles)
-    k_BKHT = rotate(heads(dense("k", y_BTD, (D, K * H)), K), angles).swapaxes(2, 3)
-    v_BKTH = heads(dense("v", y_BTD, (D, K * H)), K)
-    if own.k is not None:
+    q_BNTH = rotate(heads(dense("q", y_BTD, N * H), N), angles)
+    k_BKHT = rotate(heads(dense("k", y_BTD, K * H), K), angles).swapaxes(2, 3)
+    v_BKTH = heads(dense("v", y_BTD, K * H), K)
+    q_BNTH, k_BKHT, v_BKTH = keep(q_BNTH, "q"), keep(k_BKHT, "k"), keep(v_BKTH, "v")
+    if isinstance(own, Part):
       k_BKHT = write(own.k, k_BKHT, (0, 0, 0, column))
       v_BKTH = write(own.v, v_BKTH, (0, 0, column, 0))
-    own = Part(k=k_BKHT, v=v_BKTH, mask=own.mask)
+      own = Part(k=k_BKHT, v=v_BKTH, mask=own.mask)
+    else:
+      own = Line(k=k_BKHT, v=v_BKTH, ends=own)
     out_BNTH = attend(q_BNTH, (*parts, own), jnp.dtype(self.compute.kv_dtype))
     out_BTE = out_BNTH.swapaxes(1, 2).reshape(*x_BTD.shape[:2], N * H)
-    x_BTD = x_BTD + dense("o", out_BTE, (N * H, D))
+    x_BTD = keep(x_BTD + dense("o", out_BTE, D), "middle")
 
     y_BTD = norm("mlp_norm", x_BTD)
-    gate_BTF = nn.silu(dense("gate", y_BTD, (D, F)))
-    x_BTD = x_BTD + dense("down", gate_BTF * dense("up", y_BTD, (D, F)), (F, D))
+    gate_BTF = keep(dense("gate", y_BTD, F), "gate")
+    up_BTF = keep(dense("up", y_BTD, F), "up")
+    x_BTD = x_BTD + dense("down", nn.silu(gate_BTF) * up_BTF, D)
     return x_BTD, (k_BKHT, v_BKTH)
 
 
@@ -119,18 +116,20 @@ class Decoder(nn.Module):
   compute: Compute
 
   @nn.compact
-  def __call__(self, tokens_BT, positions_BT, own_mask, prefix_kv, prefix_mask):
+  def __call__(self, tokens_BT, positions_BT, ends_BT, prefix_kv, prefix_mask):
     cfg = self.cfg
     init = nn.initializers.normal(0.02)
     embed_VD = self.param("embed", init, (cfg.vocab, cfg.width))
     if not cfg.tied:
       self.param("head", init, (cfg.width, cfg.vocab))
     angles = rotary_angles(positions_BT, cfg)
-    block = nn.remat(Block, prevent_cse=False) if self.compute.remat else Block
+    kept = () if self.compute.remat else KEPT
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    block = nn.remat(Block, prevent_cse=False, policy=policy)
 
     def layer(module, x_BTD, kv):
       parts = () if kv is None else (Part(k=kv.k, v=kv.v, mask=prefix_mask),)
-      return module(x_BTD, angles, Part(None, None, own_mask), 0, parts)
+      return module(x_BTD, angles, ends_BT, parts)
 
     scan = nn.scan(
       layer,
@@ -171,55 +170,6 @@ def rotate(x_BNTH, angles):
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attend(q_BNTH, parts: tuple[Part, ...], dtype):
-  """Attention of one set of queries over several parts under one softmax.
-
-  Each part is reduced by itself, shared keys as one matrix for all rows that share
-  them, and the parts are joined by their log-sum-exp. Sums are float32.
-  """
-  B, N, T, H = q_BNTH.shape
-  K = parts[0].k.shape[1]
-  q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H).astype(dtype)
-  reduced = [_attend_part(q_BKGTH, part, dtype) for part in parts]
-  top = functools.reduce(jnp.maximum, [peak for _, peak, _ in reduced])
-  total, mass = 0.0, 0.0
-  for out, peak, z in reduced:
-    scale = jnp.exp(peak - top)
-    total += out * scale[..., None]
-    mass += z * scale
-  return (total / mass[..., None]).reshape(B, N, T, H)
-
-
-def _attend_part(q_BKGTH, part: Part, dtype):
-  """Over one part: the unnormalised output, the peak score, and the softmax's sum."""
-  B, K, G, T, H = q_BKGTH.shape
-  A, _, _, S = part.k.shape
-  R = B // A  # rows that read the same keys: they become rows of one product
-
-  def together(x):
-    x = x.reshape(A, R, K, *x.shape[2:])
-    return x.swapaxes(1, 2).reshape(A, K, R * G * T, *x.shape[5:])
-
-  def apart(x):
-    x = x.reshape(A, K, R, G, T, *x.shape[3:])
-    return x.swapaxes(1, 2).reshape(B, K, G, T, *x.shape[5:])
-
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  scores = dot("AKMH,AKHS->AKMS", together(q_BKGTH), part.k.astype(dtype))
-  mask = part.mask[:, None, None]  # [B or 1, 1, 1, T or 1, S]
-  if part.mask.shape[0] > 1:
-    mask = mask.reshape(A, R, 1, *mask.shape[2:]).swapaxes(1, 2)
-  else:
-    mask = mask[None]
-  scores = jnp.where(mask, scores.reshape(A, K, R, G, T, S), HIDDEN)
-  scores = scores.reshape(A, K, R * G * T, S)
-  peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
-  probs = jnp.exp(scores - peak[..., None])
-  z = jnp.sum(probs, axis=-1)
-  out = dot("AKMS,AKSH->AKMH", probs.astype(dtype), part.v.astype(dtype))
-  return apart(out), apart(peak), apart(z)
-
-
 def forward(
   params: PyTree,
   tokens_BT,
@@ -232,16 +182,15 @@ def forward(
 ):
   """Hidden states after the final norm, float32 [B, T, D], and the KV of these tokens.
 
-  A token sees itself, what comes before it and ends after it (`ops.tree_mask`), and,
-  when given, the whole prefix; `positions_BT` then start at the prefix's length.
+  A token sees itself, what comes before it and ends after it (`attention.tree_mask`),
+  and, when given, the whole prefix; `positions_BT` then start at the prefix's length.
   """
-  own_mask = ops.tree_mask(ends_BT)
   kv, mask = None, None
   if prefix is not None:
     kv = prefix.kv
     mask = (jnp.arange(kv.k.shape[-1]) < prefix.length)[None, None]
   return Decoder(cfg, compute).apply(
-    {"params": params}, tokens_BT, positions_BT, own_mask, kv, mask
+    {"params": params}, tokens_BT, positions_BT, ends_BT, kv, mask
   )
 
 
@@ -287,9 +236,33 @@ def head(params: PyTree):
 def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Compute):
   """The Prefix of `tokens_P`, of which the first `length` are real."""
   at_P = jnp.arange(tokens_P.shape[0])
-  ends_BT = ops.row_ends(jnp.reshape(length, 1), len(at_P))
+  ends_BT = attention.row_ends(jnp.reshape(length, 1), len(at_P))
   _, kv = forward(params, tokens_P[None], at_P[None], ends_BT, cfg=cfg, compute=compute)
   return Prefix(kv=kv, length=length)
+
+
+def cast(params: PyTree, *, compute: Compute) -> PyTree:
+  """Parameters for encoding: the layers' matrices in the compute dtype, once for many
+  calls, each of which would take as long for it as for some hundred tokens.
+
+  In bfloat16 they are held as their bits: XLA's CPU backend would widen all layers to
+  float32 again before it slices one.
+  """
+  if jnp.dtype(compute.dtype) == jnp.float32:
+    return params
+
+  def bits(w):
+    if w.ndim < 3:
+      return w
+    return jax.lax.bitcast_convert_type(w.astype(compute.dtype), jnp.uint16)
+
+  return params | {"layers": jax.tree.map(bits, params["layers"])}
+
+
+def from_bits(w):
+  """A matrix, where `cast` has made it its bits."""
+  bits = w.dtype == jnp.uint16
+  return jax.lax.bitcast_convert_type(w, jnp.bfloat16) if bits else w
 
 
 def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
@@ -299,18 +272,18 @@ def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
   """
   dtype = jnp.dtype(compute.dtype)
 
-  def cast(x):
+  def turn(x):
     return x.T.astype(dtype) if x.ndim > 1 else x
 
   layers = tuple(
-    jax.tree.map(lambda p: cast(p[i]), params["layers"])  # noqa: B023
+    jax.tree.map(lambda p: turn(p[i]), params["layers"])  # noqa: B023
     for i in range(cfg.layers)
   )
   return {
     "embed": params["embed"],
     "layers": layers,
     "norm": params["norm"],
-    "head": cast(head(params)),
+    "head": turn(head(params)),
   }
 
 
@@ -326,17 +299,16 @@ def decode_step(weights, token_B, position_B, reads, ring, column, *, cfg, compu
   angles = rotary_angles(position_B[:, None], cfg)
   written = []
   for params, parts, own in zip(weights["layers"], reads, ring, strict=True):
-    x_BTD, kv = block.apply({"params": params}, x_BTD, angles, own, column, parts)
+    x_BTD, kv = block.apply({"params": params}, x_BTD, angles, own, parts, column)
     written.append(kv)
   return rms_norm(x_BTD, weights["norm"], cfg.norm_eps)[:, 0], tuple(written)
 
 
 def init(key, *, cfg: ModelConfig, compute: Compute) -> PyTree:
   """Random parameters, for tests and tiny configs."""
-  tokens_BT = jnp.zeros((1, 2), jnp.int32)
-  mask = jnp.ones((1, 2, 2), bool)
+  zeros_BT = jnp.zeros((1, 2), jnp.int32)
   decoder = Decoder(cfg, compute)
-  return decoder.init(key, tokens_BT, tokens_BT, mask, None, None)["params"]
+  return decoder.init(key, zeros_BT, zeros_BT, zeros_BT, None, None)["params"]
 
 
 def logical_axes(params: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""Small pure functions on arrays: matmuls, masks, token statistics, keys.
+"""Small pure functions on arrays: matmuls, token statistics, keys.
 
 Knows no model, no config and no text.
 """
@@ -42,7 +42,12 @@ def _matmul_bwd(dtype, saved, g):
   x, w = saved
   dx = _dot(g, w, ((g.ndim - 1,), (1,)), dtype)
   lead = tuple(range(x.ndim - 1))
-  dw = _dot(x, g, (lead, lead), dtype)
+  # XLA's CPU backend transposes the left side, in one loop with all that makes it:
+  # better the narrower one.
+  if x.shape[-1] > g.shape[-1]:
+    dw = _dot(g, x, (lead, lead), dtype).T
+  else:
+    dw = _dot(x, g, (lead, lead), dtype)
   return dx, dw.astype(w.dtype)
 
 
@@ -156,27 +161,6 @@ def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
 
 
 _head_stats.defvjp(_head_stats_fwd, _head_stats_bwd)
-
-
-def row_ends(length_B, T: int):
-  """Ends for `tree_mask` of one row a line, padded on the right to T tokens."""
-  length_B1 = length_B[:, None]
-  return jnp.where(jnp.arange(T)[None] < length_B1, length_B1, 0)
-
-
-def tree_mask(ends_BT):
-  """[B, T, T], True where the token of a column may see that of another: the other is
-  not after it, and ends after it. All see themselves, padding (end 0) nothing else.
-
-  With the tokens of a tree written depth first, and each token's end the column behind
-  the last of its descendants, a token sees the path from the root to itself. Packed
-  rows are the plainest such tree.
-  """
-  T = ends_BT.shape[1]
-  at_T = jnp.arange(T)
-  before_TT, self_TT = at_T[None] < at_T[:, None], jnp.eye(T, dtype=bool)
-  open_BTT = at_T[None, :, None] < ends_BT[:, None]
-  return before_TT[None] & open_BTT | self_TT[None]
 
 
 def stream(root: Key, name: str, step: int = 0) -> Key:

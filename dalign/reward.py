@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalign import attention
 from dalign import model
 from dalign import ops
 from dalign.config import Compute
@@ -49,7 +50,7 @@ def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute)
     trunk,
     tokens_BT,
     at_BT + prefix.length,
-    ops.row_ends(length_B, tokens_BT.shape[1]),
+    attention.row_ends(length_B, tokens_BT.shape[1]),
     cfg=cfg,
     compute=compute,
     prefix=prefix,

@@ -8,6 +8,7 @@ a finished row leaves, a waiting one enters, and no shape ever changes.
 
 import collections
 import dataclasses
+import functools
 from typing import Callable, Iterable, Iterator, Sequence
 
 from flax import struct
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalign import attention
 from dalign import model
 from dalign import ops
 from dalign import text
@@ -71,6 +73,15 @@ class Slots:
   stopped_B: Leaf
   out_BS: Leaf
   logp_BS: Leaf
+
+
+@struct.dataclass
+class Weights:
+  """A model's parameters as encoding (`model.cast`) and decoding (`model.unstack`) read
+  them. The former may be the very arrays that training goes on with."""
+
+  encode: PyTree
+  decode: PyTree
 
 
 @struct.dataclass
@@ -131,11 +142,11 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   if prefixes.kv:
     at_1P = jnp.arange(prefixes.kv[0][1].shape[2])[None]
     prefix_mask = at_1P < jnp.repeat(prefixes.length_A, B // A)[:, None]
-    shared = [(model.Part(*kv, mask=prefix_mask[:, None]),) for kv in prefixes.kv]
+    shared = [(attention.Part(*kv, mask=prefix_mask[:, None]),) for kv in prefixes.kv]
   reads, ring = [], []
   for i in range(cfg.layers):
-    reads.append((*shared[i], model.Part(*slots.prompt[i], mask=prompt_mask)))
-    ring.append(model.Part(*slots.fresh[i], mask=live_BS[:, None]))
+    reads.append((*shared[i], attention.Part(*slots.prompt[i], mask=prompt_mask)))
+    ring.append(attention.Part(*slots.fresh[i], mask=live_BS[:, None]))
   hidden_BD, fresh = model.decode_step(
     weights,
     slots.token_B,
@@ -236,25 +247,23 @@ class Sampler:
     self._prefix = jax.jit(self._prefix_fn)
     self._insert = jax.jit(_insert, donate_argnums=0)
     self._start = jax.jit(_start, donate_argnums=0)
-    self._cast = jax.jit(self._cast_fn)
     self._set_prefix = jax.jit(_set_prefix, donate_argnums=0)
     self._chunk = jax.jit(self._chunk_fn, donate_argnums=2)
-    self.unstack = jax.jit(lambda p: model.unstack(p, cfg=cfg, compute=self.compute))
+    self._cast = functools.partial(model.cast, compute=self.compute)
+    if self.compute.dtype != "float32":
+      self._cast = jax.jit(self._cast)
+    unstack = functools.partial(model.unstack, cfg=cfg, compute=self.compute)
+    self._unstack = jax.jit(unstack)
 
   def compiled(self) -> int:
     """How many programs have been compiled so far; constant after warm-up."""
-    prefill = self._cast, self._prefix, self._set_prefix, self._prefill
+    prefill = self._prefix, self._set_prefix, self._prefill
     jits = *prefill, self._insert, self._start, self._chunk
     return sum(f._cache_size() for f in jits)
 
-  def _cast_fn(self, params):
-    """Parameters whose layers' matrices are in the compute dtype already: rounding
-    them anew at each prefill takes as long as the products of some hundred tokens."""
-    dtype = jnp.dtype(self.compute.dtype)
-    layers = jax.tree.map(
-      lambda w: w.astype(dtype) if w.ndim > 2 else w, params["layers"]
-    )
-    return params | {"layers": layers}
+  def prepare(self, params: PyTree) -> Weights:
+    """The weights to run with; of use until the parameters change."""
+    return Weights(encode=self._cast(params), decode=self._unstack(params))
 
   def _prefix_fn(self, params, tokens_P, length):
     return model.encode_prefix(
@@ -268,7 +277,7 @@ class Sampler:
       params,
       tokens_BT,
       at_BT if prefix is None else at_BT + prefix.length,
-      ops.row_ends(length_B, T),
+      attention.row_ends(length_B, T),
       cfg=self.cfg,
       compute=self.compute,
       prefix=prefix,
@@ -328,8 +337,7 @@ class Sampler:
 
   def run(
     self,
-    params: PyTree,
-    weights: PyTree,
+    weights: Weights,
     groups: Iterable[Sequence[Request]],
     *,
     key: Key,
@@ -341,7 +349,7 @@ class Sampler:
   ) -> Iterator[Completion]:
     """Completes the requests of all groups, in the order in which they finish.
 
-    `weights` is `unstack(params)`. `prefix_room` (tokens that the rows of a group share
+    `weights` is `prepare(params)`. `prefix_room` (tokens that the rows of a group share
     in front, with 0 they share none), `prompt_room` (tokens of a row beyond those) and
     `max_new` only set shapes: keep them constant to reuse compiled programs.
     `more(completion)` may ask for further rows of the same group, which must begin as
@@ -358,7 +366,6 @@ class Sampler:
     slots = self._empty(bucket(prompt_room, s.prompt_step), max_new)
     held: list[Request | None] = [None] * s.slots
     lanes: list[_Lane | None] = [None] * A
-    params = self._cast(params)
     temperature = jnp.float32(temperature)
 
     def next_lane(own: range) -> _Lane | None:
@@ -371,8 +378,10 @@ class Sampler:
           head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]
           tokens_P = np.zeros(P, np.int32)
           tokens_P[: len(head)] = head
-          prefix = self._prefix(params, tokens_P, jnp.int32(len(head)))
-        return _Lane(self, params, key, head, prefix, own, collections.deque(group))
+          prefix = self._prefix(weights.encode, tokens_P, jnp.int32(len(head)))
+        return _Lane(
+          self, weights.encode, key, head, prefix, own, collections.deque(group)
+        )
       queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
       if not queued:
         return None
@@ -392,7 +401,7 @@ class Sampler:
           slots = lane.refill(slots, held)
       if not any(held):
         return
-      slots = self._chunk(weights, prefixes, slots, temperature)
+      slots = self._chunk(weights.decode, prefixes, slots, temperature)
       for slot, done in _collect(slots, held):
         lanes[slot * A // s.slots].add(more(done), slot, done.request, held)
         yield done

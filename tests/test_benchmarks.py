@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,7 +103,10 @@ def tiny(monkeypatch, tmp_path, cfg, params):
   monkeypatch.setattr(works, "ORDINARY", (3, cfg.vocab))
   monkeypatch.setattr(ours.turn, "wait_until_quiet", lambda: None)
   tok = weights.tiny_tokenizer()
-  monkeypatch.setattr(weights, "load", lambda _: (cfg, params, tok))
+  read = jax.tree.map(np.asarray, params)  # as files are
+  monkeypatch.setattr(
+    weights, "load", lambda _: (cfg, jax.tree.map(np.copy, read), tok)
+  )
 
   def run(capsys, work, *more):
     monkeypatch.setitem(works.WORKS, "tiny", work)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalign import attention
 from dalign import model
-from dalign import ops
 from dalign import rl
 from dalign import sampler
 from dalign import text
@@ -52,19 +52,18 @@ def made(cfg, compute):
 
 
 @pytest.fixture(scope="module")
-def unstacked(made, params):
-  return made().unstack(params)
+def prepared(made, params):
+  return made().prepare(params)
 
 
 @pytest.fixture(scope="module")
-def sample(made, params, unstacked):
+def sample(made, prepared):
   """`sample(*groups, ...)` -> {row id: Completion}, each checked to be there once."""
 
   def run(*groups, seed=0, temperature=1.0, more=lambda _: (), room=ROOM, **changed):
     done = list(
       made(**changed).run(
-        params,
-        unstacked,
+        prepared,
         groups,
         key=jax.random.key(seed),
         temperature=temperature,
@@ -151,7 +150,7 @@ def test_one_likely_token_is_always_drawn():
 def likeliest(params, tokens_T, length, *, cfg, compute):
   """The likeliest token after the first `length`, by a full forward of them all."""
   at_T = jnp.arange(len(tokens_T))
-  ends_BT = ops.row_ends(jnp.array([length]), len(at_T))
+  ends_BT = attention.row_ends(jnp.array([length]), len(at_T))
   hidden_BTD, _ = model.forward(
     params, tokens_T[None], at_T[None], ends_BT, cfg=cfg, compute=compute
   )
@@ -267,7 +266,7 @@ def test_forks_of_one_prompt_are_rows_like_others(sample, made):
   assert len({c.tokens for c in greedy.values()}) == 2
 
 
-def test_forks_are_prefilled_once(made, params, unstacked, monkeypatch):
+def test_forks_are_prefilled_once(made, prepared, monkeypatch):
   """Those of the beginning, and those that are asked for when one is done."""
   engine, calls = made(), []
   real = engine._prefill
@@ -280,15 +279,13 @@ def test_forks_are_prefilled_once(made, params, unstacked, monkeypatch):
     return [dataclasses.replace(done.request, row_id=done.request.row_id + 10)]
 
   done = engine.run(
-    params, unstacked, [rows], key=jax.random.key(0), temperature=1.0, more=more, **ROOM
+    prepared, [rows], key=jax.random.key(0), temperature=1.0, more=more, **ROOM
   )
   assert len(list(done)) == 27
   assert len(calls) == 1
 
 
-def test_prompts_of_like_length_are_prefilled_together(
-  made, params, unstacked, monkeypatch
-):
+def test_prompts_of_like_length_are_prefilled_together(made, prepared, monkeypatch):
   engine, widths = made(), collections.Counter()
   prefill = engine._prefill
 
@@ -300,14 +297,12 @@ def test_prompts_of_like_length_are_prefilled_together(
   prompts = [HEAD + (i,) * n for i in range(20, 24) for n in (3, 13)]
   key = jax.random.key(0)
   group = requests(prompts, max_new=2)
-  done = engine.run(params, unstacked, [group], key=key, temperature=1.0, **ROOM)
+  done = engine.run(prepared, [group], key=key, temperature=1.0, **ROOM)
   assert len(list(done)) == 8
   assert widths == {8: 2, 16: 2}
 
 
-def test_an_idle_lane_takes_half_of_a_queue(
-  cfg, compute, params, unstacked, monkeypatch
-):
+def test_an_idle_lane_takes_half_of_a_queue(cfg, compute, prepared, monkeypatch):
   """Of two lanes, one with sixteen rows and one with one, none is left idle."""
   shapes = dataclasses.replace(SHAPES, chunk=1)
   engine = sampler.Sampler(cfg=cfg, compute=compute, stop_ids=(), sampler=shapes)
@@ -320,7 +315,7 @@ def test_an_idle_lane_takes_half_of_a_queue(
     monkeypatch.setattr(engine, name, counted(name, getattr(engine, name)))
   many = requests([(*HEAD, i) for i in range(20, 36)], max_new=10)
   one = requests(LONG[:1], ids=[99], max_new=10)
-  run = functools.partial(engine.run, params, unstacked, temperature=1.0, **ROOM)
+  run = functools.partial(engine.run, prepared, temperature=1.0, **ROOM)
   assert len(list(run([many, one], key=jax.random.key(0)))) == 17
   assert calls["_prefix"] == 2
   assert calls["_chunk"] <= 60  # a lane alone takes 16 rows of 10 tokens in 80 steps
@@ -410,12 +405,12 @@ def test_nothing_is_compiled_after_warm_up(sample, made):
   assert made().compiled() == before
 
 
-def test_the_decode_loop_copies_no_cache(made, unstacked, cfg):
+def test_the_decode_loop_copies_no_cache(made, prepared, cfg):
   """A copy of a ring or of a prompt's cache at every token would cost more than it."""
   engine = made()
   slots = engine._empty(16, 64)
   prefixes = sampler.Prefixes(kv=engine._cache(2, 8), length_A=jnp.full(2, 6))
-  lowered = engine._chunk.lower(unstacked, prefixes, slots, jnp.float32(1))
+  lowered = engine._chunk.lower(prepared.decode, prefixes, slots, jnp.float32(1))
   program = lowered.compile().as_text()
   caches = r"= f32\[[24],2,(?:12,\d+|\d+,12)\]\S* "
   used = re.findall(caches + r"(?:\w*fusion|dynamic-update-slice)\(", program)

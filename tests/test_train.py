@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalign import attention
 from dalign import model
 from dalign import ops
 from dalign import sft
@@ -134,7 +135,7 @@ def test_the_head_is_not_applied_to_what_is_not_wanted():
 
 def test_a_token_sees_its_path_from_the_root():
   # 0 and 1 lead to 2, 3 and to 4; 5 is a row of its own; 6 is padding.
-  mask = np.asarray(ops.tree_mask(jnp.array([[5, 5, 4, 4, 5, 6, 0]])))[0]
+  mask = np.asarray(attention.tree_mask(jnp.array([[5, 5, 4, 4, 5, 6, 0]])))[0]
   sees = [np.flatnonzero(row).tolist() for row in mask]
   assert sees == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5], [6]]
 

@@ -57,7 +57,7 @@ def decode(work: works.Decode, asked, cfg, compute, params, version: str) -> Non
   """All rows through the slots; as "static", one batch after the other."""
   rows, lengths = work.rows(), work.lengths()
   engine = make_sampler(cfg, compute, work.batch, work.own[1], work.shared)
-  unstacked = engine.unstack(params)
+  prepared = engine.prepare(params)
 
   def run(whole: bool):
     requests = [
@@ -68,8 +68,7 @@ def decode(work: works.Decode, asked, cfg, compute, params, version: str) -> Non
     done = {}
     for at in range(0, len(requests), size):
       for c in engine.run(
-        params,
-        unstacked,
+        prepared,
         [requests[at : at + size]],
         key=jax.random.key(0),
         temperature=0.0,
@@ -98,10 +97,11 @@ def make_sampler(cfg, compute, slots: int, own: int, shared: int) -> sampling.Sa
 
 
 def trainer(loss, params):
-  """`step(batch) -> metrics` on a state of its own, and the state's parameters."""
+  """`step(batch) -> metrics` on a state that takes the parameters over, and the state's
+  parameters."""
   tx = train.make_optimizer(OPTIMIZER, steps=1000)
   update = jax.jit(train.make_update(loss, tx), donate_argnums=0)
-  state = [train.create(jax.tree.map(jnp.copy, params), tx)]
+  state = [train.create(params, tx)]
 
   def step(batch: dict):
     used = len(batch["tokens_BT"])
@@ -135,7 +135,7 @@ class RLStep:
     self.engine = make_sampler(cfg, compute, rows, work.prompt, 0)
     make = functools.partial(rl.make_loss, cfg=cfg, compute=compute, temperature=1.0)
     loss = make(ratio_cap=2.0, length_norm=float(work.new))
-    self.update, self.params = trainer(loss, params)
+    self.update, self.params = trainer(loss, jax.tree.map(jnp.copy, params))
     self.score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=1.0))
     self.parts: dict[str, float] = {}
 
@@ -162,15 +162,14 @@ class RLStep:
     self.count += 1
 
   def _rollout(self) -> list[sampling.Completion]:
-    work, params = self.work, self.params()
+    work = self.work
     requests = [
       sampling.Request(tokens=tuple(row), row_id=i * work.samples + r, max_new=work.new)
       for i, row in enumerate(work.rows(self.count))
       for r in range(work.samples)
     ]
     done = self.engine.run(
-      params,
-      self.engine.unstack(params),
+      self.engine.prepare(self.params()),
       [requests],
       key=ops.stream(jax.random.key(0), "rollout", self.count),
       temperature=1.0,

@@ -99,14 +99,13 @@ def _arm(run: context.Run, arm: str, prompts: list[Prompt]) -> list[dict]:
     if prompt.id not in rows:
       groups[prompt.category if with_spec else ""].append(prompt)
   params = run.trained_params(stage) if stage else run.base_params()
-  decoding = run.sampler.unstack(params)
+  weights = run.sampler.prepare(params)
   room = max(map(len, tokens.values())) if with_spec else run.cfg.sampler.prefix_step
   with context.bar(len(prompts), f"eval {arm}", "prompt", len(rows)) as bar:
     of = {context.row_id(p.id): p for group in groups.values() for p in group}
     rows_of = {p.id: row for row, p in of.items()}
     done = run.sampler.run(
-      params,
-      decoding,
+      weights,
       [
         [
           Request(tokens=tokens[p.id], row_id=rows_of[p.id], max_new=cfg.max_new)

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dalign import attention
 from dalign import compose
 from dalign import judge
 from dalign import model
@@ -101,7 +102,7 @@ def model_judge(run: context.Run) -> judge.Judge:
   @jax.jit
   def last_logprobs(params, tokens_BT, length_B):
     at_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ends_BT = ops.row_ends(length_B, tokens_BT.shape[1])
+    ends_BT = attention.row_ends(length_B, tokens_BT.shape[1])
     hidden_BTD, _ = model.forward(
       params, tokens_BT, at_BT, ends_BT, cfg=run.arch, compute=compute
     )

@@ -42,12 +42,10 @@ def generate(run: context.Run) -> None:
   room = max(
     sampling.common_prefix([book.tokens(prompt) for prompt in group]) for group in parts
   )
-  params = run.base_params()
-  decoding = run.sampler.unstack(params)
+  weights = run.sampler.prepare(run.base_params())
   with context.bar(len(prompts), "generate", "prompt", book.finished()) as bar:
     done = run.sampler.run(
-      params,
-      decoding,
+      weights,
       [[r for p in group for r in book.requests(p)] for group in parts],
       key=ops.stream(run.key, "generate"),
       temperature=cfg.temperature,

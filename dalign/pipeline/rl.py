@@ -151,8 +151,7 @@ class _Step:
         place[row] = i, r
         requests.append(Request(tokens=tokens, row_id=row, max_new=cfg.max_new))
     done = run.sampler.run(
-      params,
-      run.sampler.unstack(params),
+      run.sampler.prepare(params),
       [requests],
       key=ops.stream(run.key, "rollout", step),
       temperature=cfg.temperature,

@@ -1,0 +1,122 @@
+"""Attention in blocks, and its backward pass, against one plain softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalign import attention
+
+B, K, G, H = 2, 2, 3, 8
+
+
+def plain(q_BNTH, k_BKTH, v_BKTH, mask_BTS):
+  """Every score at once, in float32."""
+  k_BNTH, v_BNTH = (jnp.repeat(x, G, axis=1) for x in (k_BKTH, v_BKTH))
+  scores = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNTH) * H**-0.5
+  probs = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores, -1e30))
+  return jnp.einsum("BNTS,BNSH->BNTH", probs, v_BNTH)
+
+
+def numbers(T: int, seed: int = 0):
+  rng = np.random.default_rng(seed)
+  return (
+    jnp.asarray(rng.standard_normal((B, heads, T, H)), jnp.float32)
+    for heads in (K * G, K, K)
+  )
+
+
+def trees(T: int):
+  """Two trees a line, of a front and two leaves each, and padding; and one long row."""
+  third = T // 6
+  one = [2 * third] * third + [third * 3 // 2] * (third // 2)
+  one += [2 * third] * (2 * third - len(one))
+  two = [2 * third + end for end in one]
+  ends = np.zeros((2, T), np.int32)
+  ends[0, : len(one + two)] = one + two
+  ends[1] = T
+  return jnp.asarray(ends)
+
+
+def blocked(q_BNTH, k_BKTH, v_BKTH, ends_BT, dtype=jnp.float32, parts=()):
+  line = attention.Line(k=k_BKTH.swapaxes(2, 3), v=v_BKTH, ends=ends_BT)
+  return attention.attend(q_BNTH, (*parts, line), dtype)
+
+
+@pytest.mark.parametrize("T", [48, 150, 600])  # one block, several, several longer
+def test_blocks_equal_one_softmax_and_so_do_their_gradients(T):
+  q, k, v = numbers(T)
+  ends = trees(T)
+  mask = attention.tree_mask(ends)
+  weight = next(numbers(T, seed=1))
+
+  def loss(fn, *last):
+    return jax.jit(
+      jax.value_and_grad(
+        lambda q, k, v: jnp.sum(fn(q, k, v, *last) * weight), (0, 1, 2)
+      )
+    )
+
+  got, got_grads = loss(blocked, ends)(q, k, v)
+  want, want_grads = loss(plain, mask)(q, k, v)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(got_grads, want_grads, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+    assert np.abs(a).max() > 0.1
+
+
+def test_a_line_behind_a_prefix_has_the_gradient_of_both():
+  T, P = 70, 90
+  q, k, v = numbers(P + T)
+  ends = jnp.full((B, T), T)
+  whole = attention.tree_mask(jnp.full((B, P + T), P + T))
+  seen = jnp.ones((1, 1, P), bool)
+
+  def joined(q, k, v):
+    prefix = attention.Part(k[:, :, :P].swapaxes(2, 3), v[:, :, :P], seen)
+    return blocked(q[:, :, P:], k[:, :, P:], v[:, :, P:], ends, parts=(prefix,))
+
+  def one(q, k, v):
+    return plain(q, k, v, whole)[:, :, P:]
+
+  def run(fn):
+    def total(*args):
+      out = fn(*args)
+      return jnp.sum(out**2), out
+
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+
+  ((_, got), got_grads), ((_, want), want_grads) = run(joined), run(one)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for a, b in zip(got_grads, want_grads, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_bfloat16_operands_are_rounded_in_both_passes():
+  T = 100
+  q, k, v = numbers(T)
+  ends = jnp.full((B, T), T)
+
+  def gradients(dtype):
+    def total(q, k, v):
+      return jnp.sum(blocked(q, k, v, ends, dtype) ** 2)
+
+    return jax.jit(jax.grad(total, (0, 1, 2))), jax.make_jaxpr(jax.grad(total))(q, k, v)
+
+  low, traced = gradients(jnp.bfloat16)
+  high, _ = gradients(jnp.float32)
+  for a, b in zip(low(q, k, v), high(q, k, v), strict=True):
+    assert 1e-4 < np.abs(a - b).max() / np.abs(b).max() < 0.02
+  products = str(traced).split("dot_general")[1:]
+  assert len(products) == 14  # two blocks: two products forward, five backward
+  assert all("preferred_element_type=float32" in text[:200] for text in products)
+
+
+def test_no_scores_are_kept_for_the_backward_pass():
+  T = 256
+  q, k, v = numbers(T)
+  ends = jnp.full((B, T), T)
+  _, pullback = jax.vjp(lambda q, k, v: blocked(q, k, v, ends), q, k, v)
+  kept = [x.shape for x in jax.tree.leaves(pullback)]
+  assert kept
+  assert all(shape.count(T) < 2 for shape in kept)
