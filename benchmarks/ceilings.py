@@ -60,7 +60,7 @@ def reading() -> float:
     return BYTES / best(lambda: total(data).block_until_ready()) / 1e9
   parts = np.array_split(np.ones(BYTES // 4, np.float32), turn.THREADS)
   with futures.ThreadPoolExecutor(turn.THREADS) as pool:
-    return BYTES / best(lambda: list(pool.map(np.add.reduce, parts))) / 1e9
+    return BYTES / best(lambda: list(pool.map(np.max, parts))) / 1e9
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def _matmul_bwd(dtype, saved, g):
   dx = _dot(g, w, ((g.ndim - 1,), (1,)), dtype)
   lead = tuple(range(x.ndim - 1))
   # XLA's CPU backend transposes the left side, in one loop with all that makes it:
-  # better the narrower one.
-  if x.shape[-1] > g.shape[-1]:
+  # better the narrower one. Of bfloat16 it has no kernel for that form.
+  if x.shape[-1] > g.shape[-1] and dtype == jnp.float32:
     dw = _dot(g, x, (lead, lead), dtype).T
   else:
     dw = _dot(x, g, (lead, lead), dtype)
