@@ -142,11 +142,17 @@ def _blocks(T: int) -> list[slice]:
   return [slice(at, min(at + size, T)) for at in range(0, T, size)]
 
 
+def _rows_of(x_BKGT, rows: slice):
+  """A block [B, K, G * t, ...] of what is given a query, [B, K, G, T, ...]."""
+  B, K, _, _, *more = x_BKGT.shape
+  return x_BKGT[:, :, :, rows].reshape(B, K, -1, *more)
+
+
 def _scores(q_BKGTH, k_BKHT, ends_BT, rows: slice):
-  """[B, K, G * t, S] of a block of queries, with the hidden ones masked, and the shape
-  of the block."""
-  B, K, G, _, H = q_BKGTH.shape
-  q_BKMH = q_BKGTH[:, :, :, rows].reshape(B, K, -1, H)
+  """[B, K, G * t, S] of a block of queries, with the hidden ones masked, and these
+  queries, [B, K, G * t, H]."""
+  B, K, G, _, _ = q_BKGTH.shape
+  q_BKMH = _rows_of(q_BKGTH, rows)
   scores = _dot("BKMH,BKHS->BKMS", q_BKMH, k_BKHT[..., : rows.stop])
   mask = tree_mask(ends_BT, rows)[:, None, None]
   shape = B, K, G, *mask.shape[3:]
@@ -179,16 +185,13 @@ def _over_line_bwd(dtype, saved, grads):
   dout = dout.astype(dtype)
   dqs, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
 
-  def rows_of(x, rows):
-    return x[:, :, :, rows].reshape(B, K, -1, *x.shape[4:])
-
   for rows in _blocks(T):
     S = rows.stop
     scores, q_BKMH = _scores(q, k, ends_BT, rows)
-    probs = jnp.exp(scores - rows_of(logz, rows)[..., None])
-    dout_BKMH = rows_of(dout, rows)
+    probs = jnp.exp(scores - _rows_of(logz, rows)[..., None])
+    dout_BKMH = _rows_of(dout, rows)
     dprobs = _dot("BKMH,BKSH->BKMS", dout_BKMH, v[:, :, :S])
-    dscores = (probs * (dprobs - rows_of(drop, rows)[..., None])).astype(dtype)
+    dscores = (probs * (dprobs - _rows_of(drop, rows)[..., None])).astype(dtype)
     dq = _dot("BKMS,BKHS->BKMH", dscores, k[..., :S])
     dqs.append(dq.reshape(B, K, G, -1, H))
     dk = dk.at[..., :S].add(_dot("BKMH,BKMS->BKHS", q_BKMH, dscores))

@@ -135,8 +135,7 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   at_1S = jnp.arange(S)[None]
   live_BS = slots.live_BS | (at_1S == column)
   at_1P = jnp.arange(slots.prompt[0][1].shape[2])[None]
-  prompt_mask = at_1P < slots.prompt_len_B[:, None]
-  prompt_mask = prompt_mask[:, None]
+  prompt_mask = (at_1P < slots.prompt_len_B[:, None])[:, None]
   B, A = len(slots.token_B), len(prefixes.length_A)
   shared = [()] * cfg.layers
   if prefixes.kv:
