@@ -58,10 +58,11 @@ def matmul_turned(x, w, dtype):
   """`x @ w.T` as `matmul` does it, without a gradient; w is [out, in].
 
   The weight is the product's left side: XLA's CPU kernels repack the right side at
-  every call, which with few rows of x takes longer than the product.
+  every call, which with few rows of x takes longer than the product. Without a barrier
+  XLA would swap the sides again to spare the small result its transposition.
   """
   rows = x.reshape(-1, x.shape[-1])
-  y = _dot(w, rows, ((1,), (1,)), dtype)
+  y = jax.lax.optimization_barrier(_dot(w, rows, ((1,), (1,)), dtype))
   return y.T.reshape(*x.shape[:-1], w.shape[0])
 
 

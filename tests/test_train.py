@@ -116,6 +116,13 @@ def test_token_stats_are_those_of_one_token_at_a_time(chunk, temperature, wanted
   close(got, want)
 
 
+def test_a_turned_product_keeps_its_weight_on_the_left():
+  x, w = jnp.ones((2, 3, 40)), jnp.ones((70, 40))
+  turned = jax.jit(functools.partial(ops.matmul_turned, dtype=jnp.dtype("float32")))
+  program = turned.lower(x, w).compile().as_text()
+  assert re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", program) == ["70,6"]
+
+
 def test_the_head_is_not_applied_to_what_is_not_wanted():
   """Tokens of chunks without any wanted one are never read."""
   rng = np.random.default_rng(0)
