@@ -4,10 +4,12 @@ Knows no model, no config and no text.
 """
 
 import functools
+import math
 import zlib
 
 from flax import struct
 import jax
+from jax.experimental import layout
 import jax.numpy as jnp
 
 from dalign.types import Key
@@ -41,14 +43,29 @@ def _matmul_fwd(x, w, dtype):
 def _matmul_bwd(dtype, saved, g):
   x, w = saved
   dx = _dot(g, w, ((g.ndim - 1,), (1,)), dtype)
-  lead = tuple(range(x.ndim - 1))
-  # XLA's CPU backend transposes the left side, in one loop with all that makes it:
-  # better the narrower one. Of bfloat16 it has no kernel for that form.
-  if x.shape[-1] > g.shape[-1] and dtype == jnp.float32:
-    dw = _dot(g, x, (lead, lead), dtype).T
-  else:
-    dw = _dot(x, g, (lead, lead), dtype)
-  return dx, dw.astype(w.dtype)
+  rows = (a.reshape(-1, a.shape[-1]).astype(dtype) for a in (x, g))
+  return dx, over_rows(*rows).astype(w.dtype)
+
+
+def over_rows(x, g):
+  """`x.T @ g` with float32 sums, the gradient of a weight; both are [rows, width]."""
+  return jax.lax.platform_dependent(x, g, cpu=_over_rows_cpu, default=_over_rows)
+
+
+def _over_rows(x, g):
+  return _dot(x, g, ((0,), (0,)), x.dtype)
+
+
+def _over_rows_cpu(x, g):
+  """XLA's CPU backend transposes the left side in one loop with all that makes it:
+  better the narrower one. In bfloat16 it has no kernel for sums over rows and would
+  widen both sides, but one for a transposed copy."""
+  if x.shape[1] > g.shape[1]:
+    return jax.lax.optimization_barrier(_over_rows_cpu(g, x)).T
+  if x.dtype == jnp.float32:
+    return _over_rows(x, g)
+  turned = layout.with_layout_constraint(x.T, layout.Layout((0, 1)))
+  return _dot(jax.lax.optimization_barrier(turned), g, ((1,), (0,)), x.dtype)
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -126,11 +143,9 @@ def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, dtype, temperature):
   def one(i, found):
     logits_CV = matmul(hidden_NCD[i], low_DV, dtype) / temperature
     peak_C = jnp.max(logits_CV, axis=-1)
-    # Behind a barrier the exponentials are made once, not once in each of two sums.
-    exps_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - peak_C[:, None]))
-    sum_C = jnp.sum(exps_CV, axis=-1)
+    sum_C, weighted_C = _exp_sums(logits_CV, peak_C)
     logz_C = peak_C + jnp.log(sum_C)
-    entropy_C = logz_C - jnp.sum(exps_CV * logits_CV, axis=-1) / sum_C
+    entropy_C = logz_C - weighted_C / sum_C
     picked_C = jnp.take_along_axis(logits_CV, targets_NC[i][:, None], axis=-1)[:, 0]
     hit_C = (picked_C >= peak_C).astype(jnp.float32)
     new = TokenStats(picked_C - logz_C, entropy_C, hit_C), logz_C
@@ -140,6 +155,21 @@ def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, dtype, temperature):
   start = TokenStats(zeros_NC, zeros_NC, zeros_NC), zeros_NC
   stats, logz_NC = jax.lax.fori_loop(0, used, one, start)
   return stats, (hidden_NCD, head_DV, targets_NC, used, logz_NC)
+
+
+def _exp_sums(logits_CV, peak_C):
+  """Sums [C] of exp(logit - peak), and of these times their logits, in one pass over
+  the logits; first over an axis of at most 256, which keeps rounding errors small."""
+  C, V = logits_CV.shape
+  logits_CNM = logits_CV.reshape(C, math.gcd(V, 256), -1)
+  exps_CNM = jnp.exp(logits_CNM - peak_C[:, None, None])
+
+  def add(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+  zero = jnp.float32(0)
+  sums = jax.lax.reduce((exps_CNM, exps_CNM * logits_CNM), (zero, zero), add, (1,))
+  return tuple(jnp.sum(x_CM, axis=-1) for x_CM in sums)
 
 
 def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
@@ -153,7 +183,7 @@ def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
     hit_CV = targets_NC[i][:, None] == jnp.arange(head_DV.shape[1])[None]
     dlogits_CV = (hit_CV - probs_CV) * (grads.logp[i] / temperature)[:, None]
     dhidden_CD = _dot(dlogits_CV, low_DV, ((1,), (1,)), dtype)
-    dhead = _dot(hidden_NCD[i], dlogits_CV, ((0,), (0,)), dtype)
+    dhead = over_rows(hidden_NCD[i].astype(dtype), dlogits_CV.astype(dtype))
     return dhidden_NCD.at[i].set(dhidden_CD), dhead_DV + dhead
 
   start = jnp.zeros(hidden_NCD.shape), jnp.zeros(head_DV.shape)

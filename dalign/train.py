@@ -106,11 +106,12 @@ def make_update(
     def add(i, sums):
       return jax.tree.map(jnp.add, sums, part(i))
 
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jnp.int32(0))
-    )
-    sums = jax.lax.fori_loop(0, used, add, zeros)
-    grads, loss, metrics = sums
+    if len(jax.tree.leaves(batch)[0]) == 1:
+      grads, loss, metrics = part(0)  # a loop would hold its gradients twice
+    else:
+      shapes = jax.eval_shape(part, 0)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      grads, loss, metrics = jax.lax.fori_loop(0, used, add, zeros)
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
     norm = optax.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

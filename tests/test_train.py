@@ -116,6 +116,21 @@ def test_token_stats_are_those_of_one_token_at_a_time(chunk, temperature, wanted
   close(got, want)
 
 
+@pytest.mark.parametrize("wide", [(70, 50), (50, 70)])
+def test_a_bfloat16_weight_gradient_widens_no_operand(wide):
+  rng = np.random.default_rng(0)
+  x, g = (jnp.asarray(rng.standard_normal((300, n)), jnp.bfloat16) for n in wide)
+
+  def gradient(x, g):
+    zeros = jnp.zeros(wide)
+    return jax.vjp(lambda w: ops.matmul(x, w, jnp.dtype("bfloat16")), zeros)[1](g)[0]
+
+  compiled = jax.jit(gradient).lower(x, g.astype(jnp.float32)).compile()
+  want = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
+  np.testing.assert_allclose(compiled(x, g.astype(jnp.float32)), want, atol=1e-3)
+  assert not re.search(r"= f32\[300,\d+\]\S* convert\(", compiled.as_text())
+
+
 def test_a_turned_product_keeps_its_weight_on_the_left():
   x, w = jnp.ones((2, 3, 40)), jnp.ones((70, 40))
   turned = jax.jit(functools.partial(ops.matmul_turned, dtype=jnp.dtype("float32")))
