@@ -56,7 +56,7 @@ def main() -> None:
 def decode(work: works.Decode, asked, cfg, compute, params, version: str) -> None:
   """All rows through the slots; as "static", one batch after the other."""
   rows, lengths = work.rows(), work.lengths()
-  engine = make_sampler(cfg, compute, work.batch, work.own[1], work.shared)
+  engine = make_sampler(cfg, compute, work.batch, 8, work.own[1], work.shared)
   prepared = engine.prepare(params)
 
   def run(whole: bool):
@@ -82,13 +82,15 @@ def decode(work: works.Decode, asked, cfg, compute, params, version: str) -> Non
   turn.decode(run, asked.repeats, version=version)
 
 
-def make_sampler(cfg, compute, slots: int, own: int, shared: int) -> sampling.Sampler:
+def make_sampler(
+  cfg, compute, slots: int, prefill: int, own: int, shared: int
+) -> sampling.Sampler:
   """One lane whose rows end only at their length."""
   shape = SamplerConfig(
     slots=slots,
     lanes=1,
     chunk=8,
-    prefill=8,
+    prefill=prefill,
     prompt_room=own,
     prompt_step=64,
     prefix_step=max(shared, 64),
@@ -132,7 +134,7 @@ class RLStep:
   def __init__(self, work: works.Reinforce, cfg, compute, params):
     self.work, self.reference, self.count = work, params, 0
     rows = work.prompts * work.samples
-    self.engine = make_sampler(cfg, compute, rows, work.prompt, 0)
+    self.engine = make_sampler(cfg, compute, rows, work.prompts, work.prompt, 0)
     make = functools.partial(rl.make_loss, cfg=cfg, compute=compute, temperature=1.0)
     loss = make(ratio_cap=2.0, length_norm=float(work.new))
     self.update, self.params = trainer(loss, jax.tree.map(jnp.copy, params))
