@@ -180,7 +180,7 @@ def choose(asked) -> list[Contender]:
   players, missing = [], set()
   only = set(filter(None, asked.only.split(",")))
   for c in contenders():
-    named = not only or c.label in only or f"{c.label}:{c.dtype}" in only
+    named = not only or c.name in only or f"{c.name}:{c.dtype}" in only
     if not named or (c.env and not asked.peers):
       continue
     if interpreter(c.env, asked.envs) is None:

@@ -36,17 +36,18 @@ class Part:
 @struct.dataclass
 class Line:
   """The tokens of each line itself: k [B, K, H, T], v [B, K, T, H], and the ends [B, T]
-  that say what they see of each other (`tree_mask`)."""
+  that say what they see of each other (`tree_mask`), or None where a line is a row."""
 
   k: Leaf
   v: Leaf
-  ends: Leaf
+  ends: Leaf | None
 
 
-def row_ends(length_B, T: int):
-  """Ends of one row a line, padded on the right to T tokens."""
-  length_B1 = length_B[:, None]
-  return jnp.where(jnp.arange(T)[None] < length_B1, length_B1, 0)
+def row_mask(T: int, rows: slice = slice(None)):
+  """[1, T, S], True where one of T tokens may see another: not those after it. Given
+  `rows`, these tokens alone and what is not after them."""
+  at_T, at_S = jnp.arange(T)[rows], jnp.arange(T)[: rows.stop]
+  return (at_S[None] <= at_T[:, None])[None]
 
 
 def tree_mask(ends_BT, rows: slice = slice(None)):
@@ -151,10 +152,11 @@ def _rows_of(x_BKGT, rows: slice):
 def _scores(q_BKGTH, k_BKHT, ends_BT, rows: slice):
   """[B, K, G * t, S] of a block of queries, with the hidden ones masked, and these
   queries, [B, K, G * t, H]."""
-  B, K, G, _, _ = q_BKGTH.shape
+  B, K, G, T, _ = q_BKGTH.shape
   q_BKMH = _rows_of(q_BKGTH, rows)
   scores = _dot("BKMH,BKHS->BKMS", q_BKMH, k_BKHT[..., : rows.stop])
-  mask = tree_mask(ends_BT, rows)[:, None, None]
+  mask = row_mask(T, rows) if ends_BT is None else tree_mask(ends_BT, rows)
+  mask = mask[:, None, None]
   shape = B, K, G, *mask.shape[3:]
   return jnp.where(mask, scores.reshape(shape), HIDDEN).reshape(scores.shape), q_BKMH
 

@@ -67,9 +67,9 @@ class Block(nn.Module):
   def __call__(self, x_BTD, angles, own, parts: tuple[Part, ...], column=None):
     """Returns the new x_BTD and the (k, v) that now hold this layer's own.
 
-    `own` is either the tokens' ends [B, T], for whole lines, or the cache that the new
-    keys and values are written to, at `column`, before it is read: so it is updated in
-    place.
+    `own` is the cache that the new keys and values are written to, at `column`, before
+    it is read: so it is updated in place. For whole lines it is the tokens' ends
+    [B, T], or None where each line is one row.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
     D, N, K, H, F = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ffw
@@ -182,8 +182,9 @@ def forward(
 ):
   """Hidden states after the final norm, float32 [B, T, D], and the KV of these tokens.
 
-  A token sees itself, what comes before it and ends after it (`attention.tree_mask`),
-  and, when given, the whole prefix; `positions_BT` then start at the prefix's length.
+  A token sees itself, what comes before it and ends after it (`attention.tree_mask`;
+  without ends all that comes before it), and, when given, the whole prefix;
+  `positions_BT` then start at the prefix's length.
   """
   kv, mask = None, None
   if prefix is not None:
@@ -191,6 +192,23 @@ def forward(
     mask = (jnp.arange(kv.k.shape[-1]) < prefix.length)[None, None]
   return Decoder(cfg, compute).apply(
     {"params": params}, tokens_BT, positions_BT, ends_BT, kv, mask
+  )
+
+
+def forward_rows(
+  params: PyTree,
+  tokens_BT,
+  *,
+  cfg: ModelConfig,
+  compute: Compute,
+  prefix: Prefix | None = None,
+):
+  """`forward` of lines that are one row each, padded on the right; what it gives for
+  padding is meaningless."""
+  at_T = jnp.arange(tokens_BT.shape[1]) + (0 if prefix is None else prefix.length)
+  at_BT = jnp.broadcast_to(at_T, tokens_BT.shape)
+  return forward(
+    params, tokens_BT, at_BT, None, cfg=cfg, compute=compute, prefix=prefix
   )
 
 
@@ -235,9 +253,7 @@ def head(params: PyTree):
 
 def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Compute):
   """The Prefix of `tokens_P`, of which the first `length` are real."""
-  at_P = jnp.arange(tokens_P.shape[0])
-  ends_BT = attention.row_ends(jnp.reshape(length, 1), len(at_P))
-  _, kv = forward(params, tokens_P[None], at_P[None], ends_BT, cfg=cfg, compute=compute)
+  _, kv = forward_rows(params, tokens_P[None], cfg=cfg, compute=compute)
   return Prefix(kv=kv, length=length)
 
 
@@ -308,7 +324,7 @@ def init(key, *, cfg: ModelConfig, compute: Compute) -> PyTree:
   """Random parameters, for tests and tiny configs."""
   zeros_BT = jnp.zeros((1, 2), jnp.int32)
   decoder = Decoder(cfg, compute)
-  return decoder.init(key, zeros_BT, zeros_BT, zeros_BT, None, None)["params"]
+  return decoder.init(key, zeros_BT, zeros_BT, None, None, None)["params"]
 
 
 def logical_axes(params: PyTree) -> PyTree:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign import attention
 from dalign import model
 from dalign import ops
 from dalign.config import Compute
@@ -45,15 +44,8 @@ def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute)
   prefix = model.encode_prefix(
     trunk, batch["prefix_P"], batch["prefix_len"], cfg=cfg, compute=compute
   )
-  at_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  hidden_BTD, _ = model.forward(
-    trunk,
-    tokens_BT,
-    at_BT + prefix.length,
-    attention.row_ends(length_B, tokens_BT.shape[1]),
-    cfg=cfg,
-    compute=compute,
-    prefix=prefix,
+  hidden_BTD, _ = model.forward_rows(
+    trunk, tokens_BT, cfg=cfg, compute=compute, prefix=prefix
   )
   last_B = jnp.maximum(length_B - 1, 0)
   last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]

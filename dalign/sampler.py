@@ -269,17 +269,9 @@ class Sampler:
       params, tokens_P, length, cfg=self.cfg, compute=self.compute
     )
 
-  def _prefill_fn(self, params, prefix, tokens_BT, length_B):
-    T = tokens_BT.shape[1]
-    at_BT = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
-    _, kv = model.forward(
-      params,
-      tokens_BT,
-      at_BT if prefix is None else at_BT + prefix.length,
-      attention.row_ends(length_B, T),
-      cfg=self.cfg,
-      compute=self.compute,
-      prefix=prefix,
+  def _prefill_fn(self, params, prefix, tokens_BT):
+    _, kv = model.forward_rows(
+      params, tokens_BT, cfg=self.cfg, compute=self.compute, prefix=prefix
     )
     return jax.tree.map(lambda x: x.astype(self.compute.kv_dtype), kv)
 
@@ -471,8 +463,7 @@ class _Lane:
     tokens_BT = np.zeros((s.prefill, T), np.int32)
     for i, row in enumerate(own):
       tokens_BT[i, : len(row)] = row
-    length_B = np.array([len(r) for r in own] + [0] * (s.prefill - len(own)), np.int32)
-    kv = self.sampler._prefill(self.params, self.prefix, tokens_BT, length_B)
+    kv = self.sampler._prefill(self.params, self.prefix, tokens_BT)
     self.ready.extend((request, kv, rows[request.tokens]) for request in group)
 
   def refill(self, slots: Slots, held: list) -> Slots:

@@ -211,6 +211,16 @@ def test_packed_rows_are_those_alone(run, params):
     np.testing.assert_allclose(got[b, start : start + size], alone, atol=1e-5)
 
 
+def test_rows_are_lines_that_end_at_their_length(run, params, cfg, compute):
+  padded = text.pad_rows(rows(TOKENS[:9], TOKENS[:40], TOKENS[3:30]), length=40)
+  real_BT = padded.ends_BT > 0
+  rows_alone = jax.jit(functools.partial(model.forward_rows, cfg=cfg, compute=compute))
+  hidden_BTD, _ = rows_alone(params, padded.tokens_BT)
+  got = hidden_BTD @ model.head(params)
+  want = run(params, padded)
+  np.testing.assert_allclose(got[real_BT], want[real_BT], atol=1e-5)
+
+
 def test_what_stands_in_padding_is_never_seen(run, params):
   packed = text.pad_rows(rows(TOKENS[:9], TOKENS[:30]), length=40)
   want = run(params, packed)

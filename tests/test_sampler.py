@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import attention
 from dalign import model
 from dalign import rl
 from dalign import sampler
@@ -150,7 +149,7 @@ def test_one_likely_token_is_always_drawn():
 def likeliest(params, tokens_T, length, *, cfg, compute):
   """The likeliest token after the first `length`, by a full forward of them all."""
   at_T = jnp.arange(len(tokens_T))
-  ends_BT = attention.row_ends(jnp.array([length]), len(at_T))
+  ends_BT = jnp.where(at_T < length, length, 0)[None]
   hidden_BTD, _ = model.forward(
     params, tokens_T[None], at_T[None], ends_BT, cfg=cfg, compute=compute
   )
@@ -289,9 +288,9 @@ def test_prompts_of_like_length_are_prefilled_together(made, prepared, monkeypat
   engine, widths = made(), collections.Counter()
   prefill = engine._prefill
 
-  def counted(params, prefix, tokens_BT, length_B):
+  def counted(params, prefix, tokens_BT):
     widths[tokens_BT.shape[1]] += 1
-    return prefill(params, prefix, tokens_BT, length_B)
+    return prefill(params, prefix, tokens_BT)
 
   monkeypatch.setattr(engine, "_prefill", counted)
   prompts = [HEAD + (i,) * n for i in range(20, 24) for n in (3, 13)]

@@ -10,7 +10,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dalign import attention
 from dalign import compose
 from dalign import judge
 from dalign import model
@@ -101,11 +100,7 @@ def model_judge(run: context.Run) -> judge.Judge:
 
   @jax.jit
   def last_logprobs(params, tokens_BT, length_B):
-    at_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ends_BT = attention.row_ends(length_B, tokens_BT.shape[1])
-    hidden_BTD, _ = model.forward(
-      params, tokens_BT, at_BT, ends_BT, cfg=run.arch, compute=compute
-    )
+    hidden_BTD, _ = model.forward_rows(params, tokens_BT, cfg=run.arch, compute=compute)
     last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
     logits_BV = ops.matmul(last_BD, model.head(params), jnp.dtype(compute.dtype))
     return jax.nn.log_softmax(logits_BV, axis=-1)
