@@ -79,7 +79,7 @@ def settings() -> argparse.Namespace:
   )
   parser.add_argument("--peers", action="store_true", help="time the peers too")
   parser.add_argument("--works", default=",".join(works.WORKS), help="which, by comma")
-  parser.add_argument("--only", default="", help="contenders and types, as TRL:f32,...")
+  parser.add_argument("--only", default="", help="names, or with type as TRL:f32,...")
   parser.add_argument("--turns", type=int, default=3, help="turns of each contender")
   parser.add_argument("--repeats", type=int, default=1, help="timed runs in a turn")
   parser.add_argument(

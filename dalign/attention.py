@@ -43,9 +43,9 @@ class Line:
   ends: Leaf | None
 
 
-def row_mask(T: int, rows: slice = slice(None)):
-  """[1, T, S], True where one of T tokens may see another: not those after it. Given
-  `rows`, these tokens alone and what is not after them."""
+def row_mask(T: int, rows: slice):
+  """[1, t, S], True where those tokens of a row of T may see another: not the later
+  ones. S are the tokens up to the last of `rows`."""
   at_T, at_S = jnp.arange(T)[rows], jnp.arange(T)[: rows.stop]
   return (at_S[None] <= at_T[:, None])[None]
 

@@ -42,24 +42,26 @@ def _matmul_fwd(x, w, dtype):
 
 def _matmul_bwd(dtype, saved, g):
   x, w = saved
-  dx = _dot(g, w, ((g.ndim - 1,), (1,)), dtype)
+  dx, dw = _matmul_grads(x, w, g, dtype)
+  return dx, dw.astype(w.dtype)
+
+
+def _matmul_grads(x, w, g, dtype):
+  """Float32 gradients of `matmul` by x and by w, given that of its result."""
   rows = (a.reshape(-1, a.shape[-1]).astype(dtype) for a in (x, g))
-  return dx, over_rows(*rows).astype(w.dtype)
-
-
-def over_rows(x, g):
-  """`x.T @ g` with float32 sums, the gradient of a weight; both are [rows, width]."""
-  return jax.lax.platform_dependent(x, g, cpu=_over_rows_cpu, default=_over_rows)
+  dw = jax.lax.platform_dependent(*rows, cpu=_over_rows_cpu, default=_over_rows)
+  return _dot(g, w, ((g.ndim - 1,), (1,)), dtype), dw
 
 
 def _over_rows(x, g):
+  """`x.T @ g` of [rows, width] each."""
   return _dot(x, g, ((0,), (0,)), x.dtype)
 
 
 def _over_rows_cpu(x, g):
-  """XLA's CPU backend transposes the left side in one loop with all that makes it:
-  better the narrower one. In bfloat16 it has no kernel for sums over rows and would
-  widen both sides, but one for a transposed copy."""
+  """The same. XLA's CPU backend transposes the left side in one loop with all that
+  makes it: better the narrower one. In bfloat16 it has no kernel for sums over rows and
+  would widen both sides, but one for a transposed copy."""
   if x.shape[1] > g.shape[1]:
     return jax.lax.optimization_barrier(_over_rows_cpu(g, x)).T
   if x.dtype == jnp.float32:
@@ -182,8 +184,7 @@ def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
     probs_CV = jnp.exp(logits_CV - logz_NC[i][:, None])
     hit_CV = targets_NC[i][:, None] == jnp.arange(head_DV.shape[1])[None]
     dlogits_CV = (hit_CV - probs_CV) * (grads.logp[i] / temperature)[:, None]
-    dhidden_CD = _dot(dlogits_CV, low_DV, ((1,), (1,)), dtype)
-    dhead = over_rows(hidden_NCD[i].astype(dtype), dlogits_CV.astype(dtype))
+    dhidden_CD, dhead = _matmul_grads(hidden_NCD[i], low_DV, dlogits_CV, dtype)
     return dhidden_NCD.at[i].set(dhidden_CD), dhead_DV + dhead
 
   start = jnp.zeros(hidden_NCD.shape), jnp.zeros(head_DV.shape)
