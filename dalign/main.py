@@ -20,8 +20,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 
 
-class Stopped(Exception):
-  """SIGTERM came: what is done is saved."""
+class Stopped(BaseException):
+  """SIGTERM came: what is done is saved. No Exception, which libraries may catch: JAX
+  goes on after any while it reads its compile cache."""
 
 
 def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
   """The console script."""
-  sys.exit(main())
+  code = main()
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late to stop anything
+  sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from dalign import config as configs
 from dalign import evals
 from dalign import judge
+from dalign import main
 from dalign import pipeline
 from dalign import spec as specs
 from dalign.pipeline import context
@@ -182,6 +183,25 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   _, err = process.communicate(timeout=60)
   assert process.returncode == 0, err
   assert err.strip().splitlines()[-1].startswith("dalign: stopped")
+
+
+def test_sigterm_is_not_lost_where_a_library_catches_exceptions(
+  tmp_path, monkeypatch, capsys
+):
+  def reads_a_cache(*_):
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    except Exception:
+      return
+
+  monkeypatch.setattr(pipeline, "run", reads_a_cache)
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    config = ROOT / "configs" / "tiny.py"
+    code = main.main(["dalign", f"--config={config}", f"--workdir={tmp_path}"])
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert code == 0 and "stopped" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
