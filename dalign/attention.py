@@ -66,18 +66,24 @@ def tree_mask(ends_BT, rows: slice = slice(None)):
   return before_TS[None] & open_BTS | self_TS[None]
 
 
-def attend(q_BNTH, parts: tuple[Part | Line, ...], dtype):
+def attend(q_BNTH, parts: tuple[Part | Line, ...], dtype, kernel=None):
   """Outputs float32 [B, N, T, H] of queries over several parts under one softmax.
 
   Each part is reduced by itself, shared keys as one matrix for all rows that share
   them, and the parts are joined by their log-sum-exp. Operands are `dtype`, sums
   float32. N is a multiple of the K heads of keys (2305.13245).
+
+  A `kernel` takes over a line that stands alone: called with queries, keys, values, the
+  mask [B, T, T] or None for rows, and dtype, it gives the outputs.
   """
   B, N, T, H = q_BNTH.shape
   K = parts[0].k.shape[1]
   q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
   if len(parts) == 1 and isinstance(parts[0], Line):
     line = parts[0]
+    if kernel is not None:
+      mask_BTS = None if line.ends is None else tree_mask(line.ends)
+      return kernel(q_BNTH, line.k, line.v, mask_BTS, dtype)
     out, _ = _over_line(q_BKGTH, line.k, line.v, line.ends, dtype)
     return out.reshape(B, N, T, H)
   reduced = [_reduce(q_BKGTH, part, dtype) for part in parts]

@@ -54,12 +54,15 @@ class Compute:
   dtype: operands of the matrix products ("float32" or "bfloat16"); sums, softmax,
     norms, losses and parameters are float32 always.
   kv_dtype: operands of attention, and what caches hold.
+  attention: what computes whole lines: "xla" anywhere, "cudnn" on a GPU (with kv_dtype
+    bfloat16), "splash" on a TPU. Prefixes and caches are read by "xla".
   remat: recompute each layer in the backward pass instead of keeping it.
   logits_chunk: tokens per block of the output projection in scoring and losses.
   """
 
   dtype: str
   kv_dtype: str
+  attention: str
   remat: bool
   logits_chunk: int
 
@@ -67,6 +70,8 @@ class Compute:
     for name in ("dtype", "kv_dtype"):
       if getattr(self, name) not in ("float32", "bfloat16"):
         _refuse(self, name, "'float32' or 'bfloat16'")
+    if self.attention not in ("xla", "cudnn", "splash"):
+      _refuse(self, "attention", "'xla', 'cudnn' or 'splash'")
     _positive(self, "logits_chunk")
 
 

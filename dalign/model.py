@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalign import attention
+from dalign import kernels
 from dalign import ops
+from dalign import sharding
 from dalign.attention import Line
 from dalign.attention import Part
 from dalign.attention import attend
@@ -98,7 +100,8 @@ class Block(nn.Module):
       own = Part(k=k_BKHT, v=v_BKTH, mask=own.mask)
     else:
       own = Line(k=k_BKHT, v=v_BKTH, ends=own)
-    out_BNTH = attend(q_BNTH, (*parts, own), jnp.dtype(self.compute.kv_dtype))
+    kv_dtype, kernel = jnp.dtype(self.compute.kv_dtype), _kernel(self.compute)
+    out_BNTH = attend(q_BNTH, (*parts, own), kv_dtype, kernel)
     out_BTE = out_BNTH.swapaxes(1, 2).reshape(*x_BTD.shape[:2], N * H)
     x_BTD = keep(x_BTD + dense("o", out_BTE, D), "middle")
 
@@ -141,6 +144,26 @@ class Decoder(nn.Module):
     x_BTD, (k, v) = scan(block(cfg, self.compute, name="layers"), x_BTD, prefix_kv)
     scale_D = self.param("norm", nn.initializers.ones, (cfg.width,))
     return rms_norm(x_BTD, scale_D, cfg.norm_eps), KV(k=k, v=v)
+
+
+def _kernel(compute: Compute):
+  """What computes the attention of lines, if not `attention.py`. XLA cannot divide such
+  kernels over a mesh: each device runs it on its own lines and heads."""
+  kernel = kernels.KERNELS[compute.attention]
+  if kernel is None:
+    return None
+
+  def divided(q_BNTH, k_BKHT, v_BKTH, mask_BTS, dtype):
+    heads, masked = ("batch", "heads", None, None), ("batch", None, None)
+    kv_heads = "batch", "kv_heads", None, None
+    return sharding.by_parts(
+      lambda q, k, v, mask: kernel(q, k, v, mask, dtype),
+      (heads, kv_heads, kv_heads, None if mask_BTS is None else masked),
+      heads,
+      (q_BNTH, k_BKHT, v_BKTH, mask_BTS),
+    )
+
+  return divided
 
 
 def write(cache, new, at):

@@ -226,11 +226,11 @@ def common_prefix(rows: list[tuple[int, ...]]) -> int:
 
 
 def bucket(n: int, step: int) -> int:
-  """The smallest of step, 2 step, 4 step, ... that holds n: few shapes to compile."""
-  size = step
-  while size < n:
-    size *= 2
-  return size
+  """The smallest multiple of step that holds n, of at most four between one power of
+  two and the next: few shapes to compile, and little padding."""
+  steps = max(1, -(-n // step))
+  coarse = max(1, 1 << (steps - 1).bit_length() - 3) if steps > 8 else 1
+  return -(-steps // coarse) * coarse * step
 
 
 class Sampler:

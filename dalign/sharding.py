@@ -3,6 +3,8 @@
 `pjit` is today `jax.jit` with NamedShardings; nothing here is a no-op on CPU.
 """
 
+import math
+
 import jax
 from jax.sharding import AxisType
 from jax.sharding import Mesh
@@ -62,12 +64,14 @@ def fits(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   mesh, kept = sharding.mesh, []
   axes = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
   for size, axis in zip(shape, axes, strict=True):
-    names = axis if isinstance(axis, tuple) else (axis,)
-    parts = 1
-    for name in names:
-      parts *= mesh.shape[name] if name else 1
-    kept.append(axis if size % parts == 0 else None)
+    kept.append(axis if size % _ways(mesh, axis) == 0 else None)
   return NamedSharding(mesh, P(*kept))
+
+
+def _ways(mesh, axis) -> int:
+  """How many parts mesh axes cut a dimension into: a name, several, or none."""
+  names = axis if isinstance(axis, tuple) else (axis,)
+  return math.prod(mesh.shape[name] for name in names if name)
 
 
 def shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
@@ -78,6 +82,38 @@ def shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
     shapes,
     is_leaf=lambda x: isinstance(x, tuple),
   )
+
+
+def by_parts(fn, in_axes: tuple, out_axes: tuple, args: tuple):
+  """`fn(*args)` run by each device on its own part of the arguments, on the mesh that
+  is set (`jax.set_mesh`); without one, or with one device, a plain call.
+
+  Axes are logical, a None stands for an argument that is None. What a mesh axis does
+  not divide in every argument is whole on all of its devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return fn(*args)
+  given = [(a, x) for a, x in zip(in_axes, args, strict=True) if x is not None]
+  odd = {
+    name
+    for names, x in given
+    for name, size in zip(names, x.shape, strict=True)
+    if name and size % _ways(mesh, RULES[name])
+  }
+  if odd & {"heads", "kv_heads"}:
+    odd |= {"heads", "kv_heads"}  # those that share keys stay together
+
+  def place(names):
+    return names and spec(tuple(None if n in odd else n for n in names))
+
+  return jax.shard_map(
+    fn,
+    mesh=mesh,
+    in_specs=tuple(place(names) for names in in_axes),
+    out_specs=place(out_axes),
+    check_vma=False,
+  )(*args)
 
 
 def like_params(mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTree):

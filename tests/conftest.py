@@ -54,7 +54,9 @@ def cfg() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def compute() -> Compute:
-  return Compute(dtype="float32", kv_dtype="float32", remat=False, logits_chunk=16)
+  return Compute(
+    dtype="float32", kv_dtype="float32", attention="xla", remat=False, logits_chunk=16
+  )
 
 
 @pytest.fixture(scope="session")

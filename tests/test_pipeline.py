@@ -125,6 +125,7 @@ def test_the_same_command_again_does_nothing(workdir):
     ("--config.rl.samples=1", "at least 2"),
     ("--config.rl.expected=('refuse','answer')", "wanted some of refuse"),
     ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
+    ("--config.compute.attention=splash", "splash runs on a tpu"),
     ("--config.seed=7", "seed"),
     ("--config.generate.temperature=0.7", "generate.temperature"),
     ("--config.model.path=/nowhere", "/nowhere"),

@@ -126,6 +126,14 @@ def test_draws_follow_the_softmax(vocab, temperature):
   np.testing.assert_allclose(logp_B, np.log(want_V[np.asarray(token_B)]), atol=2e-6)
 
 
+def test_buckets_are_multiples_and_few():
+  assert [sampler.bucket(n, 64) for n in (0, 1, 64, 65, 512, 513, 1025)] == [
+    *(64, 64, 64, 128, 512, 640, 1280)
+  ]
+  sizes = {sampler.bucket(n, 64) for n in range(1, 4097)}
+  assert len(sizes) == 8 + 3 * 4
+
+
 def test_a_draw_without_temperature_is_the_likeliest(cfg):
   logits_BV = jax.random.normal(jax.random.key(0), (50, 300)) * 2
   keys = jax.random.split(jax.random.key(1), 50)

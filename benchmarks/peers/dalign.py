@@ -35,7 +35,9 @@ def main() -> None:
   """Runs the turn that the command line asks for."""
   asked = turn.settings()
   dtype = {"f32": "float32", "bf16": "bfloat16"}[asked.dtype]
-  compute = Compute(dtype=dtype, kv_dtype="float32", remat=False, logits_chunk=512)
+  compute = Compute(
+    dtype=dtype, kv_dtype="float32", attention="xla", remat=False, logits_chunk=512
+  )
   cfg, params, _ = weights.load(asked.model)
   params = jax.tree.map(jnp.asarray, params)
   work = works.WORKS[asked.work]

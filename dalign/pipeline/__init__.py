@@ -5,6 +5,8 @@ generate -> filter -> sft -> reward -> rl -> eval -> report
 
 import pathlib
 
+import jax
+
 from dalign import config as configs
 from dalign import report
 from dalign.pipeline import context
@@ -36,6 +38,7 @@ def run(cfg: configs.Config, workdir: pathlib.Path) -> None:
   """Runs the stages that the config asks for, in order."""
   here = context.Run(cfg, workdir)
   here.store.write_json(here.store.workdir / "config.json", configs.flat(cfg))
-  for stage in configs.chosen_stages(cfg.stages):
-    STAGES[stage](here)
+  with jax.set_mesh(here.mesh):
+    for stage in configs.chosen_stages(cfg.stages):
+      STAGES[stage](here)
   here.metrics.close()

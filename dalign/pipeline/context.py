@@ -17,6 +17,7 @@ from dalign import checkpoints
 from dalign import compose
 from dalign import config as configs
 from dalign import data
+from dalign import kernels
 from dalign import model
 from dalign import ops
 from dalign import rl
@@ -54,6 +55,12 @@ class Run:
       raise ValueError(
         "config.compute.kv_dtype: wanted float32 on a CPU, whose XLA has no batched "
         f"product of attention in other types; got {cfg.compute.kv_dtype}"
+      )
+    wanted = kernels.PLATFORMS.get(cfg.compute.attention, jax.default_backend())
+    if wanted != jax.default_backend():
+      raise ValueError(
+        f"config.compute.attention: {cfg.compute.attention} runs on a {wanted}, this "
+        f"is a {jax.default_backend()}; use xla"
       )
     self.cfg = cfg
     self.store = store.Store(workdir)

@@ -1,0 +1,208 @@
+"""Kernels of others for whole lines: equal to our attention where they run."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalign import attention
+from dalign import kernels
+from dalign import model
+from dalign import sharding
+from dalign.config import MeshConfig
+
+B, N, K, H = 2, 6, 2, 64
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
+KERNELS = {
+  "cudnn, its masks and layouts by XLA": (
+    functools.partial(kernels.cudnn, implementation="xla"),
+    jnp.bfloat16,
+  ),
+  "splash, interpreted": (
+    functools.partial(kernels.splash, interpret=True),
+    jnp.float32,
+  ),
+}
+WAYS = [*KERNELS.values(), pytest.param(kernels.cudnn, jnp.bfloat16, marks=on_gpu)]
+NAMES = [*KERNELS, "cudnn"]
+
+
+def numbers(T: int):
+  rng = np.random.default_rng(0)
+  shapes = (B, N, T, H), (B, K, H, T), (B, K, T, H), (B, N, T, H)
+  return [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes]
+
+
+def trees(T: int):
+  """A front with two leaves and padding; and one row with a leaf in its middle."""
+  ends = np.zeros((B, T), np.int32)
+  ends[0, : T // 3] = T - 10
+  ends[0, T // 3 : T // 2] = T // 2
+  ends[0, T // 2 : T - 10] = T - 10
+  ends[1] = T
+  ends[1, T // 4 : T // 3] = T // 3
+  return jnp.asarray(ends)
+
+
+@pytest.mark.parametrize("T", [151, 256])
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "trees"])
+@pytest.mark.parametrize(("kernel", "dtype"), WAYS, ids=NAMES)
+def test_a_kernel_and_its_gradients_equal_ours(kernel, dtype, masked, T):
+  *args, weight = numbers(T)
+  ends = trees(T) if masked else None
+
+  def run(kernel):
+    def loss(q, k, v):
+      line = attention.Line(k=k, v=v, ends=ends)
+      out = attention.attend(q, (line,), dtype, kernel)
+      return jnp.sum(out * weight), out
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args)
+
+  near = 2e-5 if dtype == jnp.float32 else 0.06
+  for got, want in zip(*map(jax.tree.leaves, (run(kernel), run(None))), strict=True):
+    np.testing.assert_allclose(got, want, atol=near)
+
+
+def test_a_line_joined_with_a_prefix_is_not_left_to_a_kernel():
+  q, k, v, _ = numbers(64)
+  line = attention.Line(k=k, v=v, ends=None)
+  front = attention.Part(k=k[:1], v=v[:1], mask=jnp.ones((1, 1, 64), bool))
+
+  def never(*_):
+    raise AssertionError("a kernel was asked for what it cannot do")
+
+  attention.attend(q, (front, line), jnp.float32, never)
+  with pytest.raises(AssertionError):
+    attention.attend(q, (line,), jnp.float32, never)
+
+
+def test_cudnn_refuses_float32():
+  q, k, v, _ = numbers(64)
+  with pytest.raises(ValueError, match="set config.compute.kv_dtype to bfloat16"):
+    kernels.cudnn(q, k, v, None, jnp.dtype("float32"))
+
+
+def test_by_parts_gives_each_device_its_own_and_keeps_whole_what_does_not_divide():
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+  seen = []
+
+  def fn(q, k, mask):
+    seen.append((q.shape, k.shape, mask))
+    return q * 2 + jnp.sum(k)
+
+  axes = ("batch", "heads"), ("batch", "kv_heads"), None
+
+  def run(q, k):
+    with jax.set_mesh(mesh):
+      call = functools.partial(sharding.by_parts, fn, axes, axes[0])
+      return jax.jit(lambda q, k: call((q, k, None)))(q, k)
+
+  run(jnp.ones((4, 8)), jnp.ones((4, 2)))
+  assert seen.pop() == ((2, 4), (2, 1), None)
+  run(jnp.ones((4, 9)), jnp.ones((4, 2)))  # heads that share keys stay together
+  assert seen.pop() == ((2, 9), (2, 2), None)
+  run(jnp.ones((3, 8)), jnp.ones((3, 2)))
+  assert seen.pop() == ((3, 4), (3, 1), None)
+
+
+def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
+  cfg, compute, params, monkeypatch
+):
+  interpreted = functools.partial(kernels.splash, interpret=True)
+  monkeypatch.setitem(kernels.KERNELS, "splash", interpreted)
+  rng = np.random.default_rng(0)
+  T = 40
+  batch = {
+    "tokens_BT": rng.integers(0, cfg.vocab, (4, T)).astype(np.int32),
+    "positions_BT": np.tile(np.arange(T, dtype=np.int32), (4, 1)),
+    "ends_BT": np.concatenate([trees(T)] * 2),
+  }
+
+  def grads(attention: str, mesh=None):
+    how = dataclasses.replace(compute, attention=attention, remat=True)
+
+    def loss(params, batch):
+      wanted = jnp.ones((4, T - 1), bool)
+      found = model.target_stats(params, batch, wanted, cfg=cfg, compute=how)
+      return -jnp.sum(found.logp)
+
+    run = jax.jit(jax.grad(loss))
+    if mesh is None:
+      return run(params, batch)
+    placed = sharding.shardings(mesh, model.logical_axes(params), params)
+    with jax.set_mesh(mesh):
+      return run(jax.device_put(params, placed), batch)
+
+  want = grads("xla")
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+  for got in (grads("splash"), grads("splash", mesh)):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+AOT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from dalign import config, model, sft, sharding, train
+
+cfg = config.ModelConfig(
+  width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffw=512, vocab=1024,
+  rope_theta=1e4, norm_eps=1e-5, tied=True, max_length=1024,
+)
+compute = config.Compute(
+  dtype="bfloat16", kv_dtype="bfloat16", attention="splash", remat=True,
+  logits_chunk=256,
+)
+chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), chips.devices)
+tx = train.make_optimizer(
+  config.OptimizerConfig(
+    learning_rate=1e-4, warmup_share=0.0, final_share=1.0, beta1=0.9, beta2=0.99,
+    weight_decay=0.0, clip_norm=1.0,
+  ),
+  steps=10,
+)
+params = jax.eval_shape(
+  lambda: model.init(jax.random.key(0), cfg=cfg, compute=compute)
+)
+state = jax.eval_shape(lambda p: train.create(p, tx), params)
+axes = model.logical_axes(params)
+update = train.make_update(sft.make_loss(cfg=cfg, compute=compute), tx)
+step = train.jit_update(update, mesh, state, axes).jitted
+shape = jax.ShapeDtypeStruct((2, 4, 512), jnp.int32)
+batch = {name: shape for name in ("tokens_BT", "positions_BT", "ends_BT")}
+batch["weight_BT"] = jax.ShapeDtypeStruct((2, 4, 512), jnp.float32)
+batch = {
+  name: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, name, x, lead=1)
+  )
+  for name, x in batch.items()
+}
+key = jax.eval_shape(lambda: jax.random.key(0))
+with jax.set_mesh(mesh):
+  program = step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+found = [line for line in program.as_text().splitlines() if "tpu_custom_call" in line]
+print("kernels", len(found))
+"""
+
+
+def test_a_training_step_with_splash_compiles_for_a_tpu_mesh():
+  pytest.importorskip("libtpu", reason="no libtpu: pip install 'jax[tpu]'")
+  quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  done = subprocess.run(
+    [sys.executable, "-c", AOT],
+    env=os.environ | quiet,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert int(done.stdout.split()[-1]) >= 3  # forward, and queries and keys backward
