@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     chunk=8,
     prefill=8,
     prompt_room=128,
-    prompt_step=64,
+    prompt_step=16,
     prefix_step=64,
   )
   # The template quotes what is asked, so that the first token a model adds decides. Its

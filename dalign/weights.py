@@ -273,9 +273,22 @@ def packaged(name: str) -> pathlib.Path:
 # --- GGUF ---
 
 
+class _Reader(gguf.GGUFReader):
+  """The reader, with the file as a plain array: views of a memmap take numpy several
+  times as long, and reading a file makes hundreds of thousands of them."""
+
+  @property
+  def data(self) -> np.ndarray:
+    return self._plain
+
+  @data.setter
+  def data(self, mapped: np.memmap) -> None:
+    self._plain = np.asarray(mapped)
+
+
 def _load_gguf(path: pathlib.Path) -> tuple[ModelConfig, PyTree, Tokenizer]:
   try:
-    reader = gguf.GGUFReader(path)
+    reader = _Reader(path)
   except (ValueError, IndexError, KeyError, OSError) as error:
     raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
   try:

@@ -74,20 +74,23 @@ class _Book:
     self.samples = collections.defaultdict(dict)  # prompt id -> index -> looks right
     self.asked = collections.defaultdict(set)
     self.by_row = {}
+    self.read = {}  # prompt id -> tokens
     self.total = 0
     self.judge = judge.rubric_judge(run.spec, quality=None)
 
   def tokens(self, prompt: Prompt) -> tuple[int, ...]:
     """What the model reads before it thinks of this prompt."""
-    cfg = self.run.cfg
-    turns = compose.teach(
-      self.run.spec,
-      prompt,
-      detail=cfg.spec.detail,
-      worked=cfg.generate.demonstrations,
-      think=self.run.think,
-    )
-    return compose.opened(self.run.tok, turns, self.run.think)
+    if prompt.id not in self.read:
+      cfg = self.run.cfg
+      turns = compose.teach(
+        self.run.spec,
+        prompt,
+        detail=cfg.spec.detail,
+        worked=cfg.generate.demonstrations,
+        think=self.run.think,
+      )
+      self.read[prompt.id] = compose.opened(self.run.tok, turns, self.run.think)
+    return self.read[prompt.id]
 
   def requests(self, prompt: Prompt) -> list[sampling.Request]:
     """The samples to draw next: the rest of the first round that is not complete."""
