@@ -4,6 +4,7 @@ Both see exactly what a mask lets them see, trees too, and give gradients; neith
 be joined with a cache or a prefix, which stays with `attention.py`. Knows arrays alone.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -72,17 +73,8 @@ def splash(q_BNTH, k_BKHT, v_BKTH, mask_BTS, dtype, interpret=False):
 def _splash_line(mask_TS, q_NTH, k_KTH, v_KTH, *, interpret: bool):
   N, T, _ = q_NTH.shape
   side = next(side for side in BLOCKS if T % side == 0)
-  names = (
-    "q",
-    "kv",
-    "kv_compute",
-    "q_dkv",
-    "kv_dkv",
-    "kv_dkv_compute",
-    "q_dq",
-    "kv_dq",
-  )
-  sizes = {f"block_{name}": side for name in names}
+  fields = dataclasses.fields(splash_attention_kernel.BlockSizes)
+  sizes = {f.name: side for f in fields if f.name.startswith("block_")}
   mask = None if mask_TS is None else mask_TS[None]
   if mask is None:
     causal = splash_attention_mask.CausalMask((T, T))
