@@ -36,10 +36,12 @@ def cudnn(q_BNTH, k_BKHT, v_BKTH, mask_BTS, dtype, implementation="cudnn"):
     )
   )
   T = q_BTNH.shape[1]
-  if mask_BTS is not None and T % 2:  # cuDNN wants even sides of a bias
-    more = ((0, 0), (0, 1), (0, 0), (0, 0))
-    q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, more) for x in (q_BTNH, k_BTKH, v_BTKH))
-    mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 1), (0, 1)))
+  if T % 2:  # with a gradient, cuDNN wants lines of even length
+    odd = (0, 1)
+    heads = (0, 0), odd, (0, 0), (0, 0)
+    q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, heads) for x in (q_BTNH, k_BTKH, v_BTKH))
+    if mask_BTS is not None:
+      mask_BTS = jnp.pad(mask_BTS, ((0, 0), odd, odd))
   out_BTNH = jax.nn.dot_product_attention(
     q_BTNH,
     k_BTKH,

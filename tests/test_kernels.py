@@ -83,6 +83,27 @@ def test_a_line_joined_with_a_prefix_is_not_left_to_a_kernel():
     attention.attend(q, (line,), jnp.float32, never)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["rows", "trees"])
+@pytest.mark.parametrize("T", [151, 256])
+def test_cudnn_takes_our_lines(T, masked, monkeypatch):
+  """Lowered for a GPU that is not there, past all that JAX checks of shapes."""
+  stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)
+  monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+  monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+  *args, _ = numbers(T)
+  ends = trees(T) if masked else None
+
+  def loss(q, k, v):
+    line = attention.Line(k=k, v=v, ends=ends)
+    return jnp.sum(attention.attend(q, (line,), jnp.bfloat16, kernels.cudnn))
+
+  traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  name = "__cudnn$fmhaScaleBiasSoftmax" if masked else "__cudnn$fmhaSoftmax"
+  assert f"{name}(" in text and f"{name}Backward(" in text
+
+
 def test_cudnn_refuses_float32():
   q, k, v, _ = numbers(64)
   with pytest.raises(ValueError, match="set config.compute.kv_dtype to bfloat16"):
