@@ -62,13 +62,10 @@ def splash(q_BNTH, k_BKHT, v_BKTH, mask_BTS, dtype, interpret=False):
   q_BNTH, k_BKTH, v_BKTH = (
     jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))).astype(dtype) for x in heads
   )
-  if mask_BTS is None:
-    kernel = functools.partial(_splash_line, None, interpret=interpret)
-    out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH)
-  else:
+  if mask_BTS is not None:
     mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, pad), (0, pad)))
-    kernel = functools.partial(_splash_line, interpret=interpret)
-    out_BNTH = jax.vmap(kernel)(mask_BTS, q_BNTH, k_BKTH, v_BKTH)
+  kernel = functools.partial(_splash_line, interpret=interpret)
+  out_BNTH = jax.vmap(kernel)(mask_BTS, q_BNTH, k_BKTH, v_BKTH)
   return out_BNTH[:, :, :T].astype(jnp.float32)
 
 
@@ -77,10 +74,11 @@ def _splash_line(mask_TS, q_NTH, k_KTH, v_KTH, *, interpret: bool):
   side = next(side for side in BLOCKS if T % side == 0)
   fields = dataclasses.fields(splash_attention_kernel.BlockSizes)
   sizes = {f.name: side for f in fields if f.name.startswith("block_")}
-  mask = None if mask_TS is None else mask_TS[None]
-  if mask is None:
+  if mask_TS is None:
     causal = splash_attention_mask.CausalMask((T, T))
     mask = splash_attention_mask.MultiHeadMask([causal] * N)
+  else:
+    mask = mask_TS[None]
   kernel = splash_attention_kernel.make_splash_mha(
     mask,
     block_sizes=splash_attention_kernel.BlockSizes(**sizes),
