@@ -295,14 +295,102 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """The choices that a policy-gradient algorithm is made of: `configs/algorithms.py`
+  has those of REINFORCE, RLOO, GRPO, Dr.GRPO, DAPO, GSPO, REINFORCE++ and PPO.
+
+  advantages: of a rollout "none" (its reward), "rloo", "dr_grpo" or "grpo", of a token
+    "to_go" (its rewards to go), "group_to_go" (of rewards less their group's mean) or
+    "gae" (from a value head that is learned beside the policy).
+  whiten: advantages get mean 0 and standard deviation 1 over the tokens of a step.
+  ratio: importance ratios of a "token", or of a whole "sequence" (GSPO).
+  clip_low, clip_high: gains stop to grow at ratios 1 - low and 1 + high.
+  ratio_cap: the most a ratio counts, whatever the sign of its advantage.
+  mean: gains are averaged over "tokens", over "rollouts" of means over tokens, or
+    summed and divided by rollouts times the "constant" length_norm.
+  kl: to the start, "none", in the "reward" (k1), or as a penalty "k2", "k3" or
+    "k3_as_k2" (rl.kl_penalty), times kl_weight.
+  gae_lambda, value_weight: of "gae" alone.
+  overlong: tokens before max_new over which a penalty grows to 1 (DAPO), or 0.
+  mask_truncated: rollouts that max_new has cut are not trained on.
+  """
+
+  advantages: str
+  whiten: bool
+  ratio: str
+  clip_low: float
+  clip_high: float
+  ratio_cap: float
+  mean: str
+  length_norm: float
+  kl: str
+  kl_weight: float
+  gae_lambda: float
+  value_weight: float
+  overlong: int
+  mask_truncated: bool
+
+  def __post_init__(self):
+    rollout, token = (
+      ("none", "rloo", "dr_grpo", "grpo"),
+      ("to_go", "group_to_go", "gae"),
+    )
+    choices = {
+      "advantages": rollout + token,
+      "ratio": ("token", "sequence"),
+      "mean": ("tokens", "rollouts", "constant"),
+    }
+    for name, known in choices.items():
+      if getattr(self, name) not in known:
+        _refuse(self, name, f"one of {', '.join(known)}")
+    if self.kl == "k1":
+      _refuse(
+        self, "kl", "reward, k2 or k3: as a penalty k1 has no gradient in expectation"
+      )
+    if self.kl not in ("none", "reward", "k2", "k3", "k3_as_k2"):
+      _refuse(self, "kl", "none, reward, k2, k3 or k3_as_k2")
+    if self.kl == "none" and self.kl_weight:
+      _refuse(self, "kl_weight", "0 where kl is none")
+    if self.ratio == "sequence" and self.advantages in token:
+      _refuse(self, "ratio", "token, where advantages are those of tokens")
+    if not 0 < self.clip_low <= 1:
+      _refuse(self, "clip_low", "more than 0, at most 1")
+    if not 0 <= self.gae_lambda <= 1:
+      _refuse(self, "gae_lambda", "0 to 1")
+    if self.kl_weight < 0 or self.value_weight < 0 or self.overlong < 0:
+      name = min(("kl_weight", "value_weight", "overlong"), key=self.__getattribute__)
+      _refuse(self, name, "0 or more")
+    _positive(self, "clip_high", "ratio_cap", "length_norm")
+
+  @property
+  def grouped(self) -> bool:
+    """Whether advantages compare the rollouts of a group."""
+    return self.advantages in ("rloo", "dr_grpo", "grpo", "group_to_go")
+
+  @property
+  def of_tokens(self) -> bool:
+    """Whether the tokens of a rollout have advantages of their own."""
+    return self.advantages in ("to_go", "group_to_go", "gae")
+
+  @property
+  def learns_values(self) -> bool:
+    """Whether a value head is learned."""
+    return self.advantages == "gae"
+
+  @property
+  def penalised(self) -> bool:
+    """Whether the KL is part of the loss."""
+    return self.kl in ("k2", "k3", "k3_as_k2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig:
   """Stage 4. start: "sft", or "base" for the arm without SFT.
 
   reward: "model" (the trained reward model) or "rubric" (the rubric judge).
   prompts x samples rollouts a step, `capability` of the prompts with a known answer;
   one update a step.  expected: the ideal response types of the other prompts.
-  ratio_cap: the most an importance ratio counts.
-  length_norm: constant token count that a rollout's loss is divided by.
+  resample: how often groups without a difference are replaced by those of new prompts.
   """
 
   start: str
@@ -314,10 +402,8 @@ class RLConfig:
   samples: int
   temperature: float
   max_new: int
-  advantages: str
-  kl_weight: float
-  ratio_cap: float
-  length_norm: float
+  resample: int
+  objective: ObjectiveConfig
   batch: BatchConfig
   optimizer: OptimizerConfig
   checkpoint_every: int
@@ -328,15 +414,15 @@ class RLConfig:
       _refuse(self, "start", "'base' or 'sft'")
     if self.reward not in ("model", "rubric"):
       _refuse(self, "reward", "'model' or 'rubric'")
-    if self.advantages not in ("rloo", "dr_grpo"):
-      _refuse(self, "advantages", "'rloo' or 'dr_grpo'")
-    if self.samples < 2:
-      _refuse(self, "samples", "at least 2, for the group baseline")
+    if self.samples < 1 + self.objective.grouped:
+      _refuse(self, "samples", "at least 2, for the baseline of a group")
+    if self.resample < 0 or (self.resample and not self.objective.grouped):
+      _refuse(self, "resample", "0 or more, and 0 where groups are not compared")
     if not self.expected or set(self.expected) - {"refuse", "safe_complete", "comply"}:
       _refuse(self, "expected", "some of refuse, safe_complete and comply")
     if not 0 <= self.capability < self.prompts:
       _refuse(self, "capability", f"0 to {self.prompts - 1}, fewer than prompts")
-    _positive(self, "steps", "max_new", "temperature", "ratio_cap", "length_norm")
+    _positive(self, "steps", "max_new", "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

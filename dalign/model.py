@@ -250,18 +250,37 @@ def target_stats(
   the result, is False they are 0. A token whose left neighbour is not the one before it
   in its row is not to be wanted: what it gets is meaningless.
   """
-  hidden_BTD, _ = forward(
+  hidden_BTD = hidden(params, batch, cfg=cfg, compute=compute)
+  return stats(
     params,
+    hidden_BTD,
     batch["tokens_BT"],
-    batch["positions_BT"],
-    batch["ends_BT"],
-    cfg=cfg,
+    wanted_BT,
     compute=compute,
+    temperature=temperature,
   )
+
+
+def hidden(params: PyTree, batch, *, cfg: ModelConfig, compute: Compute):
+  """`forward` of a batch that has tokens_BT, positions_BT and ends_BT, without KV."""
+  lines = batch["tokens_BT"], batch["positions_BT"], batch["ends_BT"]
+  return forward(params, *lines, cfg=cfg, compute=compute)[0]
+
+
+def stats(
+  params: PyTree,
+  hidden_BTD,
+  tokens_BT,
+  wanted_BT,
+  *,
+  compute: Compute,
+  temperature: float = 1.0,
+) -> ops.TokenStats:
+  """`target_stats` of lines whose hidden states are known."""
   return ops.token_stats(
     hidden_BTD[:, :-1],
     head(params),
-    batch["tokens_BT"][:, 1:],
+    tokens_BT[:, 1:],
     wanted_BT,
     dtype=jnp.dtype(compute.dtype),
     chunk=compute.logits_chunk,

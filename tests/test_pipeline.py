@@ -4,11 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -360,14 +363,63 @@ def test_rl_trains_sampled_tokens_only(run):
   base = rows(run.store.path("generate", "samples.jsonl"))[0]
   sample = context.row_to_sample(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
   rollout = rl_stage._Rollout(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0))
-  rollout.trained, rollout.advantage = True, 0.5
+  rollout.trained, rollout.advantage = True, np.array([0.5, 0.25, 0.0])
+  rollout.reference, rollout.worth = np.array([-1.5, -2.5, -3.5]), np.zeros(3)
   batch, used = step.batch([rollout])
   assert used == 1
   line = {name: np.asarray(x)[0, 0, :9] for name, x in batch.items()}
   assert line["tokens_BT"].tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 0]
   assert line["sampled_BT"].tolist() == [False] * 5 + [True] * 3 + [False]
   assert line["logp_BT"].tolist() == [0, 0, 0, 0, 0, -1, -2, -3, 0]
-  assert line["start_BT"].sum() == 1
+  assert line["advantage_BT"].tolist() == [0, 0, 0, 0, 0, 0.5, 0.25, 0, 0]
+  assert line["reference_BT"].tolist() == [0, 0, 0, 0, 0, -1.5, -2.5, -3.5, 0]
+  assert line["rollout_BT"].tolist() == [-1] * 5 + [0] * 3 + [-1]
+
+
+def test_groups_without_a_difference_are_sampled_again(run):
+  """Those of other prompts take their place, as often as the config says."""
+  rounds = [[(0, 0), (0, 1)], [(1, 1), (1, 1)], [(0.5, 1), (1, 0)], [(9, 9), (9, 9)]]
+  step, asked = rl_stage._Step.__new__(rl_stage._Step), []
+
+  def sample(policy, at):
+    asked.append(at)
+    return [
+      [types.SimpleNamespace(reward=x, scored=True) for x in group]
+      for group in rounds[at % len(rounds)]
+    ]
+
+  step._sample, step._judge = sample, lambda rollouts: None
+  for resample, want, idle in ((3, [0, 1, 0.5, 1], 0), (1, [0, 1, 0, 0], 1)):
+    step.cfg = types.SimpleNamespace(resample=resample)
+    asked.clear()
+    rollouts, idle_B = step._different(None, 0)
+    assert [r.reward for r in rollouts] == want and idle_B.sum() == idle
+    assert asked == [0, 1, 2][: resample + 1]  # no longer than there is need
+  step.cfg = types.SimpleNamespace(resample=1)
+  asked.clear()
+  step._different(None, 5)
+  assert asked[0] == 10  # each step has rounds of its own
+
+
+def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
+  made = tmp_path / "run"
+  shutil.copytree(workdir, made)
+  shutil.rmtree(made / "rl")
+  cfg = tiny(
+    **{
+      "rl.steps": 2,
+      "rl.reward": "rubric",
+      "rl.objective.advantages": "gae",
+      "rl.objective.value_weight": 0.1,
+      "rl.objective.whiten": True,
+    }
+  )
+  ppo = context.Run(cfg, made)
+  rl_stage.reinforce(ppo)
+  trained = ppo.trained_params("rl")
+  assert jax.tree.map(np.shape, trained) == jax.tree.map(np.shape, ppo.shapes)
+  lines = [row for row in rows(made / "metrics.jsonl") if "rl/value_error" in row]
+  assert len(lines) == 2
 
 
 def test_model_judge_reads_a_score_from_the_base_model(run):
@@ -414,6 +466,8 @@ def test_every_config_builds():
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if path.stem == "algorithms":
+      continue  # parts of a config
     config = configs.build(configs.Config, module.get_config().to_dict())
     assert configs.chosen_stages(config.stages) == tuple(pipeline.STAGES)
 

@@ -1,18 +1,34 @@
 """Advantages, the policy gradient, and the reward model, against plain loops."""
 
 import functools
+import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dalign import model
 from dalign import reward
 from dalign import rl
 from dalign import text
+from dalign.config import ObjectiveConfig
+from dalign.config import build
 
 KEY = jax.random.key(0)
+
+
+def _algorithms():
+  path = pathlib.Path(__file__).parents[1] / "configs" / "algorithms.py"
+  spec = importlib.util.spec_from_file_location("algorithms", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+ALGORITHMS = _algorithms()
 
 
 def close(got, want, *, atol=1e-5, rtol=1e-4):
@@ -62,7 +78,8 @@ def test_rloo_is_each_reward_less_the_mean_of_the_others():
 
 def test_rloo_is_dr_grpo_times_a_constant():
   reward_BR, scored_BR = groups(1)
-  rloo, dr_grpo = (f(reward_BR, scored_BR) for f in rl.ADVANTAGES.values())
+  rloo = rl.rloo_advantages(reward_BR, scored_BR)
+  dr_grpo = rl.dr_grpo_advantages(reward_BR, scored_BR)
   G = np.maximum(scored_BR.sum(axis=1, keepdims=True), 2)
   np.testing.assert_allclose(rloo, dr_grpo * G / (G - 1), atol=1e-6)
   assert np.abs(rloo).max() > 0.1
@@ -77,35 +94,180 @@ def test_advantages_leave_out_what_was_not_scored(name):
     got = advantages(np.where(scored_BR, reward_BR, odd), scored_BR)
     np.testing.assert_array_equal(got, want)
   assert (np.asarray(want)[~scored_BR] == 0).all()
-  np.testing.assert_array_equal(want[2:5], 0)  # alone, unscored, all equal
-  np.testing.assert_allclose(np.sum(want, axis=1), 0, atol=1e-6)
   few = advantages(reward_BR[1:2, [1, 2, 4]], np.ones((1, 3), bool))
-  np.testing.assert_allclose(want[1, [1, 2, 4]], few[0], atol=1e-6)
+  np.testing.assert_allclose(want[1, [1, 2, 4]], few[0], atol=1e-5)
+  if name != "none":  # what is alone, unscored or all equal has nothing to learn from
+    np.testing.assert_array_equal(want[2:5], 0)
+    np.testing.assert_allclose(np.sum(want, axis=1), 0, atol=1e-5)
 
 
-def test_groups_without_a_difference_are_known():
+@pytest.mark.parametrize("kind", ["none", "rloo", "dr_grpo", "grpo"])
+def test_advantages_are_their_formulas(kind):
   reward_BR, scored_BR = groups()
-  got = rl.zero_variance(np.where(scored_BR, reward_BR, 9.0), scored_BR)
-  np.testing.assert_array_equal(got, [False, False, True, True, True, False])
+  got = np.asarray(rl.ADVANTAGES[kind](reward_BR, scored_BR))
+  for b, (reward_R, scored_R) in enumerate(zip(reward_BR, scored_BR, strict=True)):
+    known = reward_R[scored_R].astype(float)
+    for r in range(5):
+      want = 0.0
+      if scored_R[r] and kind == "none":
+        want = reward_R[r]
+      elif scored_R[r] and len(known) > 1:
+        others = (known.sum() - reward_R[r]) / (len(known) - 1)
+        want = {
+          "rloo": reward_R[r] - others,
+          "dr_grpo": reward_R[r] - known.mean(),
+          "grpo": (reward_R[r] - known.mean()) / (known.std() + rl.TINY),
+        }[kind]
+      np.testing.assert_allclose(got[b, r], want, atol=1e-5)
 
 
-def test_reward_is_judge_times_format_less_kl():
-  got = rl.combine(
-    jnp.array([0.8, 0.8, 0.2]),
-    jnp.array([True, False, True]),
-    jnp.array([2.0, 4.0, -1.0]),
-    kl_weight=0.05,
+def tokens(seed=0):
+  """Of six rollouts of 1 to 5 tokens: KL and values a token, their mask, rewards."""
+  rng = np.random.default_rng(seed)
+  mask_NT = np.arange(5)[None] < np.array([5, 1, 3, 2, 5, 4])[:, None]
+  kl_NT, value_NT = rng.normal(size=(2, 6, 5))
+  return np.where(mask_NT, kl_NT, 9.0), np.where(mask_NT, value_NT, 9.0), mask_NT, rng
+
+
+def objective(name: str, **more) -> ObjectiveConfig:
+  return build(ObjectiveConfig, ALGORITHMS.of(name, **more))
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_rewards_to_go_hold_the_kl_of_what_follows(baseline):
+  kl_NT, _, mask_NT, rng = tokens()
+  reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
+  scored_BR[1, 1] = False
+  name = "reinforce_pp_baseline" if baseline else "reinforce_pp"
+  how = objective(name, whiten=False, kl_weight=0.3)
+  got, _ = rl.advantages(how, reward_BR, scored_BR, kl_NT, mask_NT)
+  for i in range(6):
+    group, r = divmod(i, 3)
+    last = mask_NT[i].sum() - 1
+    final = reward_BR[group, r]
+    if baseline:
+      final -= reward_BR[group][scored_BR[group]].mean()
+    for t in range(5):
+      want = 0.0
+      if mask_NT[i, t] and scored_BR[group, r]:
+        want = final - 0.3 * sum(kl_NT[i, s] for s in range(t, last + 1))
+      np.testing.assert_allclose(got[i, t], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
+def test_gae_is_the_weighted_sum_of_temporal_differences(lam):
+  kl_NT, value_NT, mask_NT, rng = tokens()
+  reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
+  how = objective("ppo", whiten=False, kl_weight=0.3, gae_lambda=lam)
+  got, returns = rl.advantages(how, reward_BR, scored_BR, kl_NT, mask_NT, value_NT)
+  for i in range(6):
+    n = mask_NT[i].sum()
+    r = [-0.3 * kl_NT[i, t] for t in range(n)]
+    r[-1] += reward_BR.flat[i]
+    v = [*value_NT[i, :n], 0.0]
+    delta = [r[t] + v[t + 1] - v[t] for t in range(n)]
+    for t in range(n):
+      want = sum(lam ** (s - t) * delta[s] for s in range(t, n))
+      np.testing.assert_allclose(got[i, t], want, atol=1e-5)
+      np.testing.assert_allclose(returns[i, t], want + v[t], atol=1e-5)
+    assert (got[i, n:] == 0).all() and (returns[i, n:] == 0).all()
+    if lam == 1:
+      np.testing.assert_allclose(returns[i, 0], sum(r), atol=1e-5)
+
+
+def test_kl_in_the_reward_counts_a_rollout_once_and_before_its_baseline():
+  kl_NT, _, mask_NT, rng = tokens()
+  reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
+  got, _ = rl.advantages(
+    objective("rloo", kl_weight=0.3), reward_BR, scored_BR, kl_NT, mask_NT
   )
-  np.testing.assert_allclose(got, [0.7, -0.2, 0.25], atol=1e-6)
-
-
-@pytest.mark.parametrize("well_formed", [False, 0.0])
-def test_malformed_rollouts_need_no_judge(well_formed):
-  """They were never judged: their score is not a number and their reward is 0."""
-  got = rl.combine(
-    np.array([np.nan]), np.array([well_formed]), np.zeros(1), kl_weight=0.1
+  total = reward_BR - 0.3 * np.where(mask_NT, kl_NT, 0).sum(axis=1).reshape(2, 3)
+  want = np.asarray(rl.rloo_advantages(total, scored_BR)).ravel()
+  np.testing.assert_allclose(got, np.where(mask_NT, want[:, None], 0.0), atol=1e-5)
+  none, _ = rl.advantages(
+    objective("grpo", kl_weight=0.3), reward_BR, scored_BR, kl_NT, mask_NT
   )
-  np.testing.assert_array_equal(got, [0.0])
+  plain = np.asarray(rl.grpo_advantages(reward_BR, scored_BR)).ravel()
+  np.testing.assert_allclose(none, np.where(mask_NT, plain[:, None], 0.0), atol=1e-5)
+
+
+def test_whitening_counts_the_tokens_of_the_mask_alone():
+  kl_NT, _, mask_NT, _ = tokens()
+  got = rl.whiten(kl_NT, mask_NT)
+  np.testing.assert_allclose(got[mask_NT].mean(), 0, atol=1e-6)
+  np.testing.assert_allclose(got[mask_NT].std(), 1, atol=1e-4)
+  assert (got[~mask_NT] == 0).all()
+  assert (rl.whiten(kl_NT, np.zeros_like(mask_NT)) == 0).all()
+
+
+def test_a_long_answer_is_penalised_over_a_margin():
+  got = rl.overlong([1, 80, 90, 100, 120], most=100, margin=20)
+  np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
+  assert (rl.overlong([1, 200], most=100, margin=0) == 0).all()
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (dict(kl="k1"), "k1 has no gradient in expectation"),
+    (dict(kl="none", kl_weight=0.1), "kl_weight: wanted 0 where kl is none"),
+    (dict(ratio="sequence", advantages="gae"), "ratio: wanted token"),
+    (dict(advantages="vtrace"), "advantages: wanted one of none, rloo"),
+    (dict(mean="words"), "mean: wanted one of tokens, rollouts, constant"),
+    (dict(clip_low=2.0), "clip_low: wanted more than 0, at most 1"),
+    (dict(overlong=-1), "overlong: wanted 0 or more"),
+  ],
+)
+def test_objectives_that_make_no_sense_are_refused(change, words):
+  with pytest.raises(ValueError, match=words):
+    objective("rloo", **change)
+
+
+def test_an_unknown_algorithm_is_named_with_those_there_are():
+  with pytest.raises(KeyError, match="no algorithm 'grpo2'; there are: reinforce, "):
+    ALGORITHMS.of("grpo2")
+
+
+# --- The KL penalty ---
+
+
+@pytest.mark.parametrize(
+  ("kind", "other_way"), [("k2", False), ("k3", True), ("k3_as_k2", False)]
+)
+def test_penalties_have_the_gradient_of_a_kl(kind, other_way):
+  """Every token of a vocabulary of 7, as often as its probability: no noise."""
+  rng = np.random.default_rng(0)
+  logits_V, ref_V = rng.normal(size=(2, 7)).astype(np.float32)
+  ref_V = jax.nn.log_softmax(ref_V)
+
+  def sampled(logits_V):
+    logp_V = jax.nn.log_softmax(logits_V)
+    prob_V = jax.lax.stop_gradient(jnp.exp(logp_V))
+    return jnp.sum(prob_V * rl.kl_penalty(kind, logp_V, ref_V))
+
+  def exact(logits_V):
+    logp_V = jax.nn.log_softmax(logits_V)
+    if other_way:
+      return jnp.sum(jnp.exp(ref_V) * (ref_V - logp_V))
+    return jnp.sum(jnp.exp(logp_V) * (logp_V - ref_V))
+
+  np.testing.assert_allclose(
+    jax.grad(sampled)(logits_V), jax.grad(exact)(logits_V), atol=1e-5
+  )
+  if kind != "k2":  # its value is that of the KL too
+    logp_V = jax.nn.log_softmax(logits_V)
+    want = jnp.sum(jnp.exp(logp_V) * (logp_V - ref_V))
+    np.testing.assert_allclose(sampled(logits_V), want, atol=1e-5)
+
+
+def test_k1_has_no_gradient_in_expectation():
+  logits_V, ref_V = np.random.default_rng(0).normal(size=(2, 7)).astype(np.float32)
+
+  def sampled(logits_V):
+    logp_V = jax.nn.log_softmax(logits_V)
+    return jnp.sum(jax.lax.stop_gradient(jnp.exp(logp_V)) * (logp_V - ref_V))
+
+  assert np.abs(jax.grad(sampled)(logits_V)).max() < 1e-6
 
 
 # --- The policy gradient ---
@@ -146,28 +308,33 @@ def tokens_of(packed: text.Packed):
   return batch | {"wanted_BT": packed.weight_BT > 0}
 
 
-def rl_batch(packed: text.Packed, logp_BT, *, shift=False):
-  """What `rl.make_loss` takes; `shift` moves the behaviour away from the policy."""
-  start_BT = np.zeros(packed.tokens_BT.shape, bool)
-  for b, start, _ in packed.where:
-    start_BT[b, start] = True
-  return tokens_of(packed) | {
-    "sampled_BT": packed.weight_BT > 0,
-    "logp_BT": logp_BT + (packed.extras["shift"] if shift else 0.0),
-    "advantage_BT": packed.extras["advantage"],
-    "start_BT": start_BT,
-  }
+def rl_batch(packed: text.Packed, logp_BT, rows, *, shift=False):
+  """What `rl.make_loss` takes of rollouts; `shift` moves the behaviour away from the
+  policy. Their reference and worth are some numbers of each."""
+  spread = {"advantage": [], "shift": [], "reference": [], "worth": []}
+  for tokens, sampled, numbers in rows:
+    rng = np.random.default_rng(len(tokens))
+    n = int(sum(sampled))
+    for name in ("advantage", "shift"):
+      spread[name].append(np.full(n, numbers[name]))
+    spread["reference"].append(numbers["shift"] + rng.normal(size=n) - 4.0)
+    spread["worth"].append(rng.normal(size=n))
+  placed = rl.placed(packed.tokens_BT.shape, packed.where, **spread)
+  shift_BT = placed.pop("shift_BT")
+  more = {"sampled_BT": packed.weight_BT > 0}
+  more["logp_BT"] = logp_BT + (shift_BT if shift else 0.0)
+  return tokens_of(packed) | placed | more
 
 
-@pytest.fixture(scope="module")
-def loss_and_gradient(params, cfg, compute):
-  """Of rl at temperature 0.8, cap 1.2 and length 8: (mean, metrics, gradients)."""
-  loss = rl.make_loss(
-    cfg=cfg, compute=compute, temperature=0.8, ratio_cap=1.2, length_norm=8.0
-  )
+RLOO = dict(ratio_cap=1.2, length_norm=8.0)
+
+
+def run_of(how: ObjectiveConfig, cfg, compute):
+  """`run(params, batch) -> (mean, metrics, gradients)` at temperature 0.8."""
+  loss = rl.make_loss(cfg=cfg, compute=compute, temperature=0.8, objective=how)
 
   @jax.jit
-  def run(batch):
+  def run(params, batch):
     def total(p):
       mean, metrics = loss(p, batch, KEY)
       return mean.total, (mean, metrics)
@@ -176,6 +343,12 @@ def loss_and_gradient(params, cfg, compute):
     return mean, metrics, grads
 
   return run
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradient(params, cfg, compute):
+  """Of RLOO, ratios up to 1.2 and length 8: (mean, metrics, gradients) of a batch."""
+  return functools.partial(run_of(objective("rloo", **RLOO), cfg, compute), params)
 
 
 def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
@@ -200,29 +373,112 @@ def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
   assert (got[:, 0] == 0).all()
 
 
-def test_the_policy_loss_is_its_formula(score, loss_and_gradient, params):
-  """-sum A min(rho, cap) / (rollouts * length), a token at a time, ratios off 1."""
-  packed = text.pad_rows(rollouts(), length=32)
+def plain_loss(how: ObjectiveConfig, batch, logp_BT, value_BT):
+  """(total, count): a rollout at a time, a token at a time."""
+  gains = []  # of each rollout, of each token
+  for b in range(len(logp_BT)):
+    for i in range(batch["rollout_BT"][b].max() + 1):
+      at = np.flatnonzero(batch["rollout_BT"][b] == i)
+      gap = (logp_BT[b, at] - batch["logp_BT"][b, at]).astype(float)
+      if how.ratio == "sequence":
+        gap = np.full(len(at), gap.mean())
+      gain = []
+      for t, rho in zip(at, np.minimum(np.exp(gap), how.ratio_cap), strict=True):
+        A = batch["advantage_BT"][b, t]
+        near = min(max(rho, 1 - how.clip_low), 1 + how.clip_high)
+        one = min(rho * A, near * A)
+        if how.penalised:
+          d = batch["reference_BT"][b, t] - logp_BT[b, t]
+          k = d * d / 2 if how.kl == "k2" else np.exp(d) - d - 1
+          one -= how.kl_weight * k
+        if how.learns_values:
+          error = value_BT[b, t] - batch["worth_BT"][b, t]
+          one -= how.value_weight * error**2 / 2
+        gain.append(one)
+      gains.append(gain)
+  if how.mean == "rollouts":
+    return -sum(np.mean(g) for g in gains), len(gains)
+  total = -sum(sum(g) for g in gains)
+  tokens = sum(map(len, gains))
+  return total, tokens if how.mean == "tokens" else len(gains) * how.length_norm
+
+
+@pytest.mark.parametrize("packs", [text.pad_rows, text.pack])
+@pytest.mark.parametrize("name", [*ALGORITHMS.CHANGES])
+def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
+  """Ratios off 1, padded rows and trees of two samples of a prompt."""
+  wider = dict(clip_low=0.2, clip_high=0.3) if name == "gspo" else {}
+  how, rows = objective(name, ratio_cap=1.3, **wider), rollouts()
+  packed = packs(rows, length=32)
   logp_BT = score(params, packed, 0.8)
-  batch = rl_batch(packed, logp_BT, shift=True)
-  mean, metrics, _ = loss_and_gradient(batch)
-  want, ratios = 0.0, []
-  for b, t in np.argwhere(batch["sampled_BT"]):
-    ratios.append(min(np.exp(logp_BT[b, t] - batch["logp_BT"][b, t]), 1.2))
-    want -= batch["advantage_BT"][b, t] * ratios[-1]
-  np.testing.assert_allclose(mean.total, want, rtol=1e-4)
-  assert mean.count == 8 * 8
-  assert max(ratios) == 1.2 and min(ratios) < 0.9
-  np.testing.assert_allclose(metrics["ratio"].value(), np.mean(ratios), rtol=1e-4)
-  gap = np.abs(packed.extras["shift"][batch["sampled_BT"]]).mean()
-  np.testing.assert_allclose(metrics["logp_gap_nats"].value(), gap, rtol=1e-3)
+  batch = rl_batch(packed, logp_BT, rows, shift=True)
+  tree, value_BT = params, None
+  if how.learns_values:
+    head = rl.init_value(params)
+    head = jax.tree.map(lambda x: x + jnp.linspace(-3.0, 5.0, len(x)), head)
+    tree = {"policy": params, "value": head}
+    worth = rl.make_worth(cfg=cfg, compute=compute)
+    value_BT = np.asarray(jax.jit(worth)(tree, tokens_of(packed)))
+    assert np.abs(value_BT).max() > 0.1
+  mean, metrics, _ = run_of(how, cfg, compute)(tree, batch)
+  total, count = plain_loss(how, batch, logp_BT, value_BT)
+  np.testing.assert_allclose(mean.total, total, rtol=1e-4)
+  np.testing.assert_allclose(mean.count, count, rtol=1e-6)
+  if how.clip_low < 1:
+    assert 0 < metrics["clipped"].value() < 1
+
+
+def test_the_policy_loss_keeps_its_metrics(score, loss_and_gradient, params):
+  rows = rollouts()
+  packed = text.pad_rows(rows, length=32)
+  logp_BT = score(params, packed, 0.8)
+  batch = rl_batch(packed, logp_BT, rows, shift=True)
+  _, metrics, _ = loss_and_gradient(batch)
+  gap = (logp_BT - batch["logp_BT"])[batch["sampled_BT"]]
+  ratios = np.minimum(np.exp(gap), 1.2)
+  assert ratios.max() == np.float32(1.2) and ratios.min() < 0.9
+  np.testing.assert_allclose(metrics["ratio"].value(), ratios.mean(), rtol=1e-4)
+  gaps = metrics["logp_gap_nats"].value()
+  np.testing.assert_allclose(gaps, np.abs(gap).mean(), rtol=1e-3)
+
+
+def even(rows):
+  """The rollouts with as many sampled tokens each, which only repeat their first."""
+  return [
+    ([*tokens[: -int(sum(sampled))], *[tokens[-1]] * 4], front + [1.0] * 4, numbers)
+    for tokens, sampled, numbers in rows
+    for front in [[0.0] * (len(tokens) - int(sum(sampled)))]
+  ]
+
+
+def test_dapo_is_grpo_without_kl_where_lengths_are_equal(score, params, cfg, compute):
+  rows = even(rollouts())
+  packed = text.pad_rows(rows, length=32)
+  batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
+  found = []
+  for name in ("dapo", "grpo"):
+    how = objective(name, kl="none", kl_weight=0.0, clip_high=0.28)
+    mean, _, grads = run_of(how, cfg, compute)(params, batch)
+    found.append(jax.tree.map(lambda g: g / mean.count, grads))  # noqa: B023
+  close(found[0], found[1], atol=1e-6)
+
+
+def test_on_policy_gspo_has_the_gradient_of_grpo(score, params, cfg, compute):
+  rows = rollouts()
+  packed = text.pad_rows(rows, length=32)
+  batch = rl_batch(packed, score(params, packed, 0.8), rows)
+  grpo = objective("grpo", kl="none", kl_weight=0.0)
+  want = run_of(grpo, cfg, compute)(params, batch)
+  got = run_of(objective("gspo"), cfg, compute)(params, batch)
+  close(got[2], want[2])
 
 
 def test_on_policy_the_gradient_is_that_of_log_pi(
   score, loss_and_gradient, params, cfg, compute
 ):
-  packed = text.pad_rows(rollouts(), length=32)
-  batch = rl_batch(packed, score(params, packed, 0.8))
+  rows = rollouts()
+  packed = text.pad_rows(rows, length=32)
+  batch = rl_batch(packed, score(params, packed, 0.8), rows)
   _, metrics, got = loss_and_gradient(batch)
   np.testing.assert_allclose(metrics["ratio"].value(), 1, atol=1e-5)
   weight_BT = np.where(batch["sampled_BT"], batch["advantage_BT"], 0.0)
@@ -246,13 +502,14 @@ def test_on_policy_the_gradient_is_that_of_log_pi(
 
 
 def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, params):
-  rows, runs = rollouts(), []
-  for packed in (
-    text.pad_rows(rows, length=32),
-    text.pad_rows(rows[::-1], length=32),
-    text.pack(rows, length=32, rows_multiple=8),
+  straight, runs = rollouts(), []
+  turned = straight[::-1]
+  for packed, rows in (
+    (text.pad_rows(straight, length=32), straight),
+    (text.pad_rows(turned, length=32), turned),
+    (text.pack(straight, length=32, rows_multiple=8), straight),
   ):
-    batch = rl_batch(packed, score(params, packed, 0.8), shift=True)
+    batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
     runs.append(loss_and_gradient(batch))
   close(runs[1], runs[0])
   close(runs[2], runs[0])
@@ -260,10 +517,11 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
 
 
 def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params):
-  packed = text.pad_rows(rollouts(), length=32)
-  batch = rl_batch(packed, score(params, packed, 0.8))
+  rows = rollouts()
+  packed = text.pad_rows(rows, length=32)
+  batch = rl_batch(packed, score(params, packed, 0.8), rows)
   want = loss_and_gradient(batch)
-  for name in ("logp_BT", "advantage_BT"):
+  for name in ("logp_BT", "advantage_BT", "reference_BT", "worth_BT"):
     batch[name] = np.where(batch["sampled_BT"], batch[name], np.nan)
   got = loss_and_gradient(batch)
   close(got, want, atol=0, rtol=0)
@@ -279,7 +537,7 @@ def test_equal_rewards_give_no_policy_gradient(score, loss_and_gradient, params)
     for (tokens, sampled, numbers), a in zip(rows, advantage_R[0], strict=True)
   ]
   packed = text.pad_rows(rows, length=32)
-  _, _, grads = loss_and_gradient(rl_batch(packed, score(params, packed, 0.8)))
+  _, _, grads = loss_and_gradient(rl_batch(packed, score(params, packed, 0.8), rows))
   assert all(np.abs(g).max() < 1e-6 for g in jax.tree.leaves(grads))
 
 
@@ -312,19 +570,85 @@ def test_the_expected_gradient_is_the_exact_one(
     total, mass = jax.tree.map(jnp.zeros_like, params), 0.0
     for start in range(0, cfg.vocab, 48):  # 48 rows of 5 fill 8 lines of 32
       tokens = range(start, min(start + 48, cfg.vocab))
-      numbers = [{"advantage": float(reward_V[a]) - baseline} for a in tokens]
+      numbers = [
+        {"advantage": float(reward_V[a]) - baseline, "shift": 0.0} for a in tokens
+      ]
       rows = [
         (prompt + [a], [0.0] * 4 + [1.0], more)
         for a, more in zip(tokens, numbers, strict=True)
       ]
       packed = text.pack(rows, length=32, rows_multiple=8)
-      batch = rl_batch(packed, score(params, packed, 0.8))
+      batch = rl_batch(packed, score(params, packed, 0.8), rows)
       prob_BT = np.where(batch["sampled_BT"], np.exp(batch["logp_BT"]), 0.0)
       mass += prob_BT.sum()
       batch["advantage_BT"] = batch["advantage_BT"] * prob_BT
       total = jax.tree.map(jnp.add, total, loss_and_gradient(batch)[2])
     np.testing.assert_allclose(mass, 1, atol=1e-5)
     close(total, want)
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS.CHANGES])
+def test_each_algorithm_learns(name, params, score, cfg, compute):
+  """Two tokens are drawn after a prompt; each below 30 of 97 is worth a half."""
+  more = dict(length_norm=2.0, mask_truncated=False)
+  if name == "gspo":  # its own are for updates of many thousand tokens
+    more |= dict(clip_low=0.2, clip_high=0.2)
+  how = objective(name, **more)
+  tx = optax.adam(1e-2)
+  tree = {"policy": params, "value": rl.init_value(params)}
+  tree = tree if how.learns_values else params
+  opt, run = tx.init(tree), run_of(how, cfg, compute)
+  worth = jax.jit(rl.make_worth(cfg=cfg, compute=compute))
+  rng, prompt, N = np.random.default_rng(0), [3, 1, 4, 1], 32
+
+  @jax.jit
+  def logits(p, tokens_BT):
+    hidden_BTD, _ = model.forward_rows(p, tokens_BT, cfg=cfg, compute=compute)
+    return hidden_BTD @ model.head(p) / 0.8
+
+  def roll(policy):
+    rows = np.tile(np.array(prompt + [0, 0], np.int32), (N, 1))
+    for t in (4, 5):
+      noise = rng.gumbel(size=(N, cfg.vocab))
+      rows[:, t] = np.argmax(np.asarray(logits(policy, rows))[:, t - 1] + noise, axis=1)
+    return rows, (rows[:, 4:] < 30).mean(axis=1)
+
+  rewards = []
+  for _ in range(30):
+    policy = tree["policy"] if how.learns_values else tree
+    rows_NT, reward_N = roll(policy)
+    rewards.append(reward_N.mean())
+    rows = [(row.tolist(), [0.0] * 4 + [1.0] * 2) for row in rows_NT]
+    packed = text.pad_rows(rows, length=6)
+    logp_BT = score(policy, packed, 0.8)
+    first_BT = score(params, packed, 0.8)
+    value_NT = None
+    if how.learns_values:
+      value_NT = np.asarray(worth(tree, tokens_of(packed)))[:, 4:]
+    kl_NT = (logp_BT - first_BT)[:, 4:]
+    shape = N // 8, 8
+    advantage_NT, worth_NT = rl.advantages(
+      how,
+      reward_N.reshape(shape),
+      np.ones(shape, bool),
+      kl_NT,
+      np.ones((N, 2), bool),
+      value_NT,
+    )
+    batch = tokens_of(packed) | {"sampled_BT": packed.weight_BT > 0, "logp_BT": logp_BT}
+    batch |= rl.placed(
+      logp_BT.shape,
+      packed.where,
+      advantage=advantage_NT,
+      reference=first_BT[:, 4:],
+      worth=worth_NT,
+    )
+    mean, metrics, grads = run(tree, batch)
+    grads = jax.tree.map(lambda g: g / mean.count, grads)  # noqa: B023
+    updates, opt = tx.update(grads, opt)
+    tree = optax.apply_updates(tree, updates)
+  assert rewards[0] < 0.5
+  assert np.mean(rewards[-3:]) > 0.8, rewards
 
 
 # --- The reward model ---

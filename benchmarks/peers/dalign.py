@@ -17,6 +17,7 @@ from dalign import text
 from dalign import train
 from dalign import weights
 from dalign.config import Compute
+from dalign.config import ObjectiveConfig
 from dalign.config import OptimizerConfig
 from dalign.config import SamplerConfig
 
@@ -28,6 +29,23 @@ OPTIMIZER = OptimizerConfig(
   beta2=0.999,
   weight_decay=0.0,
   clip_norm=1.0,
+)
+
+OBJECTIVE = ObjectiveConfig(
+  advantages="rloo",
+  whiten=False,
+  ratio="token",
+  clip_low=1.0,
+  clip_high=1e6,
+  ratio_cap=2.0,
+  mean="constant",
+  length_norm=1.0,
+  kl="reward",
+  kl_weight=0.04,
+  gae_lambda=1.0,
+  value_weight=0.0,
+  overlong=0,
+  mask_truncated=False,
 )
 
 
@@ -138,7 +156,7 @@ class RLStep:
     rows = work.prompts * work.samples
     self.engine = make_sampler(cfg, compute, rows, work.prompts, work.prompt, 0)
     make = functools.partial(rl.make_loss, cfg=cfg, compute=compute, temperature=1.0)
-    loss = make(ratio_cap=2.0, length_norm=float(work.new))
+    loss = make(objective=dataclasses.replace(OBJECTIVE, length_norm=float(work.new)))
     self.update, self.params = trainer(loss, jax.tree.map(jnp.copy, params))
     self.score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=1.0))
     self.parts: dict[str, float] = {}
@@ -152,14 +170,19 @@ class RLStep:
       scored = batch | {"wanted_BT": batch["sampled_BT"]}
       known_BT = np.asarray(self.score(self.reference, scored))
     kl_BT = batch["logp_BT"] - known_BT
-    kl_R = np.array([kl_BT[place].sum() for place in places])
     judged_R = np.array([works.reward(c.tokens) for c in done])
-    reward_R = rl.combine(judged_R, np.ones(len(done), bool), kl_R, kl_weight=0.04)
+    kl_NT = np.stack([kl_BT[place] for place in places])
     shape = work.prompts, work.samples
-    advantage = rl.rloo_advantages(reward_R.reshape(shape), np.ones(shape, bool))
     batch["advantage_BT"] = np.zeros(kl_BT.shape, np.float32)
-    for place, value in zip(places, np.asarray(advantage).ravel(), strict=True):
-      batch["advantage_BT"][place] = value
+    advantage_NT, _ = rl.advantages(
+      OBJECTIVE,
+      judged_R.reshape(shape),
+      np.ones(shape, bool),
+      kl_NT,
+      np.ones(kl_NT.shape, bool),
+    )
+    for place, own in zip(places, advantage_NT, strict=True):
+      batch["advantage_BT"][place] = own
     with turn.Timer() as update:
       self.update({name: x[None] for name, x in batch.items()})
     self.parts = {"rollout": rollout.s, "reference": reference.s, "update": update.s}
@@ -191,15 +214,12 @@ class RLStep:
       for c in done
     ]
     packed = text.pack(rows, length=work.prompt + work.samples * (work.new + 1))
-    logp_BT = np.zeros(packed.tokens_BT.shape, np.float32)
-    start_BT = np.zeros(packed.tokens_BT.shape, bool)
-    places = []
-    for c, (b, start, n) in zip(done, packed.where, strict=True):
-      places.append((b, slice(start + n - work.new, start + n)))
-      logp_BT[places[-1]] = c.logp
-      start_BT[b, start] = True
-    sampled_BT = packed.weight_BT > 0
-    more = {"sampled_BT": sampled_BT, "logp_BT": logp_BT, "start_BT": start_BT}
+    shape = packed.tokens_BT.shape
+    more = rl.placed(shape, packed.where, logp=[c.logp for c in done])
+    more |= {"sampled_BT": packed.weight_BT > 0}
+    places = [
+      (b, slice(start + n - work.new, start + n)) for b, start, n in packed.where
+    ]
     return packed.lines | more, places
 
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Callable
 import zlib
 
 import jax
@@ -233,18 +234,22 @@ class Run:
 
 
 class Scorer:
-  """Log-probabilities of token rows, packed, in batches of one shape."""
+  """A number a token of rows, packed, in batches of one shape: by default its
+  log-probability in nats."""
 
-  def __init__(self, run: Run, shape: configs.BatchConfig, *, temperature: float):
+  def __init__(
+    self, run: Run, shape: configs.BatchConfig, *, temperature: float = 1.0, score=None
+  ):
     compute = dataclasses.replace(run.cfg.compute, remat=False)
-    score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
+    if score is None:
+      score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
     self._score, self.rows, self.length = jax.jit(score), shape.rows, shape.length
 
   def __call__(
     self, params: PyTree, rows: list[list[int]], starts: list[int]
   ) -> list[np.ndarray]:
-    """For each row the log-probability, in nats, of each token from its start, at
-    least 1, onward: none where the row ends before."""
+    """For each row the number of each token from its start, at least 1, onward: none
+    where the row ends before."""
     if not rows:
       return []
     packed = text.pack(
@@ -308,6 +313,7 @@ class Trainer:
   steps: int
   every: int
   averaged: int = 0
+  result: Callable[[PyTree], PyTree] = lambda params: params  # what is kept of them
 
   def __post_init__(self):
     tx = train.make_optimizer(self.optimizer, steps=self.steps)
@@ -365,7 +371,7 @@ class Trainer:
 
   def finish(self) -> PyTree:
     """Writes the parameters beside the checkpoints and returns them."""
-    params = self.state.average if self.averaged else self.state.params
+    params = self.result(self.state.average if self.averaged else self.state.params)
     checkpoints.save_params(self.run.store.path(self.stage, "params"), params)
     self.saved.close()
     return params

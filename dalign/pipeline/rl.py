@@ -1,6 +1,6 @@
 """prompts -> rl/params: policy gradients without the spec, the thought out of sight.
 
-One update a rollout. Everything of a step follows from its number: a run that is cut
+One update a step. Everything of a step follows from its number: a run that is cut
 off goes on at the last checkpoint with the very same prompts and samples.
 """
 
@@ -34,21 +34,26 @@ def reinforce(run: context.Run) -> None:
   if not run.begin("rl", [path for path in inputs if path.exists()]):
     return
   start = run.start_params(cfg.start)
+  params, axes = jax.tree.map(lambda x: x.copy(), start), run.axes
+  valued = cfg.objective.learns_values
+  if valued:
+    params = {"policy": params, "value": rl.init_value(params)}
+    axes = {"policy": axes, "value": {"weight": (None,), "bias": (None,)}}
   trainer = context.Trainer(
     run=run,
     stage="rl",
-    params=jax.tree.map(lambda x: x.copy(), start),
-    axes=run.axes,
+    params=params,
+    axes=axes,
     loss=rl.make_loss(
       cfg=run.arch,
       compute=run.cfg.compute,
       temperature=cfg.temperature,
-      ratio_cap=cfg.ratio_cap,
-      length_norm=cfg.length_norm,
+      objective=cfg.objective,
     ),
     optimizer=cfg.optimizer,
     steps=cfg.steps,
     every=cfg.checkpoint_every,
+    result=(lambda params: params["policy"]) if valued else (lambda params: params),
   )
   step = _Step(run, start)
   shown = run.store.path("rl", "rollouts.jsonl")
@@ -86,9 +91,32 @@ class _Rollout:
   logp: tuple[float, ...]
   judged: float = 0.0
   scored: bool = True
-  kl: float = 0.0
-  advantage: float = 0.0
   trained: bool = False
+  # Of each sampled token: its log-probability under the start, its advantage, what it
+  # was worth to the value head, and the return that the head should have said.
+  reference: np.ndarray | None = None
+  advantage: np.ndarray | None = None
+  value: np.ndarray | None = None
+  worth: np.ndarray | None = None
+
+  @property
+  def known(self) -> int:
+    """How many of the row's tokens were not sampled."""
+    return len(self.before) + self.sample.forced
+
+  @property
+  def tokens(self) -> list[int]:
+    return [*self.before, *self.sample.tokens]
+
+  @property
+  def reward(self) -> float:
+    """Judge times format."""
+    return 0.0 if self.sample.malformed else self.judged
+
+  @property
+  def kl(self) -> float:
+    """log pi_old - log pi_start of all that was sampled, in nats."""
+    return float(np.sum(np.array(self.logp) - self.reference))
 
 
 class _Step:
@@ -101,7 +129,11 @@ class _Step:
       max(1, run.cfg.reward.rows // self.cfg.samples),
     )
     self.able = run.choose("train", "capability", 10**9)
-    self.score = context.Scorer(run, self.cfg.batch, temperature=self.cfg.temperature)
+    temperature = self.cfg.temperature
+    self.score = context.Scorer(run, self.cfg.batch, temperature=temperature)
+    if self.cfg.objective.learns_values:
+      worth = rl.make_worth(cfg=run.arch, compute=run.cfg.compute)
+      self.worth = context.Scorer(run, self.cfg.batch, score=worth)
     if self.cfg.reward == "model":
       params = scoring.load_reward_model(run)
       self.judge = scoring.reward_model(run, params, scoring.Renderer(run))
@@ -109,7 +141,8 @@ class _Step:
       self.judge = judge.rubric_reward(run.spec, quality=None)
 
   def prompts(self, step: int) -> list[Prompt]:
-    """The prompts of a step: whole chunks of one category, then capability."""
+    """The prompts of a step, or of a round of one: whole chunks of one category, then
+    capability."""
     cfg, seed = self.cfg, self.run.cfg.seed
     wanted = cfg.prompts - cfg.capability
     chosen, size = [], len(self.safety[0])
@@ -121,23 +154,53 @@ class _Step:
 
   def roll(self, params, step: int) -> tuple[list[_Rollout], dict[str, float]]:
     """Samples, rewards and advantages of a step, and its metrics."""
-    groups = self._sample(params, step)
-    rollouts = [r for group in groups for r in group]
-    self._judge(rollouts)
+    objective, shape = self.cfg.objective, (-1, self.cfg.samples)
+    policy = params["policy"] if objective.learns_values else params
+    rollouts, idle_B = self._different(policy, step)
     self._reference(rollouts)
-    shape = len(groups), self.cfg.samples
-    judged_BR = np.array([r.judged for r in rollouts], np.float32).reshape(shape)
-    scored_BR = np.array([r.scored for r in rollouts]).reshape(shape)
-    kl_BR = np.array([r.kl for r in rollouts], np.float32).reshape(shape)
-    form_BR = np.array([not r.sample.malformed for r in rollouts]).reshape(shape)
-    total_BR = rl.combine(judged_BR, form_BR, kl_BR, kl_weight=self.cfg.kl_weight)
-    advantage_BR = np.asarray(rl.ADVANTAGES[self.cfg.advantages](total_BR, scored_BR))
-    idle_B = np.asarray(rl.zero_variance(judged_BR * form_BR, scored_BR))
-    for b, group in enumerate(groups):
-      for r, rollout in enumerate(group):
-        rollout.advantage = float(advantage_BR[b, r])
-        rollout.trained = bool(scored_BR[b, r]) and not idle_B[b]
+    if objective.learns_values:
+      self._values(params, rollouts)
+    lengths = [len(r.logp) for r in rollouts]
+    mask_NT = np.arange(max(lengths))[None] < np.array(lengths)[:, None]
+
+    def padded(rows):
+      out_NT = np.zeros(mask_NT.shape)
+      out_NT[mask_NT] = np.concatenate(rows)
+      return out_NT
+
+    reward_N = np.array([r.reward for r in rollouts])
+    reward_N += rl.overlong(lengths, most=self.cfg.max_new, margin=objective.overlong)
+    advantage_NT, worth_NT = rl.advantages(
+      objective,
+      reward_N.reshape(shape),
+      np.array([r.scored for r in rollouts]).reshape(shape),
+      padded([np.array(r.logp) - r.reference for r in rollouts]),
+      mask_NT,
+      padded([r.value for r in rollouts]) if objective.learns_values else None,
+    )
+    no_gradient_B = idle_B & objective.grouped & ~objective.penalised
+    for i, r in enumerate(rollouts):
+      r.advantage, r.worth = advantage_NT[i, : lengths[i]], worth_NT[i, : lengths[i]]
+      cut = objective.mask_truncated and r.sample.finish == "length"
+      r.trained = r.scored and not cut and not no_gradient_B[i // self.cfg.samples]
     return rollouts, self._metrics(rollouts, idle_B)
+
+  def _different(self, policy, step: int) -> tuple[list[_Rollout], np.ndarray]:
+    """The judged rollouts of a step, and which of its groups have equal rewards; these
+    are replaced by groups of other prompts, as often as the config says (DAPO)."""
+    rounds, found = 1 + self.cfg.resample, []
+    for turn in range(rounds):
+      fresh = self._sample(policy, step * rounds + turn)
+      self._judge([r for group in fresh for r in group])
+      if turn:  # those that differ take the place of those that do not
+        fresh = [group for group in fresh if not _idle(group)]
+        kept = [group for group in found if not _idle(group)]
+        spare = [group for group in found if _idle(group)]
+        fresh = (kept + fresh + spare)[: len(found)]
+      found = fresh
+      if not any(map(_idle, found)):
+        break
+    return [r for group in found for r in group], np.array([*map(_idle, found)])
 
   def _sample(self, params, step: int) -> list[list[_Rollout]]:
     run, cfg = self.run, self.cfg
@@ -187,36 +250,32 @@ class _Step:
       r.judged = verdict.score or 0.0
 
   def _reference(self, rollouts: list[_Rollout]) -> None:
-    """The KL of each rollout to the start: its sum over the sampled tokens."""
-    rows = [[*r.before, *r.sample.tokens] for r in rollouts]
-    starts = [len(r.before) + r.sample.forced for r in rollouts]
+    """The start's log-probabilities, once a rollout."""
+    rows, starts = [r.tokens for r in rollouts], [r.known for r in rollouts]
     for r, own in zip(rollouts, self.score(self.start, rows, starts), strict=True):
-      r.kl = float(np.sum(np.array(r.logp) - own))
+      r.reference = own
+
+  def _values(self, params, rollouts: list[_Rollout]) -> None:
+    """What the value head says before each sampled token."""
+    rows, starts = [r.tokens for r in rollouts], [r.known for r in rollouts]
+    for r, own in zip(rollouts, self.worth(params, rows, starts), strict=True):
+      r.value = own
 
   def batch(self, rollouts: list[_Rollout]):
     """The packed micro-batches of the rollouts that carry a gradient, or None."""
-    rows = []
-    for r in rollouts:
-      if r.trained:
-        known = len(r.before) + r.sample.forced
-        tokens = [*r.before, *r.sample.tokens]
-        sampled = [False] * known + [True] * (len(tokens) - known)
-        rows.append((tokens, sampled, {"advantage": r.advantage}))
-    if not rows:
-      return None, 0
-    packed = text.pack(rows, length=self.cfg.batch.length)
-    logp_BT = np.zeros(packed.tokens_BT.shape, np.float32)
-    start_BT = np.zeros(packed.tokens_BT.shape, bool)
     trained = [r for r in rollouts if r.trained]
-    for r, (b, start, n) in zip(trained, packed.where, strict=True):
-      logp_BT[b, start + n - len(r.logp) : start + n] = r.logp
-      start_BT[b, start] = True
-    more = {
-      "sampled_BT": packed.weight_BT > 0,
-      "advantage_BT": packed.extras["advantage"],
-      "logp_BT": logp_BT,
-      "start_BT": start_BT,
-    }
+    if not trained:
+      return None, 0
+    rows = [(r.tokens, [False] * r.known + [True] * len(r.logp)) for r in trained]
+    packed = text.pack(rows, length=self.cfg.batch.length)
+    more = {"sampled_BT": packed.weight_BT > 0} | rl.placed(
+      packed.tokens_BT.shape,
+      packed.where,
+      logp=[r.logp for r in trained],
+      advantage=[r.advantage for r in trained],
+      reference=[r.reference for r in trained],
+      worth=[r.worth for r in trained],
+    )
     return context.micro_batches(packed.lines | more, self.cfg.batch)
 
   def _metrics(self, rollouts: list[_Rollout], idle_B) -> dict[str, float]:
@@ -226,7 +285,7 @@ class _Step:
 
     safety = [r for r in rollouts if r.prompt.kind != "capability"]
     values = {
-      "reward": mean(r.judged * (not r.sample.malformed) for r in safety if r.scored),
+      "reward": mean(r.reward for r in safety if r.scored),
       "format": mean(not r.sample.malformed for r in rollouts),
       "kl_nats": mean(r.kl for r in rollouts),
       "length_tokens": mean(len(r.logp) for r in rollouts),
@@ -239,9 +298,7 @@ class _Step:
     for kind in ("refuse", "safe_complete", "comply"):
       some = [r for r in safety if r.prompt.expected == kind and r.scored]
       if some:
-        values[f"reward_{kind}"] = mean(
-          r.judged * (not r.sample.malformed) for r in some
-        )
+        values[f"reward_{kind}"] = mean(r.reward for r in some)
     return {f"rl/{name}": value for name, value in values.items()}
 
 
@@ -259,6 +316,11 @@ def _chunks(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
   ]
 
 
+def _idle(group: list[_Rollout]) -> bool:
+  """Whether the scored rewards of a group are all equal: it has no gradient."""
+  return len({r.reward for r in group if r.scored}) < 2
+
+
 def _shown(step: int, r: _Rollout) -> dict:
   return {
     "step": step,
@@ -271,5 +333,5 @@ def _shown(step: int, r: _Rollout) -> dict:
     "malformed": r.sample.malformed,
     "reward": r.judged,
     "kl_nats": r.kl,
-    "advantage": r.advantage,
+    "advantage": float(np.mean(r.advantage)),
   }
