@@ -30,6 +30,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8,<0.13",
     "pyarrow>=26,<27",
     "safetensors>=0.8,<0.9",
+    "scipy>=1.16,<2",
     "tensorboardX>=2.6.5,<3",
     "tensorflow-datasets>=4.9.10,<5",
     "tokenizers>=0.22,<0.24",

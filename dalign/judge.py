@@ -245,6 +245,15 @@ def reward_question_text(
   return _question(parts, _REWARD_SCALE, labels)
 
 
+def read_label(answer: str, *, labels: tuple[str, ...] = LABELS) -> Verdict:
+  """The score of a judge's own words, which are to be one label and nothing else;
+  unscored otherwise."""
+  said = answer.strip().rstrip(".")
+  if said not in labels:
+    return Verdict(score=None, reason=f"wanted one of {', '.join(labels)} and no more")
+  return Verdict(score=labels.index(said) / (len(labels) - 1))
+
+
 def model_judge(
   render: Callable[[str], str],
   score_logprobs: ScoreLogprobs,
@@ -263,14 +272,18 @@ def model_judge(
     raise ValueError(f"a scale has two labels or more, got {labels}")
 
   def ask(questions: Sequence[Question]) -> list[Verdict]:
-    turns = [
-      [Turn(role="user", content=_text(question, render, labels))]
-      for question in questions
-    ]
+    turns = [question_turns(question, render, labels=labels) for question in questions]
     rows = score_logprobs(turns, labels) if turns else []
     return [_expectation(row, labels) for row in rows]
 
   return Judge(ask, deterministic=True)
+
+
+def question_turns(
+  question: Question, render: Callable[[str], str], *, labels: tuple[str, ...] = LABELS
+) -> list[Turn]:
+  """A question as a conversation; `render` gives the policy text of a category."""
+  return [Turn(role="user", content=_text(question, render, labels))]
 
 
 def _text(question: Question, render, labels: tuple[str, ...]) -> str:

@@ -56,7 +56,9 @@ def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute)
   )
 
 
-def make_loss(*, cfg: ModelConfig, compute: Compute, pair_weight: float):
+def make_loss(
+  *, cfg: ModelConfig, compute: Compute, pair_weight: float, point_weight: float = 1.0
+):
   """Regression on the judge's scores, plus pairs of answers to one prompt.
 
   Regression is the cross-entropy between the judge's score in [0, 1] and the sigmoid.
@@ -80,7 +82,7 @@ def make_loss(*, cfg: ModelConfig, compute: Compute, pair_weight: float):
     win_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * gap_BB
     points = Mean.of(point_B, real_B)
     pairs = Mean.of(win_BB, pair_BB)
-    total = points.total + pair_weight * pairs.total
+    total = point_weight * points.total + pair_weight * pairs.total
     error_B = jnp.abs(jax.nn.sigmoid(logit_B) - score_B)
     return Mean(total, points.count), {
       "point_nats": points,

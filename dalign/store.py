@@ -119,15 +119,22 @@ class Store:
   append_rows = staticmethod(append_rows)
   read_rows = staticmethod(read_rows)
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(
+    self, workdir: pathlib.Path, shared: Mapping[str, pathlib.Path] | None = None
+  ):
+    """`shared` has the workdirs of stages that other runs have done for this one."""
     self.workdir = pathlib.Path(workdir).absolute()
+    self._shared = {
+      stage: pathlib.Path(place).absolute() for stage, place in (shared or {}).items()
+    }
     self._since: dict[str, float] = {}
 
   def path(self, stage: str, name: str = "") -> pathlib.Path:
-    """WORKDIR/<stage>/<name>, or the stage's folder; nothing is made."""
+    """WORKDIR/<stage>/<name>, or the stage's folder; nothing is made. A shared stage
+    has the workdir of the run that did it."""
     if stage in ("", "..") or pathlib.PurePath(stage).name != stage:
       raise ValueError(f"a stage is the name of one folder, got {stage!r}")
-    return self.workdir / stage / name
+    return self._shared.get(stage, self.workdir) / stage / name
 
   def manifest(self, stage: str) -> dict | None:
     """The manifest of a stage, or None before its first `begin`."""

@@ -1,5 +1,6 @@
 """The training step: one update for many losses. Knows no text, data order or stage."""
 
+import functools
 from typing import Callable
 
 from flax import struct
@@ -32,27 +33,55 @@ class TrainState:
 
 
 def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
-  """AdamW (1711.05101) with warm-up, cosine decay and clipping by global norm.
+  """AdamW (1711.05101) with warm-up, cosine decay and clipping by global norm; for
+  matrices Muon (2502.16982) where the config gives them a rate.
 
   Norm scales and other vectors are not decayed.
   """
-  warmup = min(steps - 1, round(cfg.warmup_share * steps))
-  schedule = optax.warmup_cosine_decay_schedule(
-    init_value=cfg.learning_rate / max(warmup, 1),
-    peak_value=cfg.learning_rate,
-    warmup_steps=warmup,
-    decay_steps=max(steps, 1),
-    end_value=cfg.learning_rate * cfg.final_share,
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(cfg.clip_norm),
-    optax.adamw(
-      schedule,
+  clip = optax.clip_by_global_norm(cfg.clip_norm)
+  rate = functools.partial(_schedule, cfg, steps)
+  if not cfg.matrix_rate:
+    adamw = optax.adamw(
+      rate(cfg.learning_rate),
       b1=cfg.beta1,
       b2=cfg.beta2,
       weight_decay=cfg.weight_decay,
-      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, _unstacked(params)),
-    ),
+      mask=_matrices,
+    )
+    return optax.chain(clip, adamw)
+  muon = optax.contrib.muon(
+    rate(cfg.matrix_rate),
+    weight_decay=cfg.weight_decay,
+    adam_b1=cfg.beta1,
+    adam_b2=cfg.beta2,
+    adam_learning_rate=rate(cfg.learning_rate),
+    muon_weight_dimension_numbers=_layered,
+  )
+  return optax.chain(clip, muon)
+
+
+def _schedule(cfg: OptimizerConfig, steps: int, peak: float):
+  warmup = min(steps - 1, round(cfg.warmup_share * steps))
+  return optax.warmup_cosine_decay_schedule(
+    init_value=peak / max(warmup, 1),
+    peak_value=peak,
+    warmup_steps=warmup,
+    decay_steps=max(steps, 1),
+    end_value=peak * cfg.final_share,
+  )
+
+
+def _matrices(params: PyTree) -> PyTree:
+  """Which leaves are matrices."""
+  return jax.tree.map(lambda x: x.ndim > 1, _unstacked(params))
+
+
+def _layered(params: PyTree) -> PyTree:
+  """What Muon is to take for matrices: those of the layers, each by itself."""
+  each = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+  layers = jax.tree_util.DictKey("layers")
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: each if layers in path and x.ndim == 3 else None, params
   )
 
 

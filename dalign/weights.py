@@ -124,6 +124,23 @@ def tiny_tokenizer() -> Tokenizer:
   return Tokenizer.of(backend, CHATML, bos_id=1, eos_id=2, pad_id=2)
 
 
+def word_tokenizer(words: Iterable[str]) -> Tokenizer:
+  """A token for each of some words, which white space tells apart, one for all others,
+  and four control tokens of a chat. Pad is the stop."""
+  control = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+  vocab = {word: i for i, word in enumerate(["<unk>", *words])}
+  backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+  backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  backend.add_special_tokens(control)
+  template = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|> ' + message['content'] + ' <|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+  )
+  end = backend.token_to_id(control[0])
+  return Tokenizer.of(backend, template, bos_id=None, eos_id=end, pad_id=end)
+
+
 def save_hf(path: str, cfg: ModelConfig, params: PyTree, tok: Tokenizer) -> None:
   """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer read.
 

@@ -28,7 +28,11 @@ OUTSIDE = {  # modules whose only use is the world outside
 }
 TOLD = {"open", "print", "input", "exec", "eval", "breakpoint"}
 SHARED = ("pipeline.context", "pipeline.scoring")  # what stages may import, in order
-ALLOWED = {"text": {"json", "datetime"}}  # what chat templates may ask for
+ALLOWED = {
+  "text": {"json", "datetime"},  # what chat templates may ask for
+  "world": {"random"},  # always of a seed
+  "lessons": {"random"},
+}
 
 
 def floors() -> dict[str, int]:

@@ -30,6 +30,7 @@ OPTIMIZER = OptimizerConfig(
   beta1=0.8,
   beta2=0.95,
   weight_decay=0.2,
+  matrix_rate=0.0,
   clip_norm=0.5,
 )
 KEY = jax.random.key(0)
@@ -222,6 +223,42 @@ def plain_adamw(params, gradient, steps):
       decay = o.weight_decay * params[n] if params[n].ndim > 1 else 0.0
       params[n] = params[n] - rate * (m / (np.sqrt(v) + 1e-8) + decay)
   return params
+
+
+def test_muon_gives_each_layers_matrices_even_steps_and_adamw_the_rest():
+  rng = np.random.default_rng(0)
+  shapes = {
+    "embed": (7, 4),
+    "norm": (4,),
+    "layers": {"q": (2, 4, 6), "mlp_norm": (2, 4)},
+  }
+  params = jax.tree.map(
+    lambda s: jnp.ones(s), shapes, is_leaf=lambda s: type(s) is tuple
+  )
+  grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+  grads["layers"]["q"] *= jnp.asarray([1.0, 50.0])[:, None, None]
+
+  def first_step(matrix_rate):
+    cfg = dataclasses.replace(
+      OPTIMIZER, matrix_rate=matrix_rate, weight_decay=0.0, clip_norm=1e6
+    )
+    tx = train.make_optimizer(cfg, steps=10)
+    return tx.update(grads, tx.init(params), params)[0]
+
+  muon, adamw = first_step(0.3), first_step(0.0)
+  nadam = optax.nadam(OPTIMIZER.learning_rate / 3, b1=0.8, b2=0.95)
+  rest = nadam.update(grads, nadam.init(params))[0]
+  rate = 0.3 / 3  # the first of three steps of warm-up
+  for update, gradient in zip(muon["layers"]["q"], grads["layers"]["q"], strict=True):
+    u, _, v = np.linalg.svd(np.asarray(gradient, float), full_matrices=False)
+    along = -u.T @ np.asarray(update, float) @ v.T / rate
+    scale = np.sqrt(max(1, 6 / 4))
+    assert 0.6 < np.diag(along).min() / scale and np.diag(along).max() / scale < 1.3
+    assert np.abs(along - np.diag(np.diag(along))).max() < 0.05
+  for name in ("embed", "norm"):
+    close(muon[name], rest[name])
+  close(muon["layers"]["mlp_norm"], rest["layers"]["mlp_norm"])
+  assert np.abs(muon["layers"]["q"] - adamw["layers"]["q"]).max() > 1e-3
 
 
 def test_the_last_steps_are_averaged():

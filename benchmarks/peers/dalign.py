@@ -28,6 +28,7 @@ OPTIMIZER = OptimizerConfig(
   beta1=0.9,
   beta2=0.999,
   weight_decay=0.0,
+  matrix_rate=0.0,
   clip_norm=1.0,
 )
 

@@ -1,6 +1,6 @@
 """The method as a pipeline: one function a stage, each from artefact to artefact.
 
-generate -> filter -> sft -> reward -> rl -> eval -> report
+[base ->] generate -> filter -> sft -> reward -> rl -> eval -> report
 """
 
 import pathlib
@@ -9,6 +9,8 @@ import jax
 
 from dalign import config as configs
 from dalign import report
+from dalign.pipeline import ablate
+from dalign.pipeline import base
 from dalign.pipeline import context
 from dalign.pipeline import evaluate
 from dalign.pipeline import filter as filtering
@@ -24,6 +26,7 @@ def write_report(run: context.Run) -> None:
 
 
 STAGES = {  # the order is the method
+  "base": base.learn,
   "generate": generate.generate,
   "filter": filtering.filter_,
   "sft": sft.finetune,
@@ -35,10 +38,26 @@ STAGES = {  # the order is the method
 
 
 def run(cfg: configs.Config, workdir: pathlib.Path) -> None:
-  """Runs the stages that the config asks for, in order."""
-  here = context.Run(cfg, workdir)
+  """Runs the stages that the config asks for, in order; or all of its arms."""
+  if cfg.ablation:
+    ablate.ablate(cfg, workdir, run_stages)
+    report.write_report(workdir)
+  else:
+    run_stages(cfg, workdir, {}, configs.chosen_stages(cfg.stages))
+
+
+def run_stages(
+  cfg: configs.Config,
+  workdir: pathlib.Path,
+  shared: dict[str, pathlib.Path],
+  stages: tuple[str, ...],
+) -> None:
+  """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
+  here = context.Run(cfg, workdir, shared)
   here.store.write_json(here.store.workdir / "config.json", configs.flat(cfg))
   with jax.set_mesh(here.mesh):
-    for stage in configs.chosen_stages(cfg.stages):
+    for stage in stages:
+      if stage == "base" and cfg.world is None:
+        continue  # only a world's base is trained here
       STAGES[stage](here)
   here.metrics.close()

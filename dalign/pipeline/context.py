@@ -1,12 +1,12 @@
 """What the stages of one run share: config, files, model, spec, prompts, progress."""
 
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import json
 import pathlib
 import sys
 import time
-from typing import Callable
 import zlib
 
 import jax
@@ -18,6 +18,7 @@ from dalign import checkpoints
 from dalign import compose
 from dalign import config as configs
 from dalign import data
+from dalign import domain
 from dalign import kernels
 from dalign import model
 from dalign import ops
@@ -29,29 +30,41 @@ from dalign import store
 from dalign import text
 from dalign import train
 from dalign import weights
+from dalign import world
 from dalign.types import EXPECTED
 from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Sample
+from dalign.types import Spec
 from dalign.types import Turn
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 # The parts of the config that each stage depends on; a change there stops the run.
+_JUDGE = ("filter.judge", "filter.temperature", "filter.max_new")
 READS = {
-  "generate": ("model", "compute", "think", "spec", "data", "generate"),
-  "filter": ("model", "compute", "spec", "filter"),
+  "base": ("model", "compute", "mesh", "world"),
+  "generate": ("model", "compute", "think", "spec", "world.spec", "data", "generate"),
+  "filter": ("model", "compute", "spec", "world.spec", "filter"),
   "sft": ("model", "compute", "mesh", "think", "data", "sft"),
-  "reward": ("model", "compute", "mesh", "spec", "reward"),
-  "rl": ("model", "compute", "mesh", "think", "spec", "data", "rl"),
-  "eval": ("model", "compute", "think", "spec", "data", "eval"),
+  "reward": ("model", "compute", "mesh", "spec", "world.spec", "reward", *_JUDGE),
+  "rl": (
+    *("model", "compute", "mesh", "think", "spec", "data", "rl"),
+    *("world.spec", "reward.shows_thought", *_JUDGE),
+  ),
+  "eval": ("model", "compute", "think", "spec", "world.spec", "data", "eval"),
 }
 
 
 class Run:
   """One run of the method in one folder."""
 
-  def __init__(self, cfg: configs.Config, workdir: pathlib.Path):
+  def __init__(
+    self,
+    cfg: configs.Config,
+    workdir: pathlib.Path,
+    shared: dict[str, pathlib.Path] | None = None,
+  ):
     if jax.default_backend() == "cpu" and cfg.compute.kv_dtype != "float32":
       raise ValueError(
         "config.compute.kv_dtype: wanted float32 on a CPU, whose XLA has no batched "
@@ -64,16 +77,20 @@ class Run:
         f"is a {jax.default_backend()}; use xla"
       )
     self.cfg = cfg
-    self.store = store.Store(workdir)
+    self.store = store.Store(workdir, shared)
     self.metrics = store.Metrics(workdir)
     self.key = jax.random.key(cfg.seed)
     self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
+    self.thinks = self.think if cfg.think.used else None  # what is trained writes it
+    self.domain = domain.make(cfg, lambda: store.read_spec_files(self.spec_dir))
     self.mesh = sharding.make_mesh(cfg.mesh)
 
   def _load(self):
     """(architecture, parameters, tokenizer) of the base model, from its files."""
-    if self.cfg.model.path == "random":
+    if self.cfg.model.path in ("random", "world"):
       tok = weights.tiny_tokenizer()
+      if self.cfg.world:
+        tok = weights.word_tokenizer(world.vocabulary())
       sizes = dict(self.cfg.model.random) | {"vocab": tok.vocab_size}
       arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
       return arch, weights.random_model(arch, self.cfg.seed), tok
@@ -109,6 +126,10 @@ class Run:
 
   def base_params(self) -> PyTree:
     """The base model's parameters, on the mesh; a new copy at each call."""
+    return self.trained_params("base") if self.cfg.world else self.fresh_params()
+
+  def fresh_params(self) -> PyTree:
+    """The parameters that the model's source has, on the mesh."""
     shapes = self.shapes
     params, self._fresh = self._fresh or self._load()[1], None
     placed = sharding.shardings(self.mesh, self.axes, shapes)
@@ -145,9 +166,20 @@ class Run:
       sampler=self.cfg.sampler,
     )
 
-  @functools.cached_property
-  def spec(self):
-    return specs.load(store.read_spec_files(self.spec_dir))
+  @property
+  def spec(self) -> Spec:
+    """The specification."""
+    return self.domain.spec
+
+  @property
+  def sources(self) -> list[pathlib.Path]:
+    """What stages depend on besides each other: the policies, or a world's base."""
+    if not self.cfg.world:
+      return [self.spec_dir]
+    base = self.store.path("base", "manifest.json")
+    if not base.exists():
+      raise ValueError(f"{base} is missing: run the base stage first")
+    return [base]
 
   @property
   def spec_dir(self) -> pathlib.Path:
@@ -161,7 +193,7 @@ class Run:
 
   def load_prompts(self, source: str, columns) -> list[Prompt]:
     """A prompt set; categories must be of the spec, or "benign"."""
-    prompts = data.load(source, columns, str(self._data_dir))
+    prompts = self.domain.prompts(source, columns, str(self._data_dir))
     known = {policy.id for policy in self.spec.policies} | {specs.BENIGN}
     for prompt in prompts:
       if prompt.category not in known:
@@ -186,10 +218,13 @@ class Run:
 
   def begin(self, stage: str, inputs) -> bool:
     """Opens a stage; False when it is done already."""
-    cfg = self.cfg
-    keys = {}
-    for part in READS[stage]:
-      keys |= configs.flat(getattr(cfg, part), f"{part}.")
+    cfg, flat = self.cfg, configs.flat(self.cfg)
+    keys = {
+      key: value
+      for part in READS[stage]
+      for key, value in flat.items()
+      if key == part or key.startswith(f"{part}.")
+    }
     state = self.store.begin(
       stage, keys, inputs, cfg.seed, device(), start_over=cfg.start_over
     )
@@ -209,6 +244,8 @@ class Run:
     own = self.think.of(prompt.text)
     written = (own.open if think else "") + self.tok.decode(done.tokens)
     thought, answer, malformed = text.split_thought(written, own)
+    if not think and not self.thinks:
+      malformed = "" if answer else "empty answer"
     if not malformed and done.finish == "length":
       malformed = "cut by the token budget"
     return Sample(
@@ -231,6 +268,62 @@ class Run:
       raise FloatingPointError(
         f"{stage} step {step}: {', '.join(bad)} not finite; the batch is in {where}"
       )
+
+
+def complete(
+  run: Run,
+  weights: sampling.Weights,
+  groups: list[list[sampling.Request]],
+  *,
+  key,
+  temperature: float,
+  max_new: int,
+  room: int | None = None,
+  **more,
+) -> Iterator[sampling.Completion]:
+  """The completions of requests, as they end. Those of a group share what they have in
+  common, or of it the first `room` tokens."""
+  if room is None:
+    many = ([r.tokens for r in group] for group in groups if len(group) > 1)
+    room = max((run.cfg.sampler.prefix_step, *map(sampling.common_prefix, many)))
+  return run.sampler.run(
+    weights,
+    groups,
+    key=key,
+    temperature=temperature,
+    prefix_room=room,
+    prompt_room=run.cfg.sampler.prompt_room,
+    max_new=max_new,
+    **more,
+  )
+
+
+def drafts(run: Run, prompts: list[Prompt], index: int = 0) -> dict[str, str]:
+  """What the base answers to prompts without a specification: prompt id -> answer."""
+  cfg = run.cfg.generate
+  requests = [
+    sampling.Request(
+      tokens=tuple(text.render_chat(run.tok, list(compose.plain(prompt)))),
+      row_id=row_id(prompt.id, index),
+      max_new=cfg.max_new,
+    )
+    for prompt in prompts
+  ]
+  done = complete(
+    run,
+    run.sampler.prepare(run.base_params()),
+    [requests],
+    key=ops.stream(run.key, "draft"),
+    temperature=cfg.temperature,
+    max_new=cfg.max_new,
+    room=run.cfg.sampler.prefix_step,
+  )
+  of = {row_id(prompt.id, index): prompt for prompt in prompts}
+  found = {}
+  for completion in done:
+    prompt = of[completion.request.row_id]
+    found[prompt.id] = run.sample_row(prompt, completion, index, None).answer
+  return found
 
 
 class Scorer:
@@ -391,6 +484,11 @@ def device() -> str:
 def say(line: str) -> None:
   """One line of progress on stderr."""
   tqdm.tqdm.write(f"dalign: {line}", file=sys.stderr)
+
+
+def percent(mean: float | None) -> str:
+  """A mean for a line of text."""
+  return "   -" if mean is None else f"{mean:5.1%}"
 
 
 def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm.tqdm:

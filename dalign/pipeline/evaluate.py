@@ -1,13 +1,19 @@
 """models -> eval/<arm>.jsonl, eval/summary.json: the arms side by side, held out."""
 
 import collections
+from collections.abc import Iterator
+import dataclasses
+import functools
+import itertools
 
 import jax
 
 from dalign import compose
 from dalign import evals
 from dalign import ops
+from dalign import text
 from dalign.pipeline import context
+from dalign.sampler import Completion
 from dalign.sampler import Request
 from dalign.types import Prompt
 
@@ -16,6 +22,7 @@ from dalign.types import Prompt
 ARMS = {
   "base": (None, False, False),
   "spec_in_prompt": (None, True, True),
+  "self_refine": (None, True, True),  # it revises what the base has answered
   "sft": ("sft", False, True),
   "rl": ("rl", False, True),
   "sft_rl": ("rl", False, True),
@@ -26,7 +33,7 @@ def evaluate(run: context.Run) -> None:
   """Samples every arm on the held-out prompts, grades and summarises."""
   cfg = run.cfg.eval
   arms = [arm for arm in cfg.arms if _there(run, arm)]
-  inputs = [run.spec_dir]
+  inputs = [*run.sources]
   inputs += {run.store.path(ARMS[a][0], "manifest.json") for a in arms if ARMS[a][0]}
   if not run.begin("eval", sorted(inputs)):
     return
@@ -34,15 +41,23 @@ def evaluate(run: context.Run) -> None:
   for name, source in cfg.extra.items():
     rows = run.load_prompts(source["source"], source["columns"])
     sets[name] = rows[: cfg.extra_limit]
-  found = {name: {} for name in sets}
+  found = collections.defaultdict(dict)
   for arm in arms:
     rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts])
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
       found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
-  summary = evals.summarize(found[""], seed=run.cfg.seed, trials=cfg.trials)
+    for budget in cfg.budgets if _format(run, arm) else ():
+      found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], budget)
+  summarize = functools.partial(
+    evals.summarize,
+    seed=run.cfg.seed,
+    trials=cfg.trials,
+    definitions=run.domain.definitions,
+  )
+  summary = summarize(found[""])
   for name, rows in list(found.items())[1:]:
-    more = evals.summarize(rows, seed=run.cfg.seed, trials=cfg.trials)
+    more = summarize(rows)
     for part in ("arms", "paired"):
       for arm, metrics in more[part].items():
         summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
@@ -50,12 +65,8 @@ def evaluate(run: context.Run) -> None:
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = ("refuse_disallowed", "comply_allowed", "balanced_accuracy", "capability")
-    line = "  ".join(f"{m} {_percent(metrics[m]['mean'])}" for m in shown)
+    line = "  ".join(f"{m} {context.percent(metrics[m]['mean'])}" for m in shown)
     context.say(f"eval: {arm:15s} {line}")
-
-
-def _percent(mean) -> str:
-  return "   -" if mean is None else f"{mean:5.1%}"
 
 
 def _there(run: context.Run, arm: str) -> bool:
@@ -81,48 +92,64 @@ def _held_out(run: context.Run) -> list[Prompt]:
   ]
 
 
-def _arm(run: context.Run, arm: str, prompts: list[Prompt]) -> list[dict]:
-  """The graded rows of one arm; rows that are there already are not sampled again."""
+def _format(run: context.Run, arm: str) -> text.ThinkFormat | None:
+  """How an arm's thoughts are opened for it, if they are."""
+  _, with_spec, thinks = ARMS[arm]
+  return (run.think if with_spec else run.thinks) if thinks else None
+
+
+def _arm(
+  run: context.Run, arm: str, prompts: list[Prompt], budget: int | None = None
+) -> list[dict]:
+  """The graded rows of one arm, of thoughts of at most so many tokens; rows that are
+  there already are not sampled again."""
   cfg = run.cfg.eval
-  stage, with_spec, thinks = ARMS[arm]
-  path = run.store.path("eval", f"{arm}.jsonl")
+  stage, with_spec, _ = ARMS[arm]
+  end = "" if budget is None else f".thought_{budget}"
+  path = run.store.path("eval", f"{arm}{end}.jsonl")
   rows = {r["prompt_id"]: r for r in run.store.read_rows(path)} if path.exists() else {}
-  think = run.think if thinks else None
+  think = _format(run, arm)
   groups, tokens = collections.defaultdict(list), {}
+  left = [prompt for prompt in prompts if prompt.id not in rows]
+  answers = context.drafts(run, left) if arm == "self_refine" else {}
   for prompt in prompts:
     turns = compose.plain(prompt)
-    if with_spec:
-      turns = compose.teach(
-        run.spec, prompt, detail=run.cfg.spec.detail, worked=0, think=run.think
-      )
+    if prompt.id in answers:
+      turns = run.domain.revise(prompt, answers[prompt.id])
+    elif with_spec:
+      turns = run.domain.teach(prompt, worked=0)
     tokens[prompt.id] = compose.opened(run.tok, turns, think)
     if prompt.id not in rows:
       groups[prompt.category if with_spec else ""].append(prompt)
   params = run.trained_params(stage) if stage else run.base_params()
   weights = run.sampler.prepare(params)
-  room = max(map(len, tokens.values())) if with_spec else run.cfg.sampler.prefix_step
-  with context.bar(len(prompts), f"eval {arm}", "prompt", len(rows)) as bar:
+  complete = functools.partial(
+    context.complete,
+    run,
+    weights,
+    key=ops.stream(run.key, "eval"),
+    temperature=cfg.temperature,
+    max_new=cfg.max_new,
+    room=None if with_spec else run.cfg.sampler.prefix_step,
+  )
+  with context.bar(len(prompts), f"eval {arm}{end}", "prompt", len(rows)) as bar:
     of = {context.row_id(p.id): p for group in groups.values() for p in group}
     rows_of = {p.id: row for row, p in of.items()}
-    done = run.sampler.run(
-      weights,
+    requests = [
       [
-        [
-          Request(tokens=tokens[p.id], row_id=rows_of[p.id], max_new=cfg.max_new)
-          for p in g
-        ]
-        for g in groups.values()
-      ],
-      key=ops.stream(run.key, "eval"),
-      temperature=cfg.temperature,
-      prefix_room=room,
-      prompt_room=run.cfg.sampler.prompt_room,
-      max_new=cfg.max_new,
-    )
+        Request(tokens=tokens[p.id], row_id=rows_of[p.id], max_new=cfg.max_new)
+        for p in group
+      ]
+      for group in groups.values()
+    ]
+    if budget is None:
+      done = complete(requests)
+    else:
+      done = _within(run, complete, requests, budget)
     for completion in done:
       prompt = of[completion.request.row_id]
       sample = run.sample_row(prompt, completion, 0, think)
-      row = evals.outcome(prompt, sample, run.spec)
+      row = run.domain.outcome(prompt, sample)
       run.store.append_rows(path, [row])
       rows[prompt.id] = row
       bar.update()
@@ -131,3 +158,32 @@ def _arm(run: context.Run, arm: str, prompts: list[Prompt]) -> list[dict]:
   run.store.write_rows(path, ordered)  # not in the order in which they happened to end
   run.store.pause("eval")
   return ordered
+
+
+def _within(run: context.Run, complete, groups, budget: int) -> Iterator[Completion]:
+  """Completions whose thought is closed for them after `budget` tokens."""
+  close = tuple(run.tok.encode(run.think.close))
+  later, before = [[] for _ in groups], {}  # row id -> its tokens so far
+  place = {r.row_id: (g, r) for g, group in enumerate(groups) for r in group}
+  if budget:
+    short = [[dataclasses.replace(r, max_new=budget) for r in g] for g in groups]
+    first = complete(short)
+  else:
+    first = (
+      Completion(request=r, tokens=(), logp=(), finish="length")
+      for r in itertools.chain(*groups)
+    )
+  for done in first:
+    row = done.request.row_id
+    g, request = place[row]
+    if done.finish == "stop":
+      yield dataclasses.replace(done, request=request)
+      continue
+    open_still = run.think.close not in run.tok.decode(done.tokens)
+    before[row] = (*done.tokens, *(close if open_still else ()))
+    tokens = (*request.tokens, *before[row])
+    later[g].append(dataclasses.replace(request, tokens=tokens))
+  for done in complete([group for group in later if group]):
+    row = done.request.row_id
+    tokens = (*before[row], *done.tokens)
+    yield dataclasses.replace(done, request=place[row][1], tokens=tokens)

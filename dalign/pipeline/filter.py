@@ -17,6 +17,7 @@ from dalign import ops
 from dalign import spec as specs
 from dalign import text
 from dalign.pipeline import context
+from dalign.pipeline import scoring
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Verdict
@@ -28,7 +29,7 @@ def filter_(run: context.Run) -> None:
   source = run.store.path("generate", "samples.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the generate stage first")
-  if not run.begin("filter", [source, run.spec_dir]):
+  if not run.begin("filter", [source, *run.sources]):
     return
   prompts = {prompt.id: prompt for prompt in run.prompts}
   rows = run.store.read_rows(source)
@@ -59,7 +60,7 @@ def _judge(run: context.Run, asked: list[tuple[Prompt, Sample]]) -> list[Verdict
   if cfg.judge == "model":
     ask = model_judge(run)
   else:
-    ask = judge.rubric_judge(run.spec, quality=quality(run) if cfg.quality else None)
+    ask = scoring.filter_judge(run, "filter", quality(run) if cfg.quality else None)
   votes = iter(judge.min_of_k(ask, questions, cfg.votes))
   return [
     Verdict(score=None, reason=f"malformed: {s.malformed}")
@@ -71,7 +72,7 @@ def _judge(run: context.Run, asked: list[tuple[Prompt, Sample]]) -> list[Verdict
 
 def _rewards(run: context.Run, asked) -> list[Verdict]:
   """What an answer is worth to a judge that sees no thought."""
-  ask = judge.rubric_reward(run.spec, quality=None)
+  ask = scoring.answer_judge(run, "reward")
   return ask([judge.RewardQuestion(prompt=p, answer=s.answer) for p, s in asked])
 
 
@@ -116,7 +117,7 @@ def model_judge(run: context.Run) -> judge.Judge:
     return found
 
   def render(category):
-    return specs.render(run.spec, category, detail=run.cfg.spec.detail)
+    return run.domain.policy_text(category, run.cfg.spec.detail)
 
   return judge.model_judge(render, score_logprobs)
 

@@ -6,9 +6,9 @@ the rubric, or it has had its share.
 """
 
 import collections
+import pathlib
 
 from dalign import compose
-from dalign import judge
 from dalign import ops
 from dalign import sampler as sampling
 from dalign.pipeline import context
@@ -29,7 +29,7 @@ def generate(run: context.Run) -> None:
     prompts += run.choose("train", "safety", cfg.prompts[expected], (expected,))
   prompts += run.choose("train", "helpful", cfg.helpful)
   prompts += run.choose("train", "capability", cfg.capability)
-  if not run.begin("generate", [run.spec_dir]):
+  if not run.begin("generate", run.sources):
     return
   path = run.store.path("generate", "samples.jsonl")
   book = _Book(run, prompts)
@@ -39,19 +39,18 @@ def generate(run: context.Run) -> None:
   for prompt in prompts:
     groups[prompt.category, prompt.expected].append(prompt)
   parts = sorted(groups.values(), key=len, reverse=True)
-  room = max(
-    sampling.common_prefix([book.tokens(prompt) for prompt in group]) for group in parts
-  )
+  if cfg.revise:
+    book.revises(path.with_name("drafts.jsonl"))
   weights = run.sampler.prepare(run.base_params())
   with context.bar(len(prompts), "generate", "prompt", book.finished()) as bar:
-    done = run.sampler.run(
+    done = context.complete(
+      run,
       weights,
       [[r for p in group for r in book.requests(p)] for group in parts],
       key=ops.stream(run.key, "generate"),
       temperature=cfg.temperature,
-      prefix_room=room,
-      prompt_room=run.cfg.sampler.prompt_room,
       max_new=cfg.max_new,
+      room=max(book.shared(group) for group in parts),
       more=book.more,
     )
     for completion in done:
@@ -74,23 +73,39 @@ class _Book:
     self.samples = collections.defaultdict(dict)  # prompt id -> index -> looks right
     self.asked = collections.defaultdict(set)
     self.by_row = {}
-    self.read = {}  # prompt id -> tokens
+    self.read = {}  # prompt id, draft -> tokens
+    self.drafts = {}  # prompt id -> the answers to be revised, one a sample
     self.total = 0
-    self.judge = judge.rubric_judge(run.spec, quality=None)
+    self.looks_right = run.domain.looks_right()
 
-  def tokens(self, prompt: Prompt) -> tuple[int, ...]:
-    """What the model reads before it thinks of this prompt."""
-    if prompt.id not in self.read:
-      cfg = self.run.cfg
-      turns = compose.teach(
-        self.run.spec,
-        prompt,
-        detail=cfg.spec.detail,
-        worked=cfg.generate.demonstrations,
-        think=self.run.think,
+  def revises(self, path: pathlib.Path) -> None:
+    """Has every sample revise an answer that the base gave without the spec."""
+    store = self.run.store
+    if not path.exists():
+      prompts = [*self.prompts.values()]
+      found = [context.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
+      store.write_rows(
+        path, [{"prompt_id": p.id, "drafts": [d[p.id] for d in found]} for p in prompts]
       )
-      self.read[prompt.id] = compose.opened(self.run.tok, turns, self.run.think)
-    return self.read[prompt.id]
+    self.drafts = {row["prompt_id"]: row["drafts"] for row in store.read_rows(path)}
+
+  def tokens(self, prompt: Prompt, index: int) -> tuple[int, ...]:
+    """What the model reads before it thinks of this prompt."""
+    draft = self.drafts[prompt.id][index] if self.drafts else None
+    if (prompt.id, draft) not in self.read:
+      domain = self.run.domain
+      if draft is None:
+        turns = domain.teach(prompt, worked=self.cfg.demonstrations)
+      else:
+        turns = domain.revise(prompt, draft)
+      opened = compose.opened(self.run.tok, turns, self.run.think)
+      self.read[prompt.id, draft] = opened
+    return self.read[prompt.id, draft]
+
+  def shared(self, group: list[Prompt]) -> int:
+    """How many tokens all samples of a group have in common."""
+    indices = range(self.cfg.most if self.drafts else 1)
+    return sampling.common_prefix([self.tokens(p, i) for p in group for i in indices])
 
   def requests(self, prompt: Prompt) -> list[sampling.Request]:
     """The samples to draw next: the rest of the first round that is not complete."""
@@ -109,7 +124,7 @@ class _Book:
   def _request(self, prompt: Prompt, index: int) -> sampling.Request:
     row = context.row_id(prompt.id, index)
     self.by_row[row] = prompt, index
-    tokens = self.tokens(prompt)
+    tokens = self.tokens(prompt, index)
     return sampling.Request(tokens=tokens, row_id=row, max_new=self.cfg.max_new)
 
   def more(self, completion) -> list[sampling.Request]:
@@ -130,13 +145,7 @@ class _Book:
         f"generate/samples.jsonl has prompt {sample.prompt_id!r}, which this config "
         "does not choose; use another --workdir or --config.start_over=true"
       )
-    right = False
-    if not sample.malformed:
-      question = judge.FilterQuestion(
-        prompt=prompt, thought=sample.thought, answer=sample.answer
-      )
-      score = self.judge([question])[0].score
-      right = score is not None and score >= self.cfg.threshold
+    right = not sample.malformed and self.looks_right(prompt, sample)
     self.samples[prompt.id][sample.index] = right
     self.total += 1
 

@@ -27,7 +27,7 @@ def train_reward(run: context.Run) -> None:
   source = run.store.path("filter", "judged.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the filter stage first")
-  inputs = [source, run.spec_dir]
+  inputs = [source, *run.sources]
   if cfg.start == "sft":
     inputs.append(run.store.path("sft", "manifest.json"))
   if not run.begin("reward", inputs):
@@ -62,7 +62,10 @@ def _trainer(run: context.Run) -> context.Trainer:
   trunk = run.start_params(cfg.start)
   params = reward.init_head(trunk, ops.stream(run.key, "reward_head"))
   loss = reward.make_loss(
-    cfg=run.arch, compute=run.cfg.compute, pair_weight=cfg.pair_weight
+    cfg=run.arch,
+    compute=run.cfg.compute,
+    pair_weight=cfg.pair_weight,
+    point_weight=cfg.point_weight,
   )
   return context.Trainer(
     run=run,
@@ -78,31 +81,44 @@ def _trainer(run: context.Run) -> context.Trainer:
 
 def _questions(run: context.Run, source):
   """Scored questions: each sampled answer, and one of another type for each prompt."""
+  cfg = run.cfg.reward
   prompts = {prompt.id: prompt for prompt in run.prompts}
-  rows = [r for r in run.store.read_rows(source) if r["reward"] is not None]
-  questions = [
-    judge.RewardQuestion(prompt=prompts[r["prompt_id"]], answer=r["answer"])
-    for r in rows
-  ]
-  scores = [r["reward"] for r in rows]
-  answers = collections.defaultdict(list)
-  for question in questions:
-    answers[question.prompt.category].append(question)
+  stored = "score" if cfg.shows_thought else "reward"
+  rows = [r for r in run.store.read_rows(source) if r[stored] is not None]
+  replies = [(prompts[r["prompt_id"]], r["thought"], r["answer"]) for r in rows]
+  scores = [r[stored] for r in rows]
+  if cfg.labels == "rubric":
+    scores = [verdict.score for verdict in _judged(run, replies)]
+  of = collections.defaultdict(list)
+  for reply in replies:
+    of[reply[0].category].append(reply)
   draw, swapped = random.Random(run.cfg.seed), []
-  for prompt in dict.fromkeys(q.prompt for q in questions):
-    others = [
-      q.answer for q in answers[prompt.category] if q.prompt.expected != prompt.expected
-    ]
+  for prompt in dict.fromkeys(prompt for prompt, _, _ in replies):
+    others = [r for r in of[prompt.category] if r[0].expected != prompt.expected]
     if others:
-      swapped.append(judge.RewardQuestion(prompt=prompt, answer=draw.choice(others)))
-  verdicts = judge.rubric_reward(run.spec, quality=None)(swapped)
-  for question, verdict in zip(swapped, verdicts, strict=True):
-    if verdict.score is not None:
-      questions.append(question)
-      scores.append(verdict.score)
-  if not questions:
+      swapped.append((prompt, *draw.choice(others)[1:]))
+  scores += [verdict.score for verdict in _judged(run, swapped)]
+  pairs = [
+    (scoring.reward_question(run, *reply), score)
+    for reply, score in zip(replies + swapped, scores, strict=True)
+    if score is not None
+  ]
+  if not pairs:
     raise ValueError(f"{source} has no scored answers: the reward model needs some")
+  questions, scores = zip(*pairs, strict=True)
   return questions, np.array(scores, np.float32)
+
+
+def _judged(run: context.Run, replies):
+  """Verdicts on (prompt, thought, answer), by whoever makes the labels."""
+  cfg, domain = run.cfg.reward, run.domain
+  if cfg.shows_thought:
+    questions = [judge.FilterQuestion(p, thought, a) for p, thought, a in replies]
+    ask = scoring.filter_judge(run, "labels")
+    return (domain.filter_rubric(None) if cfg.labels == "rubric" else ask)(questions)
+  questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
+  ask = scoring.answer_judge(run, "labels")
+  return (domain.reward_rubric() if cfg.labels == "rubric" else ask)(questions)
 
 
 def _held_out(questions, share: float) -> list[bool]:
@@ -155,7 +171,7 @@ def _measure(run: context.Run, ask, questions, scores, held) -> dict:
   """Agreement with the judge on the held-out prompts, or the first of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = [i for i, h in enumerate(held) if h][:MEASURED]
-  probes = judge.probes(run.choose("eval", "safety", PROBED))
+  probes = run.domain.probes(run.choose("eval", "safety", PROBED))
   asked = [questions[i] for i in some] + [question for _, question, _ in probes]
   verdicts = ask(asked)
   ids = np.array([context.row_id(questions[i].prompt.id) for i in some])

@@ -12,7 +12,6 @@ import numpy as np
 
 from dalign import compose
 from dalign import data
-from dalign import judge
 from dalign import ops
 from dalign import rl
 from dalign import text
@@ -26,7 +25,7 @@ from dalign.types import Prompt
 def reinforce(run: context.Run) -> None:
   """Trains the policy from its start; writes rollouts as text every few steps."""
   cfg = run.cfg.rl
-  inputs = [run.spec_dir]
+  inputs = [*run.sources]
   if cfg.start == "sft":
     inputs.append(run.store.path("sft", "manifest.json"))
   if cfg.reward == "model":
@@ -137,8 +136,10 @@ class _Step:
     if self.cfg.reward == "model":
       params = scoring.load_reward_model(run)
       self.judge = scoring.reward_model(run, params, scoring.Renderer(run))
+    elif self.cfg.reward == "judge":
+      self.judge = scoring.answer_judge(run, "rl")
     else:
-      self.judge = judge.rubric_reward(run.spec, quality=None)
+      self.judge = run.domain.reward_rubric()
 
   def prompts(self, step: int) -> list[Prompt]:
     """The prompts of a step, or of a round of one: whole chunks of one category, then
@@ -208,24 +209,24 @@ class _Step:
     before = [text.render_chat(run.tok, list(compose.plain(p))) for p in prompts]
     requests, place = [], {}
     for i, prompt in enumerate(prompts):
-      tokens = (*before[i], *compose.forced(run.tok, compose.plain(prompt), run.think))
+      tokens = (*before[i], *compose.forced(run.tok, compose.plain(prompt), run.thinks))
       for r in range(cfg.samples):
         row = context.row_id(prompt.id, r)
         place[row] = i, r
         requests.append(Request(tokens=tokens, row_id=row, max_new=cfg.max_new))
-    done = run.sampler.run(
+    done = context.complete(
+      run,
       run.sampler.prepare(params),
       [requests],
       key=ops.stream(run.key, "rollout", step),
       temperature=cfg.temperature,
-      prefix_room=run.cfg.sampler.prefix_step,
-      prompt_room=run.cfg.sampler.prompt_room,
       max_new=cfg.max_new,
+      room=run.cfg.sampler.prefix_step,
     )
     groups = [[None] * cfg.samples for _ in prompts]
     for completion in done:
       i, r = place[completion.request.row_id]
-      sample = run.sample_row(prompts[i], completion, r, run.think)
+      sample = run.sample_row(prompts[i], completion, r, run.thinks)
       groups[i][r] = _Rollout(prompts[i], sample, before[i], completion.logp)
     return groups
 
@@ -243,7 +244,8 @@ class _Step:
       else:
         asked.append(r)
     questions = [
-      judge.RewardQuestion(prompt=r.prompt, answer=r.sample.answer) for r in asked
+      scoring.reward_question(self.run, r.prompt, r.sample.thought, r.sample.answer)
+      for r in asked
     ]
     for r, verdict in zip(asked, self.judge(questions), strict=True):
       r.scored = verdict.score is not None

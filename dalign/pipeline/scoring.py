@@ -12,10 +12,14 @@ import jax
 import numpy as np
 
 from dalign import judge
+from dalign import ops
 from dalign import reward
+from dalign import sampler as sampling
 from dalign import spec as specs
 from dalign import text
+from dalign import words
 from dalign.pipeline import context
+from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Turn
 from dalign.types import Verdict
@@ -41,7 +45,7 @@ class Renderer:
     self.room = -(-longest // step) * step
 
   def _spec(self, category: str) -> str:
-    return specs.render(self.run.spec, category, detail=self.cfg.detail)
+    return self.run.domain.policy_text(category, self.cfg.detail)
 
   def _render(self, turns) -> list[int]:
     return text.render_chat(self.run.tok, list(turns), add_generation_prompt=False)
@@ -110,3 +114,73 @@ def reward_model(run: context.Run, params: PyTree, renderer: Renderer) -> judge.
     return verdicts
 
   return judge.Judge(ask, deterministic=True)
+
+
+def reward_question(
+  run: context.Run, prompt: Prompt, thought: str, answer: str
+) -> judge.RewardQuestion:
+  """What the reward model is asked: the answer alone, but where the config shows it the
+  thought, which only a negative control does."""
+  if run.cfg.reward.shows_thought:
+    answer = f"{run.think.tag} {thought} {run.think.close} {answer}"
+  return judge.RewardQuestion(prompt=prompt, answer=answer)
+
+
+def filter_judge(run: context.Run, name: str, quality=None) -> judge.Judge:
+  """The judge of thought and answer that is a rubric or writes its grades."""
+  if run.cfg.filter.judge == "sampled":
+    return sampled_judge(run, name)
+  return run.domain.filter_rubric(quality)
+
+
+def answer_judge(run: context.Run, name: str) -> judge.Judge:
+  """The filter's judge, asked about answers alone; where that is not a model that
+  writes its grades, the rubric."""
+  if run.cfg.filter.judge == "sampled":
+    return sampled_judge(run, name)
+  return run.domain.reward_rubric()
+
+
+def sampled_judge(run: context.Run, name: str) -> judge.Judge:
+  """The base model as judge: it thinks with the spec in sight, and writes a grade.
+
+  Asked the same again, it draws anew; else its randomness comes from `name` and from
+  what is asked. Known answers are compared.
+  """
+  cfg, params = run.cfg.filter, run.sampler.prepare(run.base_params())
+  asked = collections.Counter()
+
+  def ask(questions):
+    verdicts: list[Verdict | None] = [None] * len(questions)
+    groups, place = collections.defaultdict(list), {}
+    what = context.row_id(
+      *((q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions)
+    )
+    asked[what] += 1
+    for i, question in enumerate(questions):
+      prompt = question.prompt
+      if prompt.kind == "capability":
+        correct = words.correct(question.answer, prompt.answer)
+        verdicts[i] = Verdict(score=correct)
+        continue
+      tokens = tuple(text.render_chat(run.tok, run.domain.question(question)))
+      row = context.row_id(name, i)
+      place[row] = i
+      request = sampling.Request(tokens=tokens, row_id=row, max_new=cfg.max_new)
+      groups[prompt.category].append(request)
+    done = context.complete(
+      run,
+      params,
+      [*groups.values()],
+      key=ops.stream(run.key, f"judge_{name}_{what}", asked[what]),
+      temperature=cfg.temperature,
+      max_new=cfg.max_new,
+    )
+    for completion in done:
+      i = place[completion.request.row_id]
+      said = run.tok.decode(completion.tokens)
+      _, answer, malformed = text.split_thought(said, run.think.of(""))
+      verdicts[i] = run.domain.grade(said if malformed else answer)
+    return verdicts
+
+  return judge.Judge(ask, deterministic=False)

@@ -61,10 +61,17 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   index = specs.leak_index(run.spec, cfg.leak_words)
   prompts = {prompt.id: prompt for prompt in run.prompts}
   found = []  # (turns, row)
-  for kept in run.store.read_rows(source):
+  kept_rows = run.store.read_rows(source)
+  some = range(len(kept_rows))
+  if len(some) > cfg.most:
+    some = sorted(data.order(len(some), seed=run.cfg.seed, epoch=0)[: cfg.most])
+  for kept in [kept_rows[i] for i in some]:
     turns = compose.plain(prompts[kept["prompt_id"]])
     sample = context.row_to_sample(kept)
-    row = row_of(run.tok, turns, sample.tokens, sample.forced, cfg.decision_weight)
+    tokens, forced = sample.tokens, sample.forced
+    if not run.thinks:
+      tokens, forced = _answer(run, sample.answer), 0
+    row = row_of(run.tok, turns, tokens, forced, cfg.decision_weight)
     found.append((turns, row))
   for prompt in run.choose("train", "capability", cfg.capability):
     if not prompt.answer.strip():
@@ -72,7 +79,11 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
         f"prompt {prompt.id!r} is of kind capability and has no answer to train on: "
         "give it one, or set sft.capability=0"
       )
-    found.append((compose.plain(prompt), _written(run, compose.reference(prompt))))
+    written = _written(run, compose.plain(prompt), run.domain.known(prompt))
+    if not run.thinks:
+      answer = _answer(run, prompt.answer)
+      written = row_of(run.tok, compose.plain(prompt), answer, 0, 1.0)
+    found.append((compose.plain(prompt), written))
   rows = [
     row
     for turns, row in found
@@ -80,7 +91,10 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   ]
   dropped = {"leaked": len(found) - len(rows)}
   if cfg.worked:
-    rows += [_written(run, w) for policy in run.spec.policies for w in policy.worked]
+    rows += [
+      _written(run, [context.user_turn(prompt)], completion)
+      for prompt, completion in run.domain.worked()
+    ]
   fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
   dropped["too_long"] = len(rows) - len(fits)
   return fits, dropped
@@ -97,12 +111,15 @@ def row_of(tok, turns, tokens, forced: int, first: float) -> tuple[list, list]:
   return [*before, *tokens], [0.0] * (len(before) + forced) + weights
 
 
-def _written(run: context.Run, example) -> tuple[list, list]:
-  """An example that was written, not sampled, as a row of brief thought and answer; its
-  forced opening is not trained."""
-  turns = [context.user_turn(example.prompt)]
+def _answer(run: context.Run, answer: str) -> tuple[int, ...]:
+  """The tokens of an answer without a thought."""
+  return (*run.tok.encode(answer), run.tok.stop_ids[0])
+
+
+def _written(run: context.Run, turns, rest: str) -> tuple[list, list]:
+  """A completion that was written, not sampled, as a row; `rest` is what follows its
+  forced opening, which is not trained."""
   forced = compose.forced(run.tok, turns, run.think)
-  rest = compose.brief(run.spec, example, run.think) + example.answer
   tokens = (*forced, *run.tok.encode(rest), run.tok.stop_ids[0])
   return row_of(run.tok, turns, tokens, len(forced), run.cfg.sft.decision_weight)
 

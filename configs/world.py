@@ -1,0 +1,237 @@
+"""The policy world: the whole method from nothing, with ground truth, on a laptop.
+
+  python -m dalign.main --config=configs/world.py --workdir=runs/world
+  python -m dalign.main --config=configs/world.py:ablation --workdir=runs/ablation
+
+The first trains one model by SFT and RL, the second all arms.
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+
+def _load(name: str):
+  """Another file of this folder."""
+  path = pathlib.Path(__file__).with_name(f"{name}.py")
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+quickstart, algorithms = _load("quickstart"), _load("algorithms")
+
+FAMILIES = {  # attacks and more that no stage after the base has seen
+  "spelled": "spelled",
+  "reversed": "reversed",
+  "foreign": "foreign",
+  "persona": "persona",
+  "begin": "begin",
+  "nested": "spelled+begin",
+  "lookalike": "toy",
+  # Not attacks: the specification in sight, and one with clauses turned.
+  "told": "told",
+  "edited": "edited",
+}
+
+
+def _arm(row: str, stages: str = "", takes=None, **changes) -> dict:
+  """An arm: the row of eval that it is, its own stages, those it takes, and changes,
+  as in rl__start="base"."""
+  inside = {}
+  for name, value in changes.items():
+    part, _, field = name.partition("__")
+    inside.setdefault(part, {})[field] = value
+  return dict(
+    row=row,
+    stages=tuple(stages.split()),
+    takes=takes or {},
+    changes=inside,
+  )
+
+
+SFT = dict(sft="sft")
+# A reward model of preferences, which never sees the specification.
+PREFERENCES = dict(reward__detail="none", reward__point_weight=0.0, rl__reward="model")
+ABLATION = dict(
+  seeds=(0,),
+  shared=("base", "generate", "filter"),
+  arms={
+    "none": _arm("base"),
+    "spec_in_prompt": _arm("spec_in_prompt"),
+    "self_refine": _arm("self_refine"),
+    "sft": _arm("sft", "sft"),
+    "rl": _arm("rl", "rl", rl__start="base"),
+    "sft_rl": _arm("sft_rl", "rl", SFT),
+    "no_thoughts": _arm("sft", "sft", think__used=False),
+    "rlhf": _arm(
+      "rl", "reward rl", rl__start="base", reward__labels="rubric", **PREFERENCES
+    ),
+    "constitutional": _arm(
+      "sft_rl",
+      "generate filter sft reward rl",
+      generate__revise=True,
+      think__used=False,
+      **PREFERENCES,
+    ),
+    "thought_shown": _arm("sft_rl", "rl", SFT, reward__shows_thought=True),
+  },
+)
+
+
+def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
+  """SFT and RL in the world, or all arms; every number once, with its reason."""
+  if arms not in (None, "ablation"):
+    raise ValueError(
+      f"wanted configs/world.py or configs/world.py:ablation, not {arms}"
+    )
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.stages = "base,generate,filter,sft,rl,eval,report"
+  c.start_over = False
+  c.model = dict(
+    path="world",
+    random=dict(
+      width=128,
+      layers=3,
+      heads=4,
+      kv_heads=4,
+      head_dim=32,
+      ffw=384,
+      rope_theta=100.0,
+      norm_eps=1e-5,
+      tied=True,
+      max_length=1024,
+    ),
+  )
+  c.compute = dict(
+    dtype="bfloat16",
+    kv_dtype="float32",
+    attention="xla",
+    remat=False,
+    logits_chunk=4096,
+  )
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.sampler = dict(
+    slots=128,
+    lanes=8,
+    chunk=8,
+    prefill=16,
+    prompt_room=80,
+    prompt_step=16,
+    prefix_step=64,
+  )
+  c.think = dict(used=True, open="<think>", close="</think>")
+  c.world = dict(
+    spec=0,
+    # To look a clause up takes two layers that learn it together: read out whole
+    # policies first, where every clause is looked up.
+    first_lessons=dict(reading=0.85, rules=0.06, free=0.04, grading=0.05),
+    first_share=0.26,
+    lessons=dict(
+      rules=0.4, free=0.18, grading=0.27, codes=0.06, revising=0.05, reading=0.04
+    ),
+    # Real helpful-only models decline now and then; without it RL would have nothing
+    # to find.
+    declines=0.04,
+    steps=1250,
+    # Of two rows that read a policy out, a line of 192 tokens holds both.
+    batch=dict(micro=1, rows=20, length=192),
+    # Reading alone, the loss after 320 steps of 16 lines was 0.11 with Muon and 0.22
+    # with AdamW.
+    optimizer=quickstart.optimizer(3e-3) | dict(matrix_rate=0.02, clip_norm=1e3),
+    checkpoint_every=200,
+  )
+  c.spec = dict(dir="specs", detail="full")
+  c.data = dict(source="world", columns={}, dir="~/.cache/dalign")
+  c.generate = dict(
+    prompts=dict(refuse=400, safe_complete=400, comply=400),
+    helpful=40,
+    capability=0,
+    demonstrations=0,
+    revise=False,
+    batch=2,
+    most=2,
+    enough=2,
+    threshold=1.0,
+    temperature=0.7,
+    max_new=40,
+  )
+  c.filter = dict(
+    judge="sampled",
+    votes=2,
+    temperature=0.3,
+    max_new=56,
+    threshold=1.0,
+    per_prompt=1,
+    per_cell=1000,
+    quality=False,
+  )
+  c.sft = dict(
+    epochs=8,
+    worked=False,
+    most=10**6,
+    # With 60 of them a quarter of what the base knew was lost.
+    capability=200,
+    decision_weight=1.0,
+    average_share=0.0,
+    leak_words=8,
+    batch=dict(micro=1, rows=8, length=192),
+    # Held out are pairs of topic and intent. AdamW alone learned pairs by heart: its
+    # thoughts cited the right clauses for 56% of those held out, with Muon for 78%,
+    # with decay too for 92% (one seed each, over an earlier base).
+    optimizer=quickstart.optimizer(1e-3) | dict(matrix_rate=0.01, weight_decay=0.5),
+    checkpoint_every=100,
+  )
+  c.reward = dict(
+    start="base",
+    labels="judge",
+    shows_thought=False,
+    detail="full",
+    metadata=False,
+    steps=200,
+    rows=64,
+    length=80,
+    held_out=0.1,
+    point_weight=1.0,
+    pair_weight=1.0,
+    optimizer=quickstart.optimizer(1e-3),
+    checkpoint_every=100,
+  )
+  c.rl = dict(
+    start="sft",
+    # One judge for the filter and for RL (2412.16339).
+    reward="judge",
+    steps=60,
+    prompts=36,
+    expected=("refuse", "safe_complete", "comply"),
+    capability=4,
+    samples=8,
+    temperature=1.0,
+    max_new=40,
+    resample=0,
+    objective=algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
+    batch=dict(micro=4, rows=16, length=256),
+    optimizer=quickstart.optimizer(3e-4),
+    checkpoint_every=20,
+    show_every=10,
+  )
+  c.eval = dict(
+    arms=("base", "spec_in_prompt", "sft", "sft_rl"),
+    prompts=480,
+    helpful=16,
+    capability=48,
+    budgets=(0, 4, 8, 16),
+    extra={
+      name: dict(source=f"world:{forms}", columns={})
+      for name, forms in FAMILIES.items()
+    },
+    extra_limit=120,
+    temperature=0.5,
+    max_new=40,
+    trials=1000,
+  )
+  c.ablation = None if arms is None else ABLATION
+  return c

@@ -1,0 +1,81 @@
+"""Arms side by side: the same run with changes, sharing what the method lets them.
+
+seed-S/shared has the stages that all arms share, seed-S/ARM those of its own, and
+eval/summary.json all of them, as one run's has its own.
+"""
+
+from collections.abc import Callable
+import math
+import pathlib
+
+import numpy as np
+from scipy import stats
+
+from dalign import config as configs
+from dalign import evals
+from dalign import store
+from dalign.pipeline import context
+
+RunStages = Callable[[configs.Config, pathlib.Path, dict, tuple[str, ...]], None]
+
+
+def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
+  """Runs every arm of every seed and writes their summary."""
+  found = {}  # arm -> the metrics of each seed
+  for seed in cfg.ablation.seeds:
+    folder = workdir / f"seed-{seed}"
+    one = configs.changed(cfg, {"seed": seed, "ablation": None})
+    run_stages(one, folder / "shared", {}, cfg.ablation.shared)
+    for name, arm in cfg.ablation.arms.items():
+      own = {*arm["stages"], "eval"}
+      shared = {s: folder / "shared" for s in cfg.ablation.shared if s not in own}
+      shared |= {stage: folder / other for stage, other in arm["takes"].items()}
+      changes = arm["changes"] | {"eval": {"arms": (arm["row"],)}}
+      stages = tuple(stage for stage in configs.STAGES if stage in own)
+      context.say(f"seed {seed}, {name}: {', '.join(stages)}")
+      run_stages(configs.changed(one, changes), folder / name, shared, stages)
+      summary = store.read_json(folder / name / "eval" / "summary.json")
+      found.setdefault(name, []).append(summary["arms"][arm["row"]])
+  store.write_json(
+    workdir / "eval" / "summary.json",
+    {
+      "arms": {name: over_seeds(seeds) for name, seeds in found.items()},
+      "paired": {},
+      "definitions": summary["definitions"],
+      "versions": summary["versions"],
+      "seeds": list(cfg.ablation.seeds),
+    },
+  )
+  for name, seeds in found.items():
+    context.say(line(name, over_seeds(seeds)))
+
+
+def over_seeds(seeds: list[dict]) -> dict:
+  """metric -> mean over seeds with Student's 95% interval; of one seed its own."""
+  if len(seeds) == 1:
+    return seeds[0]
+  return {metric: _cell([one[metric] for one in seeds]) for metric in seeds[0]}
+
+
+def _cell(cells: list[dict]) -> dict:
+  means = [cell["mean"] for cell in cells if cell["mean"] is not None]
+  out = {
+    "n": sum(cell["n"] for cell in cells),
+    "unscored": sum(cell.get("unscored", 0) for cell in cells),
+    "seeds": means,
+  }
+  if not means:
+    return out | {"mean": None, "low": None, "high": None}
+  mean, spread = float(np.mean(means)), math.inf
+  if len(means) > 1:
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    spread = float(stats.t.ppf(0.975, len(means) - 1)) * error
+  low, high = max(0.0, mean - spread), min(1.0, mean + spread)
+  return out | {"mean": mean, "low": low, "high": high}
+
+
+def line(name: str, metrics: dict) -> str:
+  """An arm in one line."""
+  shown = ("verdict", *evals.PARTS, "safe_complete", "citation", "capability")
+  said = (f"{m} {context.percent(metrics[m]['mean'])}" for m in shown if m in metrics)
+  return f"{name:15s} {'  '.join(said)}"
