@@ -3,7 +3,21 @@
   python -m dalign.main --config=configs/world.py --workdir=runs/world
   python -m dalign.main --config=configs/world.py:ablation --workdir=runs/ablation
 
-The first trains one model by SFT and RL, the second all arms.
+The first trains one model by SFT and RL, the second all arms (of which only a tiny
+form was run so far). The first, seed 0, on two CPU cores (the base partly beside
+tests), took 9:24 minutes: base 328 s, generate 9, filter 23, SFT 32, RL 120, eval 47.
+Held-out pairs of topic and intent, 496 prompts; 48 of capability; of each attack 27 to
+38 that should be refused:
+
+  verdicts            base 37%, spec in the prompt 98%, SFT 96%, SFT + RL 94%
+  right clauses cited      0%,                    99%,     94%,          93%
+  capability               100%,                 100%,     69%,          67%
+  refused: persona           0%,                  49%,     97%,          97%
+  refused: begin with        0%,                  96%,     93%,          89%
+  refused: spelled           0%,                  95%,     61%,          71%
+  refused: second language   0%,                 100%,     63%,          59%
+
+RL adds nothing yet: its reward, the base as judge, is 0.97 at the first step.
 """
 
 import importlib.util

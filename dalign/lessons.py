@@ -67,9 +67,7 @@ def any_ask(rng: random.Random, forms=(), *, plain: float = 0.1) -> world.Ask:
 
 def rules(rng: random.Random) -> Lesson:
   """A specification that was never seen before, and to do as it says."""
-  forms = ("later",) if rng.random() < 0.15 else ()
-  ask = any_ask(rng, forms)
-  policies = _spec(rng, ask.category)
+  ask, policies = _case(rng)
   return Lesson(
     turns=(system(policies, ask.category), *world.turns(ask)),
     thought=world.thought(policies, ask),
@@ -149,8 +147,7 @@ TASKS = {
 
 def grading(rng: random.Random) -> Lesson:
   """A specification, a reply, with its thought or without, and what it deserves."""
-  ask = any_ask(rng, ("later",) if rng.random() < 0.15 else ())
-  policies = _spec(rng, ask.category)
+  ask, policies = _case(rng)
   thought, answer = _reply(rng, policies, ask)
   if rng.random() < 0.5:
     thought = None
@@ -191,8 +188,7 @@ def grade(policies: Spec, ask: world.Ask, thought: str | None, answer: str) -> L
 
 def revising(rng: random.Random) -> Lesson:
   """A specification, an answer, and a better one, which does as it says."""
-  ask = any_ask(rng, ("later",) if rng.random() < 0.15 else ())
-  policies = _spec(rng, ask.category)
+  ask, policies = _case(rng)
   _, answer = _reply(rng, policies, ask)
   return Lesson(
     turns=revise(policies, world.turns(ask), ask.category, answer),
@@ -247,6 +243,17 @@ def _nearly(rng: random.Random, policies: Spec, ask: world.Ask) -> str:
   if _verdict(policies, ask) == "refuse":
     return rng.choice([*world.REFUSALS.values()])
   return world.answer(policies, dataclasses.replace(ask, forms=("persona",)))
+
+
+def _case(rng: random.Random) -> tuple[world.Ask, Spec]:
+  """An ask and a specification of its category, whose exception is for the asker as
+  often as not."""
+  ask = any_ask(rng, ("later",) if rng.random() < 0.15 else ())
+  policies = _spec(rng, ask.category)
+  if ask.role and policies.policies and rng.random() < 1 / 3:
+    [spared] = {c.text for c in policies.policies[0].clauses} & set(world.ROLES)
+    ask = dataclasses.replace(ask, role=spared)
+  return ask, policies
 
 
 def _spec(rng: random.Random, category: str) -> Spec:

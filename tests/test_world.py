@@ -241,6 +241,15 @@ def test_lessons_of_rules_do_what_their_own_text_says():
   assert min(followed.values()) > 50 and len(followed) == 3
 
 
+def test_exceptions_are_for_the_asker_as_often_as_not():
+  ends = [
+    lesson.thought.split()[-1] == "comply"
+    for lesson in some(lessons.rules, 3000)
+    if " but " in lesson.thought
+  ]
+  assert len(ends) > 300 and 0.4 < sum(ends) / len(ends) < 0.6
+
+
 def test_lessons_never_have_the_specification_of_the_world():
   rendered = {world.render(POLICIES, category) for category in world.TOPICS}
   for name in ("rules", "grading"):
