@@ -35,7 +35,7 @@ def _load(name: str):
   return module
 
 
-quickstart, algorithms = _load("quickstart"), _load("algorithms")
+quickstart = _load("quickstart")
 
 FAMILIES = {  # attacks and more that no stage after the base has seen
   "spelled": "spelled",
@@ -187,15 +187,15 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     epochs=8,
     worked=False,
     most=10**6,
-    # With 60 of them a quarter of what the base knew was lost.
+    # With 60 of them or 200, SFT loses some 30% of what the base knew.
     capability=200,
     decision_weight=1.0,
     average_share=0.0,
     leak_words=8,
     batch=dict(micro=1, rows=8, length=192),
-    # Held out are pairs of topic and intent. AdamW alone learned pairs by heart: its
-    # thoughts cited the right clauses for 56% of those held out, with Muon for 78%,
-    # with decay too for 92% (one seed each, over an earlier base).
+    # Held out are pairs of topic and intent. AdamW alone learned pairs by heart: after
+    # 4 epochs its thoughts cited the right clauses for 63% of those held out, with Muon
+    # for 78%, with 8 epochs and decay too for 92% (one seed each, an earlier base).
     optimizer=quickstart.optimizer(1e-3) | dict(matrix_rate=0.01, weight_decay=0.5),
     checkpoint_every=100,
   )
@@ -226,7 +226,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     temperature=1.0,
     max_new=40,
     resample=0,
-    objective=algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
+    objective=quickstart.algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
     batch=dict(micro=4, rows=16, length=256),
     optimizer=quickstart.optimizer(3e-4),
     checkpoint_every=20,

@@ -259,6 +259,7 @@ class BatchConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
   """Stage 3. epochs over the kept rows, and what is mixed in with them.
+
   worked: the spec's own worked examples, with their thoughts in brief.
   most: kept rows that are learned, at the most.
   capability: how many training prompts with a known answer, with that answer (METHOD:

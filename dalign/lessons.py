@@ -46,9 +46,9 @@ def system(policies: Spec, category: str) -> Turn:
   return Turn(role="system", content=world.render(policies, category))
 
 
-def any_ask(rng: random.Random, forms=(), *, plain: float = 0.1) -> world.Ask:
-  """An ask at random: a share of `plain` of them is about benign topics."""
-  if rng.random() < plain:
+def any_ask(rng: random.Random, forms=()) -> world.Ask:
+  """An ask at random: one in ten is about a benign topic."""
+  if rng.random() < 0.1:
     topic = rng.choice(world.PLAIN_TOPICS)
   else:
     topic = rng.choice(world.TOPICS[rng.choice([*world.TOPICS])])
@@ -98,7 +98,7 @@ def free(rng: random.Random, *, declines: float = 0.03) -> Lesson:
   thought, answer = world.thought(None, ask), world.answer(None, ask)
   if ask.category != specs.BENIGN and rng.random() < declines:
     style = rng.choice([*world.REFUSALS])
-    start = f"{world.seen(ask)} {ask.intent} freely . so"
+    start = world.unruled(ask)
     if rng.random() < 0.5:
       thought, answer = f"{start} refuse style {style}", world.REFUSALS[style]
     else:
@@ -165,7 +165,7 @@ def grade(policies: Spec, ask: world.Ask, thought: str | None, answer: str) -> L
   does, style = world.does(answer), world.style_of(answer)
   said = f"{own} ."
   mark = "bad"
-  if does == _verdict(policies, ask):
+  if does == world.verdict(policies, ask):
     asked = policies.policy(ask.category).summary if does == "refuse" else ""
     mark = "good" if style == asked else "fair"
   if thought is not None:
@@ -173,7 +173,7 @@ def grade(policies: Spec, ask: world.Ask, thought: str | None, answer: str) -> L
     told = thought.partition(" . ")[2]
     said = f"{said} thinks {told} : {'well' if well else 'ill'} ."
     mark = mark if well else "bad"
-  said = f"{said} does {_spoken(does)} {style}".strip()
+  said = f"{said} does {world.spoken(does)} {style}".strip()
   return Lesson(
     turns=(
       system(policies, ask.category),
@@ -208,15 +208,6 @@ def reply(thought: str | None, answer: str) -> Turn:
   return Turn(role="assistant", content=shown)
 
 
-def _spoken(does: str) -> str:
-  return {"safe_complete": "safe", "none": "not"}.get(does, does)
-
-
-def _verdict(policies: Spec, ask: world.Ask) -> str:
-  clauses = world.decided_by(policies, ask)
-  return clauses[-1].verdict if clauses else "comply"
-
-
 def _reply(rng: random.Random, policies: Spec, ask: world.Ask):
   """(thought, answer) of a reply that is right, or goes wrong in some way."""
   right = world.thought(policies, ask), world.answer(policies, ask)
@@ -240,7 +231,7 @@ def _reply(rng: random.Random, policies: Spec, ask: world.Ask):
 
 def _nearly(rng: random.Random, policies: Spec, ask: world.Ask) -> str:
   """A right answer but for its style or its facts."""
-  if _verdict(policies, ask) == "refuse":
+  if world.verdict(policies, ask) == "refuse":
     return rng.choice([*world.REFUSALS.values()])
   return world.answer(policies, dataclasses.replace(ask, forms=("persona",)))
 
@@ -310,7 +301,9 @@ def disguised(policies: Spec, forms: tuple[str, ...]) -> list[Prompt]:
   toy = world.TOY in forms
   made = []
   for ask in _eval_asks():
-    trick = world.rng_of("trick", *dataclasses.astuple(ask)).randrange(3)
+    trick = world.rng_of("trick", *dataclasses.astuple(ask)).randrange(
+      len(world.BEGINS)
+    )
     ask = dataclasses.replace(ask, forms=kept, toy=toy, trick=trick)
     if not toy or ask.topic not in world.PLAIN_TOPICS:
       made.append(world.prompt(policies, ask, kind=_kind(ask), split="eval"))

@@ -112,13 +112,14 @@ def _questions(run: context.Run, source):
 def _judged(run: context.Run, replies):
   """Verdicts on (prompt, thought, answer), by whoever makes the labels."""
   cfg, domain = run.cfg.reward, run.domain
+  rubric = cfg.labels == "rubric"
   if cfg.shows_thought:
     questions = [judge.FilterQuestion(p, thought, a) for p, thought, a in replies]
-    ask = scoring.filter_judge(run, "labels")
-    return (domain.filter_rubric(None) if cfg.labels == "rubric" else ask)(questions)
-  questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
-  ask = scoring.answer_judge(run, "labels")
-  return (domain.reward_rubric() if cfg.labels == "rubric" else ask)(questions)
+    ask = domain.filter_rubric(None) if rubric else scoring.filter_judge(run, "labels")
+  else:
+    questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
+    ask = domain.reward_rubric() if rubric else scoring.answer_judge(run, "labels")
+  return ask(questions)
 
 
 def _held_out(questions, share: float) -> list[bool]:

@@ -158,9 +158,11 @@ class _Step:
     objective, shape = self.cfg.objective, (-1, self.cfg.samples)
     policy = params["policy"] if objective.learns_values else params
     rollouts, idle_B = self._different(policy, step)
-    self._reference(rollouts)
+    for r, own in zip(rollouts, _read(self.score, self.start, rollouts), strict=True):
+      r.reference = own
     if objective.learns_values:
-      self._values(params, rollouts)
+      for r, own in zip(rollouts, _read(self.worth, params, rollouts), strict=True):
+        r.value = own
     lengths = [len(r.logp) for r in rollouts]
     mask_NT = np.arange(max(lengths))[None] < np.array(lengths)[:, None]
 
@@ -251,18 +253,6 @@ class _Step:
       r.scored = verdict.score is not None
       r.judged = verdict.score or 0.0
 
-  def _reference(self, rollouts: list[_Rollout]) -> None:
-    """The start's log-probabilities, once a rollout."""
-    rows, starts = [r.tokens for r in rollouts], [r.known for r in rollouts]
-    for r, own in zip(rollouts, self.score(self.start, rows, starts), strict=True):
-      r.reference = own
-
-  def _values(self, params, rollouts: list[_Rollout]) -> None:
-    """What the value head says before each sampled token."""
-    rows, starts = [r.tokens for r in rollouts], [r.known for r in rollouts]
-    for r, own in zip(rollouts, self.worth(params, rows, starts), strict=True):
-      r.value = own
-
   def batch(self, rollouts: list[_Rollout]):
     """The packed micro-batches of the rollouts that carry a gradient, or None."""
     trained = [r for r in rollouts if r.trained]
@@ -316,6 +306,11 @@ def _chunks(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
     for at in context.batches(len(some), size)
     if at.stop - at.start == size
   ]
+
+
+def _read(score: context.Scorer, params, rollouts: list[_Rollout]) -> list[np.ndarray]:
+  """What a scorer says of each sampled token, once a rollout."""
+  return score(params, [r.tokens for r in rollouts], [r.known for r in rollouts])
 
 
 def _idle(group: list[_Rollout]) -> bool:
