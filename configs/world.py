@@ -67,6 +67,7 @@ def _arm(row: str, stages: str = "", takes=None, **changes) -> dict:
 
 
 SFT = dict(sft="sft")
+FEWER = (100, 300)
 # A reward model of preferences, which never sees the specification.
 PREFERENCES = dict(reward__detail="none", reward__point_weight=0.0, rl__reward="model")
 ABLATION = dict(
@@ -80,6 +81,12 @@ ABLATION = dict(
     "rl": _arm("rl", "rl", rl__start="base"),
     "sft_rl": _arm("sft_rl", "rl", SFT),
     "no_thoughts": _arm("sft", "sft", think__used=False),
+    # How many rows it takes, with thoughts and without.
+    **{f"sft_{n}": _arm("sft", "sft", sft__most=n) for n in FEWER},
+    **{
+      f"no_thoughts_{n}": _arm("sft", "sft", sft__most=n, think__used=False)
+      for n in FEWER
+    },
     "rlhf": _arm(
       "rl", "reward rl", rl__start="base", reward__labels="rubric", **PREFERENCES
     ),
@@ -145,17 +152,20 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     first_lessons=dict(reading=0.85, rules=0.06, free=0.04, grading=0.05),
     first_share=0.26,
     lessons=dict(
-      rules=0.4, free=0.18, grading=0.27, codes=0.06, revising=0.05, reading=0.04
+      rules=0.4, free=0.17, grading=0.27, codes=0.08, revising=0.04, reading=0.04
     ),
     # Real helpful-only models decline now and then; without it RL would have nothing
     # to find.
     declines=0.04,
     steps=1250,
-    # Of two rows that read a policy out, a line of 192 tokens holds both.
-    batch=dict(micro=1, rows=20, length=192),
+    # Of two rows that read a policy out, a line of 192 tokens holds both. After 2300
+    # steps of 10 lines (and a rate that ended at a tenth) 54% of the base's replies
+    # followed the specification in sight, after these 98%.
+    batch=dict(micro=1, rows=32, length=192),
     # Reading alone, the loss after 320 steps of 16 lines was 0.11 with Muon and 0.22
     # with AdamW.
-    optimizer=quickstart.optimizer(3e-3) | dict(matrix_rate=0.02, clip_norm=1e3),
+    optimizer=quickstart.optimizer(3e-3)
+    | dict(matrix_rate=0.02, clip_norm=1e3, final_share=0.0),
     checkpoint_every=200,
   )
   c.spec = dict(dir="specs", detail="full")
@@ -187,16 +197,17 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     epochs=8,
     worked=False,
     most=10**6,
-    # With 60 of them or 200, SFT loses some 30% of what the base knew.
-    capability=200,
+    capability=500,  # all there are: what is not rehearsed is lost first
     decision_weight=1.0,
     average_share=0.0,
     leak_words=8,
     batch=dict(micro=1, rows=8, length=192),
     # Held out are pairs of topic and intent. AdamW alone learned pairs by heart: after
     # 4 epochs its thoughts cited the right clauses for 63% of those held out, with Muon
-    # for 78%, with 8 epochs and decay too for 92% (one seed each, an earlier base).
-    optimizer=quickstart.optimizer(1e-3) | dict(matrix_rate=0.01, weight_decay=0.5),
+    # for 78% (one seed each, an earlier base). Embeddings hardly move: with 1e-3 and a
+    # decay of 0.5, 74% of capability were left, with these 79%, at the same verdicts.
+    optimizer=quickstart.optimizer(1e-5)
+    | dict(matrix_rate=0.01, weight_decay=0.2, final_share=0.0),
     checkpoint_every=100,
   )
   c.reward = dict(
@@ -219,16 +230,16 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     # One judge for the filter and for RL (2412.16339).
     reward="judge",
     steps=60,
-    prompts=36,
+    prompts=38,
     expected=("refuse", "safe_complete", "comply"),
-    capability=4,
+    capability=6,
     samples=8,
     temperature=1.0,
     max_new=40,
     resample=0,
     objective=quickstart.algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
     batch=dict(micro=4, rows=16, length=256),
-    optimizer=quickstart.optimizer(3e-4),
+    optimizer=quickstart.optimizer(3e-4) | dict(final_share=0.0),
     checkpoint_every=20,
     show_every=10,
   )
@@ -236,7 +247,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     arms=("base", "spec_in_prompt", "sft", "sft_rl"),
     prompts=480,
     helpful=16,
-    capability=48,
+    capability=96,
     budgets=(0, 4, 8, 16),
     extra={
       name: dict(source=f"world:{forms}", columns={})

@@ -121,8 +121,8 @@ def some_forms(rng: random.Random) -> tuple[str, ...]:
 
 
 def codes(rng: random.Random) -> Lesson:
-  """Spelling, reversing and translating, whatever specification is in sight."""
-  lesson = task(rng.choice([*world.KINDS_OF]), rng.choice([*TASKS]))
+  """To code words and to decode them, whatever specification is in sight."""
+  lesson = task(rng.choice([*world.KINDS_OF]), rng.choice(TASKS))
   if rng.random() < 0.7:
     return lesson
   category = rng.choice([specs.BENIGN, *world.TOPICS])
@@ -131,18 +131,20 @@ def codes(rng: random.Random) -> Lesson:
 
 
 def task(word: str, kind: str) -> Lesson:
-  """One task about a word."""
-  said = f"{kind} {word}"
-  return Lesson(
-    turns=(Turn(role="user", content=said),), thought=said, answer=TASKS[kind](word)
-  )
+  """One task about a word: to code it, or "un" to say which word a code is."""
+  given, answer = word, _CODES[kind.removeprefix("un")](word)
+  if kind not in _CODES:
+    given, answer = answer, given
+  said = f"{kind} {given}"
+  return Lesson(turns=(Turn(role="user", content=said),), thought=said, answer=answer)
 
 
-TASKS = {
+_CODES = {
   "spell": " ".join,
   "reverse": lambda word: " ".join(reversed(word)),
   "translate": lambda word: world.foreign(word),
 }
+TASKS = (*_CODES, *(f"un{kind}" for kind in _CODES))
 
 
 def grading(rng: random.Random) -> Lesson:

@@ -384,7 +384,7 @@ def _results(summary: Json) -> str:
   words = (
     f'<h3>What the metrics mean</h3><dl class="words">{words}</dl>' if words else ""
   )
-  return "".join([*tables[:1], _plane(arms), *tables[1:], words])
+  return "".join([*tables[:1], _plane(arms), _scaling(arms), *tables[1:], words])
 
 
 def _metric_groups(metrics: dict) -> list[tuple[str, list[str]]]:
@@ -494,6 +494,50 @@ def _plane_frame(x, y) -> str:
     f'<text class="corner" x="{x(0) + 24}" y="{y(1) + 15}">refuses everything</text>'
     f'<text class="corner" x="{x(1) - 24}" y="{y(0) - 7}" text-anchor="end">'
     "answers everything</text>"
+  )
+
+
+def _scaling(arms: dict) -> str:
+  """What is right against the tokens that a thought may have, a line for each arm that
+  was measured so."""
+  found = collections.defaultdict(dict)  # arm -> budget, or inf -> mean
+  for arm, metrics in arms.items():
+    for name, cell in metrics.items():
+      budget = re.fullmatch(r"thought_(\d+)_verdict", name)
+      if budget and _finite(cell.get("mean")):
+        found[arm][int(budget[1])] = cell["mean"]
+    if arm in found and _finite(metrics.get("verdict", {}).get("mean")):
+      found[arm][math.inf] = metrics["verdict"]["mean"]
+  if not found:
+    return ""
+  budgets = sorted({budget for line in found.values() for budget in line})
+  across = {budget: 60 + 400 * i / len(budgets) for i, budget in enumerate(budgets)}
+  ticks = "".join(
+    f'<path class="grid" d="M{x:.1f} 20V420"/><text x="{x:.1f}" y="438" '
+    f'text-anchor="middle">{"all" if b == math.inf else b}</text>'
+    for b, x in across.items()
+  ) + "".join(
+    f'<path class="grid" d="M60 {420 - 4 * v}H460"/><text x="54" y="{424 - 4 * v}" '
+    f'text-anchor="end">{v}%</text>'
+    for v in (0, 25, 50, 75, 100)
+  )
+  parts, taken = [], []
+  for number, (arm, line) in enumerate(found.items()):
+    dots = [(across[budget], 420 - 400 * line[budget]) for budget in sorted(line)]
+    left, top = _free_place(*dots[-1], 7.4 * len(arm), taken)
+    parts.append(
+      f'<g class="arm c{number % 8}">'
+      f'<path fill="none" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in dots)}"/>'
+      + "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4"/>' for a, b in dots)
+      + f'<text x="{left:.1f}" y="{top + 12:.1f}">{_text(arm)}</text></g>'
+    )
+  return (
+    '<figure class="plane scaling"><svg viewBox="0 0 480 470" role="img" '
+    'aria-label="Verdicts against the tokens that a thought may have">'
+    f'{ticks}{"".join(parts)}<text class="axis" x="260" y="462" '
+    'text-anchor="middle">tokens that a thought may have</text></svg><figcaption>'
+    "Right verdicts of each arm when its thought is closed for it after so many "
+    "tokens. An arm that does not write thoughts is not here.</figcaption></figure>"
   )
 
 

@@ -519,6 +519,7 @@ def vocabulary() -> tuple[str, ...]:
   texts += [*TOPICS, specs.BENIGN, *INTENTS, *(spoken(v) for v in VERDICTS), "is"]
   numbers = range(1, len(INTENTS) + 2)
   texts += [f"{a}{n}" for a, n in itertools.product(VERDICTS.values(), numbers)]
-  texts += ["spell reverse translate system user assistant <think> </think>"]
+  texts += ["spell reverse translate unspell unreverse untranslate"]
+  texts += ["system user assistant <think> </think>"]
   texts += ["read grade revise this thinks does well ill not good fair bad"]
   return tuple(sorted(set(" ".join(texts).split())))

@@ -283,6 +283,23 @@ def test_the_plane_holds_every_arm_that_has_both_rates(run):
     )
 
 
+def test_verdicts_are_drawn_against_the_length_of_thoughts(tmp_path):
+  cells = {"thought_16_verdict": 0.75, "verdict": 1.0, "thought_0_verdict": 0.25}
+  arms = {
+    "thinks": {name: {"mean": mean} for name, mean in cells.items()},
+    "does_not": {"verdict": {"mean": 0.5}},
+  }
+  _dump(tmp_path / "eval" / "summary.json", {"arms": arms})
+  _write(tmp_path)
+  page = (tmp_path / "report.html").read_text(encoding="utf-8")
+  figure = re.search(r'<figure class="plane scaling">.*?</figure>', page, re.DOTALL)[0]
+  assert ">thinks<" in figure and "does_not" not in figure
+  assert re.findall(r'text-anchor="middle">(\d+|all)<', figure) == ["0", "16", "all"]
+  places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', figure)
+  assert [float(cy) for _, cy in places] == [320.0, 120.0, 20.0]
+  assert [float(cx) for cx, _ in places] == sorted({float(cx) for cx, _ in places})
+
+
 def test_labels_of_equal_points_do_not_cover_each_other():
   taken = []
   places = [report._free_place(300, 200, 60, taken) for _ in range(4)]

@@ -271,6 +271,10 @@ def test_codes_are_what_they_say():
   assert lessons.task("bread", "spell").answer == "b r e a d"
   assert lessons.task("bread", "reverse").answer == "d a e r b"
   assert lessons.task("bread", "translate").answer == world.lexicon()["bread"]
+  for kind in ("spell", "reverse", "translate"):
+    there, back = lessons.task("soup", kind), lessons.task("soup", f"un{kind}")
+    assert back.answer == "soup"
+    assert back.turns[-1].content == f"un{kind} {there.answer}"
 
 
 def test_grades_tell_right_from_fair_and_bad():
