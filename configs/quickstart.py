@@ -123,6 +123,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.reward = dict(
     start="sft",
     labels="judge",
+    drafts=False,
     shows_thought=False,
     detail="clauses",
     metadata=True,

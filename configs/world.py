@@ -87,8 +87,14 @@ ABLATION = dict(
       f"no_thoughts_{n}": _arm("sft", "sft", sft__most=n, think__used=False)
       for n in FEWER
     },
+    # As InstructGPT (2203.02155): demonstrations, then preferences.
     "rlhf": _arm(
-      "rl", "reward rl", rl__start="base", reward__labels="rubric", **PREFERENCES
+      "sft_rl",
+      "reward rl",
+      dict(sft="no_thoughts"),
+      think__used=False,
+      reward__labels="rubric",
+      **PREFERENCES,
     ),
     "constitutional": _arm(
       "sft_rl",
@@ -213,6 +219,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   c.reward = dict(
     start="base",
     labels="judge",
+    drafts=True,
     shows_thought=False,
     detail="full",
     metadata=False,

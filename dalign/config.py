@@ -294,8 +294,10 @@ class SFTConfig:
 class RewardConfig:
   """The reward model. start: "base" or "sft", where its trunk comes from.
 
-  labels: the "judge", which reads the spec, or "rubric".  shows_thought: it sees the
-    thought before the answer, in RL too: only to find out what that does.
+  labels: the "judge", which reads the spec, or "rubric".
+  drafts: it learns of what the base answers without the spec too.
+  shows_thought: it sees the thought before the answer, in RL too: only to find out what
+    that does.
   point_weight, pair_weight: of its two losses (reward.make_loss).
   detail: how much of the spec it reads, or "none" of it.  metadata: whether it is told,
     as another AI's opinion, the ideal response type (METHOD: noisy side information).
@@ -304,6 +306,7 @@ class RewardConfig:
 
   start: str
   labels: str
+  drafts: bool
   shows_thought: bool
   detail: str
   metadata: bool

@@ -522,11 +522,11 @@ def _scaling(arms: dict) -> str:
     for v in (0, 25, 50, 75, 100)
   )
   parts, taken = [], []
-  for number, (arm, line) in enumerate(found.items()):
+  for arm, line in found.items():
     dots = [(across[budget], 420 - 400 * line[budget]) for budget in sorted(line)]
     left, top = _free_place(*dots[-1], 7.4 * len(arm), taken)
     parts.append(
-      f'<g class="arm c{number % 8}">'
+      f'<g class="arm c{[*arms].index(arm) % 8}">'
       f'<path fill="none" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in dots)}"/>'
       + "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4"/>' for a, b in dots)
       + f'<text x="{left:.1f}" y="{top + 12:.1f}">{_text(arm)}</text></g>'

@@ -15,6 +15,7 @@ from dalign import text
 from dalign import world
 from dalign.pipeline import ablate
 from dalign.pipeline import context
+from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
 
@@ -121,7 +122,7 @@ def test_the_summary_has_every_arm_with_what_was_measured_of_it(folder):
   assert set(summary["arms"]) == set(ARMS)
   for arm, metrics in summary["arms"].items():
     assert {"verdict", "citation", "fabricated", "lookalike_verdict"} <= set(metrics)
-    thinks = arm not in ("none", "no_thoughts", "constitutional")
+    thinks = arm not in ("none", "no_thoughts", "rlhf", "constitutional")
     assert ("thought_0_verdict" in metrics) == thinks
     own = json.loads((folder / "seed-3" / arm / "eval" / "summary.json").read_text())
     assert [metrics] == [*own["arms"].values()]
@@ -165,6 +166,30 @@ def test_revised_answers_begin_with_drafts_that_saw_no_spec(folder):
   drafts = [json.loads(line) for line in (place / "drafts.jsonl").open()]
   samples = [json.loads(line) for line in (place / "samples.jsonl").open()]
   assert {d["prompt_id"] for d in drafts} == {s["prompt_id"] for s in samples}
+
+
+def test_a_reward_model_learns_of_drafts_where_it_is_to(folder, tmp_path):
+  shared = folder / "seed-3" / "shared"
+  done = dict.fromkeys(("base", "generate", "filter"), shared)
+  found = []
+  for drafts in (False, True):
+    cfg = config(seed=3, reward={"labels": "rubric", "drafts": drafts})
+    run = context.Run(cfg, tmp_path, done)
+    with jax.set_mesh(run.mesh):
+      questions, _ = reward_stage._questions(
+        run, run.store.path("filter", "judged.jsonl")
+      )
+      asked = [*{q.prompt.id: q.prompt for q in questions}.values()]
+      own = context.drafts(run, asked)
+    found.append([(q.prompt.id, q.answer) for q in questions])
+  assert found[1] == found[0] + [(p.id, own[p.id].answer) for p in asked]
+
+
+def test_answers_to_one_prompt_are_measured_together():
+  prompts = lessons.prompts(world.spec(0))[:2]
+  questions = [judge.RewardQuestion(prompt=p, answer="") for p in prompts * 2]
+  assert reward_stage._together([0, 1, 2, 3], questions) == [0, 2, 1, 3]
+  assert reward_stage._together([3, 2, 1], questions) == [3, 1, 2]
 
 
 def test_intervals_over_seeds_are_students():

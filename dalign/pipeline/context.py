@@ -47,7 +47,10 @@ READS = {
   "generate": ("model", "compute", "think", "spec", "world.spec", "data", "generate"),
   "filter": ("model", "compute", "spec", "world.spec", "filter"),
   "sft": ("model", "compute", "mesh", "think", "data", "sft"),
-  "reward": ("model", "compute", "mesh", "spec", "world.spec", "reward", *_JUDGE),
+  "reward": (
+    *("model", "compute", "mesh", "spec", "world.spec", "reward", *_JUDGE),
+    *("generate.temperature", "generate.max_new"),  # of drafts
+  ),
   "rl": (
     *("model", "compute", "mesh", "think", "spec", "data", "rl"),
     *("world.spec", "reward.shows_thought", *_JUDGE),
@@ -298,8 +301,8 @@ def complete(
   )
 
 
-def drafts(run: Run, prompts: list[Prompt], index: int = 0) -> dict[str, str]:
-  """What the base answers to prompts without a specification: prompt id -> answer."""
+def drafts(run: Run, prompts: list[Prompt], index: int = 0) -> dict[str, Sample]:
+  """What the base replies to prompts without a specification: prompt id -> sample."""
   cfg = run.cfg.generate
   requests = [
     sampling.Request(
@@ -322,7 +325,7 @@ def drafts(run: Run, prompts: list[Prompt], index: int = 0) -> dict[str, str]:
   found = {}
   for completion in done:
     prompt = of[completion.request.row_id]
-    found[prompt.id] = run.sample_row(prompt, completion, index, None).answer
+    found[prompt.id] = run.sample_row(prompt, completion, index, None)
   return found
 
 

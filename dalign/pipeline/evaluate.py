@@ -115,7 +115,7 @@ def _arm(
   for prompt in prompts:
     turns = compose.plain(prompt)
     if prompt.id in answers:
-      turns = run.domain.revise(prompt, answers[prompt.id])
+      turns = run.domain.revise(prompt, answers[prompt.id].answer)
     elif with_spec:
       turns = run.domain.teach(prompt, worked=0)
     tokens[prompt.id] = compose.opened(run.tok, turns, think)

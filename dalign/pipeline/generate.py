@@ -85,7 +85,11 @@ class _Book:
       prompts = [*self.prompts.values()]
       found = [context.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
       store.write_rows(
-        path, [{"prompt_id": p.id, "drafts": [d[p.id] for d in found]} for p in prompts]
+        path,
+        [
+          {"prompt_id": p.id, "drafts": [d[p.id].answer for d in found]}
+          for p in prompts
+        ],
       )
     self.drafts = {row["prompt_id"]: row["drafts"] for row in store.read_rows(path)}
 

@@ -2,7 +2,8 @@
 
 It learns the scores that the answers got from a judge without the thought. Beside the
 sampled answer of a prompt it sees one that was given to a prompt of another ideal
-type in the same category, judged anew: right and wrong answers to the same prompt.
+type in the same category, and if asked for what the base answers without the spec, both
+judged anew: right and wrong answers to the same prompt.
 """
 
 import collections
@@ -80,7 +81,8 @@ def _trainer(run: context.Run) -> context.Trainer:
 
 
 def _questions(run: context.Run, source):
-  """Scored questions: each sampled answer, and one of another type for each prompt."""
+  """Scored questions: each sampled answer, and for each prompt one of another type and,
+  where the config says so, a draft."""
   cfg = run.cfg.reward
   prompts = {prompt.id: prompt for prompt in run.prompts}
   stored = "score" if cfg.shows_thought else "reward"
@@ -92,15 +94,19 @@ def _questions(run: context.Run, source):
   of = collections.defaultdict(list)
   for reply in replies:
     of[reply[0].category].append(reply)
-  draw, swapped = random.Random(run.cfg.seed), []
-  for prompt in dict.fromkeys(prompt for prompt, _, _ in replies):
+  draw, more = random.Random(run.cfg.seed), []
+  asked = [*dict.fromkeys(prompt for prompt, _, _ in replies)]
+  for prompt in asked:
     others = [r for r in of[prompt.category] if r[0].expected != prompt.expected]
     if others:
-      swapped.append((prompt, *draw.choice(others)[1:]))
-  scores += [verdict.score for verdict in _judged(run, swapped)]
+      more.append((prompt, *draw.choice(others)[1:]))
+  if cfg.drafts:
+    drafts = context.drafts(run, asked)
+    more += [(p, drafts[p.id].thought, drafts[p.id].answer) for p in asked]
+  scores += [verdict.score for verdict in _judged(run, more)]
   pairs = [
     (scoring.reward_question(run, *reply), score)
-    for reply, score in zip(replies + swapped, scores, strict=True)
+    for reply, score in zip(replies + more, scores, strict=True)
     if score is not None
   ]
   if not pairs:
@@ -129,6 +135,14 @@ def _held_out(questions, share: float) -> list[bool]:
   )
   held = set(ids[: max(1, round(share * len(ids)))])
   return [q.prompt.id in held for q in questions]
+
+
+def _together(some: list[int], questions) -> list[int]:
+  """Numbers of questions, those of one prompt side by side, to be told apart."""
+  of = collections.defaultdict(list)
+  for i in some:
+    of[questions[i].prompt.id].append(i)
+  return [i for group in of.values() for i in group]
 
 
 def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
@@ -171,7 +185,7 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
 def _measure(run: context.Run, ask, questions, scores, held) -> dict:
   """Agreement with the judge on the held-out prompts, or the first of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
-  some = [i for i, h in enumerate(held) if h][:MEASURED]
+  some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
   probes = run.domain.probes(run.choose("eval", "safety", PROBED))
   asked = [questions[i] for i in some] + [question for _, question, _ in probes]
   verdicts = ask(asked)
