@@ -203,6 +203,8 @@ def test_intervals_over_seeds_are_students():
   # 0.1 / sqrt(3) times the 97.5% quantile of t with 2 degrees of freedom, 4.3027
   assert cell["high"] - 0.6 == pytest.approx(0.24842, abs=1e-4)
   assert ablate.over_seeds([seed(0.5)])["m"]["high"] == 1.0
+  some = ablate.over_seeds([seed(0.5), {"k": seed(0.2)["m"]} | seed(0.7)])
+  assert some["m"]["seeds"] == [0.5, 0.7] and some["k"]["seeds"] == [0.2]
   none = seed(None)
   assert ablate.over_seeds([none, none])["m"]["mean"] is None
 

@@ -51,10 +51,14 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
 
 
 def over_seeds(seeds: list[dict]) -> dict:
-  """metric -> mean over seeds with Student's 95% interval; of one seed its own."""
+  """metric -> mean over seeds with Student's 95% interval; of one seed its own.
+
+  A metric need not be in all of them: a summary leaves out what no row has.
+  """
   if len(seeds) == 1:
     return seeds[0]
-  return {metric: _cell([one[metric] for one in seeds]) for metric in seeds[0]}
+  metrics = dict.fromkeys(metric for one in seeds for metric in one)
+  return {m: _cell([one[m] for one in seeds if m in one]) for m in metrics}
 
 
 def _cell(cells: list[dict]) -> dict:
