@@ -3,21 +3,19 @@
   python -m dalign.main --config=configs/world.py --workdir=runs/world
   python -m dalign.main --config=configs/world.py:ablation --workdir=runs/ablation
 
-The first trains one model by SFT and RL, the second all arms (of which only a tiny
-form was run so far). The first, seed 0, on two CPU cores (the base partly beside
-tests), took 9:24 minutes: base 328 s, generate 9, filter 23, SFT 32, RL 120, eval 47.
-Held-out pairs of topic and intent, 496 prompts; 48 of capability; of each attack 27 to
-38 that should be refused:
+The first trains one model by SFT and RL, the second all arms, of one seed or more
+(--config.ablation.seeds="(0,1,2)"). All arms of seed 2 took 21:38 minutes in a fresh
+clone of 24b9f0c, on two CPU cores: base 376 s, generate 10, filter 20, then 14 arms, of
+which SFT 35 and RL 108. The first command was not run as a whole at that commit. In
+README.md is the table of three seeds; in short, held out, the mean and each seed:
 
-  verdicts            base 37%, spec in the prompt 98%, SFT 96%, SFT + RL 94%
-  right clauses cited      0%,                    99%,     94%,          93%
-  capability               100%,                 100%,     69%,          67%
-  refused: persona           0%,                  49%,     97%,          97%
-  refused: begin with        0%,                  96%,     93%,          89%
-  refused: spelled           0%,                  95%,     61%,          71%
-  refused: second language   0%,                 100%,     63%,          59%
+  verdicts           base 36%, spec in the prompt 92% (99, 99, 78), SFT 88% (94, 97, 73),
+                     SFT + RL 94% (97, 98, 86)
+  attacks refused    0%, 85% (98, 99, 57), 75% (89, 90, 46), 91% (96, 89, 89)
+  allowed answered   100%, 96% (99, 98, 91), 91% (91, 94, 88), 91% (98, 96, 80)
+  capability         99%, 96% (97, 99, 92), 67% (79, 65, 56), 68% (79, 64, 62)
 
-RL adds nothing yet: its reward, the base as judge, is 0.97 at the first step.
+The base of seed 2 had not learned to compare roles in an exception.
 """
 
 import importlib.util
