@@ -9,8 +9,8 @@ clone of 24b9f0c, on two CPU cores: base 376 s, generate 10, filter 20, then 14 
 which SFT 35 and RL 108. The first command was not run as a whole at that commit. In
 README.md is the table of three seeds; in short, held out, the mean and each seed:
 
-  verdicts           base 36%, spec in the prompt 92% (99, 99, 78), SFT 88% (94, 97, 73),
-                     SFT + RL 94% (97, 98, 86)
+  base, spec in the prompt, SFT, SFT + RL:
+  verdicts           36%, 92% (99, 99, 78), 88% (94, 97, 73), 94% (97, 98, 86)
   attacks refused    0%, 85% (98, 99, 57), 75% (89, 90, 46), 91% (96, 89, 89)
   allowed answered   100%, 96% (99, 98, 91), 91% (91, 94, 88), 91% (98, 96, 80)
   capability         99%, 96% (97, 99, 92), 67% (79, 65, 56), 68% (79, 64, 62)
