@@ -16,6 +16,7 @@ from dalign.pipeline import context
 from dalign.sampler import Completion
 from dalign.sampler import Request
 from dalign.types import Prompt
+from dalign.types import Sample
 
 # Where each arm's parameters come from (a stage, or None for the base model), whether
 # the spec is in the prompt, and whether the think block is opened for it.
@@ -43,12 +44,13 @@ def evaluate(run: context.Run) -> None:
     sets[name] = rows[: cfg.extra_limit]
   found = collections.defaultdict(dict)
   for arm in arms:
-    rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts])
+    drafts = {}
+    rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts], drafts)
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
       found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
     for budget in cfg.budgets if _format(run, arm) else ():
-      found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], budget)
+      found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], drafts, budget)
   summarize = functools.partial(
     evals.summarize,
     seed=run.cfg.seed,
@@ -99,10 +101,15 @@ def _format(run: context.Run, arm: str) -> text.ThinkFormat | None:
 
 
 def _arm(
-  run: context.Run, arm: str, prompts: list[Prompt], budget: int | None = None
+  run: context.Run,
+  arm: str,
+  prompts: list[Prompt],
+  drafts: dict[str, Sample],
+  budget: int | None = None,
 ) -> list[dict]:
   """The graded rows of one arm, of thoughts of at most so many tokens; rows that are
-  there already are not sampled again."""
+  there already are not sampled again. Of what it revises, what `drafts` lacks is added
+  there."""
   cfg = run.cfg.eval
   stage, with_spec, _ = ARMS[arm]
   end = "" if budget is None else f".thought_{budget}"
@@ -111,11 +118,13 @@ def _arm(
   think = _format(run, arm)
   groups, tokens = collections.defaultdict(list), {}
   left = [prompt for prompt in prompts if prompt.id not in rows]
-  answers = context.drafts(run, left) if arm == "self_refine" else {}
+  lacking = [prompt for prompt in left if prompt.id not in drafts]
+  if arm == "self_refine" and lacking:
+    drafts |= context.drafts(run, lacking)
   for prompt in prompts:
     turns = compose.plain(prompt)
-    if prompt.id in answers:
-      turns = run.domain.revise(prompt, answers[prompt.id].answer)
+    if prompt.id in drafts:
+      turns = run.domain.revise(prompt, drafts[prompt.id].answer)
     elif with_spec:
       turns = run.domain.teach(prompt, worked=0)
     tokens[prompt.id] = compose.opened(run.tok, turns, think)
