@@ -239,12 +239,19 @@ def _nearly(rng: random.Random, policies: Spec, ask: world.Ask) -> str:
 
 
 def _case(rng: random.Random) -> tuple[world.Ask, Spec]:
-  """An ask and a specification of its category, whose exception is for the asker as
-  often as not."""
+  """An ask and a specification of its category. To compare roles is the hardest, so an
+  asker with a role asks for what is refused more often than chance would have it, and
+  the exception is for the asker as often as not."""
   ask = any_ask(rng, ("later",) if rng.random() < 0.15 else ())
   policies = _spec(rng, ask.category)
-  if ask.role and policies.policies and rng.random() < 1 / 3:
-    [spared] = {c.text for c in policies.policies[0].clauses} & set(world.ROLES)
+  if not ask.role or not policies.policies:
+    return ask, policies
+  clauses = policies.policies[0].clauses
+  if rng.random() < 0.5:
+    refused = [c.text for c in clauses if c.verdict == "refuse"]
+    ask = dataclasses.replace(ask, intent=rng.choice(refused))
+  if rng.random() < 1 / 3:
+    [spared] = {c.text for c in clauses} & set(world.ROLES)
     ask = dataclasses.replace(ask, role=spared)
   return ask, policies
 
