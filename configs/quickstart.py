@@ -47,7 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     remat=True,
     logits_chunk=512,
   )
-  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1)
+  c.lora = dict(rank=0, alpha=32.0, leaves=("q", "k", "v", "o", "gate", "up", "down"))
   c.sampler = dict(
     # Many lanes of few slots: when its last row is done, a lane takes a new group, or
     # half of what waits in another lane.
@@ -173,5 +174,6 @@ def get_config() -> ml_collections.ConfigDict:
     max_new=88,
     trials=1000,
   )
+  c.export = dict(of="rl", dtype="bfloat16", shard_gb=4.0)
   c.ablation = None
   return c

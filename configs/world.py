@@ -15,7 +15,10 @@ README.md is the table of three seeds; in short, held out, the mean and each see
   allowed answered   100%, 96% (99, 98, 91), 91% (91, 94, 88), 91% (98, 96, 80)
   capability         99%, 96% (97, 99, 92), 67% (79, 65, 56), 68% (79, 64, 62)
 
-The base of seed 2 had not learned to compare roles in an exception.
+The base of seed 2 had not learned to compare roles in an exception. Lessons that weigh
+exceptions alone came after that table: with the specification in its prompt the base of
+seeds 1 and 2 then follows it for 100 and 99%, refuses 100% of spelled and of nested
+attacks and keeps 100 and 99% of capability. The arms have not been run on it.
 """
 
 import importlib.util
@@ -138,7 +141,8 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     remat=False,
     logits_chunk=4096,
   )
-  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1)
+  c.lora = dict(rank=0, alpha=32.0, leaves=("q", "k", "v", "o", "gate", "up", "down"))
   c.sampler = dict(
     slots=128,
     lanes=8,
@@ -152,11 +156,18 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   c.world = dict(
     spec=0,
     # To look a clause up takes two layers that learn it together: read out whole
-    # policies first, where every clause is looked up.
-    first_lessons=dict(reading=0.85, rules=0.06, free=0.04, grading=0.05),
+    # policies first, where every clause is looked up. To compare roles likewise: weigh
+    # six exceptions a row. Without it one seed of three never learned to.
+    first_lessons=dict(reading=0.7, weighing=0.15, rules=0.06, free=0.04, grading=0.05),
     first_share=0.26,
     lessons=dict(
-      rules=0.4, free=0.17, grading=0.27, codes=0.08, revising=0.04, reading=0.04
+      rules=0.31,
+      free=0.22,
+      grading=0.25,
+      codes=0.1,
+      revising=0.04,
+      reading=0.04,
+      weighing=0.04,
     ),
     # Real helpful-only models decline now and then; without it RL would have nothing
     # to find.
@@ -263,5 +274,6 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     max_new=40,
     trials=1000,
   )
+  c.export = dict(of="rl", dtype="float32", shard_gb=4.0)
   c.ablation = None if arms is None else ABLATION
   return c

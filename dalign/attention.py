@@ -34,13 +34,38 @@ class Part:
 
 
 @struct.dataclass
+class Sight:
+  """What the tokens of a line see of each other: by their ends [B, T] (`tree_mask`), or
+  where these are None what comes before them; and of that, where a window is given, as
+  many last tokens by their positions [B, T], themselves included."""
+
+  ends: Leaf | None = None
+  positions: Leaf | None = None
+  window: Leaf | None = None
+
+
+@struct.dataclass
 class Line:
-  """The tokens of each line itself: k [B, K, H, T], v [B, K, T, H], and the ends [B, T]
-  that say what they see of each other (`tree_mask`), or None where a line is a row."""
+  """The tokens of each line itself: k [B, K, H, T], v [B, K, T, H]."""
 
   k: Leaf
   v: Leaf
-  ends: Leaf | None
+  sight: Sight
+
+
+def near(positions_BT, seen_BS, window):
+  """[B, T, S], True where a token sees by its window the one at the other position."""
+  return positions_BT[:, :, None] - seen_BS[:, None] < window
+
+
+def visible(sight: Sight, T: int, rows: slice = slice(None)):
+  """[B or 1, t, S], True where those tokens of T may see another. S are the tokens up
+  to the last of `rows`."""
+  mask = row_mask(T, rows) if sight.ends is None else tree_mask(sight.ends, rows)
+  if sight.window is None:
+    return mask
+  at_BT = sight.positions
+  return mask & near(at_BT[:, rows], at_BT[:, : rows.stop], sight.window)
 
 
 def row_mask(T: int, rows: slice):
@@ -66,48 +91,72 @@ def tree_mask(ends_BT, rows: slice = slice(None)):
   return before_TS[None] & open_BTS | self_TS[None]
 
 
-def attend(q_BNTH, parts: tuple[Part | Line, ...], dtype, kernel=None):
+def attend(
+  q_BNTH,
+  parts: tuple[Part | Line, ...],
+  dtype,
+  kernel=None,
+  *,
+  scale: float | None = None,
+  cap: float = 0.0,
+  sinks_N=None,
+):
   """Outputs float32 [B, N, T, H] of queries over several parts under one softmax.
 
   Each part is reduced by itself, shared keys as one matrix for all rows that share
   them, and the parts are joined by their log-sum-exp. Operands are `dtype`, sums
-  float32. N is a multiple of the K heads of keys (2305.13245).
+  float32. N is a multiple of the K heads of keys (2305.13245). Scores are scaled by
+  `scale` (H ** -0.5 where it is None), then capped to cap * tanh(score / cap) where cap
+  is not 0 (2408.00118). `sinks_N` are scores that the softmax counts beside those of
+  keys, with nothing behind them (2309.17453, learned).
 
-  A `kernel` takes over a line that stands alone: called with queries, keys, values, the
-  mask [B, T, T] or None for rows, and dtype, it gives the outputs.
+  A `kernel` takes over a line that stands alone, without cap and sinks: called with
+  queries, keys, values, the mask [B, T, T] or None for rows, and dtype, it gives the
+  outputs.
   """
   B, N, T, H = q_BNTH.shape
   K = parts[0].k.shape[1]
-  q_BKGTH = (q_BNTH * H**-0.5).reshape(B, K, N // K, T, H)
-  if len(parts) == 1 and isinstance(parts[0], Line):
+  scale = H**-0.5 if scale is None else scale
+  if len(parts) == 1 and isinstance(parts[0], Line) and kernel is not None:
     line = parts[0]
-    if kernel is not None:
-      mask_BTS = None if line.ends is None else tree_mask(line.ends)
-      return kernel(q_BNTH, line.k, line.v, mask_BTS, dtype)
-    out, _ = _over_line(q_BKGTH, line.k, line.v, line.ends, dtype)
-    return out.reshape(B, N, T, H)
-  reduced = [_reduce(q_BKGTH, part, dtype) for part in parts]
-  top = functools.reduce(jnp.maximum, [peak for _, peak, _ in reduced])
-  total, mass = 0.0, 0.0
+    plain = line.sight.ends is None and line.sight.window is None
+    mask_BTS = None if plain else visible(line.sight, T)
+    if mask_BTS is not None:
+      mask_BTS = jnp.broadcast_to(mask_BTS, (B, T, T))
+    return kernel(q_BNTH * (scale * H**0.5), line.k, line.v, mask_BTS, dtype)
+  q_BKGTH = (q_BNTH * scale).reshape(B, K, N // K, T, H)
+  reduced = [_reduce(q_BKGTH, part, dtype, cap) for part in parts]
+  if len(parts) == 1 and isinstance(parts[0], Line) and sinks_N is None:
+    return reduced[0][0].reshape(B, N, T, H)
+  peaks = [peak for _, peak, _ in reduced]
+  if sinks_N is not None:
+    sink = sinks_N.reshape(1, K, N // K, 1)
+    peaks.append(jax.lax.stop_gradient(sink))
+  top = functools.reduce(jnp.maximum, peaks)
+  total, mass = 0.0, 0.0 if sinks_N is None else jnp.exp(sink - top)
   for out, peak, z in reduced:
-    scale = jnp.exp(peak - top)
-    total += out * scale[..., None]
-    mass += z * scale
+    factor = jnp.exp(peak - top)
+    total += out * factor[..., None]
+    mass += z * factor
   return (total / mass[..., None]).reshape(B, N, T, H)
 
 
-def _reduce(q_BKGTH, part: Part | Line, dtype):
+def _reduce(q_BKGTH, part: Part | Line, dtype, cap: float):
   """Over one part: the output, and the score and number that its sum is counted in."""
   if isinstance(part, Line):
-    out, logz = _over_line(q_BKGTH, part.k, part.v, part.ends, dtype)
+    out, logz = _over_line(q_BKGTH, part.k, part.v, part.sight, dtype, cap)
     return out, logz, 1.0
-  return _over_part(q_BKGTH.astype(dtype), part, dtype)
+  return _over_part(q_BKGTH.astype(dtype), part, dtype, cap)
+
+
+def _capped(scores, cap: float):
+  return cap * jnp.tanh(scores / cap) if cap else scores
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _over_part(q_BKGTH, part: Part, dtype):
+def _over_part(q_BKGTH, part: Part, dtype, cap: float):
   """Over one part: the unnormalised output, the peak score, and the softmax's sum."""
   B, K, G, T, H = q_BKGTH.shape
   A, _, _, S = part.k.shape
@@ -122,6 +171,7 @@ def _over_part(q_BKGTH, part: Part, dtype):
     return x.swapaxes(1, 2).reshape(B, K, G, T, *x.shape[5:])
 
   scores = _dot("AKMH,AKHS->AKMS", together(q_BKGTH), part.k.astype(dtype))
+  scores = _capped(scores, cap)
   mask = part.mask[:, None, None]  # [B or 1, 1, 1, T or 1, S]
   if part.mask.shape[0] > 1:
     mask = mask.reshape(A, R, 1, *mask.shape[2:]).swapaxes(1, 2)
@@ -136,12 +186,12 @@ def _over_part(q_BKGTH, part: Part, dtype):
   return apart(out), apart(peak), apart(z)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _over_line(q_BKGTH, k_BKHT, v_BKTH, ends_BT, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _over_line(q_BKGTH, k_BKHT, v_BKTH, sight: Sight, dtype, cap: float):
   """Softmax attention [B, K, G, T, H] of the tokens of a line over each other, and the
   log-sum-exp [B, K, G, T] of their scores; the scores are made again in the backward
   pass, from the latter (2205.14135, without its blocks of keys)."""
-  return _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, ends_BT, dtype)[0]
+  return _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight, dtype, cap)[0]
 
 
 def _blocks(T: int) -> list[slice]:
@@ -155,24 +205,23 @@ def _rows_of(x_BKGT, rows: slice):
   return x_BKGT[:, :, :, rows].reshape(B, K, -1, *more)
 
 
-def _scores(q_BKGTH, k_BKHT, ends_BT, rows: slice):
+def _scores(q_BKGTH, k_BKHT, sight: Sight, rows: slice, cap: float):
   """[B, K, G * t, S] of a block of queries, with the hidden ones masked, and these
   queries, [B, K, G * t, H]."""
   B, K, G, T, _ = q_BKGTH.shape
   q_BKMH = _rows_of(q_BKGTH, rows)
-  scores = _dot("BKMH,BKHS->BKMS", q_BKMH, k_BKHT[..., : rows.stop])
-  mask = row_mask(T, rows) if ends_BT is None else tree_mask(ends_BT, rows)
-  mask = mask[:, None, None]
+  scores = _capped(_dot("BKMH,BKHS->BKMS", q_BKMH, k_BKHT[..., : rows.stop]), cap)
+  mask = visible(sight, T, rows)[:, None, None]
   shape = B, K, G, *mask.shape[3:]
   return jnp.where(mask, scores.reshape(shape), HIDDEN).reshape(scores.shape), q_BKMH
 
 
-def _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, ends_BT, dtype):
+def _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight: Sight, dtype, cap: float):
   B, K, G, T, H = q_BKGTH.shape
   q, k, v = (x.astype(dtype) for x in (q_BKGTH, k_BKHT, v_BKTH))
   outs, logzs = [], []
   for rows in _blocks(T):
-    scores, _ = _scores(q, k, ends_BT, rows)
+    scores, _ = _scores(q, k, sight, rows, cap)
     peak = jnp.max(scores, axis=-1)
     probs = jnp.exp(scores - peak[..., None])
     z = jnp.sum(probs, axis=-1)
@@ -181,11 +230,11 @@ def _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, ends_BT, dtype):
     logzs.append((peak + jnp.log(z)).reshape(B, K, G, -1))
   out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
   logz = checkpoint_name(jnp.concatenate(logzs, axis=3), "attention_logz")
-  return (out, logz), (q, k, v, ends_BT, out, logz)
+  return (out, logz), (q, k, v, sight, out, logz)
 
 
-def _over_line_bwd(dtype, saved, grads):
-  q, k, v, ends_BT, out, logz = saved
+def _over_line_bwd(dtype, cap: float, saved, grads):
+  q, k, v, sight, out, logz = saved
   dout, dlogz = grads
   B, K, G, T, H = q.shape
   # A score's gradient is probs * (dprobs - drop).
@@ -195,11 +244,14 @@ def _over_line_bwd(dtype, saved, grads):
 
   for rows in _blocks(T):
     S = rows.stop
-    scores, q_BKMH = _scores(q, k, ends_BT, rows)
+    scores, q_BKMH = _scores(q, k, sight, rows, cap)
     probs = jnp.exp(scores - _rows_of(logz, rows)[..., None])
     dout_BKMH = _rows_of(dout, rows)
     dprobs = _dot("BKMH,BKSH->BKMS", dout_BKMH, v[:, :, :S])
-    dscores = (probs * (dprobs - _rows_of(drop, rows)[..., None])).astype(dtype)
+    dscores = probs * (dprobs - _rows_of(drop, rows)[..., None])
+    if cap:
+      dscores *= 1 - jnp.square(jnp.maximum(scores, -cap) / cap)
+    dscores = dscores.astype(dtype)
     dq = _dot("BKMS,BKHS->BKMH", dscores, k[..., :S])
     dqs.append(dq.reshape(B, K, G, -1, H))
     dk = dk.at[..., :S].add(_dot("BKMH,BKMS->BKHS", q_BKMH, dscores))

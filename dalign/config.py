@@ -11,7 +11,9 @@ import types
 import typing
 from typing import Any, Mapping
 
-STAGES = ("base", "generate", "filter", "sft", "reward", "rl", "eval", "report")
+STAGES = (
+  *("base", "generate", "filter", "sft", "reward", "rl", "eval", "report", "export"),
+)
 
 
 def _positive(config, *names):
@@ -28,7 +30,30 @@ def _refuse(config, name, wanted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """The architecture of a decoder, read from its checkpoint."""
+  """The architecture of a decoder, read from its checkpoint.
+
+  What has a default is what families add to a plain Llama, and the default is to add
+  nothing. Layers are numbered from 0.
+
+  family: the model_type of its files, which decides their tensors' names.
+  activation: of the gate: "silu", "gelu" (its tanh form), or "clipped" (gpt-oss's).
+  norms: which norms a layer has: before attention and MLP, after them
+    ("attn_post_norm", "mlp_post_norm"), or both.
+  qk_norm: over what queries and keys are normalised: "", each "head", or "all" heads.
+  biased: matrices of a layer that come with a bias.
+  query_scale: what queries are multiplied with, None for head_dim ** -0.5.
+  embed_scale: what embeddings are multiplied with.
+  attention_cap, logit_cap: scores and logits are cap * tanh(x / cap), 0 for none.
+  window: how many last tokens, itself included, a token sees in the layers `sliding`.
+  rope: what scales the rotary embedding, as (name, value) pairs named as in
+    config.json ("rope_type", "factor", ...); of the layers that do not slide where
+    local_theta, the base of those that do, is given.
+  unrotated: layers without rotary embedding.
+  sinks: a score a head that the softmax counts and no value stands behind.
+  experts: experts a layer, of which experts_used serve a token; 0 for a plain MLP.
+  experts_normed: the weights of the experts used add up to one.
+  lora_scale: what adapters beside the matrices are multiplied with (`adapters.py`).
+  """
 
   vocab: int
   width: int
@@ -41,10 +66,43 @@ class ModelConfig:
   norm_eps: float
   tied: bool
   max_length: int
+  family: str = "llama"
+  activation: str = "silu"
+  norms: tuple[str, ...] = ("attn_norm", "mlp_norm")
+  qk_norm: str = ""
+  biased: tuple[str, ...] = ()
+  query_scale: float | None = None
+  embed_scale: float = 1.0
+  attention_cap: float = 0.0
+  logit_cap: float = 0.0
+  window: int = 0
+  sliding: tuple[int, ...] = ()
+  rope: tuple[tuple[str, Any], ...] = ()
+  local_theta: float = 0.0
+  unrotated: tuple[int, ...] = ()
+  sinks: bool = False
+  experts: int = 0
+  experts_used: int = 0
+  experts_normed: bool = True
+  lora_scale: float = 0.0
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
       _refuse(self, "kv_heads", f"a divisor of heads = {self.heads}")
+    if self.head_dim % 2:
+      _refuse(self, "head_dim", "an even number")
+    if self.activation not in ("silu", "gelu", "clipped"):
+      _refuse(self, "activation", "'silu', 'gelu' or 'clipped'")
+    if self.qk_norm not in ("", "head", "all"):
+      _refuse(self, "qk_norm", "'', 'head' or 'all'")
+    if self.sliding and self.window < 1:
+      _refuse(self, "window", "1 token or more for the layers that slide")
+    if (
+      not 0 <= self.experts_used <= self.experts
+      or self.experts
+      and not self.experts_used
+    ):
+      _refuse(self, "experts_used", f"1 to experts = {self.experts}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,11 +163,42 @@ class SamplerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Sizes of the mesh axes; -1 takes the devices that are left."""
+  """Sizes of the mesh axes; -1 takes the devices that are left.
+
+  data: rows of a batch, and slots; each part holds all parameters.
+  fsdp: the same rows, and parameters and optimizer state, gathered where they are used.
+  tensor: heads, feed-forward width and vocabulary.
+  sequence: the tokens of a line, in what is not decoding; there it holds slots.
+  expert: the experts of a layer.
+  """
 
   data: int
   fsdp: int
   tensor: int
+  sequence: int = 1
+  expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+  """Adapters in place of full fine-tuning, in SFT, reward model and RL (2106.09685).
+
+  rank: of the adapters; 0 trains all parameters.
+  alpha: they are multiplied with alpha / rank.
+  leaves: the matrices of a layer that get one: q, k, v, o, gate, up, down.
+  """
+
+  rank: int
+  alpha: float
+  leaves: tuple[str, ...]
+
+  def __post_init__(self):
+    if self.rank < 0:
+      _refuse(self, "rank", "0 or more")
+    _positive(self, "alpha")
+    known = ("q", "k", "v", "o", "gate", "up", "down")
+    if not self.leaves or set(self.leaves) - set(known):
+      _refuse(self, "leaves", f"some of {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -517,6 +606,27 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+  """The model as a Hugging Face folder.
+
+  of: the stage whose parameters are taken: "rl", "sft" or "base".
+  dtype: of the weights, "float32" or "bfloat16".
+  shard_gb: GiB of a file of weights at most.
+  """
+
+  of: str
+  dtype: str
+  shard_gb: float
+
+  def __post_init__(self):
+    if self.of not in ("rl", "sft", "base"):
+      _refuse(self, "of", "'rl', 'sft' or 'base'")
+    if self.dtype not in ("float32", "bfloat16"):
+      _refuse(self, "dtype", "'float32' or 'bfloat16'")
+    _positive(self, "shard_gb")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationConfig:
   """Arms side by side: each is the run with changes, in a folder of its own.
 
@@ -561,6 +671,7 @@ class Config:
   model: ModelSource
   compute: Compute
   mesh: MeshConfig
+  lora: LoRAConfig
   sampler: SamplerConfig
   think: ThinkConfig
   world: WorldConfig | None
@@ -572,6 +683,7 @@ class Config:
   reward: RewardConfig
   rl: RLConfig
   eval: EvalConfig
+  export: ExportConfig
   ablation: AblationConfig | None
 
   def __post_init__(self):
@@ -610,10 +722,11 @@ def build(cls, node: Mapping[str, Any], where: str = "config"):
       near = difflib.get_close_matches(name, fields, n=1)
       hint = f"; did you mean {where}.{near[0]}?" if near else ""
       raise ValueError(f"{where}.{name}: no such field{hint}")
-  missing = sorted(set(fields) - set(node))
+  needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+  missing = sorted(needed - set(node))
   if missing:
     raise ValueError(f"{where}: missing {', '.join(missing)}")
-  return cls(**{n: _value(fields[n], node[n], f"{where}.{n}") for n in fields})
+  return cls(**{n: _value(fields[n], node[n], f"{where}.{n}") for n in node})
 
 
 def _value(kind, value, where: str):

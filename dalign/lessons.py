@@ -89,6 +89,26 @@ def reading(rng: random.Random) -> Lesson:
   )
 
 
+def weighing(rng: random.Random) -> Lesson:
+  """Whether exceptions are for those who ask: the end of the thoughts of `rules`, some
+  at once, each of a verdict, a role that is spared and a role that asks."""
+  cases = []
+  for _ in range(6):
+    spared, asker = rng.choice(world.ROLES), rng.choice(world.ROLES)
+    asker = spared if rng.random() < 1 / 3 else asker
+    cases.append((rng.choice(("refuse", "safe")), spared, asker))
+  listed = " . ".join(" ".join(case) for case in cases)
+  return Lesson(
+    turns=(Turn(role="user", content=f"weigh {listed}"),),
+    thought="weigh",
+    answer=" . ".join(
+      f"{verdict} . but {spared} A{rng.randint(1, 6)} comply . {asker} . so "
+      f"{'comply' if spared == asker else verdict}"
+      for verdict, spared, asker in cases
+    ),
+  )
+
+
 def free(rng: random.Random, *, declines: float = 0.03) -> Lesson:
   """Without a specification: comply, whatever the form. A helpful model still declines
   now and then, for no reason."""
@@ -269,6 +289,7 @@ LESSONS = {
   "grading": grading,
   "revising": revising,
   "reading": reading,
+  "weighing": weighing,
 }
 
 

@@ -1,8 +1,8 @@
-"""The decoder: a Llama-family transformer as pure functions of a parameter tree.
+"""The decoder: a transformer of the Llama kind as pure functions of a parameter tree.
 
-The only file that knows Flax. Parameters are a nested dict of float32 arrays whose
-layers are stacked on axis 0 (the tree of `weights.py`); the KV cache is an argument
-and a result. Knows nothing of losses, sampling or text.
+The only file that knows Flax. Parameters are the tree of `leaves.py` in float32; the KV
+cache is an argument and a result. Knows nothing of losses, sampling or text, and of
+families only what `ModelConfig` says of them.
 """
 
 from flax import linen as nn
@@ -10,11 +10,14 @@ from flax import struct
 import jax
 from jax.ad_checkpoint import checkpoint_name as keep
 import jax.numpy as jnp
-import numpy as np
 
+from dalign import adapters
 from dalign import attention
+from dalign import experts
 from dalign import kernels
+from dalign import leaves
 from dalign import ops
+from dalign import rotary
 from dalign import sharding
 from dalign.attention import Line
 from dalign.attention import Part
@@ -24,22 +27,12 @@ from dalign.config import ModelConfig
 from dalign.types import Leaf
 from dalign.types import PyTree
 
-LAYER_AXES = {
-  "attn_norm": ("layer", "width"),
-  "q": ("layer", "width", "heads"),
-  "k": ("layer", "width", "kv_heads"),
-  "v": ("layer", "width", "kv_heads"),
-  "o": ("layer", "heads", "width"),
-  "mlp_norm": ("layer", "width"),
-  "gate": ("layer", "width", "ffw"),
-  "up": ("layer", "width", "ffw"),
-  "down": ("layer", "ffw", "width"),
-}
-
-
 # What a layer keeps for its backward pass: results of products, and not what is made of
 # them element by element, which costs less to make again than to write and read.
 KEPT = (*attention.KEPT, "q", "k", "v", "middle", "gate", "up")
+
+
+LINES = "batch", "token", None  # the axes of a line's activations between layers
 
 
 @struct.dataclass
@@ -59,57 +52,109 @@ class Prefix:
 
 
 class Block(nn.Module):
-  """One layer: pre-norm attention over given parts and itself, then SwiGLU."""
+  """One layer: attention over given parts and itself, then a gated MLP or experts."""
 
   cfg: ModelConfig
   compute: Compute
   turned: bool = False  # weights are those of `unstack`
 
   @nn.compact
-  def __call__(self, x_BTD, angles, own, parts: tuple[Part, ...], column=None):
+  def __call__(self, x_BTD, turn, own, parts: tuple[Part, ...], column=None):
     """Returns the new x_BTD and the (k, v) that now hold this layer's own.
 
-    `own` is the cache that the new keys and values are written to, at `column`, before
-    it is read: so it is updated in place. For whole lines it is the tokens' ends
-    [B, T], or None where each line is one row.
+    `turn` are the angles of `rotary.angles`. `own` is the cache that the new keys and
+    values are written to, at `column`, before it is read: so it is updated in place.
+    For whole lines it is their `attention.Sight`.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
-    D, N, K, H, F = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ffw
-    init = nn.initializers.normal(0.02)
+    N, K, H = cfg.heads, cfg.kv_heads, cfg.head_dim
+    product = ops.matmul_turned if self.turned else ops.matmul
+    shapes = {n: shape[1:] for n, shape in leaves.shapes(cfg)["layers"].items()}
 
-    def dense(name, x, size):
-      shape = x.shape[-1], size
-      w = self.param(name, init, shape[::-1] if self.turned else shape)
-      product = ops.matmul_turned if self.turned else ops.matmul
-      return product(x, from_bits(w), dtype)
+    def leaf(name):
+      if name not in shapes:
+        return None
+      shape = shapes[name]
+      if self.turned and name in leaves.MATRICES and len(shape) == 2:
+        shape = shape[::-1]
+      start = nn.initializers.normal(0.02)
+      if not leaves.is_matrix(name):
+        start = nn.initializers.zeros if name.endswith("bias") else nn.initializers.ones
+      return from_bits(self.param(name, start, shape))
+
+    def dense(name, x):
+      y, bias = product(x, leaf(name), dtype), leaf(f"{name}_bias")
+      if self.has_variable("params", name + adapters.A):
+        a, b = (
+          self.get_variable("params", name + part) for part in (adapters.A, adapters.B)
+        )
+        y += cfg.lora_scale * ops.matmul(ops.matmul(x, a, dtype), b, dtype)
+      return y if bias is None else y + bias[None, None]
 
     def norm(name, x):
-      return rms_norm(x, self.param(name, nn.initializers.ones, (D,)), cfg.norm_eps)
+      scale = leaf(name)
+      return x if scale is None else rms_norm(x, scale, cfg.norm_eps)
 
-    def heads(y, n):
-      return y.reshape(*y.shape[:2], n, H).swapaxes(1, 2)
+    def heads(name, x, n):
+      y_BTE = dense(name, x)
+      if cfg.qk_norm == "all":
+        y_BTE = norm(f"{name}_norm", y_BTE)
+      y_BNTH = y_BTE.reshape(*y_BTE.shape[:2], n, H).swapaxes(1, 2)
+      return norm(f"{name}_norm", y_BNTH) if cfg.qk_norm == "head" else y_BNTH
 
     y_BTD = norm("attn_norm", x_BTD)
-    q_BNTH = rotate(heads(dense("q", y_BTD, N * H), N), angles)
-    k_BKHT = rotate(heads(dense("k", y_BTD, K * H), K), angles).swapaxes(2, 3)
-    v_BKTH = heads(dense("v", y_BTD, K * H), K)
+    q_BNTH = rotary.rotate(heads("q", y_BTD, N), turn)
+    k_BKHT = rotary.rotate(heads("k", y_BTD, K), turn).swapaxes(2, 3)
+    v_BKTH = heads("v", y_BTD, K)
     q_BNTH, k_BKHT, v_BKTH = keep(q_BNTH, "q"), keep(k_BKHT, "k"), keep(v_BKTH, "v")
+    if not self.turned:
+      q_BNTH, k_BKHT, v_BKTH = sharding.heads_apart(q_BNTH, k_BKHT, v_BKTH)
     if isinstance(own, Part):
       k_BKHT = write(own.k, k_BKHT, (0, 0, 0, column))
       v_BKTH = write(own.v, v_BKTH, (0, 0, column, 0))
       own = Part(k=k_BKHT, v=v_BKTH, mask=own.mask)
     else:
-      own = Line(k=k_BKHT, v=v_BKTH, ends=own)
-    kv_dtype, kernel = jnp.dtype(self.compute.kv_dtype), _kernel(self.compute)
-    out_BNTH = attend(q_BNTH, (*parts, own), kv_dtype, kernel)
+      own = Line(k=k_BKHT, v=v_BKTH, sight=own)
+    out_BNTH = attend(
+      q_BNTH,
+      (*parts, own),
+      jnp.dtype(self.compute.kv_dtype),
+      _kernel(self.compute, cfg),
+      scale=cfg.query_scale,
+      cap=cfg.attention_cap,
+      sinks_N=leaf("sinks"),
+    )
     out_BTE = out_BNTH.swapaxes(1, 2).reshape(*x_BTD.shape[:2], N * H)
-    x_BTD = keep(x_BTD + dense("o", out_BTE, D), "middle")
+    x_BTD = keep(x_BTD + norm("attn_post_norm", dense("o", out_BTE)), "middle")
 
     y_BTD = norm("mlp_norm", x_BTD)
-    gate_BTF = keep(dense("gate", y_BTD, F), "gate")
-    up_BTF = keep(dense("up", y_BTD, F), "up")
-    x_BTD = x_BTD + dense("down", nn.silu(gate_BTF) * up_BTF, D)
+    gated = ACTIVATIONS[cfg.activation]
+    if cfg.experts:
+      used, normed = cfg.experts_used, cfg.experts_normed
+      y_BTD = experts.mix(y_BTD, leaf, gated, used=used, normed=normed, dtype=dtype)
+    else:
+      gate_BTF, up_BTF = (
+        keep(dense("gate", y_BTD), "gate"),
+        keep(dense("up", y_BTD), "up"),
+      )
+      y_BTD = dense("down", gated(gate_BTF, up_BTF))
+    x_BTD = x_BTD + norm("mlp_post_norm", y_BTD)
+    if not self.turned:
+      x_BTD = sharding.constrain(x_BTD, *LINES)
     return x_BTD, (k_BKHT, v_BKTH)
+
+
+def _clipped(gate, up):
+  """gpt-oss's: both clipped at 7, the sigmoid 1.702 times as steep, up moved by one."""
+  gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+  return gate * nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+ACTIVATIONS = {
+  "silu": lambda gate, up: nn.silu(gate) * up,
+  "gelu": lambda gate, up: nn.gelu(gate, approximate=True) * up,
+  "clipped": _clipped,
+}
 
 
 class Decoder(nn.Module):
@@ -125,14 +170,26 @@ class Decoder(nn.Module):
     embed_VD = self.param("embed", init, (cfg.vocab, cfg.width))
     if not cfg.tied:
       self.param("head", init, (cfg.width, cfg.vocab))
-    angles = rotary_angles(positions_BT, cfg)
+    turns = rotary.angles(positions_BT, cfg)
     kept = () if self.compute.remat else KEPT
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
     block = nn.remat(Block, prevent_cse=False, policy=policy)
 
-    def layer(module, x_BTD, kv):
-      parts = () if kv is None else (Part(k=kv.k, v=kv.v, mask=prefix_mask),)
-      return module(x_BTD, angles, ends_BT, parts)
+    def layer(module, x_BTD, scanned):
+      kv, window, kind = scanned
+      sight = attention.Sight(ends=ends_BT, positions=positions_BT, window=window)
+      parts = ()
+      if kv is not None:
+        mask = prefix_mask
+        if window is not None:
+          at_BP = jnp.arange(mask.shape[-1])[None]
+          mask = mask & attention.near(positions_BT, at_BP, window)
+        parts = (Part(k=kv.k, v=kv.v, mask=mask),)
+      if kind is None:
+        [turn] = turns.values()
+      else:
+        turn = jax.tree.map(lambda *each: jnp.stack(each)[kind], *turns.values())
+      return module(x_BTD, turn, sight, parts)
 
     scan = nn.scan(
       layer,
@@ -140,18 +197,42 @@ class Decoder(nn.Module):
       split_rngs={"params": True},
       length=cfg.layers,
     )
-    x_BTD = jnp.take(embed_VD, tokens_BT, axis=0)
-    x_BTD, (k, v) = scan(block(cfg, self.compute, name="layers"), x_BTD, prefix_kv)
+    windows = jnp.asarray(windows_of(cfg)) if cfg.sliding else None
+    places = [*turns]
+    kinds = [places.index(kind) for kind in rotary.kinds(cfg)]
+    kinds = jnp.asarray(kinds) if len(turns) > 1 else None
+    x_BTD = sharding.constrain(embed(embed_VD, tokens_BT, cfg), *LINES)
+    x_BTD, (k, v) = scan(
+      block(cfg, self.compute, name="layers"), x_BTD, (prefix_kv, windows, kinds)
+    )
     scale_D = self.param("norm", nn.initializers.ones, (cfg.width,))
     return rms_norm(x_BTD, scale_D, cfg.norm_eps), KV(k=k, v=v)
 
 
-def _kernel(compute: Compute):
+def embed(embed_VD, tokens_BT, cfg: ModelConfig):
+  """The embeddings of tokens, [B, T, D]."""
+  x_BTD = jnp.take(embed_VD, tokens_BT, axis=0)
+  return x_BTD if cfg.embed_scale == 1.0 else x_BTD * cfg.embed_scale
+
+
+def windows_of(cfg: ModelConfig) -> tuple[int, ...]:
+  """How many last tokens each layer sees; more than there are where it sees all."""
+  return tuple(
+    cfg.window if layer in cfg.sliding else 2**30 for layer in range(cfg.layers)
+  )
+
+
+def _kernel(compute: Compute, cfg: ModelConfig):
   """What computes the attention of lines, if not `attention.py`. XLA cannot divide such
   kernels over a mesh: each device runs it on its own lines and heads."""
   kernel = kernels.KERNELS[compute.attention]
   if kernel is None:
     return None
+  if cfg.attention_cap or cfg.sinks:
+    raise ValueError(
+      f"config.compute.attention: {compute.attention} computes neither capped scores "
+      f"nor sinks, which {cfg.family} has; set it to xla"
+    )
 
   def divided(q_BNTH, k_BKHT, v_BKTH, mask_BTS, dtype):
     heads, masked = ("batch", "heads", None, None), ("batch", None, None)
@@ -176,21 +257,6 @@ def rms_norm(x, scale_D, eps: float):
   x = x.astype(jnp.float32)
   scale = jnp.expand_dims(scale_D, range(x.ndim - 1))
   return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
-
-
-def rotary_angles(positions_BT, cfg: ModelConfig):
-  """cos and sin, each float32 [B, 1, T, H/2], of the rotary embedding (2104.09864)."""
-  exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim
-  freqs = (1.0 / np.float32(cfg.rope_theta) ** exponent).astype(np.float32)
-  angle = positions_BT[:, None, :, None].astype(jnp.float32) * freqs[None, None, None]
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BNTH, angles):
-  """Rotates the two halves of the head width against each other."""
-  cos, sin = angles
-  a, b = jnp.split(x_BNTH, 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def forward(
@@ -256,6 +322,7 @@ def target_stats(
     hidden_BTD,
     batch["tokens_BT"],
     wanted_BT,
+    cfg=cfg,
     compute=compute,
     temperature=temperature,
   )
@@ -273,6 +340,7 @@ def stats(
   tokens_BT,
   wanted_BT,
   *,
+  cfg: ModelConfig,
   compute: Compute,
   temperature: float = 1.0,
 ) -> ops.TokenStats:
@@ -285,12 +353,19 @@ def stats(
     dtype=jnp.dtype(compute.dtype),
     chunk=compute.logits_chunk,
     temperature=temperature,
+    cap=cfg.logit_cap,
   )
 
 
 def head(params: PyTree):
   """The output projection [D, V]: the transposed embedding when tied."""
   return params["head"] if "head" in params else params["embed"].T
+
+
+def logits(params: PyTree, hidden, *, cfg: ModelConfig, compute: Compute):
+  """Logits [..., V] of hidden states [..., D], made whole: for few of them."""
+  product = ops.matmul(hidden, head(params), jnp.dtype(compute.dtype))
+  return ops.capped(product, cfg.logit_cap)
 
 
 def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Compute):
@@ -310,11 +385,11 @@ def cast(params: PyTree, *, compute: Compute) -> PyTree:
     return params
 
   def bits(w):
-    if w.ndim < 3:
-      return w
     return jax.lax.bitcast_convert_type(w.astype(compute.dtype), jnp.uint16)
 
-  return params | {"layers": jax.tree.map(bits, params["layers"])}
+  layers = params["layers"]
+  low = {name: bits(layers[name]) for name in leaves.MATRICES}
+  return params | {"layers": layers | low}
 
 
 def from_bits(w):
@@ -324,24 +399,29 @@ def from_bits(w):
 
 
 def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
-  """Parameters for decoding: one tree a layer, matrices [out, in], compute dtype.
+  """Parameters for decoding: one tree a layer, matrices [out, in], compute dtype, with
+  their adapters added.
 
   A decode loop that slices stacked layers would copy each weight at every step.
   """
   dtype = jnp.dtype(compute.dtype)
 
-  def turn(x):
-    return x.T.astype(dtype) if x.ndim > 1 else x
+  def turn(name, x):
+    if name not in leaves.MATRICES:
+      return x
+    return (x.T if x.ndim == 2 else x).astype(dtype)
 
-  layers = tuple(
-    jax.tree.map(lambda p: turn(p[i]), params["layers"])  # noqa: B023
-    for i in range(cfg.layers)
-  )
+  def layer(i: int) -> dict:
+    own = {name: leaf[i] for name, leaf in params["layers"].items()}
+    whole = adapters.merged({"layers": own}, cfg=cfg)["layers"]
+    return {name: turn(name, leaf) for name, leaf in whole.items()}
+
+  layers = tuple(layer(i) for i in range(cfg.layers))
   return {
     "embed": params["embed"],
     "layers": layers,
     "norm": params["norm"],
-    "head": turn(head(params)),
+    "head": head(params).T.astype(dtype),
   }
 
 
@@ -353,11 +433,13 @@ def decode_step(weights, token_B, position_B, reads, ring, column, *, cfg, compu
   hidden states [B, D] and the rings' new (k, v) a layer.
   """
   block = Block(cfg, compute, turned=True)
-  x_BTD = jnp.take(weights["embed"], token_B[:, None], axis=0)
-  angles = rotary_angles(position_B[:, None], cfg)
+  x_BTD = embed(weights["embed"], token_B[:, None], cfg)
+  turns = rotary.angles(position_B[:, None], cfg)
   written = []
-  for params, parts, own in zip(weights["layers"], reads, ring, strict=True):
-    x_BTD, kv = block.apply({"params": params}, x_BTD, angles, own, parts, column)
+  layers = zip(weights["layers"], rotary.kinds(cfg), reads, ring, strict=True)
+  for params, kind, parts, own in layers:
+    args = x_BTD, turns[kind], own, parts, column
+    x_BTD, kv = block.apply({"params": params}, *args)
     written.append(kv)
   return rms_norm(x_BTD, weights["norm"], cfg.norm_eps)[:, 0], tuple(written)
 
@@ -367,14 +449,3 @@ def init(key, *, cfg: ModelConfig, compute: Compute) -> PyTree:
   zeros_BT = jnp.zeros((1, 2), jnp.int32)
   decoder = Decoder(cfg, compute)
   return decoder.init(key, zeros_BT, zeros_BT, None, None, None)["params"]
-
-
-def logical_axes(params: PyTree) -> PyTree:
-  """The logical axis names of each parameter, in the shape of the tree."""
-  top = {
-    "embed": ("vocab", "width"),
-    "norm": ("width",),
-    "head": ("width", "vocab"),
-    "layers": LAYER_AXES,
-  }
-  return {name: top[name] for name in params}

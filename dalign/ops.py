@@ -103,8 +103,10 @@ def token_stats(
   dtype,
   chunk: int,
   temperature: float = 1.0,
+  cap: float = 0.0,
 ) -> TokenStats:
-  """Statistics of each wanted target under `softmax(hidden @ head / temperature)`.
+  """Statistics of each wanted target under `softmax(logits / temperature)`, of logits
+  `capped(hidden @ head, cap)`.
 
   `targets_BT[:, t]` is scored with `hidden_BTD[:, t]`: the caller shifts. Tokens that
   are not wanted get zeros and no work: the head is applied to as many chunks of `chunk`
@@ -123,7 +125,8 @@ def token_stats(
     return x.reshape(-1, chunk, *shape)
 
   hidden_NCD, targets_NC = chunks(hidden_BTD, D), chunks(targets_BT)
-  stats = _head_stats(hidden_NCD, head_DV, targets_NC, used, dtype, temperature)
+  how = dtype, temperature, cap
+  stats = _head_stats(hidden_NCD, head_DV, targets_NC, used, how)
 
   def back(x):
     x = jnp.zeros(N).at[order_N].set(x.reshape(-1)[:N], unique_indices=True)
@@ -132,18 +135,28 @@ def token_stats(
   return jax.tree.map(back, stats)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _head_stats(hidden_NCD, head_DV, targets_NC, used, dtype, temperature):
+def capped(x, cap: float):
+  """`cap * tanh(x / cap)` (2408.00118), or x where cap is 0."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_stats(hidden_NCD, head_DV, targets_NC, used, how):
   """TokenStats of the first `used` of N chunks; the backward pass makes their logits
-  again, chunk by chunk."""
-  return _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, dtype, temperature)[0]
+  again, chunk by chunk. `how` is (dtype, temperature, cap)."""
+  return _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how)[0]
 
 
-def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, dtype, temperature):
-  low_DV = head_DV.astype(dtype)
+def _logits(hidden_CD, low_DV, how):
+  dtype, temperature, cap = how
+  return capped(matmul(hidden_CD, low_DV, dtype), cap) / temperature
+
+
+def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how):
+  low_DV = head_DV.astype(how[0])
 
   def one(i, found):
-    logits_CV = matmul(hidden_NCD[i], low_DV, dtype) / temperature
+    logits_CV = _logits(hidden_NCD[i], low_DV, how)
     peak_C = jnp.max(logits_CV, axis=-1)
     sum_C, weighted_C = _exp_sums(logits_CV, peak_C)
     logz_C = peak_C + jnp.log(sum_C)
@@ -174,16 +187,19 @@ def _exp_sums(logits_CV, peak_C):
   return tuple(jnp.sum(x_CM, axis=-1) for x_CM in sums)
 
 
-def _head_stats_bwd(dtype, temperature, saved, grads: TokenStats):
+def _head_stats_bwd(how, saved, grads: TokenStats):
   hidden_NCD, head_DV, targets_NC, used, logz_NC = saved
+  dtype, temperature, cap = how
   low_DV = head_DV.astype(dtype)
 
   def one(i, sums):
     dhidden_NCD, dhead_DV = sums
-    logits_CV = matmul(hidden_NCD[i], low_DV, dtype) / temperature
+    logits_CV = _logits(hidden_NCD[i], low_DV, how)
     probs_CV = jnp.exp(logits_CV - logz_NC[i][:, None])
     hit_CV = targets_NC[i][:, None] == jnp.arange(head_DV.shape[1])[None]
     dlogits_CV = (hit_CV - probs_CV) * (grads.logp[i] / temperature)[:, None]
+    if cap:
+      dlogits_CV *= 1 - jnp.square(logits_CV * (temperature / cap))
     dhidden_CD, dhead = _matmul_grads(hidden_NCD[i], low_DV, dlogits_CV, dtype)
     return dhidden_NCD.at[i].set(dhidden_CD), dhead_DV + dhead
 

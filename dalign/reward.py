@@ -26,12 +26,6 @@ def init_head(params: PyTree, key: Key) -> PyTree:
   return {"trunk": trunk, "score": {"weight": weight_D, "bias": jnp.zeros((1,))}}
 
 
-def logical_axes(params: PyTree) -> PyTree:
-  """The logical axis names of each parameter of a reward model."""
-  trunk = model.logical_axes(params["trunk"])
-  return {"trunk": trunk, "score": {"weight": (None,), "bias": (None,)}}
-
-
 def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute):
   """The score of each row before the sigmoid, float32 [B].
 

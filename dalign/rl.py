@@ -215,6 +215,7 @@ def make_loss(
       hidden_BTD,
       batch["tokens_BT"],
       sampled_BT,
+      cfg=cfg,
       compute=compute,
       temperature=temperature,
     )

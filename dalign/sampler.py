@@ -14,11 +14,14 @@ from typing import Callable, Iterable, Iterator, Sequence
 from flax import struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 import numpy as np
 
 from dalign import attention
 from dalign import model
 from dalign import ops
+from dalign import sharding
 from dalign import text
 from dalign.config import Compute
 from dalign.config import ModelConfig
@@ -135,17 +138,23 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   at_1S = jnp.arange(S)[None]
   live_BS = slots.live_BS | (at_1S == column)
   at_1P = jnp.arange(slots.prompt[0][1].shape[2])[None]
-  prompt_mask = (at_1P < slots.prompt_len_B[:, None])[:, None]
+  prompt_mask_BP = at_1P < slots.prompt_len_B[:, None]
   B, A = len(slots.token_B), len(prefixes.length_A)
-  shared = [()] * cfg.layers
+  length_B = jnp.repeat(prefixes.length_A, B // A)
+  # What each part's columns hold: whether they are a row's own, and their positions.
+  ages_1S = (column - at_1S) % S
+  prompt = prompt_mask_BP, length_B[:, None] + at_1P
+  fresh = live_BS, slots.position_B[:, None] - ages_1S
+  parts = [(slots.prompt, *prompt), (slots.fresh, *fresh)]
   if prefixes.kv:
     at_1P = jnp.arange(prefixes.kv[0][1].shape[2])[None]
-    prefix_mask = at_1P < jnp.repeat(prefixes.length_A, B // A)[:, None]
-    shared = [(attention.Part(*kv, mask=prefix_mask[:, None]),) for kv in prefixes.kv]
+    parts.insert(0, (prefixes.kv, at_1P < length_B[:, None], at_1P))
   reads, ring = [], []
   for i in range(cfg.layers):
-    reads.append((*shared[i], attention.Part(*slots.prompt[i], mask=prompt_mask)))
-    ring.append(attention.Part(*slots.fresh[i], mask=live_BS[:, None]))
+    at_B1 = slots.position_B[:, None] if i in cfg.sliding else None
+    *read, own = (_part(kv[i], *held, at_B1, cfg.window) for kv, *held in parts)
+    reads.append(tuple(read))
+    ring.append(own)
   hidden_BD, fresh = model.decode_step(
     weights,
     slots.token_B,
@@ -157,6 +166,7 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
     compute=compute,
   )
   logits_BV = ops.matmul_turned(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
+  logits_BV = ops.capped(logits_BV, cfg.logit_cap)
   key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
   token_B, logp_B = draw(logits_BV, key_B, temperature)
 
@@ -176,6 +186,15 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
     out_BS=jnp.where(at_BS, token_B[:, None], slots.out_BS),
     logp_BS=jnp.where(at_BS, logp_B[:, None], slots.logp_BS),
   )
+
+
+def _part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
+  """One layer's cache with what its rows may see; `at_B1` are the positions that they
+  look from where a window ends their sight."""
+  mask_BTS = mask_BS[:, None]
+  if at_B1 is not None:
+    mask_BTS = mask_BTS & attention.near(at_B1, at_BS, window)
+  return attention.Part(*kv, mask=mask_BTS)
 
 
 def _insert(slots: Slots, kv: model.KV, src_R, slot_R, count) -> Slots:
@@ -234,29 +253,77 @@ def bucket(n: int, step: int) -> int:
 
 
 class Sampler:
-  """Compiled decoding of one architecture; weights come with each call."""
+  """Compiled decoding of one architecture; weights come with each call.
+
+  On a mesh, which must then be set (`jax.set_mesh`), caches lie by rows and heads;
+  what says which rows live is held by every device, and read by every process.
+  """
 
   def __init__(
-    self, *, cfg: ModelConfig, compute: Compute, stop_ids: Iterable[int], sampler
+    self,
+    *,
+    cfg: ModelConfig,
+    compute: Compute,
+    stop_ids: Iterable[int],
+    sampler: SamplerConfig,
+    mesh: Mesh | None = None,
   ):
     self.cfg, self.compute = cfg, dataclasses.replace(compute, remat=False)
-    self.sampler: SamplerConfig = sampler
-    self.stop_ids = tuple(stop_ids)
-    self._prefill = jax.jit(self._prefill_fn)
-    self._prefix = jax.jit(self._prefix_fn)
-    self._insert = jax.jit(_insert, donate_argnums=0)
-    self._start = jax.jit(_start, donate_argnums=0)
-    self._set_prefix = jax.jit(_set_prefix, donate_argnums=0)
-    self._chunk = jax.jit(self._chunk_fn, donate_argnums=2)
+    self.sampler, self.stop_ids = sampler, tuple(stop_ids)
+    self._mesh = mesh
+    k = v = self._lies(
+      "slot", "kv_heads", None, None, shape=(sampler.slots, cfg.kv_heads)
+    )
+    own = dict(prompt=((k, v),) * cfg.layers, fresh=((k, v),) * cfg.layers)
+    whole = self._lies()
+    names = (field.name for field in dataclasses.fields(Slots))
+    slots = Slots(**{name: own.get(name, whole) for name in names})
+    heads = None, "batch", "kv_heads", None, None
+    rows = self._lies(*heads, shape=(1, sampler.prefill, cfg.kv_heads))
+    row = self._lies(*heads, shape=(1, 1, cfg.kv_heads))
+    prefix = model.Prefix(kv=model.KV(k=row, v=row), length=whole)
+    self._prefill = self._jit(self._prefill_fn, model.KV(k=rows, v=rows))
+    self._prefix = self._jit(self._prefix_fn, prefix)
+    self._empty = self._jit(self._empty_fn, slots, static_argnums=(0, 1))
+    self._insert = self._jit(_insert, slots, donate_argnums=0)
+    self._start = self._jit(_start, slots, donate_argnums=0)
+    self._chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
+    self._lanes = {lanes: self._of_lanes(lanes) for lanes in (1, sampler.lanes)}
     self._cast = functools.partial(model.cast, compute=self.compute)
     if self.compute.dtype != "float32":
       self._cast = jax.jit(self._cast)
     unstack = functools.partial(model.unstack, cfg=cfg, compute=self.compute)
     self._unstack = jax.jit(unstack)
 
+  def _lies(self, *names, shape=()) -> NamedSharding | None:
+    """Where an array of these logical axes lies; `shape` may end before the last."""
+    if self._mesh is None:
+      return None
+    shape = (*shape, *[1] * (len(names) - len(shape)))
+    return sharding.place(self._mesh, names, shape)
+
+  def _jit(self, fn, lies, **more):
+    more |= {} if self._mesh is None else {"out_shardings": lies}
+    return jax.jit(fn, **more)
+
+  def _of_lanes(self, A: int):
+    """What makes the prefixes of so many lanes, and what puts one in."""
+    kv = self._lies("slot", "kv_heads", None, None, shape=(A, self.cfg.kv_heads))
+    both = ((kv, kv),) * self.cfg.layers
+
+    def make(P: int) -> Prefixes:
+      return Prefixes(kv=self._cache(A, P), length_A=jnp.zeros(A, jnp.int32))
+
+    lies = Prefixes(kv=both, length_A=self._lies())
+    return (
+      self._jit(make, lies, static_argnums=0),
+      self._jit(_set_prefix, lies, donate_argnums=0),
+    )
+
   def compiled(self) -> int:
     """How many programs have been compiled so far; constant after warm-up."""
-    prefill = self._prefix, self._set_prefix, self._prefill
+    puts = [put for _, put in self._lanes.values()]
+    prefill = self._prefix, self._prefill, *puts
     jits = *prefill, self._insert, self._start, self._chunk
     return sum(f._cache_size() for f in jits)
 
@@ -303,7 +370,7 @@ class Sampler:
       (jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)) for _ in range(cfg.layers)
     )
 
-  def _empty(self, P: int, S: int) -> Slots:
+  def _empty_fn(self, P: int, S: int) -> Slots:
     B = self.sampler.slots
 
     def ints():
@@ -352,8 +419,8 @@ class Sampler:
     A = self.sampler.lanes if len(pending) > 1 else 1
     s = self.sampler
     P = -(-prefix_room // s.prefix_step) * s.prefix_step
-    kv = self._cache(A, P) if P else ()
-    prefixes = Prefixes(kv=kv, length_A=jnp.zeros(A, jnp.int32))
+    make_lanes, set_prefix = self._lanes[A]
+    prefixes = make_lanes(P) if P else Prefixes(kv=(), length_A=np.zeros(A, np.int32))
     slots = self._empty(bucket(prompt_room, s.prompt_step), max_new)
     held: list[Request | None] = [None] * s.slots
     lanes: list[_Lane | None] = [None] * A
@@ -385,7 +452,7 @@ class Sampler:
           if new is not None:
             lane = lanes[a] = new
             if P:
-              prefixes = self._set_prefix(
+              prefixes = set_prefix(
                 prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
               )
         if lane is not None:

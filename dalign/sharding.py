@@ -6,6 +6,7 @@
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -16,38 +17,65 @@ from dalign.types import PyTree
 
 RULES = {
   "batch": ("data", "fsdp"),  # rows of every batch
+  "slot": ("data", "fsdp", "sequence"),  # rows of decoding, one token each
+  "token": "sequence",
+  "attending": ("tensor", "sequence"),  # heads, where they see whole lines
   "vocab": "tensor",
   "heads": "tensor",
   "kv_heads": "tensor",
   "ffw": "tensor",
   "width": "fsdp",  # parameters and optimizer state, gathered where they are used
   "layer": None,
+  "head": "tensor",
+  "q_norm": None,
+  "k_norm": None,
+  "expert": "expert",
+  "choice": None,
+  "rank": None,
 }
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
-  """The mesh (data, fsdp, tensor); -1 takes what is left of the devices.
+  """The mesh of a config's axes; -1 takes what is left of the devices.
 
-  Raises ValueError when the sizes do not multiply to the number of devices.
+  Over several slices of TPUs, the outer axes are cut by slice: between slices the
+  network is slow. Raises ValueError when the sizes do not multiply to the number of
+  devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-  if sizes.count(-1) > 1:
-    raise ValueError(f"mesh: at most one axis may be -1, got {sizes}")
-  known = 1
-  for size in sizes:
-    known *= 1 if size == -1 else size
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
-  data, fsdp, tensor = sizes
-  if data * fsdp * tensor != len(devices):
+  sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+  sizes |= {"sequence": cfg.sequence, "expert": cfg.expert}
+  left = [axis for axis, size in sizes.items() if size == -1]
+  if len(left) > 1:
+    raise ValueError(f"mesh: at most one axis may be -1, got {', '.join(left)}")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  sizes |= {axis: len(devices) // known for axis in left}
+  if math.prod(sizes.values()) != len(devices):
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     raise ValueError(
-      f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} is not the number of "
-      f"devices, {len(devices)}; set one of config.mesh.* to -1"
+      f"mesh: {shown} is not the number of devices, {len(devices)}; set one of "
+      "config.mesh.* to -1"
     )
-  axes = ("data", "fsdp", "tensor")
-  return jax.make_mesh(
-    tuple(sizes), axes, axis_types=(AxisType.Auto,) * 3, devices=devices
-  )
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  shape = tuple(sizes.values())
+  types = (AxisType.Auto,) * len(shape)
+  if slices == 1:
+    return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+  outer = _outer(shape, slices)
+  inner = tuple(n // o for n, o in zip(shape, outer, strict=True))
+  grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+  return Mesh(grid, tuple(sizes), axis_types=types)
+
+
+def _outer(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
+  """How many slices each axis lies on: the first as many as it can."""
+  outer, left = [], slices
+  for size in shape:
+    outer.append(math.gcd(size, left))
+    left //= outer[-1]
+  if left > 1:
+    raise ValueError(f"mesh: no axis to lay {slices} slices of devices on, got {shape}")
+  return tuple(outer)
 
 
 def spec(logical: tuple[str | None, ...]) -> P:
@@ -60,11 +88,14 @@ def spec(logical: tuple[str | None, ...]) -> P:
 
 
 def fits(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-  """The sharding, without the axes that do not divide the dimension they lie on."""
+  """The sharding, without the axes that do not divide the dimension they lie on; of
+  several on one dimension, as many first ones as divide it."""
   mesh, kept = sharding.mesh, []
   axes = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
   for size, axis in zip(shape, axes, strict=True):
-    kept.append(axis if size % _ways(mesh, axis) == 0 else None)
+    while axis and size % _ways(mesh, axis):
+      axis = axis[:-1] if isinstance(axis, tuple) else None
+    kept.append(axis or None)
   return NamedSharding(mesh, P(*kept))
 
 
@@ -74,10 +105,35 @@ def _ways(mesh, axis) -> int:
   return math.prod(mesh.shape[name] for name in names if name)
 
 
+def place(mesh: Mesh, logical: tuple[str | None, ...], shape) -> NamedSharding:
+  """Where an array of this shape lies; what an axis does not divide is whole."""
+  return fits(NamedSharding(mesh, spec(logical)), tuple(shape))
+
+
+def constrain(x, *logical: str | None):
+  """`x` laid out by its logical axes on the mesh that is set (`jax.set_mesh`), inside
+  of jit; without a mesh, as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, place(mesh, logical, x.shape))
+
+
+def heads_apart(q_BNTH, k_BKHT, v_BKTH):
+  """Queries, keys and values with whole lines on each device, and a part of the heads
+  where tokens were cut: those that share keys stay together (2309.14509)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("sequence", 1) == 1:
+    return q_BNTH, k_BKHT, v_BKTH
+  apart = k_BKHT.shape[1] % _ways(mesh, RULES["attending"]) == 0
+  names = "batch", "attending" if apart else "heads", None, None
+  return tuple(constrain(x, *names) for x in (q_BNTH, k_BKHT, v_BKTH))
+
+
 def shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
   """NamedShardings of a tree from its logical axes and its (abstract) arrays."""
   return jax.tree.map(
-    lambda names, x: fits(NamedSharding(mesh, spec(names)), x.shape),
+    lambda names, x: place(mesh, names, x.shape),
     axes,
     shapes,
     is_leaf=lambda x: isinstance(x, tuple),
@@ -104,14 +160,14 @@ def by_parts(fn, in_axes: tuple, out_axes: tuple, args: tuple):
   if odd & {"heads", "kv_heads"}:
     odd |= {"heads", "kv_heads"}  # those that share keys stay together
 
-  def place(names):
+  def lay(names):
     return names and spec(tuple(None if n in odd else n for n in names))
 
   return jax.shard_map(
     fn,
     mesh=mesh,
-    in_specs=tuple(place(names) for names in in_axes),
-    out_specs=place(out_axes),
+    in_specs=tuple(lay(names) for names in in_axes),
+    out_specs=lay(out_axes),
     check_vma=False,
   )(*args)
 
@@ -131,23 +187,26 @@ def like_params(mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTr
     )
   }
 
-  def place(path, x):
+  def like(path, x):
     name = jax.tree_util.keystr(path)
     for suffix, (shape, sharding) in known.items():
       if name.endswith(suffix) and x.shape == shape:
         return sharding
     return NamedSharding(mesh, P())
 
-  return jax.tree_util.tree_map_with_path(place, state)
+  return jax.tree_util.tree_map_with_path(like, state)
 
 
 def batch_sharding(mesh: Mesh, name: str, x, *, lead: int = 0) -> NamedSharding:
-  """Rows over data x fsdp; `lead` axes before the rows (micro-batches) stay whole.
+  """Rows over data x fsdp, their tokens over sequence; `lead` axes before the rows
+  (micro-batches) stay whole.
 
   A batch's arrays carry their dimensions in their names: one whose suffix does not
   begin with B (such as prefix_P) has no rows, and every device holds all of it.
   """
-  if not name.rpartition("_")[2].startswith("B"):
+  letters = name.rpartition("_")[2]
+  if not letters.startswith("B"):
     return NamedSharding(mesh, P())
-  names = (None,) * lead + ("batch",) + (None,) * (x.ndim - lead - 1)
-  return fits(NamedSharding(mesh, spec(names)), x.shape)
+  tokens = ("token",) if letters.startswith("BT") else ()
+  names = (None,) * lead + ("batch", *tokens)
+  return place(mesh, names + (None,) * (x.ndim - len(names)), x.shape)

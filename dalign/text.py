@@ -5,7 +5,7 @@ a weight is born here beside its tokens; nothing is ever read off a token's valu
 padding often shares its id with the stop token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import datetime
 import functools
@@ -30,7 +30,8 @@ class Tokenizer:
   """A `tokenizers` backend and what a chat with its model needs. Make it with `of`.
 
   `special` maps every control token to its id. `stop_ids` are the tokenizer's own end
-  of text and the token with which the chat template ends a turn, in that order.
+  of text, the token with which the chat template ends a turn, and those that a model's
+  generation_config.json names, in that order.
   `pad_id` may equal one of them. The backend is taken over: its padding, truncation and
   reading of control tokens are switched off. Bytes that its vocabulary lacks (for
   SmolLM2 some ASCII control characters) are lost without a word, as in transformers.
@@ -75,11 +76,13 @@ class Tokenizer:
     bos_id: int | None,
     eos_id: int,
     pad_id: int | None = None,
+    stop_ids: Iterable[int] = (),
   ) -> "Tokenizer":
     """Reads control tokens off the backend and the turn's end off the template.
 
-    Without a `pad_id` the end of text pads. Raises ValueError for a template that does
-    not compile, or does not take a user turn and an assistant turn.
+    `stop_ids` are further ones that end a completion. Without a `pad_id` the end of
+    text pads. Raises ValueError for a template that does not compile, or does not take
+    a user turn and an assistant turn.
     """
     added = backend.get_added_tokens_decoder()
     draft = cls(
@@ -90,7 +93,7 @@ class Tokenizer:
       stop_ids=(eos_id,),
       pad_id=eos_id if pad_id is None else pad_id,
     )
-    ends = dict.fromkeys((eos_id, *_turn_end(draft)))
+    ends = dict.fromkeys((eos_id, *_turn_end(draft), *stop_ids))
     return dataclasses.replace(draft, stop_ids=tuple(ends))
 
   @property

@@ -1,6 +1,7 @@
 """The training step: one update for many losses. Knows no text, data order or stage."""
 
 import functools
+import types
 from typing import Callable
 
 from flax import struct
@@ -11,6 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
 
+from dalign import adapters
+from dalign import leaves
 from dalign import sharding
 from dalign.config import OptimizerConfig
 from dalign.types import Key
@@ -18,6 +21,7 @@ from dalign.types import Leaf
 from dalign.types import Mean
 from dalign.types import PyTree
 
+_NONE = types.MappingProxyType({})
 LossFn = Callable[[PyTree, PyTree, Key], tuple[Mean, dict[str, Mean]]]
 
 
@@ -73,16 +77,25 @@ def _schedule(cfg: OptimizerConfig, steps: int, peak: float):
 
 def _matrices(params: PyTree) -> PyTree:
   """Which leaves are matrices."""
-  return jax.tree.map(lambda x: x.ndim > 1, _unstacked(params))
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x.ndim > 1 and _is_matrix(path), _unstacked(params)
+  )
+
+
+def _is_matrix(path) -> bool:
+  return leaves.is_matrix(str(getattr(path[-1], "key", "")))
 
 
 def _layered(params: PyTree) -> PyTree:
   """What Muon is to take for matrices: those of the layers, each by itself."""
-  each = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
   layers = jax.tree_util.DictKey("layers")
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: each if layers in path and x.ndim == 3 else None, params
-  )
+
+  def one(path, x):
+    if layers not in path or x.ndim < 3 or not _is_matrix(path):
+      return None
+    return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _unstacked(params: PyTree) -> PyTree:
@@ -109,7 +122,10 @@ def create(
 def make_update(
   loss_fn: LossFn, tx: optax.GradientTransformation, *, average_from: int = 0
 ):
-  """The pure `update(state, batch, key, used) -> (state, metrics)` of a loss.
+  """The pure `update(state, batch, key, used, frozen) -> (state, metrics)` of a loss.
+
+  `frozen` are parameters that the loss reads and no step changes, joined to those of
+  the state (`adapters.join`); with none of them, an empty tree.
 
   Each leaf of `batch` has micro-batches as its first axis, of which the first `used`
   (at least one) are looped over: the shape stays, what is empty costs nothing.
@@ -119,18 +135,18 @@ def make_update(
   averaging, 1803.05407), and before that the parameters themselves.
   """
 
-  def totals(params, batch, key):
+  def totals(params, batch, key, frozen):
     def total(params):
-      loss, metrics = loss_fn(params, batch, key)
+      loss, metrics = loss_fn(adapters.join(frozen, params), batch, key)
       return loss.total, (loss, metrics)
 
     grads, (loss, metrics) = jax.grad(total, has_aux=True)(params)
     return grads, loss, metrics
 
-  def update(state: TrainState, batch: PyTree, key: Key, used):
+  def update(state: TrainState, batch: PyTree, key: Key, used, frozen=_NONE):
     def part(i):
       micro = jax.tree.map(lambda x: x[i], batch)
-      return totals(state.params, micro, jax.random.fold_in(key, i))
+      return totals(state.params, micro, jax.random.fold_in(key, i), frozen)
 
     def add(i, sums):
       return jax.tree.map(jnp.add, sums, part(i))
@@ -172,17 +188,17 @@ def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree):
   placed = state_shardings(mesh, state, axes)
   jitted = jax.jit(
     update,
-    in_shardings=(placed, None, None, None),
+    in_shardings=(placed, None, None, None, None),
     out_shardings=(placed, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
 
-  def step(state, batch, key, used):
+  def step(state, batch, key, used, frozen=_NONE):
     batch = {
       name: jax.device_put(x, sharding.batch_sharding(mesh, name, x, lead=1))
       for name, x in batch.items()
     }
-    return jitted(state, batch, key, jnp.int32(used))
+    return jitted(state, batch, key, jnp.int32(used), dict(frozen))
 
   step.jitted = jitted
   return step

@@ -521,5 +521,5 @@ def vocabulary() -> tuple[str, ...]:
   texts += [f"{a}{n}" for a, n in itertools.product(VERDICTS.values(), numbers)]
   texts += ["spell reverse translate unspell unreverse untranslate"]
   texts += ["system user assistant <think> </think>"]
-  texts += ["read grade revise this thinks does well ill not good fair bad"]
+  texts += ["read weigh grade revise this thinks does well ill not good fair bad"]
   return tuple(sorted(set(" ".join(texts).split())))

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and dalign's side of each kind of work."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from benchmarks import roofline
 from benchmarks import run as benchmark
 from benchmarks import works
 from benchmarks.peers import dalign as ours
+from dalign import vocab
 from dalign import weights
 
 SHAPE = roofline.Model(
@@ -97,12 +99,23 @@ def test_an_unknown_work_ends_with_what_there_is():
   assert done.returncode == 2 and "no work W9; there are W1, W2" in done.stderr
 
 
+def test_unknown_contenders_are_refused(capsys):
+  asked = argparse.Namespace(only="trl:f32,nobody", peers=False, envs="none")
+  with pytest.raises(SystemExit) as stop:
+    benchmark.choose(asked)
+  assert stop.value.code == 2
+  told = capsys.readouterr().err
+  assert "nobody is called nobody; there are dalign:f32, dalign:bf16, " in told
+  asked.only = "DALIGN:F32"
+  assert [c.label for c in benchmark.choose(asked)] == ["dalign", "dalign, static"]
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, cfg, params):
   """Runs dalign's side of a work with the tiny model; its answer."""
   monkeypatch.setattr(works, "ORDINARY", (3, cfg.vocab))
   monkeypatch.setattr(ours.turn, "wait_until_quiet", lambda: None)
-  tok = weights.tiny_tokenizer()
+  tok = vocab.tiny_tokenizer()
   read = jax.tree.map(np.asarray, params)  # as files are
   monkeypatch.setattr(
     weights, "load", lambda _: (cfg, jax.tree.map(np.copy, read), tok)

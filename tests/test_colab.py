@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from dalign import vocab
 from dalign import weights
 from dalign.config import ModelConfig
 
@@ -55,7 +56,7 @@ def test_the_sample_notebook_answers_with_and_without_the_spec(
   tmp_path, monkeypatch, capsys
 ):
   weights.save_hf(
-    str(tmp_path), TINY, weights.random_model(TINY, 0), weights.tiny_tokenizer()
+    str(tmp_path), TINY, weights.random_model(TINY, 0), vocab.tiny_tokenizer()
   )
   monkeypatch.chdir(COLAB)
   names = run(COLAB / "01_sample.ipynb", tmp_path)

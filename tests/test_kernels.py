@@ -13,6 +13,7 @@ import pytest
 
 from dalign import attention
 from dalign import kernels
+from dalign import leaves
 from dalign import model
 from dalign import sharding
 from dalign.config import MeshConfig
@@ -59,7 +60,7 @@ def test_a_kernel_and_its_gradients_equal_ours(kernel, dtype, masked, T):
 
   def run(kernel):
     def loss(q, k, v):
-      line = attention.Line(k=k, v=v, ends=ends)
+      line = attention.Line(k=k, v=v, sight=attention.Sight(ends=ends))
       out = attention.attend(q, (line,), dtype, kernel)
       return jnp.sum(out * weight), out
 
@@ -72,7 +73,7 @@ def test_a_kernel_and_its_gradients_equal_ours(kernel, dtype, masked, T):
 
 def test_a_line_joined_with_a_prefix_is_not_left_to_a_kernel():
   q, k, v, _ = numbers(64)
-  line = attention.Line(k=k, v=v, ends=None)
+  line = attention.Line(k=k, v=v, sight=attention.Sight())
   front = attention.Part(k=k[:1], v=v[:1], mask=jnp.ones((1, 1, 64), bool))
 
   def never(*_):
@@ -95,7 +96,7 @@ def test_cudnn_takes_our_lines(T, masked, monkeypatch):
   ends = trees(T) if masked else None
 
   def loss(q, k, v):
-    line = attention.Line(k=k, v=v, ends=ends)
+    line = attention.Line(k=k, v=v, sight=attention.Sight(ends=ends))
     return jnp.sum(attention.attend(q, (line,), jnp.bfloat16, kernels.cudnn))
 
   traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args)
@@ -157,7 +158,7 @@ def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
     run = jax.jit(jax.grad(loss))
     if mesh is None:
       return run(params, batch)
-    placed = sharding.shardings(mesh, model.logical_axes(params), params)
+    placed = sharding.shardings(mesh, leaves.logical_axes(params), params)
     with jax.set_mesh(mesh):
       return run(jax.device_put(params, placed), batch)
 
@@ -194,7 +195,7 @@ params = jax.eval_shape(
   lambda: model.init(jax.random.key(0), cfg=cfg, compute=compute)
 )
 state = jax.eval_shape(lambda p: train.create(p, tx), params)
-axes = model.logical_axes(params)
+axes = leaves.logical_axes(params)
 update = train.make_update(sft.make_loss(cfg=cfg, compute=compute), tx)
 step = train.jit_update(update, mesh, state, axes).jitted
 shape = jax.ShapeDtypeStruct((2, 4, 512), jnp.int32)
@@ -208,7 +209,8 @@ batch = {
 }
 key = jax.eval_shape(lambda: jax.random.key(0))
 with jax.set_mesh(mesh):
-  program = step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+  used = jax.ShapeDtypeStruct((), jnp.int32)
+  program = step.lower(state, batch, key, used, {}).compile()
 found = [line for line in program.as_text().splitlines() if "tpu_custom_call" in line]
 print("kernels", len(found))
 """

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from dalign import attention
+from dalign import leaves
 from dalign import model
 from dalign import ops
+from dalign import rotary
 from dalign import text
+from dalign import vocab
 from dalign import weights
 from dalign.config import ModelConfig
 
@@ -66,7 +69,7 @@ def hugging_face(tmp_path_factory):
 
   def make(cfg, params, tok=None):
     place = tmp_path_factory.mktemp("model")
-    weights.save_hf(str(place), cfg, params, tok or weights.tiny_tokenizer())
+    weights.save_hf(str(place), cfg, params, tok or vocab.tiny_tokenizer())
     made = transformers.AutoModelForCausalLM.from_pretrained(
       place, dtype=torch.float32, attn_implementation="eager"
     )
@@ -188,7 +191,8 @@ def test_rotation_is_that_of_complex_numbers(cfg):
   rng = np.random.default_rng(0)
   x_BNTH = rng.standard_normal((2, 3, 4, cfg.head_dim), np.float32)
   position_BT = rng.integers(0, 250, (2, 4))
-  got = model.rotate(x_BNTH, model.rotary_angles(jnp.asarray(position_BT), cfg))
+  [turn] = rotary.angles(jnp.asarray(position_BT), cfg).values()
+  got = rotary.rotate(x_BNTH, turn)
   half = cfg.head_dim // 2
   for b, n, t in np.ndindex(2, 3, 4):
     for i in range(half):
@@ -302,8 +306,8 @@ def test_one_tree_for_init_files_and_axes(cfg, compute, tied):
   made = jax.eval_shape(
     lambda key: model.init(key, cfg=cfg, compute=compute), jax.random.key(0)
   )
-  assert jax.tree.map(lambda x: x.shape, made) == weights.shapes(cfg)
-  axes = model.logical_axes(made)
+  assert jax.tree.map(lambda x: x.shape, made) == leaves.shapes(cfg)
+  axes = leaves.logical_axes(made)
   for path, leaf in jax.tree_util.tree_flatten_with_path(made)[0]:
     names = axes
     for step in path:

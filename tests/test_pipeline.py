@@ -12,17 +12,21 @@ import time
 import types
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+from dalign import adapters
 from dalign import config as configs
 from dalign import evals
 from dalign import judge
 from dalign import main
 from dalign import pipeline
 from dalign import spec as specs
+from dalign import weights as models
 from dalign.pipeline import context
 from dalign.pipeline import filter as filter_stage
+from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
@@ -92,9 +96,11 @@ def test_every_stage_leaves_its_artefacts(workdir):
     "eval/base.jsonl",
     "eval/sft_rl.jsonl",
     "eval/summary.json",
+    "export/model/model.safetensors",
+    "export/model/README.md",
   ]
   assert [name for name in wanted if not (workdir / name).exists()] == []
-  for stage in configs.STAGES[1:-1]:
+  for stage in set(configs.STAGES) - {"base", "report"}:
     manifest = json.loads((workdir / stage / "manifest.json").read_text())
     assert manifest["finished"], stage
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
@@ -102,6 +108,22 @@ def test_every_stage_leaves_its_artefacts(workdir):
   for metrics in summary["arms"].values():
     assert {"refuse_disallowed", "comply_allowed", "balanced_accuracy"} <= set(metrics)
     assert {"policy_retrieval", "think_format", "capability"} <= set(metrics)
+
+
+def test_the_export_is_the_trained_model_and_says_what_it_is(run, workdir):
+  cfg, params, tok = models.load(str(workdir / "export" / "model"))
+  assert (cfg, tok.stop_ids) == (run.arch, run.tok.stop_ids)
+  trained = run.trained_params("rl")
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
+    np.testing.assert_array_equal(a, np.asarray(b).astype(ml_dtypes.bfloat16))
+  card = (workdir / "export" / "model" / "README.md").read_text()
+  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  found = summary["arms"]["sft_rl"]["comply_allowed"]
+  assert f"{found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%}" in card
+  assert "| held out | base | spec_in_prompt | sft_rl |" in card
+  assert "Stage `rl`" in card and "9 policies, SHA-256 " in card
+  kept = json.loads((workdir / "sft" / "manifest.json").read_text())["summary"]["rows"]
+  assert f"- sft: rows {kept}" in card
 
 
 def test_a_step_of_rl_moved_the_policy(workdir):
@@ -422,9 +444,47 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
   assert len(lines) == 2
 
 
-def test_model_judge_reads_a_score_from_the_base_model(run):
-  from dalign.pipeline import filter as filter_stage
+def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
+  """In SFT, reward model and RL (with a value head), each beside the base's own."""
+  made = tmp_path / "run"
+  shutil.copytree(workdir, made)
+  for stage in ("sft", "reward", "rl"):
+    shutil.rmtree(made / stage)
+  cfg = tiny(
+    **{
+      "lora.rank": 2,
+      "lora.alpha": 8.0,
+      "rl.objective.advantages": "gae",
+      "rl.objective.value_weight": 0.1,
+    }
+  )
+  lora = context.Run(cfg, made)
+  with jax.set_mesh(lora.mesh):
+    sft_stage.finetune(lora)
+    reward_stage.train_reward(lora)
+    rl_stage.reinforce(lora)
+    base, ends = lora.base_params(), [lora.trained_params(s) for s in ("sft", "rl")]
+    judged = scoring.load_reward_model(lora)
+  for end in (*ends, judged["trunk"]):
+    trained, frozen = adapters.split(end)
+    assert {name for name in trained["layers"]} == {
+      f"{leaf}_lora_{part}" for leaf in cfg.lora.leaves for part in "ab"
+    }
+    for name in ("q", "down"):
+      np.testing.assert_array_equal(frozen["layers"][name], base["layers"][name])
+      assert np.abs(trained["layers"][f"{name}_lora_b"]).max() > 0
+  both = zip(*map(jax.tree.leaves, ends), strict=True)
+  assert max(np.abs(a - b).max() for a, b in both) > 0  # RL went on from SFT's
+  whole = sum(x.size for x in jax.tree.leaves(base))
+  for stage in ("sft", "reward", "rl"):
+    saved = sum(f.stat().st_size for f in (made / stage / "params").rglob("*"))
+    assert saved < 4 * whole, stage
+  lines = [row for row in rows(made / "metrics.jsonl") if "rl/logp_gap_nats" in row]
+  gaps = [row["rl/logp_gap_nats"] for row in lines]
+  assert gaps and max(gaps) < 1e-4  # what samples, merged, is what is trained
 
+
+def test_model_judge_reads_a_score_from_the_base_model(run):
   prompt = next(p for p in run.prompts if p.kind == "safety")
   ask = filter_stage.model_judge(run)
   questions = [
@@ -470,7 +530,7 @@ def test_every_config_builds():
       continue  # parts of a config
     config = configs.build(configs.Config, module.get_config().to_dict())
     chosen = configs.chosen_stages(config.stages)
-    assert set(chosen) <= set(pipeline.STAGES) and chosen[-1] == "report"
+    assert set(chosen) <= set(pipeline.STAGES) and "report" in chosen
     if hasattr(module, "ABLATION"):
       node = module.get_config("ablation").to_dict()
       assert configs.build(configs.Config, node).ablation.arms

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalign import leaves
 from dalign import model
 from dalign import reward
 from dalign import rl
@@ -830,7 +831,7 @@ def test_a_reward_model_keeps_the_trunk_and_drops_the_head(params, make_params, 
   untied = params | {"head": params["embed"].T}
   made = reward.init_head(untied, KEY)
   assert made["trunk"].keys() == params.keys()
-  axes = reward.logical_axes(made)
+  axes = leaves.logical_axes(made)
   flat = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
   shapes = [x.ndim for x in jax.tree.leaves(made)]
   assert [len(names) for names in flat] == shapes

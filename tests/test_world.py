@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import random
+import re
 
 import pytest
 
 from dalign import lessons
 from dalign import spec as specs
 from dalign import text
-from dalign import weights
+from dalign import vocab
 from dalign import world
 
 POLICIES = world.spec(0)
@@ -93,7 +94,7 @@ def test_without_a_specification_everything_is_answered():
 
 
 def test_no_word_is_unknown():
-  tok = weights.word_tokenizer(world.vocabulary())
+  tok = vocab.word_tokenizer(world.vocabulary())
   unknown = tok.encode("<unk>")[0]
   rng = random.Random(0)
   teach = [lesson(rng) for lesson in lessons.LESSONS.values() for _ in range(150)]
@@ -265,6 +266,24 @@ def test_a_base_without_a_specification_complies_but_for_its_moods(declines, kin
   )
   assert len(done) == kinds
   assert (done["comply"] == 400) == (declines == 0.0)
+
+
+WEIGHED = re.compile(r"(refuse|safe) \. but (\w+) A\d comply \. (\w+) \. so (\w+)")
+
+
+def test_exceptions_are_weighed_as_in_thoughts():
+  """Six a row, in the words of the thoughts of rules, and rightly."""
+  ends = [m for lesson in some(lessons.rules) for m in WEIGHED.findall(lesson.thought)]
+  asked = 0
+  for lesson in some(lessons.weighing):
+    found = WEIGHED.findall(lesson.answer)
+    listed = [" ".join(case[:3]) for case in found]
+    assert lesson.turns[0].content == "weigh " + " . ".join(listed) and len(found) == 6
+    ends += found
+    asked += sum(spared == asker for _, spared, asker, _ in found)
+  assert len(ends) > 1000 and 0.4 < asked / (6 * len(some(lessons.weighing))) < 0.6
+  for verdict, spared, asker, decision in ends:
+    assert decision == ("comply" if spared == asker else verdict)
 
 
 def test_codes_are_what_they_say():

@@ -1,6 +1,6 @@
 """The method as a pipeline: one function a stage, each from artefact to artefact.
 
-[base ->] generate -> filter -> sft -> reward -> rl -> eval -> report
+[base ->] generate -> filter -> sft -> reward -> rl -> eval -> report -> export
 """
 
 import pathlib
@@ -13,6 +13,7 @@ from dalign.pipeline import ablate
 from dalign.pipeline import base
 from dalign.pipeline import context
 from dalign.pipeline import evaluate
+from dalign.pipeline import export
 from dalign.pipeline import filter as filtering
 from dalign.pipeline import generate
 from dalign.pipeline import reward
@@ -34,6 +35,7 @@ STAGES = {  # the order is the method
   "rl": rl.reinforce,
   "eval": evaluate.evaluate,
   "report": write_report,
+  "export": export.export,
 }
 
 

@@ -25,7 +25,6 @@ def learn(run: context.Run) -> None:
     run=run,
     stage="base",
     params=params,
-    axes=run.axes,
     loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
     optimizer=cfg.optimizer,
     steps=cfg.steps,

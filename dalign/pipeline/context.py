@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from dalign import adapters
 from dalign import checkpoints
 from dalign import compose
 from dalign import config as configs
 from dalign import data
 from dalign import domain
 from dalign import kernels
-from dalign import model
+from dalign import leaves
 from dalign import ops
 from dalign import rl
 from dalign import sampler as sampling
@@ -29,6 +30,7 @@ from dalign import spec as specs
 from dalign import store
 from dalign import text
 from dalign import train
+from dalign import vocab
 from dalign import weights
 from dalign import world
 from dalign.types import EXPECTED
@@ -46,16 +48,17 @@ READS = {
   "base": ("model", "compute", "mesh", "world"),
   "generate": ("model", "compute", "think", "spec", "world.spec", "data", "generate"),
   "filter": ("model", "compute", "spec", "world.spec", "filter"),
-  "sft": ("model", "compute", "mesh", "think", "data", "sft"),
+  "sft": ("model", "compute", "mesh", "lora", "think", "data", "sft"),
   "reward": (
-    *("model", "compute", "mesh", "spec", "world.spec", "reward", *_JUDGE),
+    *("model", "compute", "mesh", "lora", "spec", "world.spec", "reward", *_JUDGE),
     *("generate.temperature", "generate.max_new"),  # of drafts
   ),
   "rl": (
-    *("model", "compute", "mesh", "think", "spec", "data", "rl"),
+    *("model", "compute", "mesh", "lora", "think", "spec", "data", "rl"),
     *("world.spec", "reward.shows_thought", *_JUDGE),
   ),
   "eval": ("model", "compute", "think", "spec", "world.spec", "data", "eval"),
+  "export": ("model", "lora", "think", "spec", "world.spec", "export"),
 }
 
 
@@ -88,77 +91,88 @@ class Run:
     self.domain = domain.make(cfg, lambda: store.read_spec_files(self.spec_dir))
     self.mesh = sharding.make_mesh(cfg.mesh)
 
-  def _load(self):
-    """(architecture, parameters, tokenizer) of the base model, from its files."""
+  @functools.cached_property
+  def _model(self) -> weights.Checkpoint:
+    """The base model as its files have it, parameters unread."""
     if self.cfg.model.path in ("random", "world"):
-      tok = weights.tiny_tokenizer()
+      tok = vocab.tiny_tokenizer()
       if self.cfg.world:
-        tok = weights.word_tokenizer(world.vocabulary())
+        tok = vocab.word_tokenizer(world.vocabulary())
       sizes = dict(self.cfg.model.random) | {"vocab": tok.vocab_size}
       arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
-      return arch, weights.random_model(arch, self.cfg.seed), tok
+      return weights.Checkpoint.random(arch, tok, self.cfg.seed)
     say(f"loading {self.cfg.model.path}")
-    return weights.load(self.cfg.model.path)
+    return weights.find(self.cfg.model.path)
 
   @functools.cached_property
-  def _known(self):
-    """Architecture, tokenizer and the shapes of parameters; not the parameters, which
-    would be held a second time for the length of the run."""
-    arch, params, tok = self._load()
-    self._fresh = params
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
-    return arch, tok, shapes
-
-  @property
   def arch(self) -> configs.ModelConfig:
-    return self._known[0]
+    lora = self.cfg.lora
+    scale = lora.alpha / lora.rank if lora.rank else 0.0
+    return dataclasses.replace(self._model.cfg, lora_scale=scale)
 
   @property
   def tok(self) -> text.Tokenizer:
-    return self._known[1]
+    return self._model.tok
 
-  @property
+  @functools.cached_property
   def shapes(self) -> PyTree:
-    """The language model's parameters as ShapeDtypeStructs."""
-    return self._known[2]
-
-  @property
-  def axes(self) -> PyTree:
-    """The logical axes of the language model's parameters."""
-    return model.logical_axes(self.shapes)
+    """The base model's parameters as ShapeDtypeStructs."""
+    return jax.tree.map(
+      lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+      leaves.shapes(self.arch),
+      is_leaf=lambda x: isinstance(x, tuple),
+    )
 
   def base_params(self) -> PyTree:
     """The base model's parameters, on the mesh; a new copy at each call."""
-    return self.trained_params("base") if self.cfg.world else self.fresh_params()
+    if not self.cfg.world:
+      return self.fresh_params()
+    return self._load(self._trained("base"), self.shapes)
 
   def fresh_params(self) -> PyTree:
     """The parameters that the model's source has, on the mesh."""
-    shapes = self.shapes
-    params, self._fresh = self._fresh or self._load()[1], None
-    placed = sharding.shardings(self.mesh, self.axes, shapes)
-    return jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), params, placed)
+    axes = leaves.logical_axes(self.shapes)
+    return self._model.params(sharding.shardings(self.mesh, axes, self.shapes))
 
-  def trained_params(self, stage: str) -> PyTree:
-    """The parameters that a finished stage ended with."""
+  def start_params(self, start: str) -> PyTree:
+    """What a training stage starts from: "base", with new adapters where the config has
+    such, or "sft"."""
+    if start == "sft":
+      return self.trained_params("sft")
+    return self.adapted(self.base_params())
+
+  def adapted(self, params: PyTree) -> PyTree:
+    """A decoder's parameters with the adapters that the config asks for."""
+    lora, key = self.cfg.lora, ops.stream(self.key, "lora")
+    if not lora.rank:
+      return params
+    return adapters.attach(params, key, cfg=self.arch, lora=lora)
+
+  def trained_params(self, stage: str, whole=lambda params: params) -> PyTree:
+    """The parameters that a finished stage ended with; `whole` makes a decoder's into
+    what the stage trains. Where that were adapters, the rest is the base model's."""
+    where = self._trained(stage)
+    if not self.cfg.lora.rank:
+      return self._load(where, jax.eval_shape(whole, self.shapes))
+    trained, frozen = adapters.split(whole(self.adapted(self.base_params())))
+    return adapters.join(frozen, self._load(where, trained))
+
+  def _trained(self, stage: str) -> pathlib.Path:
     where = self.store.path(stage, "params")
     if not where.exists():
       raise ValueError(
         f"{where} is missing: run the {stage} stage first "
         f"(--config.stages={stage} or all)"
       )
-    return self.load_params(where, self.shapes, self.axes)
+    return where
 
-  def load_params(self, where: pathlib.Path, shapes: PyTree, axes: PyTree) -> PyTree:
+  def _load(self, where: pathlib.Path, shapes: PyTree) -> PyTree:
     """Saved parameters, laid on the mesh as they are read."""
-    placed = sharding.shardings(self.mesh, axes, shapes)
+    placed = sharding.shardings(self.mesh, leaves.logical_axes(shapes), shapes)
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
     )
     return checkpoints.load_params(where, abstract)
-
-  def start_params(self, start: str) -> PyTree:
-    """The model that a training stage starts from: "base" or "sft"."""
-    return self.trained_params("sft") if start == "sft" else self.base_params()
 
   @functools.cached_property
   def sampler(self) -> sampling.Sampler:
@@ -167,6 +181,7 @@ class Run:
       compute=self.cfg.compute,
       stop_ids=self.tok.stop_ids,
       sampler=self.cfg.sampler,
+      mesh=self.mesh if self.mesh.size > 1 else None,
     )
 
   @property
@@ -403,7 +418,6 @@ class Trainer:
   run: Run
   stage: str
   params: PyTree
-  axes: PyTree
   loss: train.LossFn
   optimizer: configs.OptimizerConfig
   steps: int
@@ -412,30 +426,37 @@ class Trainer:
   result: Callable[[PyTree], PyTree] = lambda params: params  # what is kept of them
 
   def __post_init__(self):
+    trained, self._frozen = adapters.split(self.params)
+    axes = leaves.logical_axes(trained)
     tx = train.make_optimizer(self.optimizer, steps=self.steps)
 
     def create(params):
       return train.create(params, tx, averaged=self.averaged > 0)
 
-    state = jax.eval_shape(create, self.params)
-    placed = train.state_shardings(self.run.mesh, state, self.axes)
+    state = jax.eval_shape(create, trained)
+    placed = train.state_shardings(self.run.mesh, state, axes)
     self.saved = checkpoints.Checkpoints(self.run.store.path(self.stage, "checkpoints"))
     self.in_host_memory = jax.default_backend() == "cpu"
     self.meta: dict = {}
     latest = self.saved.latest()
     if latest is None:
       start = jax.jit(create, out_shardings=placed, donate_argnums=0)
-      self.state = start(self.params)
+      self.state = start(trained)
     else:
       abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
       )
       self.state, self.meta = self.saved.restore(latest, abstract)
-    self.params = None  # the state holds them, and its updates donate it
+    self.params = None  # the state holds what is trained, and its updates donate it
     self.step = latest or 0
     self.run.metrics.rewind(self.stage, self.step)
     update = train.make_update(self.loss, tx, average_from=self.steps - self.averaged)
-    self._update = train.jit_update(update, self.run.mesh, state, self.axes)
+    self._update = train.jit_update(update, self.run.mesh, state, axes)
+
+  @property
+  def whole(self) -> PyTree:
+    """The parameters as they are now, with those that are not trained."""
+    return adapters.join(self._frozen, self.state.params)
 
   def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
     """One step over the first `used` micro-batches; returns and writes its metrics."""
@@ -443,7 +464,7 @@ class Trainer:
     if self.in_host_memory:
       checkpoints.give_back_memory()  # of what was done since the last step
     start = time.monotonic()
-    self.state, metrics = self._update(self.state, batch, key, used)
+    self.state, metrics = self._update(self.state, batch, key, used, self._frozen)
     values = {name: float(mean.value()) for name, mean in metrics.items()}
     values["step_s"] = time.monotonic() - start
     self.step += 1
@@ -467,10 +488,11 @@ class Trainer:
 
   def finish(self) -> PyTree:
     """Writes the parameters beside the checkpoints and returns them."""
-    params = self.result(self.state.average if self.averaged else self.state.params)
-    checkpoints.save_params(self.run.store.path(self.stage, "params"), params)
+    trained = self.state.average if self.averaged else self.state.params
+    place = self.run.store.path(self.stage, "params")
+    checkpoints.save_params(place, self.result(trained))
     self.saved.close()
-    return params
+    return self.result(adapters.join(self._frozen, trained))
 
 
 def row_id(*names) -> int:

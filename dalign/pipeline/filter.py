@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from dalign import compose
 from dalign import judge
 from dalign import model
-from dalign import ops
 from dalign import spec as specs
 from dalign import text
 from dalign.pipeline import context
@@ -103,7 +102,7 @@ def model_judge(run: context.Run) -> judge.Judge:
   def last_logprobs(params, tokens_BT, length_B):
     hidden_BTD, _ = model.forward_rows(params, tokens_BT, cfg=run.arch, compute=compute)
     last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
-    logits_BV = ops.matmul(last_BD, model.head(params), jnp.dtype(compute.dtype))
+    logits_BV = model.logits(params, last_BD, cfg=run.arch, compute=compute)
     return jax.nn.log_softmax(logits_BV, axis=-1)
 
   def score_logprobs(conversations, labels):

@@ -72,7 +72,6 @@ def _trainer(run: context.Run) -> context.Trainer:
     run=run,
     stage="reward",
     params=params,
-    axes=reward.logical_axes(params),
     loss=loss,
     optimizer=cfg.optimizer,
     steps=cfg.steps,

@@ -7,9 +7,9 @@ off goes on at the last checkpoint with the very same prompts and samples.
 import collections
 import dataclasses
 
-import jax
 import numpy as np
 
+from dalign import adapters
 from dalign import compose
 from dalign import data
 from dalign import ops
@@ -33,16 +33,14 @@ def reinforce(run: context.Run) -> None:
   if not run.begin("rl", [path for path in inputs if path.exists()]):
     return
   start = run.start_params(cfg.start)
-  params, axes = jax.tree.map(lambda x: x.copy(), start), run.axes
+  params = adapters.apart(start)
   valued = cfg.objective.learns_values
   if valued:
     params = {"policy": params, "value": rl.init_value(params)}
-    axes = {"policy": axes, "value": {"weight": (None,), "bias": (None,)}}
   trainer = context.Trainer(
     run=run,
     stage="rl",
     params=params,
-    axes=axes,
     loss=rl.make_loss(
       cfg=run.arch,
       compute=run.cfg.compute,
@@ -61,7 +59,7 @@ def reinforce(run: context.Run) -> None:
   skipped = trainer.meta.get("skipped", 0)
   with context.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
-      rollouts, values = step.roll(trainer.state.params, trainer.step)
+      rollouts, values = step.roll(trainer.whole, trainer.step)
       batch, used = step.batch(rollouts)
       if batch is None:
         skipped += 1

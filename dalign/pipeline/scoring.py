@@ -82,11 +82,7 @@ class Renderer:
 
 def load_reward_model(run: context.Run) -> PyTree:
   """The trained reward model's parameters."""
-  where = run.store.path("reward", "params")
-  if not where.exists():
-    raise ValueError(f"{where} is missing: run the reward stage first")
-  shapes = jax.eval_shape(reward.init_head, run.shapes, run.key)
-  return run.load_params(where, shapes, reward.logical_axes(shapes))
+  return run.trained_params("reward", lambda params: reward.init_head(params, run.key))
 
 
 def reward_model(run: context.Run, params: PyTree, renderer: Renderer) -> judge.Judge:

@@ -30,8 +30,7 @@ def finetune(run: context.Run) -> None:
   trainer = context.Trainer(
     run=run,
     stage="sft",
-    params=run.base_params(),
-    axes=run.axes,
+    params=run.start_params("base"),
     loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
     optimizer=cfg.optimizer,
     steps=len(plan),

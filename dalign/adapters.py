@@ -1,0 +1,101 @@
+"""LoRA (2106.09685): small trained matrices beside the frozen ones of a decoder.
+
+A matrix W [in, out] of a layer gets leaves A [in, rank] and B [rank, out] beside it and
+computes x W + scale * (x A) B. What is trained is a tree of its own: these leaves and
+all that is no decoder's, such as a reward model's head. The rest can be shared.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dalign import leaves
+from dalign.config import LoRAConfig
+from dalign.config import ModelConfig
+from dalign.types import Key
+from dalign.types import PyTree
+
+A, B = "_lora_a", "_lora_b"
+
+
+def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> PyTree:
+  """A decoder's parameters with adapters that change nothing yet: A is uniform in
+  1/sqrt(inputs), as a layer of torch, and B zero."""
+  return params | {"layers": params["layers"] | _fresh(key, cfg, lora)}
+
+
+def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
+  shapes = leaves.shapes(cfg)["layers"]
+  sparse = cfg.experts and set(lora.leaves) & set(leaves.OF_EXPERTS)
+  if sparse:
+    raise ValueError(
+      f"config.lora.leaves: no adapters for {', '.join(sorted(sparse))} of experts; "
+      "wanted some of q, k, v, o"
+    )
+  made = {}
+  for i, name in enumerate(lora.leaves):
+    layers, inputs, outputs = shapes[name]
+    limit = inputs**-0.5
+    shape = layers, inputs, lora.rank
+    draw = jax.random.uniform(
+      jax.random.fold_in(key, i), shape, minval=-limit, maxval=limit
+    )
+    made |= {name + A: draw, name + B: jnp.zeros((layers, lora.rank, outputs))}
+  return made
+
+
+def merged(params: PyTree, *, cfg: ModelConfig) -> PyTree:
+  """A decoder's parameters with the adapters added to their matrices, float32."""
+  layers = {}
+  for name, leaf in params["layers"].items():
+    if name.endswith((A, B)):
+      continue
+    a, b = params["layers"].get(name + A), params["layers"].get(name + B)
+    layers[name] = leaf if a is None else leaf + low_rank(a, b, cfg)
+  return params | {"layers": layers}
+
+
+def low_rank(a, b, cfg: ModelConfig):
+  """What adapters add to their matrix, of one layer or of all."""
+  return cfg.lora_scale * jnp.matmul(a, b, precision="highest")
+
+
+def apart(params: PyTree) -> PyTree:
+  """The parameters, with a copy of each that training would change."""
+  trained, frozen = split(params)
+  return join(frozen, jax.tree.map(lambda x: x.copy(), trained))
+
+
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
+  """(trained, frozen): the same nested dicts with some of the leaves each. Without
+  adapters all of them are trained."""
+  return _parts(params) if _adapted(params) else (params, {})
+
+
+def _adapted(params: PyTree) -> bool:
+  return any(
+    _adapted(node) if isinstance(node, dict) else name.endswith((A, B))
+    for name, node in params.items()
+  )
+
+
+def _parts(params: PyTree) -> tuple[PyTree, PyTree]:
+  trained, frozen = {}, {}
+  for name, node in params.items():
+    if isinstance(node, dict):
+      parts = _parts(node)
+    elif name.endswith((A, B)) or name not in leaves.TOP | leaves.layer_names():
+      parts = node, None
+    else:
+      parts = None, node
+    for tree, part in zip((trained, frozen), parts, strict=True):
+      if part is not None and (not isinstance(node, dict) or part):
+        tree[name] = part
+  return trained, frozen
+
+
+def join(one: PyTree, other: PyTree) -> PyTree:
+  """The leaves of both of `split`'s trees in one."""
+  out = dict(one)
+  for name, node in other.items():
+    out[name] = join(out[name], node) if isinstance(out.get(name), dict) else node
+  return out

@@ -1,0 +1,211 @@
+"""GGUF files: the architecture, tensors and tokenizer of a model in one file.
+
+Tensors are given as Hugging Face orders them, matrices [out, in] and rotary halves
+apart, and dequantised one at a time.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import gguf
+import numpy as np
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from dalign import leaves
+from dalign import vocab
+from dalign.config import ModelConfig
+from dalign.text import Tokenizer
+
+NAMES = {  # leaf -> block, in blk.N
+  "attn_norm": "attn_norm",
+  "q": "attn_q",
+  "k": "attn_k",
+  "v": "attn_v",
+  "o": "attn_output",
+  "q_norm": "attn_q_norm",
+  "k_norm": "attn_k_norm",
+  "attn_post_norm": "post_attention_norm",
+  "mlp_norm": "ffn_norm",
+  "gate": "ffn_gate",
+  "up": "ffn_up",
+  "down": "ffn_down",
+  "mlp_post_norm": "post_ffw_norm",
+}
+HEAD = "output.weight"
+
+
+def packaged(name: str) -> pathlib.Path:
+  """The GGUF file inside an installed package, found without importing it."""
+  spec = importlib.util.find_spec(name.replace("-", "_"))
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(f"package {name!r} is not installed; run `pip install {name}`")
+  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+  if len(files) != 1:
+    raise ValueError(f"package {name!r} holds {len(files)} .gguf files, wanted one")
+  return files[0]
+
+
+class _Reader(gguf.GGUFReader):
+  """The reader, with the file as a plain array: views of a memmap take numpy several
+  times as long, and reading a file makes hundreds of thousands of them."""
+
+  @property
+  def data(self) -> np.ndarray:
+    return self._plain
+
+  @data.setter
+  def data(self, mapped: np.memmap) -> None:
+    self._plain = np.asarray(mapped)
+
+
+class File:
+  """An open GGUF file; ValueError says what of it is not understood."""
+
+  def __init__(self, path: pathlib.Path):
+    try:
+      self.reader = _Reader(path)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+      raise ValueError(f"not a readable GGUF file: {error}") from error
+    self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+    self.cfg = self._config()
+    self.tok = self._tokenizer()
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, the outputs first."""
+    return tuple(int(n) for n in reversed(self.tensors[name].shape))
+
+  def stored(self) -> tuple[leaves.Stored, ...]:
+    """How the tensors hold the leaves."""
+    out = [
+      leaves.Stored(name="token_embd.weight", leaves=("embed",), turned=False),
+      leaves.Stored(name="output_norm.weight", leaves=("norm",)),
+    ]
+    if not self.cfg.tied:
+      out.append(leaves.Stored(name=HEAD, leaves=("head",)))
+    for leaf in leaves.layer_leaves(self.cfg):
+      out.append(
+        leaves.Stored(name=f"blk.{{layer}}.{NAMES[leaf]}.weight", leaves=(leaf,))
+      )
+    return tuple(out)
+
+  def read(self, name: str, index: leaves.Index) -> np.ndarray:
+    """A part of a tensor, float32."""
+    return self._whole(name)[index]
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def _whole(self, name: str) -> np.ndarray:
+    tensor = self.tensors[name]
+    try:
+      array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+      raise ValueError(f"tensor {name}: unsupported type {error}") from error
+    kind = name.split(".")[-2]
+    if self.cfg.family != "llama" or kind not in ("attn_q", "attn_k"):
+      return array
+    heads = self.cfg.heads if kind == "attn_q" else self.cfg.kv_heads
+    # The two halves of each head lie interleaved: row 2i + j is ours of j * H/2 + i.
+    split = array.reshape(heads, -1, 2, array.shape[-1])
+    return split.swapaxes(1, 2).reshape(array.shape)
+
+  def _field(self, name: str, default=None):
+    field = self.reader.get_field(name)
+    if field is None and default is None:
+      raise ValueError(f"the key {name!r} is missing")
+    return default if field is None else field.contents()
+
+  def _config(self) -> ModelConfig:
+    family = self._field("general.architecture")
+    if family not in ("llama", "gemma3"):
+      raise ValueError(f"unknown architecture {family!r}; known: llama, gemma3")
+
+    def get(name, default=None):
+      return self._field(f"{family}.{name}", default)
+
+    width, heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", width // heads)
+    turned = get("rope.dimension_count", head_dim)
+    scaling = get("rope.scaling.type", "none")
+    if turned != head_dim or scaling not in ("none", "linear"):
+      raise ValueError(
+        f"rotary embedding of {turned} of {head_dim} dimensions with scaling "
+        f"{scaling!r}: only of whole heads, plain or linear, is supported"
+      )
+    rope = ()
+    if scaling == "linear":
+      rope = (("factor", float(get("rope.scaling.factor"))), ("rope_type", "linear"))
+    layers = get("block_count")
+    more = {}
+    if family == "gemma3":
+      # As llama.cpp does: of six layers one sees all, and the others turn faster.
+      more = dict(
+        family="gemma3_text",
+        activation="gelu",
+        norms=("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"),
+        qk_norm="head",
+        embed_scale=width**0.5,
+        query_scale=head_dim**-0.5,
+        window=get("attention.sliding_window"),
+        sliding=tuple(i for i in range(layers) if (i + 1) % 6),
+        local_theta=10000.0,
+      )
+      if layers == 62:  # 27B, whose queries are scaled by the width a head
+        more["query_scale"] = (width / heads) ** -0.5
+    eps = get("attention.layer_norm_rms_epsilon")
+    return ModelConfig(
+      vocab=len(self.reader.get_field("tokenizer.ggml.tokens").data),
+      width=width,
+      layers=layers,
+      heads=heads,
+      kv_heads=get("attention.head_count_kv", heads),
+      head_dim=head_dim,
+      ffw=get("feed_forward_length"),
+      rope_theta=float(get("rope.freq_base", 10000.0)),
+      norm_eps=float(f"{eps:.6g}"),  # a float32: 1e-5 reads 9.99999974e-06
+      tied=HEAD not in self.tensors,
+      max_length=get("context_length"),
+      rope=rope,
+      **more,
+    )
+
+  def _tokenizer(self) -> Tokenizer:
+    field = self._field
+    kind = field("tokenizer.ggml.model")
+    pre = field("tokenizer.ggml.pre", "default")
+    if kind != "llama" and (kind != "gpt2" or pre not in ("smollm", "gpt-2")):
+      raise ValueError(
+        f"tokenizer {kind!r} with splitting {pre!r} is not supported, only llama, and "
+        "gpt2 with smollm or gpt-2; load the model from its Hugging Face folder"
+      )
+    symbols = field("tokenizer.ggml.tokens")
+    types = field("tokenizer.ggml.token_type")
+    named = {kind: [] for kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)}
+    for symbol, number in zip(symbols, types, strict=True):
+      if number in named:
+        named[number].append(symbol)
+    control = named[gguf.TokenType.CONTROL]
+    if kind == "llama":
+      backend = vocab.pieces(symbols, field("tokenizer.ggml.scores"), control)
+    else:
+      merges = [tuple(m.split(" ")) for m in field("tokenizer.ggml.merges")]
+      backend = vocab.byte_level(symbols, merges, control)
+    backend.add_tokens(
+      [
+        tokenizers.AddedToken(s, normalized=False)
+        for s in named[gguf.TokenType.USER_DEFINED]
+      ]
+    )
+    if pre == "smollm":  # single digits split off before white space is grouped
+      backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+      )
+    bos = self.reader.get_field("tokenizer.ggml.bos_token_id")
+    pad = self.reader.get_field("tokenizer.ggml.padding_token_id")
+    return Tokenizer.of(
+      backend,
+      field("tokenizer.chat_template", ""),
+      bos_id=None if bos is None else bos.contents(),
+      eos_id=field("tokenizer.ggml.eos_token_id"),
+      pad_id=None if pad is None else pad.contents(),
+    )
