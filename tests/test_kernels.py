@@ -172,7 +172,7 @@ def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
 AOT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
-from dalign import config, model, sft, sharding, train
+from dalign import config, leaves, model, sft, sharding, train
 
 cfg = config.ModelConfig(
   width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffw=512, vocab=1024,
