@@ -15,6 +15,7 @@ README.md is the table of three seeds; in short, held out, the mean and each see
   allowed answered   100%, 96% (99, 98, 91), 91% (91, 94, 88), 91% (98, 96, 80)
   capability         99%, 96% (97, 99, 92), 67% (79, 65, 56), 68% (79, 64, 62)
 
+The table is of training all parameters; SFT and RL now train adapters (`c.lora`).
 The base of seed 2 had not learned to compare roles in an exception. Lessons that weigh
 exceptions alone came after that table: with the specification in its prompt the base of
 seeds 1 and 2 then follows it for 100 and 99%, refuses 100% of spelled and of nested
@@ -142,7 +143,10 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     logits_chunk=4096,
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1)
-  c.lora = dict(rank=0, alpha=32.0, leaves=("q", "k", "v", "o", "gate", "up", "down"))
+  # What SFT does not rehearse it loses where it changes all parameters: 77% of
+  # capability were left, with adapters of rank 16 or 32 all of it, and 95 or 98% of
+  # verdicts were right in place of 91%; rank 4 learned less, 74% (one seed).
+  c.lora = dict(rank=32, alpha=64.0, leaves=("q", "k", "v", "o", "gate", "up", "down"))
   c.sampler = dict(
     slots=128,
     lanes=8,
@@ -217,12 +221,8 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     average_share=0.0,
     leak_words=8,
     batch=dict(micro=1, rows=8, length=192),
-    # Held out are pairs of topic and intent. AdamW alone learned pairs by heart: after
-    # 4 epochs its thoughts cited the right clauses for 63% of those held out, with Muon
-    # for 78% (one seed each, an earlier base). Embeddings hardly move: with 1e-3 and a
-    # decay of 0.5, 74% of capability were left, with these 79%, at the same verdicts.
-    optimizer=quickstart.optimizer(1e-5)
-    | dict(matrix_rate=0.01, weight_decay=0.2, final_share=0.0),
+    # With a rate of 1e-3, 68% of verdicts were right (rank 16, one seed).
+    optimizer=quickstart.optimizer(3e-3) | dict(final_share=0.0),
     checkpoint_every=100,
   )
   c.reward = dict(
@@ -238,7 +238,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     held_out=0.1,
     point_weight=1.0,
     pair_weight=1.0,
-    optimizer=quickstart.optimizer(1e-3),
+    optimizer=quickstart.optimizer(3e-3),
     checkpoint_every=100,
   )
   c.rl = dict(
@@ -255,6 +255,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     resample=0,
     objective=quickstart.algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
     batch=dict(micro=4, rows=16, length=256),
+    # With 1e-3 it forgot attacks that SFT withstood (90 to 85%, one seed).
     optimizer=quickstart.optimizer(3e-4) | dict(final_share=0.0),
     checkpoint_every=20,
     show_every=10,

@@ -15,6 +15,7 @@ from dalign.types import Key
 from dalign.types import PyTree
 
 A, B = "_lora_a", "_lora_b"
+DECODERS = leaves.TOP | leaves.layer_names()
 
 
 def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> PyTree:
@@ -50,13 +51,10 @@ def merged(params: PyTree, *, cfg: ModelConfig) -> PyTree:
     if name.endswith((A, B)):
       continue
     a, b = params["layers"].get(name + A), params["layers"].get(name + B)
-    layers[name] = leaf if a is None else leaf + low_rank(a, b, cfg)
+    if a is not None:
+      leaf = leaf + cfg.lora_scale * jnp.matmul(a, b, precision="highest")
+    layers[name] = leaf
   return params | {"layers": layers}
-
-
-def low_rank(a, b, cfg: ModelConfig):
-  """What adapters add to their matrix, of one layer or of all."""
-  return cfg.lora_scale * jnp.matmul(a, b, precision="highest")
 
 
 def apart(params: PyTree) -> PyTree:
@@ -83,7 +81,7 @@ def _parts(params: PyTree) -> tuple[PyTree, PyTree]:
   for name, node in params.items():
     if isinstance(node, dict):
       parts = _parts(node)
-    elif name.endswith((A, B)) or name not in leaves.TOP | leaves.layer_names():
+    elif name.endswith((A, B)) or name not in DECODERS:
       parts = node, None
     else:
       parts = None, node

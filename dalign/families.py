@@ -216,17 +216,15 @@ def settings(cfg: ModelConfig) -> dict[str, Any]:
     "attention_bias": "o" in cfg.biased,
     "mlp_bias": not cfg.experts and "down" in cfg.biased,
   }
-  if not cfg.local_theta:  # transformers 4 reads these
-    out["rope_theta"] = cfg.rope_theta
-    out["rope_scaling"] = dict(cfg.rope) or None
-  else:
-    out |= {"rope_theta": cfg.rope_theta, "rope_local_base_freq": cfg.local_theta}
-    out["rope_scaling"] = dict(cfg.rope) or None
+  # transformers 4 reads these.
+  out |= {"rope_theta": cfg.rope_theta, "rope_scaling": dict(cfg.rope) or None}
+  if cfg.local_theta:
+    out["rope_local_base_freq"] = cfg.local_theta
   if cfg.family in ("qwen2", "qwen3", "smollm3", "qwen3_moe"):
     out["use_sliding_window"] = bool(cfg.sliding)
   if cfg.family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "gpt_oss"):
     out["layer_types"] = types
-  if cfg.family != "llama" and cfg.family != "olmo2":
+  if cfg.family not in ("llama", "olmo2"):
     out["sliding_window"] = cfg.window or None
   if cfg.family == "smollm3":
     out["no_rope_layers"] = [int(i not in cfg.unrotated) for i in range(cfg.layers)]

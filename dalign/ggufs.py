@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from dalign import families
 from dalign import leaves
 from dalign import vocab
 from dalign.config import ModelConfig
@@ -139,11 +140,12 @@ class File:
     more = {}
     if family == "gemma3":
       # As llama.cpp does: of six layers one sees all, and the others turn faster.
+      gemma = families.of("gemma3_text")
       more = dict(
         family="gemma3_text",
         activation="gelu",
-        norms=("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"),
-        qk_norm="head",
+        norms=gemma.norms,
+        qk_norm=gemma.qk_norm,
         embed_scale=width**0.5,
         query_scale=head_dim**-0.5,
         window=get("attention.sliding_window"),

@@ -18,6 +18,9 @@ from dalign import config as configs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
+_JOINED = flags.DEFINE_bool(
+  "distributed", False, "One of several processes, on the cluster that JAX finds."
+)
 
 
 class Stopped(BaseException):
@@ -64,6 +67,29 @@ def prepare_jax() -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _join() -> None:
+  """Makes this process one of several where that is asked for; ValueError where it is
+  one already and nobody asked, as on each host of a TPU slice."""
+  import jax
+
+  from dalign import processes
+
+  if _JOINED.value or os.environ.get(processes.ADDRESS):
+    processes.start()
+  elif processes.several():
+    raise ValueError(
+      f"this is one of {jax.process_count()} processes: give each of them --distributed"
+    )
+
+
+def _of_several() -> str:
+  import jax
+
+  if not jax.distributed.is_initialized():
+    return ""
+  return "; if another process of this run has died, its own output says why"
+
+
 def _stop(*_):
   raise Stopped
 
@@ -76,8 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
-    signal.signal(signal.SIGTERM, _stop)
     prepare_jax()
+    _join()
+    signal.signal(signal.SIGTERM, _stop)  # which JAX takes when processes join
     from dalign import pipeline
 
     pipeline.run(config, workdir)
@@ -91,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     import traceback
 
     traceback.print_exc()
-    print(f"dalign: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"dalign: {type(error).__name__}: {error}{_of_several()}", file=sys.stderr)
     return 1
   return 0
 
@@ -100,7 +127,11 @@ def run() -> None:
   """The console script."""
   code = main()
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late to stop anything
-  sys.exit(code)
+  if "jax" not in sys.modules:
+    sys.exit(code)
+  from dalign import processes
+
+  processes.leave(code)
 
 
 if __name__ == "__main__":

@@ -133,11 +133,8 @@ class Block(nn.Module):
       used, normed = cfg.experts_used, cfg.experts_normed
       y_BTD = experts.mix(y_BTD, leaf, gated, used=used, normed=normed, dtype=dtype)
     else:
-      gate_BTF, up_BTF = (
-        keep(dense("gate", y_BTD), "gate"),
-        keep(dense("up", y_BTD), "up"),
-      )
-      y_BTD = dense("down", gated(gate_BTF, up_BTF))
+      gate_BTF, up_BTF = dense("gate", y_BTD), dense("up", y_BTD)
+      y_BTD = dense("down", gated(keep(gate_BTF, "gate"), keep(up_BTF, "up")))
     x_BTD = x_BTD + norm("mlp_post_norm", y_BTD)
     if not self.turned:
       x_BTD = sharding.constrain(x_BTD, *LINES)
@@ -170,7 +167,8 @@ class Decoder(nn.Module):
     embed_VD = self.param("embed", init, (cfg.vocab, cfg.width))
     if not cfg.tied:
       self.param("head", init, (cfg.width, cfg.vocab))
-    turns = rotary.angles(positions_BT, cfg)
+    by_kind = rotary.angles(positions_BT, cfg)
+    turns = jax.tree.map(lambda *each: jnp.stack(each), *by_kind.values())
     kept = () if self.compute.remat else KEPT
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
     block = nn.remat(Block, prevent_cse=False, policy=policy)
@@ -185,10 +183,7 @@ class Decoder(nn.Module):
           at_BP = jnp.arange(mask.shape[-1])[None]
           mask = mask & attention.near(positions_BT, at_BP, window)
         parts = (Part(k=kv.k, v=kv.v, mask=mask),)
-      if kind is None:
-        [turn] = turns.values()
-      else:
-        turn = jax.tree.map(lambda *each: jnp.stack(each)[kind], *turns.values())
+      turn = jax.tree.map(lambda each: each[0 if kind is None else kind], turns)
       return module(x_BTD, turn, sight, parts)
 
     scan = nn.scan(
@@ -198,9 +193,8 @@ class Decoder(nn.Module):
       length=cfg.layers,
     )
     windows = jnp.asarray(windows_of(cfg)) if cfg.sliding else None
-    places = [*turns]
-    kinds = [places.index(kind) for kind in rotary.kinds(cfg)]
-    kinds = jnp.asarray(kinds) if len(turns) > 1 else None
+    kinds = [[*by_kind].index(kind) for kind in rotary.kinds(cfg)]
+    kinds = jnp.asarray(kinds) if len(by_kind) > 1 else None
     x_BTD = sharding.constrain(embed(embed_VD, tokens_BT, cfg), *LINES)
     x_BTD, (k, v) = scan(
       block(cfg, self.compute, name="layers"), x_BTD, (prefix_kv, windows, kinds)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from dalign.config import MeshConfig
 from dalign.types import PyTree
@@ -110,6 +111,18 @@ def place(mesh: Mesh, logical: tuple[str | None, ...], shape) -> NamedSharding:
   return fits(NamedSharding(mesh, spec(logical)), tuple(shape))
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+  """All of an array on every device, and so in every process."""
+  return NamedSharding(mesh, P())
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """An array that every process holds, laid on the mesh: each sends its own part."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def constrain(x, *logical: str | None):
   """`x` laid out by its logical axes on the mesh that is set (`jax.set_mesh`), inside
   of jit; without a mesh, as it is."""
@@ -192,7 +205,7 @@ def like_params(mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTr
     for suffix, (shape, sharding) in known.items():
       if name.endswith(suffix) and x.shape == shape:
         return sharding
-    return NamedSharding(mesh, P())
+    return whole(mesh)
 
   return jax.tree_util.tree_map_with_path(like, state)
 
@@ -206,7 +219,7 @@ def batch_sharding(mesh: Mesh, name: str, x, *, lead: int = 0) -> NamedSharding:
   """
   letters = name.rpartition("_")[2]
   if not letters.startswith("B"):
-    return NamedSharding(mesh, P())
+    return whole(mesh)
   tokens = ("token",) if letters.startswith("BT") else ()
   names = (None,) * lead + ("batch", *tokens)
   return place(mesh, names + (None,) * (x.ndim - len(names)), x.shape)

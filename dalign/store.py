@@ -22,6 +22,8 @@ import shutil
 import subprocess
 import time
 
+from dalign import processes
+
 FORMAT_VERSION = 1  # of manifest.json
 _ELSE = "Use another --workdir, or --config.start_over=true to do the stage again."
 
@@ -110,14 +112,10 @@ class Store:
   "code_version", "seed", "device", "started", "finished", "wall_s", "summary"}: times
   are UTC, `finished` is null while the stage runs, `inputs` maps files to SHA-256, and
   `wall_s` is the sum over all goes.
-  """
 
-  # Also here, so that who is handed a Store needs nothing else of this module.
-  write_json = staticmethod(write_json)
-  read_json = staticmethod(read_json)
-  write_rows = staticmethod(write_rows)
-  append_rows = staticmethod(append_rows)
-  read_rows = staticmethod(read_rows)
+  In a run of several processes each calls the same methods in the same order: the
+  first writes, and what is read was read by all when a method returns.
+  """
 
   def __init__(
     self, workdir: pathlib.Path, shared: Mapping[str, pathlib.Path] | None = None
@@ -128,6 +126,40 @@ class Store:
       stage: pathlib.Path(place).absolute() for stage, place in (shared or {}).items()
     }
     self._since: dict[str, float] = {}
+
+  def write_json(self, path: pathlib.Path, value) -> None:
+    """As the function."""
+    processes.once(str(path), write_json, path, value)
+
+  def write_rows(self, path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+    """As the function."""
+    processes.once(str(path), write_rows, path, rows)
+
+  def write_bytes(self, path: pathlib.Path, content: bytes) -> None:
+    """As the function."""
+    processes.once(str(path), write_bytes, path, content)
+
+  def append_rows(self, path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+    """As the function; the others do not wait for it."""
+    if processes.first():
+      append_rows(path, rows)
+
+  def read_json(self, path: pathlib.Path):
+    """As the function."""
+    return self._read(read_json, path)
+
+  def read_rows(self, path: pathlib.Path) -> list[dict]:
+    """As the function."""
+    return self._read(read_rows, path)
+
+  def has(self, path: pathlib.Path) -> bool:
+    """Whether a file is there, as the first process sees it."""
+    return processes.agree(path.exists())
+
+  def _read(self, read, path: pathlib.Path):
+    found = read(path)
+    processes.meet(str(path))
+    return found
 
   def path(self, stage: str, name: str = "") -> pathlib.Path:
     """WORKDIR/<stage>/<name>, or the stage's folder; nothing is made. A shared stage
@@ -166,6 +198,20 @@ class Store:
     another config, seed or input. `start_over` deletes the stage's folder first (the
     stage's metrics stay: see `Metrics.rewind`).
     """
+    state = wrong = None
+    if processes.first():
+      try:
+        state = self._begin(stage, config, inputs, seed, device, start_over)
+      except ValueError as error:
+        wrong = str(error)
+    state, wrong = processes.agree([state, wrong])
+    if wrong is not None:
+      raise ValueError(wrong)
+    if state != "done":
+      self._since[stage] = time.monotonic()
+    return state
+
+  def _begin(self, stage, config, inputs, seed, device, start_over) -> str:
     if start_over:
       shutil.rmtree(self.path(stage), ignore_errors=True)
     new = self._new_manifest(stage, config, inputs, seed, device)
@@ -177,9 +223,8 @@ class Store:
       raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_ELSE}")
     elif old["finished"] is not None:
       return "done"
-    self._since[stage] = time.monotonic()
     kept = {key: old[key] for key in ("started", "wall_s")} if old else {}
-    self._write_manifest(stage, new | kept)
+    write_json(self.path(stage, "manifest.json"), new | kept)
     return "resume" if old else "fresh"
 
   def pause(self, stage: str) -> None:
@@ -239,7 +284,7 @@ class Store:
     return manifest | {"wall_s": round(manifest["wall_s"] + spent, 3)}
 
   def _write_manifest(self, stage: str, manifest: dict) -> None:
-    write_json(self.path(stage, "manifest.json"), manifest)
+    self.write_json(self.path(stage, "manifest.json"), manifest)
 
 
 class Metrics:
@@ -258,6 +303,8 @@ class Metrics:
 
   def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
     """Adds {"time": Unix seconds, "stage", "step", **values}; not finite is null."""
+    if not processes.first():
+      return
     row = {"time": round(time.time(), 3), "stage": stage, "step": int(step)}
     values = {name: float(value) for name, value in values.items()}
     if taken := row.keys() & values.keys():
@@ -277,7 +324,7 @@ class Metrics:
     """Drops what a stage wrote after `step`, as if it had stopped there."""
     self.close()
     self._purge[stage] = step + 1
-    if not self._path.exists():
+    if not processes.first() or not self._path.exists():
       return
     rows = read_rows(self._path)
     kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]

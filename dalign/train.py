@@ -1,15 +1,12 @@
 """The training step: one update for many losses. Knows no text, data order or stage."""
 
 import functools
-import types
 from typing import Callable
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import optax
 
 from dalign import adapters
@@ -21,7 +18,6 @@ from dalign.types import Leaf
 from dalign.types import Mean
 from dalign.types import PyTree
 
-_NONE = types.MappingProxyType({})
 LossFn = Callable[[PyTree, PyTree, Key], tuple[Mean, dict[str, Mean]]]
 
 
@@ -143,7 +139,11 @@ def make_update(
     grads, (loss, metrics) = jax.grad(total, has_aux=True)(params)
     return grads, loss, metrics
 
-  def update(state: TrainState, batch: PyTree, key: Key, used, frozen=_NONE):
+  def update(
+    state: TrainState, batch: PyTree, key: Key, used, frozen: PyTree | None = None
+  ):
+    frozen = frozen or {}
+
     def part(i):
       micro = jax.tree.map(lambda x: x[i], batch)
       return totals(state.params, micro, jax.random.fold_in(key, i), frozen)
@@ -176,7 +176,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
   """Where each array of a state lies: moments as their parameters."""
   params = sharding.shardings(mesh, axes, state.params)
   return TrainState(
-    step=NamedSharding(mesh, P()),
+    step=sharding.whole(mesh),
     params=params,
     opt_state=sharding.like_params(mesh, state.opt_state, state.params, params),
     average=None if state.average is None else params,
@@ -189,16 +189,16 @@ def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree):
   jitted = jax.jit(
     update,
     in_shardings=(placed, None, None, None, None),
-    out_shardings=(placed, NamedSharding(mesh, P())),
+    out_shardings=(placed, sharding.whole(mesh)),
     donate_argnums=0,
   )
 
-  def step(state, batch, key, used, frozen=_NONE):
+  def step(state, batch, key, used, frozen: PyTree | None = None):
     batch = {
-      name: jax.device_put(x, sharding.batch_sharding(mesh, name, x, lead=1))
+      name: sharding.put(x, sharding.batch_sharding(mesh, name, x, lead=1))
       for name, x in batch.items()
     }
-    return jitted(state, batch, key, jnp.int32(used), dict(frozen))
+    return jitted(state, batch, key, jnp.int32(used), frozen or {})
 
   step.jitted = jitted
   return step

@@ -7,7 +7,6 @@ model.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import contextlib
 import dataclasses
 import functools
 import json
@@ -24,12 +23,14 @@ from dalign import adapters
 from dalign import families
 from dalign import ggufs
 from dalign import leaves
+from dalign import processes
 from dalign.config import LoRAConfig
 from dalign.config import ModelConfig
 from dalign.text import Tokenizer
 from dalign.types import PyTree
 
 SHARD = 4 * 2**30  # bytes of a file of weights at most
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +302,7 @@ def _spare(name: str, cfg: ModelConfig) -> bool:
 
 def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
   """Tensor name -> the safetensors file that holds it."""
-  index, single = place / "model.safetensors.index.json", place / "model.safetensors"
+  index, single = place / INDEX, place / WHOLE
   if index.is_file():
     listed = _json(index).get("weight_map", {})
     files = {name: place / file for name, file in listed.items()}
@@ -416,16 +417,13 @@ def save_peft(
   """Writes the adapters among the leaves of `layers` as PEFT's LoRA, of the model at
   the path `base`. ValueError where the model's files hold a matrix with others."""
   place, names, tensors = pathlib.Path(path), _peft_names(cfg), {}
-  place.mkdir(parents=True, exist_ok=True)
   for leaf in lora.leaves:
     if (leaf, 0) not in names:
       raise ValueError(f"PEFT has no adapter for {leaf} of {cfg.family} alone")
-    a, b = (
-      np.asarray(layers[leaf + part], np.float32) for part in (adapters.A, adapters.B)
-    )
+    a, b = (processes.whole(layers[leaf + part]) for part in (adapters.A, adapters.B))
     for layer in range(cfg.layers):
       for name, x in zip(names[leaf, layer], (a[layer], b[layer]), strict=True):
-        tensors[name] = np.ascontiguousarray(x.T)
+        tensors[name] = np.ascontiguousarray(x.T, np.float32)
   modules = {names[leaf, 0][0].split(".")[-3] for leaf in lora.leaves}
   told = {
     "peft_type": "LORA",
@@ -439,9 +437,12 @@ def save_peft(
     "inference_mode": True,
     "target_modules": sorted(modules),
   }
-  file = place / "adapter_model.safetensors"
-  safetensors_numpy.save_file(tensors, file, metadata={"format": "pt"})
-  _write_json(place / "adapter_config.json", told)
+  if processes.first():
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "adapter_model.safetensors"
+    safetensors_numpy.save_file(tensors, file, metadata={"format": "pt"})
+    _write_json(place / "adapter_config.json", told)
+  processes.meet(path)
 
 
 # --- Hugging Face, out ---
@@ -460,15 +461,19 @@ def save_hf(
 
   Weights of `dtype`, in model.safetensors or, where they are more than `shard` bytes,
   in several files with an index. Old files of weights are gone; any others stay.
-  Raises ValueError where `params` does not have the shapes of `cfg`.
+  Raises ValueError where `params` does not have the shapes of `cfg`. Of several
+  processes the first writes.
   """
   _check_tree(cfg, params)
   place = pathlib.Path(path)
-  place.mkdir(parents=True, exist_ok=True)
+  if processes.first():
+    place.mkdir(parents=True, exist_ok=True)
   _save_tensors(place, cfg, params, jnp.dtype(dtype), shard)
-  tok.backend.save(str(place / "tokenizer.json"))
-  for name, content in _settings_files(cfg, tok, dtype).items():
-    _write_json(place / name, content)
+  if processes.first():
+    tok.backend.save(str(place / "tokenizer.json"))
+    for name, content in _settings_files(cfg, tok, dtype).items():
+      _write_json(place / name, content)
+  processes.meet(path)
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:
@@ -491,26 +496,30 @@ def _save_tensors(
       full = 0
     shards[-1].append(name)
     full += size
-  names = ["model.safetensors"]
+  names = [WHOLE]
   if len(shards) > 1:
     count = len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    index = {n: file for file, own in zip(names, shards, strict=True) for n in own}
-    listing = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-    _write_json(place / "model.safetensors.index.json", listing)
 
   def leaf(name, layer):
     found = params["layers"][name][layer] if layer is not None else params[name]
-    return np.asarray(found)
+    return processes.whole(found)
 
   makers = dict(leaves.tensors(cfg, stored, leaf))
   for file, own in zip(names, shards, strict=True):
     tensors = {name: makers[name]().astype(dtype) for name in own}
-    safetensors_numpy.save_file(tensors, place / file, metadata={"format": "pt"})
-  kept = {*names, *(["model.safetensors.index.json"] if len(names) > 1 else [])}
-  for old in place.glob("model*.safetensors*"):  # of an earlier save, with other shards
-    if old.name not in kept:
-      with contextlib.suppress(FileNotFoundError):
+    if processes.first():
+      safetensors_numpy.save_file(tensors, place / file, metadata={"format": "pt"})
+  if not processes.first():
+    return
+  if len(shards) > 1:
+    index = {n: file for file, own in zip(names, shards, strict=True) for n in own}
+    listing = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+    _write_json(place / INDEX, listing)
+  kept = {*names, INDEX} if len(names) > 1 else {*names}
+  for pattern in (WHOLE, INDEX, "model-*-of-*.safetensors"):  # of an earlier save
+    for old in place.glob(pattern):
+      if old.name not in kept:
         old.unlink()
 
 

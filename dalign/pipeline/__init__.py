@@ -8,6 +8,7 @@ import pathlib
 import jax
 
 from dalign import config as configs
+from dalign import processes
 from dalign import report
 from dalign.pipeline import ablate
 from dalign.pipeline import base
@@ -23,7 +24,12 @@ from dalign.pipeline import sft
 
 def write_report(run: context.Run) -> None:
   """artefacts -> report.html"""
-  context.say(f"report: {report.write_report(run.store.workdir)}")
+  _report(run.store.workdir)
+
+
+def _report(workdir: pathlib.Path) -> None:
+  processes.once("report", report.write_report, workdir)
+  context.say(f"report: {workdir / 'report.html'}")
 
 
 STAGES = {  # the order is the method
@@ -43,7 +49,7 @@ def run(cfg: configs.Config, workdir: pathlib.Path) -> None:
   """Runs the stages that the config asks for, in order; or all of its arms."""
   if cfg.ablation:
     ablate.ablate(cfg, workdir, run_stages)
-    report.write_report(workdir)
+    _report(workdir)
   else:
     run_stages(cfg, workdir, {}, configs.chosen_stages(cfg.stages))
 
@@ -55,8 +61,15 @@ def run_stages(
   stages: tuple[str, ...],
 ) -> None:
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
+  processes.same("config", configs.flat(cfg))
   here = context.Run(cfg, workdir, shared)
-  here.store.write_json(here.store.workdir / "config.json", configs.flat(cfg))
+  written = here.store.workdir / "config.json"
+  here.store.write_json(written, configs.flat(cfg))
+  if not written.exists():
+    raise ValueError(
+      f"{here.store.workdir}: the first process wrote here and this one sees nothing; "
+      "wanted a --workdir on a file system that all hosts share"
+    )
   with jax.set_mesh(here.mesh):
     for stage in stages:
       if stage == "base" and cfg.world is None:

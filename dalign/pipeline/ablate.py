@@ -21,7 +21,7 @@ RunStages = Callable[[configs.Config, pathlib.Path, dict, tuple[str, ...]], None
 
 def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
   """Runs every arm of every seed and writes their summary."""
-  found = {}  # arm -> the metrics of each seed
+  found, kept = {}, store.Store(workdir)  # arm -> the metrics of each seed
   for seed in cfg.ablation.seeds:
     folder = workdir / f"seed-{seed}"
     one = configs.changed(cfg, {"seed": seed, "ablation": None})
@@ -34,9 +34,9 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
       stages = tuple(stage for stage in configs.STAGES if stage in own)
       context.say(f"seed {seed}, {name}: {', '.join(stages)}")
       run_stages(configs.changed(one, changes), folder / name, shared, stages)
-      summary = store.read_json(folder / name / "eval" / "summary.json")
+      summary = kept.read_json(folder / name / "eval" / "summary.json")
       found.setdefault(name, []).append(summary["arms"][arm["row"]])
-  store.write_json(
+  kept.write_json(
     workdir / "eval" / "summary.json",
     {
       "arms": {name: over_seeds(seeds) for name, seeds in found.items()},

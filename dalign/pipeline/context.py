@@ -23,6 +23,7 @@ from dalign import domain
 from dalign import kernels
 from dalign import leaves
 from dalign import ops
+from dalign import processes
 from dalign import rl
 from dalign import sampler as sampling
 from dalign import sharding
@@ -45,16 +46,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 # The parts of the config that each stage depends on; a change there stops the run.
 _JUDGE = ("filter.judge", "filter.temperature", "filter.max_new")
 READS = {
-  "base": ("model", "compute", "mesh", "world"),
+  "base": ("model", "compute", "world"),
   "generate": ("model", "compute", "think", "spec", "world.spec", "data", "generate"),
   "filter": ("model", "compute", "spec", "world.spec", "filter"),
-  "sft": ("model", "compute", "mesh", "lora", "think", "data", "sft"),
+  "sft": ("model", "compute", "lora", "think", "data", "sft"),
   "reward": (
-    *("model", "compute", "mesh", "lora", "spec", "world.spec", "reward", *_JUDGE),
+    *("model", "compute", "lora", "spec", "world.spec", "reward", *_JUDGE),
     *("generate.temperature", "generate.max_new"),  # of drafts
   ),
   "rl": (
-    *("model", "compute", "mesh", "lora", "think", "spec", "data", "rl"),
+    *("model", "compute", "lora", "think", "spec", "data", "rl"),
     *("world.spec", "reward.shows_thought", *_JUDGE),
   ),
   "eval": ("model", "compute", "think", "spec", "world.spec", "data", "eval"),
@@ -282,7 +283,8 @@ class Run:
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
       where = self.store.path(stage, f"not_finite_step_{step}.npz")
-      np.savez(where, **{n: np.asarray(x) for n, x in batch.items()})
+      if processes.first():
+        np.savez(where, **{n: np.asarray(x) for n, x in batch.items()})
       raise FloatingPointError(
         f"{stage} step {step}: {', '.join(bad)} not finite; the batch is in {where}"
       )
@@ -354,7 +356,8 @@ class Scorer:
     compute = dataclasses.replace(run.cfg.compute, remat=False)
     if score is None:
       score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
-    self._score, self.rows, self.length = jax.jit(score), shape.rows, shape.length
+    self._score = jax.jit(score, out_shardings=sharding.whole(run.mesh))
+    self.rows, self.length = shape.rows, shape.length
 
   def __call__(
     self, params: PyTree, rows: list[list[int]], starts: list[int]
@@ -507,8 +510,9 @@ def device() -> str:
 
 
 def say(line: str) -> None:
-  """One line of progress on stderr."""
-  tqdm.tqdm.write(f"dalign: {line}", file=sys.stderr)
+  """One line of progress on stderr, of the first process."""
+  if processes.first():
+    tqdm.tqdm.write(f"dalign: {line}", file=sys.stderr)
 
 
 def percent(mean: float | None) -> str:
@@ -525,6 +529,7 @@ def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm.tqdm:
     initial=initial,
     dynamic_ncols=True,
     smoothing=0.1,
+    disable=not processes.first(),
   )
 
 

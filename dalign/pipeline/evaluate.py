@@ -114,7 +114,8 @@ def _arm(
   stage, with_spec, _ = ARMS[arm]
   end = "" if budget is None else f".thought_{budget}"
   path = run.store.path("eval", f"{arm}{end}.jsonl")
-  rows = {r["prompt_id"]: r for r in run.store.read_rows(path)} if path.exists() else {}
+  before = run.store.read_rows(path) if run.store.has(path) else []
+  rows = {row["prompt_id"]: row for row in before}
   think = _format(run, arm)
   groups, tokens = collections.defaultdict(list), {}
   left = [prompt for prompt in prompts if prompt.id not in rows]

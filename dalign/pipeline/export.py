@@ -38,7 +38,7 @@ def export(run: context.Run) -> None:
   )
   if run.cfg.lora.rank and not base:
     _adapter(run, params)
-  store.write_bytes(place / "README.md", card(run).encode())
+  run.store.write_bytes(place / "README.md", card(run).encode())
   run.store.finish("export", {"of": cfg.of, "dtype": cfg.dtype})
   context.say(f"export: {place}")
 

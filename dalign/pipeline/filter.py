@@ -6,6 +6,7 @@ score from a judge that cannot see the thought: that is what the reward model le
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from dalign import compose
 from dalign import judge
 from dalign import model
+from dalign import sharding
 from dalign import spec as specs
 from dalign import text
 from dalign.pipeline import context
@@ -98,7 +100,7 @@ def model_judge(run: context.Run) -> judge.Judge:
   params = run.base_params()
   compute = dataclasses.replace(run.cfg.compute, remat=False)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.whole(run.mesh))
   def last_logprobs(params, tokens_BT, length_B):
     hidden_BTD, _ = model.forward_rows(params, tokens_BT, cfg=run.arch, compute=compute)
     last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]

@@ -33,7 +33,7 @@ def generate(run: context.Run) -> None:
     return
   path = run.store.path("generate", "samples.jsonl")
   book = _Book(run, prompts)
-  for row in run.store.read_rows(path) if path.exists() else []:
+  for row in run.store.read_rows(path) if run.store.has(path) else []:
     book.add(context.row_to_sample(row))
   groups = collections.defaultdict(list)
   for prompt in prompts:
@@ -81,7 +81,7 @@ class _Book:
   def revises(self, path: pathlib.Path) -> None:
     """Has every sample revise an answer that the base gave without the spec."""
     store = self.run.store
-    if not path.exists():
+    if not store.has(path):
       prompts = [*self.prompts.values()]
       found = [context.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
       store.write_rows(

@@ -54,7 +54,7 @@ def reinforce(run: context.Run) -> None:
   )
   step = _Step(run, start)
   shown = run.store.path("rl", "rollouts.jsonl")
-  before = run.store.read_rows(shown) if shown.exists() else []
+  before = run.store.read_rows(shown) if run.store.has(shown) else []
   run.store.write_rows(shown, [r for r in before if r["step"] <= trainer.step])
   skipped = trainer.meta.get("skipped", 0)
   with context.bar(cfg.steps, "rl", "step", trainer.step) as bar:

@@ -6,6 +6,7 @@ field for the thought, so none can reach the model.
 
 import collections
 import dataclasses
+import functools
 from typing import Sequence
 
 import jax
@@ -15,6 +16,7 @@ from dalign import judge
 from dalign import ops
 from dalign import reward
 from dalign import sampler as sampling
+from dalign import sharding
 from dalign import spec as specs
 from dalign import text
 from dalign import words
@@ -89,7 +91,7 @@ def reward_model(run: context.Run, params: PyTree, renderer: Renderer) -> judge.
   """A judge whose verdicts are the reward model's sigmoid scores."""
   compute = dataclasses.replace(run.cfg.compute, remat=False)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.whole(run.mesh))
   def scores(params, batch):
     return jax.nn.sigmoid(reward.logits(params, batch, cfg=run.arch, compute=compute))
 

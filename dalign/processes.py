@@ -1,0 +1,118 @@
+"""One run in several processes, of one host each: all take the same steps on the same
+data and one mesh, and what has to happen once, as writing a file, the first one does.
+
+What a process alone decides, it must tell the others (`agree`), and what the first has
+written, they read after they `meet`. Without `start` there is one process, and nothing
+here costs anything.
+"""
+
+from collections.abc import Callable
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
+BEAT = "DALIGN_HEARTBEAT_SECONDS"
+GRACE_S = 5.0
+
+
+def start() -> None:
+  """Joins the others: those of JAX_COORDINATOR_ADDRESS (host:port of the first),
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID, or of the cluster that JAX finds itself in.
+
+  A process that is not heard of for DALIGN_HEARTBEAT_SECONDS (60) ends all others.
+  Raises ValueError where there is no cluster to be found.
+  """
+  given = {}
+  for name in ("num_processes", "process_id"):
+    value = os.environ.get(f"JAX_{name.upper()}")
+    if value is not None:
+      given[name] = _whole(f"JAX_{name.upper()}", value)
+  seconds = _whole(BEAT, os.environ.get(BEAT, "60"))
+  try:
+    jax.distributed.initialize(
+      **given, heartbeat_timeout_seconds=seconds, initialization_timeout=300
+    )
+  except ValueError as error:
+    raise ValueError(
+      f"cannot join other processes: {error} Set {ADDRESS}, JAX_NUM_PROCESSES and "
+      "JAX_PROCESS_ID, or start on a cluster that JAX knows."
+    ) from error
+
+
+def _whole(name: str, value: str) -> int:
+  if not value.isdecimal():
+    raise ValueError(f"{name}: wanted a whole number, got {value!r}")
+  return int(value)
+
+
+def several() -> bool:
+  """Whether this run is of more than one process."""
+  return jax.process_count() > 1
+
+
+def first() -> bool:
+  """Whether this is the process that writes."""
+  return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+  """Waits for all others to come here; RuntimeError where one has come elsewhere."""
+  if several():
+    multihost_utils.sync_global_devices(where)
+
+
+def agree(value: Any) -> Any:
+  """The first process's value, of what JSON holds, in all of them."""
+  if not several():
+    return value
+  own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
+  own = np.resize(own, length)
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(own)).decode())
+
+
+def same(what: str, value: Any) -> None:
+  """ValueError in a process whose value is not the first's."""
+  if agree(value) != value:
+    raise ValueError(
+      f"this process has another {what} than the first; give all the same flags"
+    )
+
+
+def once(where: str, do: Callable[..., None], *args) -> None:
+  """Has the first process do something, and the others wait until it is done."""
+  if first():
+    do(*args)
+  meet(where)
+
+
+def whole(x) -> np.ndarray:
+  """All of an array, whatever parts of it lie with other processes."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
+
+
+def leave(code: int) -> None:
+  """Ends this process, and with an exit code other than 0 all others in time.
+
+  Python's own way out would wait for them. The first goes last, whose end cuts off the
+  words of the others.
+  """
+  if not jax.distributed.is_initialized():
+    sys.exit(code)
+  if code == 0:
+    jax.distributed.shutdown()
+    sys.exit(0)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if first():
+    time.sleep(GRACE_S)
+  os._exit(code)
