@@ -245,7 +245,9 @@ class ThinkConfig:
   """The think block: `open` is forced at the start of each completion (its first line
   is the tag, the rest the thought's first words, with the prompt in the place of
   "{prompt}"), `close` ends the thought. Models that are trained use it, or with `used`
-  false learn to answer at once."""
+  false learn to answer at once. Both may be made of control tokens, as gpt-oss's
+  "<|channel|>analysis<|message|>" and
+  "<|end|><|start|>assistant<|channel|>final<|message|>"."""
 
   used: bool
   open: str
@@ -661,6 +663,21 @@ class AblationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+  """What `--mode=plan` plans for.
+
+  topology: TPUs that need not be here, as "v5e:8x8"; "" for the devices that are.
+  chip: a name of `pipeline.plan.CHIPS`, whose memory and speed count; "" for that of
+    the topology, or none.
+  price: of a chip for an hour, in any currency; 0 where nobody asks.
+  """
+
+  topology: str
+  chip: str
+  price: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One run. `stages` is "all" or names out of STAGES, with commas. With a `world`, it
   is about that and not about prompts and policies in English."""
@@ -684,6 +701,7 @@ class Config:
   rl: RLConfig
   eval: EvalConfig
   export: ExportConfig
+  plan: PlanConfig
   ablation: AblationConfig | None
 
   def __post_init__(self):

@@ -18,6 +18,9 @@ from dalign import config as configs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
+_MODE = flags.DEFINE_enum(
+  "mode", "run", ["run", "plan"], "Run the stages, or say what they would take."
+)
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
 )
@@ -107,7 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)  # which JAX takes when processes join
     from dalign import pipeline
 
-    pipeline.run(config, workdir)
+    if _MODE.value == "plan":
+      pipeline.plan(config, workdir)
+    else:
+      pipeline.run(config, workdir)
   except ValueError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 2

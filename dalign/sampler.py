@@ -327,6 +327,42 @@ class Sampler:
     jits = *prefill, self._insert, self._start, self._chunk
     return sum(f._cache_size() for f in jits)
 
+  def lowered(
+    self,
+    params: PyTree,
+    *,
+    prefix_room: int,
+    prompt_room: int,
+    max_new: int,
+    lanes: int,
+  ) -> dict[str, tuple[jax.stages.Lowered, PyTree, PyTree]]:
+    """What `run` would call with parameters of these shapes and the longest prompts,
+    lowered and not run: "prefill" and "decode" (a chunk of tokens), each with the
+    weights and the caches that it reads. Arrays are ShapeDtypeStructs that say where
+    they lie."""
+    s = self.sampler
+    P = -(-prefix_room // s.prefix_step) * s.prefix_step
+    T = bucket(prompt_room, s.prompt_step)
+    whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._lies())
+    tokens_P = jax.ShapeDtypeStruct((P,), jnp.int32, sharding=self._lies())
+    rows = jax.ShapeDtypeStruct((s.prefill, T), jnp.int32, sharding=self._lies())
+    encode = jax.eval_shape(self._cast, params)
+    encode = jax.tree.map(
+      lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
+      encode,
+      params,
+    )
+    decode = self._unstack.lower(params).compile().output_shardings
+    decode = sharding.abstract(jax.eval_shape(self._unstack, params), decode)
+    prefix = self._prefix.eval_shape(encode, tokens_P, whole)
+    make_lanes, _ = self._lanes[lanes]
+    prefixes, slots = make_lanes.eval_shape(P), self._empty.eval_shape(T, max_new)
+    heat = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._lies())
+    prefill = self._prefill.lower(encode, prefix, rows)
+    chunk = self._chunk.lower(decode, prefixes, slots, heat)
+    kept = prefixes.kv, slots.prompt, slots.fresh
+    return {"prefill": (prefill, encode, prefix.kv), "decode": (chunk, decode, kept)}
+
   def prepare(self, params: PyTree) -> Weights:
     """The weights to run with; of use until the parameters change."""
     return Weights(encode=self._cast(params), decode=self._unstack(params))

@@ -153,6 +153,13 @@ def shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
   )
 
 
+def abstract(tree: PyTree, placed: PyTree) -> PyTree:
+  """The arrays of a tree as ShapeDtypeStructs that say where they lie."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed
+  )
+
+
 def by_parts(fn, in_axes: tuple, out_axes: tuple, args: tuple):
   """`fn(*args)` run by each device on its own part of the arguments, on the mesh that
   is set (`jax.set_mesh`); without one, or with one device, a plain call.

@@ -96,6 +96,28 @@ class Tokenizer:
     ends = dict.fromkeys((eos_id, *_turn_end(draft), *stop_ids))
     return dataclasses.replace(draft, stop_ids=tuple(ends))
 
+  def reading(self, text: str) -> "Tokenizer":
+    """A tokenizer for which the control tokens that `text` names are tags, as <think>
+    is: `encode` reads them, `decode` writes them, and they end nothing. System and user
+    turns still cannot spell them. Harmony's channels are such."""
+    names = {name for name in self.special if name in text}
+    if not names:
+      return self
+    made = json.loads(self.backend.to_str())
+    for token in made["added_tokens"]:
+      token["special"] = token["special"] and token["content"] not in names
+    unread = {name: i for name, i in self.special.items() if name not in names}
+    gone = {self.special[name] for name in names}
+    stop_ids = tuple(i for i in self.stop_ids if i not in gone)
+    if not stop_ids:
+      raise ValueError(f"{text!r} names every token that could end a completion")
+    return dataclasses.replace(
+      self,
+      backend=tokenizers.Tokenizer.from_str(json.dumps(made)),
+      special=unread,
+      stop_ids=stop_ids,
+    )
+
   @property
   def vocab_size(self) -> int:
     """How many ids there are, control tokens included."""

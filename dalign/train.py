@@ -1,5 +1,6 @@
 """The training step: one update for many losses. Knows no text, data order or stage."""
 
+import dataclasses
 import functools
 from typing import Callable
 
@@ -170,6 +171,41 @@ def make_update(
     return state, metrics | {"loss": loss, "grad_norm": Mean.of(norm)}
 
   return update
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Training on a mesh: `state` is its state as ShapeDtypeStructs that say where each
+  array lies, `create(params)` makes it and takes the parameters for its own, and
+  `update` is `jit_update`'s."""
+
+  state: TrainState
+  create: Callable[[PyTree], TrainState]
+  update: Callable
+
+
+def program(
+  loss: LossFn,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  params: PyTree,
+  *,
+  averaged: bool = False,
+  average_from: int = 0,
+) -> Program:
+  """What trains such parameters, arrays or ShapeDtypeStructs, by a loss."""
+
+  def first(params):
+    return create(params, tx, averaged=averaged)
+
+  state, axes = jax.eval_shape(first, params), leaves.logical_axes(params)
+  placed = state_shardings(mesh, state, axes)
+  update = make_update(loss, tx, average_from=average_from)
+  return Program(
+    state=sharding.abstract(state, placed),
+    create=jax.jit(first, out_shardings=placed, donate_argnums=0),
+    update=jit_update(update, mesh, state, axes),
+  )
 
 
 def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:

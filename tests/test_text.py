@@ -236,6 +236,42 @@ def test_think_tags_are_tokens_for_the_model_and_text_for_users():
   assert tok.decode([open_id, close_id, 2]) == "<think></think>"
 
 
+HARMONY = (
+  "{% for m in messages %}<|start|>{{ m.role }}"
+  "{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+  "<|message|>{{ m.content }}<|end|>{% endfor %}"
+  "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+CHANNELS = text.ThinkFormat(
+  open="<|channel|>analysis<|message|>",
+  close="<|end|><|start|>assistant<|channel|>final<|message|>",
+)
+
+
+def test_a_think_format_may_be_made_of_control_tokens():
+  names = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+  added = [tokenizers.AddedToken(name, special=True) for name in names]
+  plain = byte_level(HARMONY, added)
+  end = plain.special["<|end|>"]
+  assert end in plain.stop_ids
+  tok = plain.reading(CHANNELS.open + CHANNELS.close)
+  assert end not in tok.stop_ids and tok.stop_ids == (2,)
+  said = CHANNELS.open + "S1 says no." + CHANNELS.close + "I will not."
+  ids = tok.encode(said)
+  assert ids[0] == plain.special["<|channel|>"] and ids.count(end) == 1
+  assert tok.decode([*ids, *tok.stop_ids]) == said
+  parts = "S1 says no.", "I will not.", ""
+  assert text.split_thought(tok.decode(ids), CHANNELS) == parts
+  turns, known = chat(said), plain.special.values()
+  controls = [i for i in text.render_chat(tok, turns) if i in known]
+  in_order = ("<|start|>", "<|message|>", "<|end|>", "<|start|>")
+  assert controls == [plain.special[name] for name in in_order]
+  assert text.render_chat(plain, turns) == text.render_chat(tok, turns)
+  assert plain.reading("<think>") is plain
+  with pytest.raises(ValueError, match="every token that could end"):
+    TINY.reading("<|im_end|><|endoftext|>")
+
+
 @pytest.mark.parametrize(
   "template, turns, message",
   [

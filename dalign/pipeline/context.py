@@ -71,17 +71,19 @@ class Run:
     cfg: configs.Config,
     workdir: pathlib.Path,
     shared: dict[str, pathlib.Path] | None = None,
+    devices=None,
   ):
-    if jax.default_backend() == "cpu" and cfg.compute.kv_dtype != "float32":
+    platform = (devices or jax.devices())[0].platform
+    if platform == "cpu" and cfg.compute.kv_dtype != "float32":
       raise ValueError(
         "config.compute.kv_dtype: wanted float32 on a CPU, whose XLA has no batched "
         f"product of attention in other types; got {cfg.compute.kv_dtype}"
       )
-    wanted = kernels.PLATFORMS.get(cfg.compute.attention, jax.default_backend())
-    if wanted != jax.default_backend():
+    wanted = kernels.PLATFORMS.get(cfg.compute.attention, platform)
+    if wanted != platform:
       raise ValueError(
         f"config.compute.attention: {cfg.compute.attention} runs on a {wanted}, this "
-        f"is a {jax.default_backend()}; use xla"
+        f"is a {platform}; use xla"
       )
     self.cfg = cfg
     self.store = store.Store(workdir, shared)
@@ -90,7 +92,18 @@ class Run:
     self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
     self.thinks = self.think if cfg.think.used else None  # what is trained writes it
     self.domain = domain.make(cfg, lambda: store.read_spec_files(self.spec_dir))
-    self.mesh = sharding.make_mesh(cfg.mesh)
+    self.mesh = sharding.make_mesh(cfg.mesh, devices)
+
+  @property
+  def has_model(self) -> bool:
+    """Whether the model's files are here, or it needs none; a plan needs only sizes."""
+    path = self.cfg.model.path
+    return (
+      path.startswith("pip:")
+      or path in ("random", "world")
+      or not self.cfg.model.random
+      or pathlib.Path(path).expanduser().exists()
+    )
 
   @functools.cached_property
   def _model(self) -> weights.Checkpoint:
@@ -109,11 +122,22 @@ class Run:
   def arch(self) -> configs.ModelConfig:
     lora = self.cfg.lora
     scale = lora.alpha / lora.rank if lora.rank else 0.0
-    return dataclasses.replace(self._model.cfg, lora_scale=scale)
+    if self.has_model:
+      arch = self._model.cfg
+    else:
+      sizes = self.cfg.model.random
+      arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
+    return dataclasses.replace(arch, lora_scale=scale)
 
   @property
-  def tok(self) -> text.Tokenizer:
+  def model_tok(self) -> text.Tokenizer:
+    """The tokenizer as the model's files have it."""
     return self._model.tok
+
+  @functools.cached_property
+  def tok(self) -> text.Tokenizer:
+    """The tokenizer, which reads the tags of the think format."""
+    return self.model_tok.reading(self.think.open + self.think.close)
 
   @functools.cached_property
   def shapes(self) -> PyTree:
@@ -170,17 +194,14 @@ class Run:
   def _load(self, where: pathlib.Path, shapes: PyTree) -> PyTree:
     """Saved parameters, laid on the mesh as they are read."""
     placed = sharding.shardings(self.mesh, leaves.logical_axes(shapes), shapes)
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-    )
-    return checkpoints.load_params(where, abstract)
+    return checkpoints.load_params(where, sharding.abstract(shapes, placed))
 
   @functools.cached_property
   def sampler(self) -> sampling.Sampler:
     return sampling.Sampler(
       cfg=self.arch,
       compute=self.cfg.compute,
-      stop_ids=self.tok.stop_ids,
+      stop_ids=self.tok.stop_ids if self.has_model else (0,),
       sampler=self.cfg.sampler,
       mesh=self.mesh if self.mesh.size > 1 else None,
     )
@@ -430,31 +451,26 @@ class Trainer:
 
   def __post_init__(self):
     trained, self._frozen = adapters.split(self.params)
-    axes = leaves.logical_axes(trained)
-    tx = train.make_optimizer(self.optimizer, steps=self.steps)
-
-    def create(params):
-      return train.create(params, tx, averaged=self.averaged > 0)
-
-    state = jax.eval_shape(create, trained)
-    placed = train.state_shardings(self.run.mesh, state, axes)
+    program = train.program(
+      self.loss,
+      train.make_optimizer(self.optimizer, steps=self.steps),
+      self.run.mesh,
+      trained,
+      averaged=self.averaged > 0,
+      average_from=self.steps - self.averaged,
+    )
     self.saved = checkpoints.Checkpoints(self.run.store.path(self.stage, "checkpoints"))
     self.in_host_memory = jax.default_backend() == "cpu"
     self.meta: dict = {}
     latest = self.saved.latest()
     if latest is None:
-      start = jax.jit(create, out_shardings=placed, donate_argnums=0)
-      self.state = start(trained)
+      self.state = program.create(trained)
     else:
-      abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
-      )
-      self.state, self.meta = self.saved.restore(latest, abstract)
+      self.state, self.meta = self.saved.restore(latest, program.state)
     self.params = None  # the state holds what is trained, and its updates donate it
     self.step = latest or 0
     self.run.metrics.rewind(self.stage, self.step)
-    update = train.make_update(self.loss, tx, average_from=self.steps - self.averaged)
-    self._update = train.jit_update(update, self.run.mesh, state, axes)
+    self._update = program.update
 
   @property
   def whole(self) -> PyTree:

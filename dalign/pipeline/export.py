@@ -32,7 +32,7 @@ def export(run: context.Run) -> None:
     str(place),
     run.arch,
     adapters.merged(params, cfg=run.arch),
-    run.tok,
+    run.model_tok,
     dtype=cfg.dtype,
     shard=round(cfg.shard_gb * 2**30),
   )
