@@ -37,7 +37,9 @@ def start() -> None:
   seconds = _whole(BEAT, os.environ.get(BEAT, "60"))
   try:
     jax.distributed.initialize(
-      **given, heartbeat_timeout_seconds=seconds, initialization_timeout=300
+      **given,
+      heartbeat_timeout_seconds=seconds,
+      shutdown_timeout_seconds=seconds,
     )
   except ValueError as error:
     raise ValueError(

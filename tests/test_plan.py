@@ -116,6 +116,9 @@ ENTRY %main (x: f32[4,4]) -> f32[4,4] {
     ("0bf_0io->0bf", "{size=2 lhs_dilate=2}", "2,8,4", "2,4,6", "2,8,6", 4),
     # Two parts of a width that are summed.
     ("1b0f_0io1->1bf0", "{size=2x1}", "4,8,2,16", "2,16,6,1", "4,8,6,1", 32),
+    # The same, beside heads that are laid out by padding.
+    ("0b2f1_1o2i0->0b1f2", "{size=1x2x2 pad=0_0x1_1x0_0 rhs_reversal=0x1x0}",
+     "4,8,2,16,1", "2,6,2,16,1", "4,8,2,6,1", 32),
   ],
 )  # fmt: skip
 def test_a_convolution_is_a_matrix_product(labels, window, left, right, out, depth):
