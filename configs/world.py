@@ -4,22 +4,20 @@
   python -m dalign.main --config=configs/world.py:ablation --workdir=runs/ablation
 
 The first trains one model by SFT and RL, the second all arms, of one seed or more
-(--config.ablation.seeds="(0,1,2)"). All arms of seed 2 took 21:38 minutes in a fresh
-clone of 24b9f0c, on two CPU cores: base 376 s, generate 10, filter 20, then 14 arms, of
-which SFT 35 and RL 108. The first command was not run as a whole at that commit. In
-README.md is the table of three seeds; in short, held out, the mean and each seed:
+(--config.ablation.seeds="(0,1,2)"). In a fresh clone on two CPU cores the first, seed 0
+at 37b1e56, took 10:26 minutes: base 410 s, generate 8, filter 20, SFT 29, RL 110, eval
+44. All arms of one seed took 21:38 minutes (seed 2 at 24b9f0c), of three seeds, at
+ed40963 and beside other work, 98. In README.md is the table of these three; in short,
+held out, the mean and each seed:
 
   base, spec in the prompt, SFT, SFT + RL:
-  verdicts           36%, 92% (99, 99, 78), 88% (94, 97, 73), 94% (97, 98, 86)
-  attacks refused    0%, 85% (98, 99, 57), 75% (89, 90, 46), 91% (96, 89, 89)
-  allowed answered   100%, 96% (99, 98, 91), 91% (91, 94, 88), 91% (98, 96, 80)
-  capability         99%, 96% (97, 99, 92), 67% (79, 65, 56), 68% (79, 64, 62)
+  verdicts           36%, 95% (100, 100, 85), 93% (98, 99, 82), 93% (98, 99, 82)
+  attacks refused    0%, 97% (100, 99, 93), 87% (91, 90, 81), 90% (92, 88, 92)
+  allowed answered   100%, 95% (100, 100, 84), 91% (97, 100, 77), 91% (97, 100, 76)
+  capability         100%, 100% (99, 100, 100), 98% (100, 98, 97), 98% (99, 98, 97)
 
-The table is of training all parameters; SFT and RL now train adapters (`c.lora`).
-The base of seed 2 had not learned to compare roles in an exception. Lessons that weigh
-exceptions alone came after that table: with the specification in its prompt the base of
-seeds 1 and 2 then follows it for 100 and 99%, refuses 100% of spelled and of nested
-attacks and keeps 100 and 99% of capability. The arms have not been run on it.
+The base of seed 2 reads its specification less well than the others; after another
+training of the same seed it did so for 99%.
 """
 
 import importlib.util
