@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ SMALL = (
   "--config.export.of=rl",
 )
 MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+TO_SFT = ("--config.stages=generate,filter,sft",)
 OTHER_MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
 
 
@@ -111,7 +113,7 @@ def test_two_processes_have_the_numbers_of_one(alone, tmp_path):
   codes = end(start(both, *MESH, count=2, devices=4), 500)
   assert codes == [0, 0], log(both, 0).read_text() + log(both, 1).read_text()
   assert "dalign:" not in log(both, 1).read_text()  # one of them speaks
-  same_numbers(both, alone)
+  same_numbers(both, alone, ("sft", "rl"))
   for name in ("generate/samples.jsonl", "rl/rollouts.jsonl"):
     assert tokens(both, name) == tokens(alone, name)
   drafts = [path for path in both.rglob("*") if path.name.endswith((".tmp", ".part"))]
@@ -125,8 +127,12 @@ def test_two_processes_have_the_numbers_of_one(alone, tmp_path):
     np.testing.assert_allclose(two[name], x, atol=1e-6)
 
 
-def same_numbers(one, other) -> None:
-  one, other = metrics(one), metrics(other)
+def same_numbers(one, other, stages) -> None:
+  one, other = (
+    {key: x for key, x in metrics(workdir).items() if key[0] in stages}
+    for workdir in (one, other)
+  )
+  assert {stage for stage, _ in one} == set(stages)
   assert one.keys() == other.keys()
   for key, values in one.items():
     assert values.keys() == other[key].keys()
@@ -136,7 +142,9 @@ def same_numbers(one, other) -> None:
 
 def test_one_that_dies_ends_the_other_and_another_mesh_goes_on(alone, tmp_path):
   workdir = tmp_path / "run"
-  processes = start(workdir, *MESH, count=2, devices=4)
+  for stage in ("generate", "filter"):
+    shutil.copytree(alone / stage, workdir / stage)
+  processes = start(workdir, *MESH, *TO_SFT, count=2, devices=4)
   saved = workdir / "sft" / "checkpoints"
   deadline = time.monotonic() + 300
   while not any(saved.glob("[0-9]*")) and time.monotonic() < deadline:
@@ -150,9 +158,9 @@ def test_one_that_dies_ends_the_other_and_another_mesh_goes_on(alone, tmp_path):
   assert "another" in log(workdir, 0).read_text()  # JAX's own words, or ours
   assert not (workdir / "sft" / "params").exists()
 
-  assert end(start(workdir, *OTHER_MESH, devices=4), 500) == [0]
+  assert end(start(workdir, *OTHER_MESH, *TO_SFT, devices=4), 500) == [0]
   assert "sft: goes on where it stopped" in log(workdir, 0).read_text()
-  same_numbers(workdir, alone)
+  same_numbers(workdir, alone, ("sft",))
 
 
 def test_bad_input_ends_all_processes_with_2(tmp_path):
