@@ -124,8 +124,7 @@ class _Program:
         if one.op in ("dot", "convolution", "fusion", *KINDS):
           whole = Cost()
           self._add(whole, one, inside)
-          total.flops += whole.flops
-          total.add(Cost(links=whole.links))
+          total.add(Cost(flops=whole.flops, links=whole.links))
       total.moved += self._fused(line, lines, inside)
     elif op in KINDS:
       self._send(total, op, line, lines)

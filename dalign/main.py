@@ -79,6 +79,7 @@ def _join() -> None:
 
   if _JOINED.value or os.environ.get(processes.ADDRESS):
     processes.start()
+    signal.signal(signal.SIGTERM, _stop)  # which JAX has taken for itself
   elif processes.several():
     raise ValueError(
       f"this is one of {jax.process_count()} processes: give each of them --distributed"
@@ -86,9 +87,8 @@ def _join() -> None:
 
 
 def _of_several() -> str:
-  import jax
-
-  if not jax.distributed.is_initialized():
+  jax = sys.modules.get("jax")
+  if jax is None or not jax.distributed.is_initialized():
     return ""
   return "; if another process of this run has died, its own output says why"
 
@@ -105,13 +105,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
+    signal.signal(signal.SIGTERM, _stop)
     prepare_jax()
     _join()
-    signal.signal(signal.SIGTERM, _stop)  # which JAX takes when processes join
     from dalign import pipeline
+    from dalign.pipeline import plan
 
     if _MODE.value == "plan":
-      pipeline.plan(config, workdir)
+      plan.plan(config, workdir)
     else:
       pipeline.run(config, workdir)
   except ValueError as error:

@@ -17,9 +17,9 @@ from dalign import config as configs
 from dalign import hlo
 from dalign import sharding
 from dalign.pipeline import context
+from dalign.pipeline import plan
 from tests.test_pipeline import tiny
 
-plan = sys.modules["dalign.pipeline.plan"]
 ROOT = pathlib.Path(__file__).parents[1]
 PHASES = [
   "generate prefill",
@@ -209,10 +209,9 @@ TRUTH = """
 import ctypes, dataclasses, pathlib, sys
 import jax, numpy as np
 from dalign import config as configs, sft
-from dalign.pipeline import context
+from dalign.pipeline import context, plan
 from tests.test_pipeline import tiny
 
-plan = sys.modules["dalign.pipeline.plan"]
 cfg = tiny(stages="sft")
 sizes = dict(cfg.model.random) | dict(
   width=384, layers=6, heads=6, kv_heads=3, head_dim=64, ffw=1536
@@ -251,15 +250,7 @@ print("real", live + resident("VmHWM") - idle, "planned", planned)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_what_a_run_takes(tmp_path):
-  done = subprocess.run(
-    [sys.executable, "-c", TRUTH, str(tmp_path)],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
-    capture_output=True,
-    text=True,
-    timeout=400,
-    check=False,
-  )
+  done = python("-c", TRUTH, str(tmp_path), JAX_NUM_CPU_DEVICES="1")
   assert done.returncode == 0, done.stderr[-2000:]
   _, real, _, planned = done.stdout.split()[-4:]
   assert float(planned) == pytest.approx(float(real), rel=0.1), done.stdout
@@ -292,18 +283,23 @@ def _total(cfg, workdir, monkeypatch) -> float:
   return json.loads((workdir / "plan.json").read_text())["phases"][0]["total"]
 
 
-def command_line(workdir, *args) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "dalign.main", "--mode=plan"]
-  command += [f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={workdir}"]
+def python(*args, **env) -> subprocess.CompletedProcess:
+  """A process of its own, on a CPU."""
   return subprocess.run(
-    [*command, *args],
+    [sys.executable, *args],
     cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"} | env,
     capture_output=True,
     text=True,
     timeout=600,
     check=False,
   )
+
+
+def command_line(workdir, *args) -> subprocess.CompletedProcess:
+  config = f"--config={ROOT / 'configs' / 'tiny.py'}"
+  command = "-m", "dalign.main", "--mode=plan", config, f"--workdir={workdir}"
+  return python(*command, *args)
 
 
 def test_unknown_chips_are_refused(tmp_path):
@@ -323,3 +319,36 @@ def test_a_slice_of_tpus_that_is_not_here(tmp_path):
   assert found["chips"] == 4
   assert [row["phase"] for row in found["phases"]] == PHASES
   assert all(row["seconds"] > 0 and row["bound"] for row in found["phases"])
+
+
+def test_what_a_compiler_refuses_for_its_size_does_not_fit():
+  said = "Ran out of memory on HBM, the total memory required for HLO temporaries "
+  assert (
+    plan._needed(f"{said}(36.02G) exceeds available HBM (15.75G).") == 36.02 * 2**30
+  )
+  said = "Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm."
+  assert plan._needed(said) == 512.5 * 2**20
+  assert plan._needed("INTERNAL: something else") is None
+
+
+LARGE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from dalign import config, sharding
+from dalign.pipeline import plan
+
+chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = sharding.make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1), chips)
+x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=sharding.whole(mesh))
+lower = lambda: jax.jit(lambda x: x + 1).lower(x)
+row = plan._row(plan.Phase("large", lower, 1, 1, (), {}), plan.CHIPS["v5e"])
+print(row.fits, row.total)
+"""
+
+
+def test_a_program_too_large_for_a_tpu_does_not_fit():
+  pytest.importorskip("libtpu", reason="no libtpu: pip install 'jax[tpu]'")
+  done = python("-c", LARGE)
+  assert done.returncode == 0, done.stderr[-3000:]
+  fits, total = done.stdout.split()[-2:]
+  assert fits == "False" and float(total) >= 2**16 * 2**17 * 4

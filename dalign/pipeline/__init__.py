@@ -20,7 +20,6 @@ from dalign.pipeline import generate
 from dalign.pipeline import reward
 from dalign.pipeline import rl
 from dalign.pipeline import sft
-from dalign.pipeline.plan import plan as plan
 
 
 def write_report(run: context.Run) -> None:

@@ -156,8 +156,9 @@ class Run:
 
   def fresh_params(self) -> PyTree:
     """The parameters that the model's source has, on the mesh."""
-    axes = leaves.logical_axes(self.shapes)
-    return self._model.params(sharding.shardings(self.mesh, axes, self.shapes))
+    return self._model.params(
+      jax.tree.map(lambda x: x.sharding, self.placed(self.shapes))
+    )
 
   def start_params(self, start: str) -> PyTree:
     """What a training stage starts from: "base", with new adapters where the config has
@@ -193,8 +194,12 @@ class Run:
 
   def _load(self, where: pathlib.Path, shapes: PyTree) -> PyTree:
     """Saved parameters, laid on the mesh as they are read."""
-    placed = sharding.shardings(self.mesh, leaves.logical_axes(shapes), shapes)
-    return checkpoints.load_params(where, sharding.abstract(shapes, placed))
+    return checkpoints.load_params(where, self.placed(shapes))
+
+  def placed(self, shapes: PyTree) -> PyTree:
+    """Parameters as ShapeDtypeStructs that say where on the mesh they lie."""
+    axes = leaves.logical_axes(shapes)
+    return sharding.abstract(shapes, sharding.shardings(self.mesh, axes, shapes))
 
   @functools.cached_property
   def sampler(self) -> sampling.Sampler:
@@ -397,20 +402,25 @@ class Scorer:
     )
     out = []
     for at in range(0, len(packed.tokens_BT), self.rows):
-      lines = slice(at, at + self.rows)
-      batch = {
-        "tokens_BT": packed.tokens_BT[lines],
-        "positions_BT": packed.positions_BT[lines],
-        "ends_BT": packed.ends_BT[lines],
-        "wanted_BT": packed.weight_BT[lines] > 0,
-      }
-      out.append(np.asarray(self._score(params, batch)))
+      out.append(np.asarray(self._score(params, self._batch(packed, at))))
     logp_BT = np.concatenate(out)
     wanted = [max(len(row) - start, 0) for row, start in zip(rows, starts, strict=True)]
     return [
       logp_BT[b, at + n - own : at + n]
       for (b, at, n), own in zip(packed.where, wanted, strict=True)
     ]
+
+  def lowered(self, params: PyTree) -> jax.stages.Lowered:
+    """The program of a batch, not run; of parameters the shapes will do."""
+    row = [0, 0], [0.0, 1.0]
+    packed = text.pack([row], length=self.length, rows_multiple=self.rows)
+    return self._score.lower(params, self._batch(packed, 0))
+
+  def _batch(self, packed: text.Packed, at: int) -> dict[str, np.ndarray]:
+    """The lines of a batch from one on."""
+    batch = packed.lines | {"wanted_BT": packed.weight_BT}
+    batch = {name: x[at : at + self.rows] for name, x in batch.items()}
+    return batch | {"wanted_BT": batch["wanted_BT"] > 0}
 
 
 def micro_batches(lines: dict, shape: configs.BatchConfig):

@@ -23,8 +23,7 @@ import numpy as np
 from dalign import adapters
 from dalign import config as configs
 from dalign import hlo
-from dalign import leaves
-from dalign import ops
+from dalign import processes
 from dalign import reward
 from dalign import rl
 from dalign import sft
@@ -34,16 +33,18 @@ from dalign import store
 from dalign import text
 from dalign import train
 from dalign.pipeline import context
+from dalign.pipeline import scoring
 from dalign.types import PyTree
 
 GIB = 2**30
+UNITS = {"M": 2**20, "G": GIB, "T": 2**40}
 CHARACTERS = 4.0  # a token, of a specification that no tokenizer is here for
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip has: memory in bytes, bfloat16 FLOP/s, bytes/s to its memory and, to
-  other chips, one way (the makers' figures)."""
+  """What one chip has: memory in bytes (of a TPU what its compiler allots), bfloat16
+  FLOP/s, bytes/s to its memory and, to other chips, one way (the makers' figures)."""
 
   memory: float
   flops: float
@@ -54,7 +55,7 @@ class Chip:
 CHIPS = {
   "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, links=200e9),
   "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, links=600e9),
-  "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1640e9, links=400e9),
+  "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1600e9, links=400e9),
   "a100": Chip(memory=80e9, flops=312e12, bandwidth=2039e9, links=300e9),
   "h100": Chip(memory=80e9, flops=989e12, bandwidth=3350e9, links=450e9),
   "h200": Chip(memory=141e9, flops=989e12, bandwidth=4800e9, links=450e9),
@@ -121,12 +122,13 @@ def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
     "chip_hours": hours,
     "cost": None if hours is None else hours * cfg.plan.price,
   }
-  store.write_json(workdir / "plan.json", found)
-  for line in table(rows, chip):
-    print(line)
+  store.Store(workdir).write_json(workdir / "plan.json", found)
+  lines = table(rows, chip)
   if hours is not None:
     cost = f"{hours * cfg.plan.price:.2f} at {cfg.plan.price} each"
-    print(f"{n} chips; at least {hours:.2f} chip-hours, {cost}")
+    lines.append(f"{n} chips; at least {hours:.2f} chip-hours, {cost}")
+  if processes.first():
+    print("\n".join(lines))
   too_large = [row for row in rows if row.fits is False]
   if too_large:
     names = ", ".join(f"{r.phase} ({r.total / GIB:.2f} GiB)" for r in too_large)
@@ -167,9 +169,9 @@ def phases(run: context.Run) -> Iterator[Phase]:
   """The programs of the stages that the config asks for."""
   cfg, arch, mesh = run.cfg, run.arch, run.mesh
   stages = configs.chosen_stages(cfg.stages)
-  base = _placed(mesh, run.shapes)
+  base = run.placed(run.shapes)
   made = jax.eval_shape(run.adapted, run.shapes)
-  trunk = _placed(mesh, made)
+  trunk = run.placed(made)
   room, think = _spec_room(run), cfg.sampler.prompt_room
   prompts = sum(cfg.generate.prompts.values()) + cfg.generate.helpful
   kept = prompts * cfg.filter.per_prompt
@@ -244,7 +246,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
     )
   if "reward" in stages:
     c = cfg.reward
-    head = jax.eval_shape(lambda p: reward.init_head(p, ops.stream(run.key, "x")), made)
+    head = jax.eval_shape(reward.init_head, made, run.key)
     loss = reward.make_loss(
       cfg=arch,
       compute=cfg.compute,
@@ -255,7 +257,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
       "reward update",
       loss,
       c.optimizer,
-      _placed(mesh, head),
+      run.placed(head),
       _questions(c, room),
       steps=c.steps,
       tokens=c.rows * c.length + room,
@@ -265,17 +267,16 @@ def phases(run: context.Run) -> Iterator[Phase]:
     yield from _rl(run, training, sampling, trunk)
 
 
-def _rl(run, training, sampling, trunk) -> Iterator[Phase]:
+def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   """Rollouts, scores of the start, and updates; the start lies beside the policy, all
   of it or, with adapters, these alone."""
-  cfg, mesh = run.cfg, run.mesh
-  c, shape = cfg.rl, cfg.rl.batch
+  cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
   start = trunk if not cfg.lora.rank else adapters.split(trunk)[0]
   policy = trunk
   if c.objective.learns_values:
     policy = {
       "policy": trunk,
-      "value": _placed(mesh, jax.eval_shape(rl.init_value, trunk)),
+      "value": run.placed(jax.eval_shape(rl.init_value, trunk)),
     }
   loss = rl.make_loss(
     cfg=run.arch,
@@ -306,16 +307,10 @@ def _rl(run, training, sampling, trunk) -> Iterator[Phase]:
     lanes=1,
     beside=(start, update.held["optimizer"]),
   )
-  compute = dataclasses.replace(cfg.compute, remat=False)
-  score = jax.jit(
-    rl.make_score(cfg=run.arch, compute=compute, temperature=c.temperature),
-    out_shardings=sharding.whole(mesh),
-  )
-  batch = {n: x[0] for n, x in _lines(shape, rollouts=True).items() if n in SCORED}
-  batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in batch.items()}
+  score = context.Scorer(run, shape, temperature=c.temperature)
   yield Phase(
     "score",
-    lambda: score.lower(trunk, batch),
+    lambda: score.lowered(trunk),
     c.steps * lines / shape.rows,
     shape.rows * shape.length,
     (_chunks(cfg, shape),),
@@ -323,16 +318,6 @@ def _rl(run, training, sampling, trunk) -> Iterator[Phase]:
     (start, update.held["optimizer"]),
   )
   yield update
-
-
-SCORED = ("tokens_BT", "positions_BT", "ends_BT", "wanted_BT")
-
-
-def _placed(mesh, tree: PyTree) -> PyTree:
-  """Shapes of parameters, with where they lie."""
-  return sharding.abstract(
-    tree, sharding.shardings(mesh, leaves.logical_axes(tree), tree)
-  )
 
 
 def _array(mesh, name: str, x) -> jax.ShapeDtypeStruct:
@@ -346,22 +331,15 @@ def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
   more = {"weight_BT": packed.weight_BT}
   if rollouts:
     of = {n: [[0.0]] for n in ("logp", "advantage", "reference", "worth")}
-    more = {"sampled_BT": packed.weight_BT > 0, "wanted_BT": packed.weight_BT > 0}
+    more = {"sampled_BT": packed.weight_BT > 0}
     more |= rl.placed(packed.tokens_BT.shape, packed.where, **of)
   return context.micro_batches(packed.lines | more, shape)[0]
 
 
 def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
   """A batch of the reward model's questions, empty."""
-  B, T = cfg.rows, cfg.length
-  batch = {
-    "prefix_P": np.zeros(room, np.int32),
-    "prefix_len": np.int32(0),
-    "tokens_BT": np.zeros((B, T), np.int32),
-    "length_B": np.zeros(B, np.int32),
-    "score_B": np.zeros(B),
-    "prompt_B": np.zeros(B, np.int32),
-  }
+  batch = scoring.lines_after([], [], cfg=cfg, room=room)
+  batch |= {"score_B": np.zeros(cfg.rows), "prompt_B": np.zeros(cfg.rows, np.int32)}
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
@@ -392,7 +370,7 @@ def _spec_room(run: context.Run) -> int:
 
 def _rows(cfg, workdir, devices, chip, names=None) -> list[Row]:
   """The lines of all phases, or of some."""
-  run = context.Run(cfg, workdir, None, devices)
+  run = context.Run(cfg, workdir, devices=devices)
   rows = []
   with jax.set_mesh(run.mesh):
     for phase in phases(run):
@@ -409,11 +387,10 @@ def _row(phase: Phase, chip: Chip | None) -> Row:
   try:
     program = phase.lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
-    if used is None:
+    needed = _needed(str(error))
+    if needed is None:
       raise
-    total = float(used[1]) * {"M": 2**20, "G": GIB, "T": 2**40}[used[2]] + beside
-    cost, memory = hlo.Cost(), None
+    total, cost, memory = beside + needed, hlo.Cost(), None
   else:
     memory = program.memory_analysis()
     total = beside + sum(
@@ -454,6 +431,12 @@ def _row(phase: Phase, chip: Chip | None) -> Row:
     unread=cost.unread,
     compiled_s=time.monotonic() - began,
   )
+
+
+def _needed(error: str) -> float | None:
+  """The bytes that XLA's TPU compiler says a program would have needed."""
+  used = re.search(r"(?:memory required for[^(]*\(|Used )([\d.]+)([MGT])", error)
+  return float(used[1]) * UNITS[used[2]] if used else None
 
 
 def per_device(tree: PyTree) -> float:

@@ -12,6 +12,7 @@ from typing import Sequence
 import jax
 import numpy as np
 
+from dalign import config as configs
 from dalign import judge
 from dalign import ops
 from dalign import reward
@@ -66,20 +67,30 @@ class Renderer:
 
   def batch(self, category: str, rows: Sequence[list[int]]) -> dict:
     """Arrays of at most `reward.rows` rows of one category, padded to fixed shapes."""
-    B, T = self.cfg.rows, self.cfg.length
-    prefix = self.prefixes[category]
-    prefix_P = np.zeros(self.room, np.int32)
-    prefix_P[: len(prefix)] = prefix
-    tokens_BT, length_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
-    for b, row in enumerate(rows):
-      tokens_BT[b, : len(row)] = row
-      length_B[b] = len(row)
-    return {
-      "prefix_P": prefix_P,
-      "prefix_len": np.int32(len(prefix)),
-      "tokens_BT": tokens_BT,
-      "length_B": length_B,
-    }
+    return lines_after(self.prefixes[category], rows, cfg=self.cfg, room=self.room)
+
+
+def lines_after(
+  prefix: list[int],
+  rows: Sequence[list[int]],
+  *,
+  cfg: configs.RewardConfig,
+  room: int,
+) -> dict[str, np.ndarray]:
+  """A prefix, padded to `room` tokens, and at most `rows` rows that follow it."""
+  B, T = cfg.rows, cfg.length
+  prefix_P = np.zeros(room, np.int32)
+  prefix_P[: len(prefix)] = prefix
+  tokens_BT, length_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+  for b, row in enumerate(rows):
+    tokens_BT[b, : len(row)] = row
+    length_B[b] = len(row)
+  return {
+    "prefix_P": prefix_P,
+    "prefix_len": np.int32(len(prefix)),
+    "tokens_BT": tokens_BT,
+    "length_B": length_B,
+  }
 
 
 def load_reward_model(run: context.Run) -> PyTree:
