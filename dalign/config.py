@@ -115,7 +115,8 @@ class Compute:
   attention: what computes whole lines: "xla" anywhere, "cudnn" on a GPU (with kv_dtype
     bfloat16), "splash" on a TPU. Prefixes and caches are read by "xla".
   remat: recompute each layer in the backward pass instead of keeping it.
-  logits_chunk: tokens per block of the output projection in scoring and losses.
+  logits_chunk: tokens per block of the output projection in scoring and losses, of
+    each part that the mesh cuts a batch into.
   """
 
   dtype: str

@@ -277,6 +277,11 @@ def _moved(line: _Line, lines: dict[str, _Line]) -> float:
   out = _bytes(line.type)
   if line.op in ("dynamic-slice", "gather", "slice"):
     return 2 * out
+  if line.op == "copy-start":  # its type holds both ends
+    return out
+  if line.op == "slice-start":
+    source, cut = (found[0] for found in list(_SHAPE.finditer(line.type))[:2])
+    return _bytes(cut) + (_bytes(cut, True) if _bytes(source) else 0.0)
   if line.op == "dynamic-update-slice":
     return 2 * _bytes(lines[line.operands[1]].type) if line.operands[1] in lines else 0
   return out + sum(_bytes(lines[x].type) for x in line.operands if x in lines)

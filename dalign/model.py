@@ -165,7 +165,7 @@ class Decoder(nn.Module):
     cfg = self.cfg
     init = nn.initializers.normal(0.02)
     embed_VD = self.param("embed", init, (cfg.vocab, cfg.width))
-    if not cfg.tied:
+    if not cfg.tied and self.is_initializing():  # of no use here: `ops.token_stats`
       self.param("head", init, (cfg.width, cfg.vocab))
     by_kind = rotary.angles(positions_BT, cfg)
     turns = jax.tree.map(lambda *each: jnp.stack(each), *by_kind.values())
@@ -339,16 +339,20 @@ def stats(
   temperature: float = 1.0,
 ) -> ops.TokenStats:
   """`target_stats` of lines whose hidden states are known."""
-  return ops.token_stats(
-    hidden_BTD[:, :-1],
+  targets_BT, last = jnp.roll(tokens_BT, -1, axis=1), ((0, 0), (0, 1))
+  parts, whole = sharding.token_parts(tokens_BT.shape)
+  found = ops.token_stats(
+    parts(hidden_BTD),
     head(params),
-    tokens_BT[:, 1:],
-    wanted_BT,
+    parts(targets_BT),
+    parts(jnp.pad(wanted_BT, last)),
     dtype=jnp.dtype(compute.dtype),
     chunk=compute.logits_chunk,
     temperature=temperature,
     cap=cfg.logit_cap,
+    gathered=lambda head_DV: sharding.constrain(head_DV, None, "vocab"),
   )
+  return jax.tree.map(lambda x: whole(x)[:, :-1], found)
 
 
 def head(params: PyTree):

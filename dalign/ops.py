@@ -3,6 +3,7 @@
 Knows no model, no config and no text.
 """
 
+from collections.abc import Callable
 import functools
 import math
 import zlib
@@ -95,44 +96,54 @@ class TokenStats:
 
 
 def token_stats(
-  hidden_BTD,
+  hidden_PND,
   head_DV,
-  targets_BT,
-  wanted_BT,
+  targets_PN,
+  wanted_PN,
   *,
   dtype,
   chunk: int,
   temperature: float = 1.0,
   cap: float = 0.0,
+  gathered: Callable = lambda head_DV: head_DV,
 ) -> TokenStats:
   """Statistics of each wanted target under `softmax(logits / temperature)`, of logits
   `capped(hidden @ head, cap)`.
 
-  `targets_BT[:, t]` is scored with `hidden_BTD[:, t]`: the caller shifts. Tokens that
+  `targets_PN[:, n]` is scored with `hidden_PND[:, n]`: the caller shifts. Tokens that
   are not wanted get zeros and no work: the head is applied to as many chunks of `chunk`
-  tokens as the wanted ones fill. Never makes a [B, T, V] array. Only `logp` has a
-  gradient.
+  tokens of each part as the wanted ones of any part fill. No token leaves its part, so
+  that parts may lie on several devices; `gathered` lays the head, in `dtype`, where
+  the chunks need it. Never makes a [P, N, V] array. Only `logp` has a gradient.
   """
-  B, T, D = hidden_BTD.shape
-  N = B * T
+  P, N, _ = hidden_PND.shape
   chunk = min(chunk, N)
-  order_N = jnp.argsort(~wanted_BT.reshape(N), stable=True)
-  used = -(-jnp.sum(wanted_BT) // chunk)
+  order_PN = jnp.argsort(~wanted_PN, axis=1, stable=True)
+  used = jnp.max(-(-jnp.sum(wanted_PN, axis=1) // chunk))
 
-  def chunks(x, *shape):
-    x = jnp.take(x.reshape(N, *shape), order_N, axis=0, unique_indices=True)
-    x = jnp.pad(x, ((0, -N % chunk), *[(0, 0)] * len(shape)))
-    return x.reshape(-1, chunk, *shape)
+  @jax.vmap
+  def ordered(x, order_N):
+    return jnp.take(x, order_N, axis=0, unique_indices=True)
 
-  hidden_NCD, targets_NC = chunks(hidden_BTD, D), chunks(targets_BT)
-  how = dtype, temperature, cap
+  @jax.vmap
+  def back(x_N, order_N):
+    return jnp.zeros(N).at[order_N].set(x_N[:N], unique_indices=True)
+
+  def chunks(x):
+    x = ordered(x, order_PN)
+    x = jnp.pad(x, ((0, 0), (0, -N % chunk), *[(0, 0)] * (x.ndim - 2)))
+    x = x.reshape(P, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(-1, P * chunk, *x.shape[3:])
+
+  how = dtype, temperature, cap, gathered
+  hidden_NCD, targets_NC = chunks(hidden_PND), chunks(targets_PN)
   stats = _head_stats(hidden_NCD, head_DV, targets_NC, used, how)
 
-  def back(x):
-    x = jnp.zeros(N).at[order_N].set(x.reshape(-1)[:N], unique_indices=True)
-    return jnp.where(wanted_BT, x.reshape(B, T), 0.0)
+  def whole(x_NC):
+    x_PN = x_NC.reshape(-1, P, chunk).swapaxes(0, 1).reshape(P, -1)
+    return jnp.where(wanted_PN, back(x_PN, order_PN), 0.0)
 
-  return jax.tree.map(back, stats)
+  return jax.tree.map(whole, stats)
 
 
 def capped(x, cap: float):
@@ -143,17 +154,22 @@ def capped(x, cap: float):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _head_stats(hidden_NCD, head_DV, targets_NC, used, how):
   """TokenStats of the first `used` of N chunks; the backward pass makes their logits
-  again, chunk by chunk. `how` is (dtype, temperature, cap)."""
+  again, chunk by chunk. `how` is (dtype, temperature, cap, gathered)."""
   return _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how)[0]
 
 
+def _low(head_DV, how):
+  dtype, _, _, gathered = how
+  return gathered(head_DV.astype(dtype))
+
+
 def _logits(hidden_CD, low_DV, how):
-  dtype, temperature, cap = how
+  dtype, temperature, cap, _ = how
   return capped(matmul(hidden_CD, low_DV, dtype), cap) / temperature
 
 
 def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how):
-  low_DV = head_DV.astype(how[0])
+  low_DV = _low(head_DV, how)
 
   def one(i, found):
     logits_CV = _logits(hidden_NCD[i], low_DV, how)
@@ -189,8 +205,8 @@ def _exp_sums(logits_CV, peak_C):
 
 def _head_stats_bwd(how, saved, grads: TokenStats):
   hidden_NCD, head_DV, targets_NC, used, logz_NC = saved
-  dtype, temperature, cap = how
-  low_DV = head_DV.astype(dtype)
+  dtype, temperature, cap, _ = how
+  low_DV = _low(head_DV, how)
 
   def one(i, sums):
     dhidden_NCD, dhead_DV = sums

@@ -3,6 +3,7 @@
 `pjit` is today `jax.jit` with NamedShardings; nothing here is a no-op on CPU.
 """
 
+from collections.abc import Callable
 import math
 
 import jax
@@ -130,6 +131,30 @@ def constrain(x, *logical: str | None):
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, place(mesh, logical, x.shape))
+
+
+def token_parts(shape: tuple[int, int]) -> tuple[Callable, Callable]:
+  """How [B, T, ...] arrays of lines become [P, N, ...], the N tokens of each of the P
+  parts that the mesh that is set cuts them into, and back."""
+  mesh = jax.sharding.get_abstract_mesh()
+  alone = mesh.empty or mesh.size == 1
+  cut = P(None, None) if alone else place(mesh, ("batch", "token"), shape).spec
+  rows, columns = (_ways(mesh, axis) for axis in cut)
+  axes = tuple(jax.tree.leaves(tuple(cut)))
+  B, T = shape
+
+  def parts(x):
+    x = x.reshape(rows, B // rows, columns, T // columns, *x.shape[2:])
+    x = x.swapaxes(1, 2).reshape(rows * columns, -1, *x.shape[4:])
+    if alone:
+      return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))
+
+  def whole(x):
+    x = x.reshape(rows, columns, B // rows, T // columns, *x.shape[2:])
+    return x.swapaxes(1, 2).reshape(B, T, *x.shape[4:])
+
+  return parts, whole
 
 
 def heads_apart(q_BNTH, k_BKHT, v_BKTH):

@@ -106,6 +106,22 @@ ENTRY %main (x: f32[4,4]) -> f32[4,4] {
   assert found.moved == 4 * (4 * 4 * 4 + 3 * 4)
 
 
+def test_what_is_fetched_ahead_is_read_once():
+  """Text as XLA's TPU compiler writes it: copies to the chip (S(1)) that others wait
+  for."""
+  text = """
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %all = (f32[8,4]{1,0}, f32[8,4]{1,0S(1)}, u32[]{S(2)}) copy-start(%x)
+  %one = ((f32[8,4]{1,0}), f32[1,4]{1,0S(1)}, s32[]{S(2)}) slice-start(%x)
+  %here = f32[8,4]{1,0S(1)} copy-done(%all)
+  %row = f32[1,4]{1,0S(1)} slice-done(%one)
+  ROOT %y = f32[8,4]{1,0S(1)} add(%here, %row)
+}
+"""
+  assert hlo.cost(text).moved == 4 * (8 * 4 + 4)
+
+
 @pytest.mark.parametrize(
   ("labels", "window", "left", "right", "out", "depth"),
   [

@@ -1,5 +1,6 @@
 """Advantages, the policy gradient, and the reward model, against plain loops."""
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -827,9 +828,19 @@ def test_agreement_of_numbers_by_hand():
   }
 
 
-def test_a_reward_model_keeps_the_trunk_and_drops_the_head(params, make_params, cfg):
+def test_a_reward_model_keeps_the_trunk_and_drops_the_head(
+  params, cfg, compute, judge, rows, reward_params
+):
   untied = params | {"head": params["embed"].T}
   made = reward.init_head(untied, KEY)
+  scored = made | {"score": reward_params["score"]}
+  got = reward.logits(
+    scored,
+    reward_batch(rows),
+    cfg=dataclasses.replace(cfg, tied=False),
+    compute=compute,
+  )
+  np.testing.assert_allclose(got, judge(reward_batch(rows)), atol=1e-5)
   assert made["trunk"].keys() == params.keys()
   axes = leaves.logical_axes(made)
   flat = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))

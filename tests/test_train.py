@@ -140,25 +140,26 @@ def test_a_turned_product_keeps_its_weight_on_the_left():
   assert re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", program) == ["70,6"]
 
 
-def test_the_head_is_not_applied_to_what_is_not_wanted():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_head_is_not_applied_to_what_is_not_wanted(parts):
   """Tokens of chunks without any wanted one are never read."""
   rng = np.random.default_rng(0)
-  hidden = rng.standard_normal((2, 8, 3), np.float32)
-  wanted_BT = np.zeros((2, 8), bool)
-  wanted_BT[0, 1::2] = True  # a chunk of four
-  hidden[~wanted_BT] = np.nan
+  hidden = rng.standard_normal((parts, 16 // parts, 3), np.float32)
+  wanted_PN = np.zeros(hidden.shape[:2], bool)
+  wanted_PN[:, 1:9:2] = True  # a chunk of four in each part
+  hidden[~wanted_PN] = np.nan
   head = rng.standard_normal((3, 5), np.float32)
-  targets = rng.integers(0, 5, (2, 8))
+  targets = rng.integers(0, 5, wanted_PN.shape)
 
   def total(hidden, head):
     stats = ops.token_stats(
-      hidden, head, targets, wanted_BT, dtype=jnp.float32, chunk=4
+      hidden, head, targets, wanted_PN, dtype=jnp.float32, chunk=4
     )
     return jnp.sum(stats.logp)
 
   dhidden, dhead = jax.jit(jax.grad(total, (0, 1)))(hidden, head)
-  assert np.isfinite(dhead).all() and (dhidden[~wanted_BT] == 0).all()
-  assert np.abs(dhead).max() > 0.1 and (dhidden[wanted_BT] != 0).any(axis=-1).all()
+  assert np.isfinite(dhead).all() and (dhidden[~wanted_PN] == 0).all()
+  assert np.abs(dhead).max() > 0.1 and (dhidden[wanted_PN] != 0).any(axis=-1).all()
 
 
 def test_a_token_sees_its_path_from_the_root():

@@ -242,7 +242,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
       _lines(shape),
       steps=max(1, cfg.sft.epochs * lines / (shape.micro * shape.rows)),
       tokens=shape.micro * shape.rows * shape.length,
-      loops=_loops(cfg, shape),
+      loops=_loops(run, shape),
     )
   if "reward" in stages:
     c = cfg.reward
@@ -294,7 +294,7 @@ def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     _lines(shape, rollouts=True),
     steps=c.steps,
     tokens=shape.micro * shape.rows * shape.length,
-    loops=_loops(cfg, shape),
+    loops=_loops(run, shape),
     beside=start,
   )
   yield from sampling(
@@ -313,7 +313,7 @@ def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     lambda: score.lowered(trunk),
     c.steps * lines / shape.rows,
     shape.rows * shape.length,
-    (_chunks(cfg, shape),),
+    (_chunks(run, shape),),
     {"parameters": trunk},
     (start, update.held["optimizer"]),
   )
@@ -343,13 +343,15 @@ def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _chunks(cfg: configs.Config, shape: configs.BatchConfig) -> int:
-  """How many blocks of logits the tokens of a micro-batch have, if all count."""
-  return -(-shape.rows * shape.length // cfg.compute.logits_chunk)
+def _chunks(run: context.Run, shape: configs.BatchConfig) -> int:
+  """How many blocks of logits a part of a micro-batch's tokens has, if all count."""
+  lines = shape.rows, shape.length
+  part = sharding.place(run.mesh, ("batch", "token"), lines).shard_shape(lines)
+  return -(-math.prod(part) // run.cfg.compute.logits_chunk)
 
 
-def _loops(cfg: configs.Config, shape: configs.BatchConfig) -> tuple[int, ...]:
-  chunks = _chunks(cfg, shape)
+def _loops(run: context.Run, shape: configs.BatchConfig) -> tuple[int, ...]:
+  chunks = _chunks(run, shape)
   return (shape.micro, chunks) if shape.micro > 1 else (chunks,)
 
 
