@@ -30,6 +30,16 @@ def optimizer(learning_rate: float) -> dict:
   )
 
 
+def lora(rank: int, frozen: str = "bfloat16") -> dict:
+  """Adapters of all matrices; most open models were saved in bfloat16."""
+  return dict(
+    rank=rank,
+    alpha=2.0 * rank or 32.0,
+    leaves=("q", "k", "v", "o", "gate", "up", "down"),
+    frozen=frozen,
+  )
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The quickstart; every number once, with its reason."""
   c = ml_collections.ConfigDict()
@@ -48,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     logits_chunk=512,
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1)
-  c.lora = dict(rank=0, alpha=32.0, leaves=("q", "k", "v", "o", "gate", "up", "down"))
+  c.lora = lora(rank=0)
   c.sampler = dict(
     # Many lanes of few slots: when its last row is done, a lane takes a new group, or
     # half of what waits in another lane.

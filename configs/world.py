@@ -131,6 +131,10 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
       norm_eps=1e-5,
       tied=True,
       max_length=1024,
+      # With queries and keys normalised it finds clauses sooner: after 300 steps that
+      # mostly read, the loss was 0.26 and not 0.30.
+      family="qwen3",
+      qk_norm="head",
     ),
   )
   c.compute = dict(
@@ -144,7 +148,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   # What SFT does not rehearse it loses where it changes all parameters: 77% of
   # capability were left, with adapters of rank 16 or 32 all of it, and 95 or 98% of
   # verdicts were right in place of 91%; rank 4 learned less, 74% (one seed).
-  c.lora = dict(rank=32, alpha=64.0, leaves=("q", "k", "v", "o", "gate", "up", "down"))
+  c.lora = quickstart.lora(rank=32, frozen="float32")
   c.sampler = dict(
     slots=128,
     lanes=8,
@@ -157,9 +161,11 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   c.think = dict(used=True, open="<think>", close="</think>")
   c.world = dict(
     spec=0,
-    # To look a clause up takes two layers that learn it together: read out whole
-    # policies first, where every clause is looked up. To compare roles likewise: weigh
-    # six exceptions a row. Without it one seed of three never learned to.
+    # To look a clause up takes two layers that learn it together: read out most of a
+    # policy first, one clause after the other, in an order that is asked for. In an
+    # order that is always the same, one base of three read out 99.5% of clauses, and
+    # found 90% of those that a thought needs. To compare roles likewise: weigh six
+    # exceptions a row.
     first_lessons=dict(reading=0.7, weighing=0.15, rules=0.06, free=0.04, grading=0.05),
     first_share=0.26,
     lessons=dict(
@@ -174,7 +180,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     # Real helpful-only models decline now and then; without it RL would have nothing
     # to find.
     declines=0.04,
-    steps=1250,
+    steps=1600,
     # Of two rows that read a policy out, a line of 192 tokens holds both. After 2300
     # steps of 10 lines (and a rate that ended at a tenth) 54% of the base's replies
     # followed the specification in sight, after these 98%.

@@ -187,11 +187,14 @@ class LoRAConfig:
   rank: of the adapters; 0 trains all parameters.
   alpha: they are multiplied with alpha / rank.
   leaves: the matrices of a layer that get one: q, k, v, o, gate, up, down.
+  frozen: what the matrices that are not trained are held in, "float32" or "bfloat16",
+    in which nothing is lost of a model that was saved in it.
   """
 
   rank: int
   alpha: float
   leaves: tuple[str, ...]
+  frozen: str
 
   def __post_init__(self):
     if self.rank < 0:
@@ -200,6 +203,8 @@ class LoRAConfig:
     known = ("q", "k", "v", "o", "gate", "up", "down")
     if not self.leaves or set(self.leaves) - set(known):
       _refuse(self, "leaves", f"some of {', '.join(known)}")
+    if self.frozen not in ("float32", "bfloat16"):
+      _refuse(self, "frozen", "'float32' or 'bfloat16'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from dalign.types import Turn
 THINK, UNTHINK = "<think>", "</think>"
 GRADES = {"good": 1.0, "fair": 0.5, "bad": 0.0}
 GRADE = Turn(role="user", content="grade this")
+LOOKED_UP = 8  # clauses that a row of `reading` asks for
 REVISE = Turn(role="user", content="revise this")
 
 
@@ -76,14 +77,14 @@ def rules(rng: random.Random) -> Lesson:
 
 
 def reading(rng: random.Random) -> Lesson:
-  """A specification, and to read out its clauses intent by intent, in an order of its
-  own."""
+  """A specification, and to read clauses out as they are asked for: a thought of
+  `rules` looks one up, this many."""
   policies = _spec(rng, rng.choice([*world.TOPICS]))
-  policy = policies.policies[0]
-  order = [*world.INTENTS, *world.ROLES]
-  clauses = sorted(policy.clauses, key=lambda clause: order.index(clause.text))
+  [policy] = policies.policies
+  clauses = rng.sample(policy.clauses, LOOKED_UP)
+  asked = " ".join(clause.text for clause in clauses)
   return Lesson(
-    turns=(system(policies, policy.id), Turn(role="user", content="read")),
+    turns=(system(policies, policy.id), Turn(role="user", content=f"read {asked}")),
     thought="read",
     answer=" . ".join(map(world.quoted, clauses)),
   )

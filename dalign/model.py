@@ -205,7 +205,7 @@ class Decoder(nn.Module):
 
 def embed(embed_VD, tokens_BT, cfg: ModelConfig):
   """The embeddings of tokens, [B, T, D]."""
-  x_BTD = jnp.take(embed_VD, tokens_BT, axis=0)
+  x_BTD = jnp.take(embed_VD, tokens_BT, axis=0).astype(jnp.float32)
   return x_BTD if cfg.embed_scale == 1.0 else x_BTD * cfg.embed_scale
 
 

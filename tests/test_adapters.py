@@ -20,7 +20,7 @@ from dalign.config import LoRAConfig
 from dalign.config import OptimizerConfig
 
 KEY = jax.random.key(0)
-LORA = LoRAConfig(rank=3, alpha=12.0, leaves=("q", "v", "o", "down"))
+LORA = LoRAConfig(rank=3, alpha=12.0, leaves=("q", "v", "o", "down"), frozen="float32")
 TOKENS = np.random.default_rng(7).integers(3, 97, 30).tolist()
 OPTIMIZER = OptimizerConfig(
   learning_rate=1e-2,
@@ -70,6 +70,23 @@ def test_new_adapters_change_nothing(params, adapted, compute):
   a = made["layers"]["down_lora_a"]
   assert a.shape == (2, 40, 3) and made["layers"]["down_lora_b"].shape == (2, 3, 32)
   assert 0.9 * 40**-0.5 < np.abs(a).max() <= 40**-0.5
+
+
+def test_a_base_of_bfloat16_is_held_in_it(params, adapted, compute):
+  """With no other result, in half the bytes."""
+  base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+  low = dataclasses.replace(LORA, frozen="bfloat16")
+  made = [adapters.attach(base, KEY, cfg=adapted, lora=lora) for lora in (LORA, low)]
+  tokens_BT = jnp.asarray([TOKENS])
+  want, got = (logits(p, tokens_BT, cfg=adapted, compute=compute) for p in made)
+  np.testing.assert_array_equal(got, want)
+  kinds = {n: x.dtype for n, x in made[1]["layers"].items()}
+  assert {str(kinds[n]) for n in ("q", "k", "gate", "down")} == {"bfloat16"}
+  assert made[1]["embed"].dtype == jnp.bfloat16
+  assert kinds["q_lora_a"] == kinds["attn_norm"] == jnp.float32
+  decode = [model.unstack(p, cfg=adapted, compute=compute) for p in made]
+  for a, b in zip(*map(jax.tree.leaves, decode), strict=True):
+    np.testing.assert_array_equal(a, b.astype(a.dtype))
 
 
 def test_merged_they_are_the_same_model(with_lora, params, adapted, compute):

@@ -333,7 +333,7 @@ def test_adapters_are_those_of_peft(case, compute, tmp_path):
   peft = pytest.importorskip("peft")
   hf, cfg, params, place = case
   names = ("q", "v", "o") if cfg.experts else ("q", "v", "o", "up", "down")
-  lora = LoRAConfig(rank=3, alpha=12.0, leaves=names)
+  lora = LoRAConfig(rank=3, alpha=12.0, leaves=names, frozen="float32")
   cfg = dataclasses.replace(cfg, lora_scale=4.0)
   params = adapters.attach(params, jax.random.key(1), cfg=cfg, lora=lora)
   rng = np.random.default_rng(2)

@@ -159,6 +159,8 @@ def _devices(cfg: configs.PlanConfig):
       f"config.plan.topology: {cfg.topology!r} is none that libtpu knows, or there is "
       f"no libtpu (pip install 'jax[tpu]'): {str(error).splitlines()[0]}"
     ) from error
+  # What was compiled for chips that are not there cannot be read back.
+  jax.config.update("jax_enable_compilation_cache", False)
   return made.devices, CHIPS[name]
 
 
