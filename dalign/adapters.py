@@ -20,14 +20,21 @@ DECODERS = leaves.TOP | leaves.layer_names()
 
 def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> PyTree:
   """A decoder's parameters with adapters that change nothing yet: A is uniform in
-  1/sqrt(inputs), as a layer of torch, and B zero. Its matrices are then in
-  `lora.frozen`."""
-  held = ("embed", "head", *leaves.MATRICES)
+  1/sqrt(inputs), as a layer of torch, and B zero."""
+  return params | {"layers": params["layers"] | _fresh(key, cfg, lora)}
 
-  def low(tree):
-    return {n: x.astype(lora.frozen) if n in held else x for n, x in tree.items()}
 
-  return low(params) | {"layers": low(params["layers"]) | _fresh(key, cfg, lora)}
+def held(params: PyTree, *, lora: LoRAConfig) -> PyTree:
+  """A decoder's parameters as adapters leave them, matrices in `lora.frozen`; without
+  adapters as they are, in float32."""
+  if not lora.rank:
+    return params
+  low = ("embed", "head", *leaves.MATRICES)
+
+  def some(tree):
+    return {n: x.astype(lora.frozen) if n in low else x for n, x in tree.items()}
+
+  return some(params) | {"layers": some(params["layers"])}
 
 
 def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:

@@ -1,8 +1,6 @@
 """Arms side by side in the policy world, tiny: what they share, what each sees."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import pytest
@@ -18,8 +16,8 @@ from dalign.pipeline import context
 from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
+from tests.helpers import config_file
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
   "model": {
     "random": dict(
@@ -74,11 +72,7 @@ SMALL = {
 
 def config(arms=None, **changes) -> configs.Config:
   """configs/world.py, small; with arms the ablation."""
-  path = ROOT / "configs" / "world.py"
-  spec = importlib.util.spec_from_file_location("world_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  node = module.get_config("ablation" if arms else None).to_dict()
+  node = config_file("world").get_config("ablation" if arms else None).to_dict()
   built = configs.changed(configs.build(configs.Config, node), SMALL)
   if arms:
     some = {name: built.ablation.arms[name] for name in arms}

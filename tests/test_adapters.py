@@ -76,7 +76,10 @@ def test_a_base_of_bfloat16_is_held_in_it(params, adapted, compute):
   """With no other result, in half the bytes."""
   base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   low = dataclasses.replace(LORA, frozen="bfloat16")
-  made = [adapters.attach(base, KEY, cfg=adapted, lora=lora) for lora in (LORA, low)]
+  made = [
+    adapters.attach(adapters.held(base, lora=lora), KEY, cfg=adapted, lora=lora)
+    for lora in (LORA, low)
+  ]
   tokens_BT = jnp.asarray([TOKENS])
   want, got = (logits(p, tokens_BT, cfg=adapted, compute=compute) for p in made)
   np.testing.assert_array_equal(got, want)

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from dalign import spec as specs
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 LABELLED = [
   json.loads(line)

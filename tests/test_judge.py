@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 
 from hypothesis import given
 from hypothesis import settings
@@ -18,8 +17,8 @@ from dalign import words
 from dalign.types import Prompt
 from dalign.types import Turn
 from dalign.types import Verdict
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 LABELLED = [
   json.loads(line)

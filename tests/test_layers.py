@@ -6,7 +6,6 @@ The floors are those of the table in ARCHITECTURE.md.
 import ast
 import dataclasses
 import inspect
-import pathlib
 import re
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import sys
 import pytest
 
 from dalign import config
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 PATHS = {
   ".".join(path.relative_to(ROOT / "dalign").with_suffix("").parts): path
   for path in sorted((ROOT / "dalign").rglob("*.py"))

@@ -1,7 +1,6 @@
 """The whole pipeline on the tiny config: artefacts, resuming, errors, blindness."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -30,17 +29,13 @@ from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT
+from tests.helpers import config_file
 
 
 def tiny(**changes) -> configs.Config:
   """The tiny config, with changes such as {"rl.steps": 1}."""
-  path = ROOT / "configs" / "tiny.py"
-  spec = importlib.util.spec_from_file_location("tiny", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  node = module.get_config()
+  node = config_file("tiny").get_config()
   for name, value in changes.items():
     node.update_from_flattened_dict({name: value})
   return configs.build(configs.Config, node.to_dict())
@@ -523,9 +518,7 @@ def test_summary_is_what_evals_makes_of_the_rows(workdir):
 
 def test_every_config_builds():
   for path in sorted((ROOT / "configs").glob("*.py")):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = config_file(path.stem)
     if path.stem == "algorithms":
       continue  # parts of a config
     config = configs.build(configs.Config, module.get_config().to_dict())

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 SMALL = (
   "--config.stages=generate,filter,sft,rl,export",
   "--config.generate.prompts.refuse=2",

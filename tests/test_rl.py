@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +16,12 @@ from dalign import rl
 from dalign import text
 from dalign.config import ObjectiveConfig
 from dalign.config import build
+from tests.helpers import config_file
 
 KEY = jax.random.key(0)
 
 
-def _algorithms():
-  path = pathlib.Path(__file__).parents[1] / "configs" / "algorithms.py"
-  spec = importlib.util.spec_from_file_location("algorithms", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-ALGORITHMS = _algorithms()
+ALGORITHMS = config_file("algorithms")
 
 
 def close(got, want, *, atol=1e-5, rtol=1e-4):

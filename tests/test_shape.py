@@ -6,14 +6,14 @@ runs it, as CI does. The margins are wide: one seed, few prompts and few steps o
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 ATTACKS = ("spelled", "reversed", "foreign", "persona", "begin")
 SMALL = (
   "--config.eval.prompts=240",

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import pathlib
 import re
 
 from hypothesis import given
@@ -14,8 +13,8 @@ import pytest
 
 from dalign import compose
 from dalign import spec
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 CATEGORIES = {
   "illicit_behavior": "IB",
   "self_harm": "SH",

@@ -150,9 +150,12 @@ class Run:
 
   def base_params(self) -> PyTree:
     """The base model's parameters, on the mesh; a new copy at each call."""
-    if not self.cfg.world:
-      return self.fresh_params()
-    return self._load(self._trained("base"), self.shapes)
+    params = (
+      self._load(self._trained("base"), self.shapes)
+      if self.cfg.world
+      else self.fresh_params()
+    )
+    return adapters.held(params, lora=self.cfg.lora)
 
   def fresh_params(self) -> PyTree:
     """The parameters that the model's source has, on the mesh."""

@@ -171,8 +171,9 @@ def phases(run: context.Run) -> Iterator[Phase]:
   """The programs of the stages that the config asks for."""
   cfg, arch, mesh = run.cfg, run.arch, run.mesh
   stages = configs.chosen_stages(cfg.stages)
-  base = run.placed(run.shapes)
-  made = jax.eval_shape(run.adapted, run.shapes)
+  lying = jax.eval_shape(lambda p: adapters.held(p, lora=cfg.lora), run.shapes)
+  base = run.placed(lying)
+  made = jax.eval_shape(run.adapted, lying)
   trunk = run.placed(made)
   room, think = _spec_room(run), cfg.sampler.prompt_room
   prompts = sum(cfg.generate.prompts.values()) + cfg.generate.helpful
