@@ -16,9 +16,10 @@ and the share that arithmetic has of the longest:
   llama31_8b      v5e-256  256 rows   6.6 of 15.8   0.59  0.38  0.29  100%
   llama31_8b_v6e  v6e-64   128 rows   9.9 of 31.3   0.25  0.21  0.24  100%
   gemma3_27b      v5p-64   128 rows  28.9 of 95.7   1.93  0.47  0.75  100%
+  qwen3_32b       v5p-128  128 rows  17.6 of 95.7   1.06  0.32  0.89  100%
 
 Of qwen3_8b all phases were planned: the largest is the RL update, 10.7 GiB, and all of
-them take at least 14.2 chip-hours. qwen3_32b and llama33_70b have no plan yet.
+them take at least 14.2 chip-hours. llama33_70b has no plan yet.
 qwen3_8b_lora was planned by a CPU's compiler, with compute.attention="xla" and
 compute.kv_dtype="float32", which holds the matrices it multiplies in float32 too: the
 largest is the RL update, 68.3 GiB of an H200's 131.3 (80 GB are 74.5).
