@@ -124,7 +124,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
     logits_chunk=2048,
   )
   c.mesh = dict(data=1, fsdp=1, tensor=1, sequence=1, expert=1) | mesh
-  c.lora = quickstart.lora(rank)
+  c.lora = quickstart.lora(rank, frozen="bfloat16")  # as all of MODELS were saved
   c.sampler = dict(
     slots=4 * rows,
     lanes=16 if topology else 4,
@@ -169,8 +169,8 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
       reward="model",
       expected=("refuse", "safe_complete", "comply"),
       steps=100,
-      prompts=rows // 2
-      - rows // 8,  # with the capability prompts, as many rollouts as slots
+      # With the capability prompts, as many rollouts as slots.
+      prompts=rows // 2 - rows // 8,
       capability=rows // 8,
       samples=8,
       temperature=1.0,

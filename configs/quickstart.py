@@ -30,8 +30,8 @@ def optimizer(learning_rate: float) -> dict:
   )
 
 
-def lora(rank: int, frozen: str = "bfloat16") -> dict:
-  """Adapters of all matrices; most open models were saved in bfloat16."""
+def lora(rank: int, frozen: str = "float32") -> dict:
+  """Adapters of all matrices."""
   return dict(
     rank=rank,
     alpha=2.0 * rank or 32.0,
