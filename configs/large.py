@@ -17,9 +17,10 @@ and the share that arithmetic has of the longest:
   llama31_8b_v6e  v6e-64   128 rows   9.9 of 31.3   0.25  0.21  0.24  100%
   gemma3_27b      v5p-64   128 rows  28.9 of 95.7   1.93  0.47  0.75  100%
   qwen3_32b       v5p-128  128 rows  17.6 of 95.7   1.06  0.32  0.89  100%
+  llama33_70b     v5p-256  128 rows  18.3 of 95.7   1.16  0.38  0.49  100%
 
-Of qwen3_8b all phases were planned: the largest is the RL update, 10.7 GiB, and all of
-them take at least 14.2 chip-hours. llama33_70b has no plan yet.
+Of two of them all phases were planned. The largest is the RL update, of qwen3_8b 10.7
+GiB and of llama33_70b 21.9; a run takes at least 14.2 and 92.6 chip-hours.
 qwen3_8b_lora was planned by a CPU's compiler, with compute.attention="xla" and
 compute.kv_dtype="float32", which holds the matrices it multiplies in float32 too: the
 largest is the RL update, 68.3 GiB of an H200's 131.3 (80 GB are 74.5).

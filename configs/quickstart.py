@@ -162,6 +162,9 @@ def get_config() -> ml_collections.ConfigDict:
     temperature=0.8,
     max_new=88,
     resample=0,
+    # Up to 35% of the rubric's probes with filler pass, where a prompt asks for fiction
+    # or has a word in common with it; none of the others.
+    judge_errors=0.4,
     objective=algorithms.of("rloo"),
     batch=dict(micro=6, rows=8, length=256),
     # A step has too few rollouts for Adam to go far: at 2e-5, four steps took the share
@@ -178,7 +181,11 @@ def get_config() -> ml_collections.ConfigDict:
     capability=40,
     budgets=(),
     extra={},
+    suite=(),
+    copies="",
     extra_limit=200,
+    worst=0.1,
+    unscored=0.2,
     # Greedy, models of this size fall into loops; the same for every arm.
     temperature=0.5,
     max_new=88,

@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
       prompts=8,
       expected=("refuse", "safe_complete", "comply"),
       capability=1,
+      judge_errors=1.0,  # its reward model has learned nothing
       max_new=96,
       checkpoint_every=1,
     )

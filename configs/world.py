@@ -258,6 +258,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     temperature=1.0,
     max_new=40,
     resample=0,
+    judge_errors=1.0,  # what rivals' preference models get wrong is a result
     objective=quickstart.algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
     batch=dict(micro=4, rows=16, length=256),
     # With 1e-3 it forgot attacks that SFT withstood (90 to 85%, one seed).
@@ -275,7 +276,11 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
       name: dict(source=f"world:{forms}", columns={})
       for name, forms in FAMILIES.items()
     },
+    suite=(),
+    copies="",
     extra_limit=120,
+    worst=0.1,
+    unscored=0.2,
     temperature=0.5,
     max_new=40,
     trials=1000,

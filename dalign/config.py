@@ -524,6 +524,8 @@ class RLConfig:
   prompts x samples rollouts a step, `capability` of the prompts with a known answer;
   one update a step.  expected: the ideal response types of the other prompts.
   resample: how often groups without a difference are replaced by those of new prompts.
+  judge_errors: the share of a probe's answers (judge.probes) that the judge may get
+    wrong before RL refuses it; 1 asks nothing.
   """
 
   start: str
@@ -536,6 +538,7 @@ class RLConfig:
   temperature: float
   max_new: int
   resample: int
+  judge_errors: float
   objective: ObjectiveConfig
   batch: BatchConfig
   optimizer: OptimizerConfig
@@ -549,6 +552,8 @@ class RLConfig:
       _refuse(self, "reward", "'model', 'rubric' or 'judge'")
     if self.samples < 1 + self.objective.grouped:
       _refuse(self, "samples", "at least 2, for the baseline of a group")
+    if not 0 <= self.judge_errors <= 1:
+      _refuse(self, "judge_errors", "a share in [0, 1]")
     if self.resample < 0 or (self.resample and not self.objective.grouped):
       _refuse(self, "resample", "0 or more, and 0 where groups are not compared")
     if not self.expected or set(self.expected) - {"refuse", "safe_complete", "comply"}:
@@ -593,6 +598,15 @@ class EvalConfig:
   prompts, helpful, capability: how many held-out prompts of each kind.
   budgets: most tokens of a thought, each evaluated besides: what thinking is worth.
   extra: further sets, name -> {"source", "columns"}, evaluated under that name.
+  suite: public sets (`public.SETS`), each alone or with ATTACKS (`attacks.py`) that
+    disguise it, the innermost first, as in ("xstest", "strongreject+rot13+begin").
+  copies: a folder with copies of public sets, read instead of downloads
+    (`public.load`), or "".
+  extra_limit: prompts of each of these sets at the most; disguises of one set are of
+    the same prompts.
+  worst: of a set in several disguises, the share that counts for each prompt besides:
+    those which the arm does worst on (goodness@0.1 of 2402.10260 with 0.1).
+  unscored: the share of answers that may go without a score before eval fails.
   """
 
   arms: tuple[str, ...]
@@ -601,7 +615,11 @@ class EvalConfig:
   capability: int
   budgets: tuple[int, ...]
   extra: Mapping[str, Any]
+  suite: tuple[str, ...]
+  copies: str
   extra_limit: int
+  worst: float
+  unscored: float
   temperature: float
   max_new: int
   trials: int
@@ -611,6 +629,9 @@ class EvalConfig:
     for arm in self.arms:
       if arm not in known:
         _refuse(self, "arms", f"names out of {known}")
+    for name in ("worst", "unscored"):
+      if not 0 < getattr(self, name) <= 1:
+        _refuse(self, name, "a share in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ def bundled_rows() -> list[Row]:
         "kind": "capability" if capability else kind,
       }
       rows.append((where, named | row))
-  prompts = split(_prompts(rows, {}, "bundled"))
+  prompts = split(prompts_of(rows, {}, "bundled"))
   return [_row(prompt) for prompt in prompts]
 
 
@@ -133,7 +133,7 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   else:
     raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}")
   rows = list(rows)
-  prompts = _prompts(rows, columns, source)
+  prompts = prompts_of(rows, columns, source)
   if not prompts:
     raise ValueError(f"{source}: wanted prompts, found no row")
   has_split = "split" in columns or any("split" in row for _, row in rows)
@@ -276,16 +276,21 @@ def _load_bundled(columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
   # A folder for each content: TFDS looks at version numbers alone.
   folder = pathlib.Path(data_dir) / hashlib.sha256(contents).hexdigest()[:12]
   builder = DalignPrompts(data_dir=str(folder), file_format="array_record")
+  prepare(builder)
+  rows = []
+  for name in SPLITS:
+    for where, row in builder_rows(builder, name, "bundled"):
+      rows.append((where, row | {"split": name}))
+  return prompts_of(rows, {}, "bundled")
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
+  """Has TFDS download and write a data set, without what it prints."""
   with (
     contextlib.redirect_stdout(io.StringIO()),
     contextlib.redirect_stderr(io.StringIO()),
   ):
     builder.download_and_prepare()
-  rows = []
-  for name in SPLITS:
-    for where, row in _builder_rows(builder, name, "bundled"):
-      rows.append((where, row | {"split": name}))
-  return _prompts(rows, {}, "bundled")
 
 
 def _bundled_files() -> list[pathlib.Path]:
@@ -305,10 +310,11 @@ def _tfds_rows(name: str, split_name: str, data_dir: str):
       f"tfds:{name}: wanted one of its splits, {sorted(builder.info.splits)}, "
       f"got {split_name!r}"
     )
-  return _builder_rows(builder, split_name, f"tfds:{name}:{split_name}")
+  return builder_rows(builder, split_name, f"tfds:{name}:{split_name}")
 
 
-def _builder_rows(builder, split_name: str, source: str) -> Iterator[tuple[str, Row]]:
+def builder_rows(builder, split_name: str, source: str) -> Iterator[tuple[str, Row]]:
+  """(where it is, row) of each row of a prepared TFDS data set, in plain Python."""
   features = builder.info.features
   data = builder.as_data_source(split=split_name)
   for number in range(len(data)):
@@ -371,9 +377,10 @@ def _check_columns(columns: Mapping[str, str]) -> None:
       )
 
 
-def _prompts(
+def prompts_of(
   rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], source: str
 ) -> list[Prompt]:
+  """Prompts of (where it is, row), checked; `columns` and errors as of `load`."""
   prompts, seen = [], {}
   for number, (where, row) in enumerate(rows):
     prompt = _prompt(where, _renamed(where, row, columns), source, number)

@@ -12,6 +12,7 @@ from dalign import data
 from dalign import evals
 from dalign import judge
 from dalign import lessons
+from dalign import public
 from dalign import spec as specs
 from dalign import text
 from dalign import words
@@ -42,8 +43,16 @@ class English:
   def prompts(
     self, source: str, columns: Mapping[str, str], data_dir: str
   ) -> list[Prompt]:
-    """A prompt set."""
+    """A prompt set: a source of `data.load`, or "public:NAME" (`public.SETS`)."""
+    kind, _, name = source.partition(":")
+    if kind == "public":
+      return public.load(name, copies=self._cfg.eval.copies, data_dir=data_dir)
     return data.load(source, columns, data_dir)
+
+  def notice(self, source: str) -> str:
+    """Whose prompts they are, of those that are others'."""
+    kind, _, name = source.partition(":")
+    return public.notice(name) if kind == "public" else ""
 
   def policy_text(self, category: str, detail: str) -> str:
     """spec(category) as a system turn has it."""
@@ -106,6 +115,10 @@ class English:
     """Answers to try a reward model with."""
     return judge.probes(prompts)
 
+  def labelled(self) -> list[tuple[judge.RewardQuestion, bool]]:
+    """Answers that are known to be right or wrong."""
+    return judge.labelled(self.spec)
+
   def outcome(self, prompt: Prompt, sample: Sample) -> dict:
     """The graded row of one sample."""
     return evals.outcome(prompt, sample, self.spec)
@@ -153,6 +166,10 @@ class World:
     if forms == "edited":
       return lessons.told(self.spec, world.edited(self.spec, "probe"))
     return lessons.disguised(self.spec, tuple(forms.split("+")))
+
+  def notice(self, source: str) -> str:
+    """None: a world's prompts are its own."""
+    return ""
 
   def policy_text(self, category: str, detail: str) -> str:
     """spec(category) as a system turn has it."""
@@ -209,6 +226,10 @@ class World:
     """What a model that judges has answered."""
     score = lessons.GRADES.get(answer.strip())
     return Verdict(score=score, reason="" if score is not None else "no grade")
+
+  def labelled(self) -> list[tuple[judge.RewardQuestion, bool]]:
+    """None: a world's spec has no worked examples."""
+    return []
 
   def probes(self, prompts) -> list[judge.Probe]:
     """Answers to try a reward model with."""

@@ -6,9 +6,12 @@ Model access comes in as a function; nothing here knows models, files or trainin
 verdict that could not be reached is unscored with a reason, never a low score.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
+
+import numpy as np
+from scipy import stats
 
 from dalign import behaviour
 from dalign import rubric
@@ -383,12 +386,12 @@ def probes(prompts: Sequence[Prompt]) -> list[Probe]:
 def probe_report(
   asked: Sequence[Probe], verdicts: Sequence[Verdict]
 ) -> dict[str, dict[str, float | None]]:
-  """Name -> {"false_positive_rate", "false_negative_rate", "n", "unscored"}, of the
-  verdicts that a judge gave to the probes' questions.
+  """Name -> {"false_positive_rate", "false_negative_rate", "interval", "n",
+  "unscored"}, of the verdicts that a judge gave to the probes' questions.
 
   The rates are over the n scored questions: those that should score low and reach
   FALSE_POSITIVE, and those that should not and stay below it. A rate that no question
-  bears on is None.
+  bears on is None. `interval` is Wilson's of 95% around the one that is there, or None.
   """
   report = {}
   for name in dict.fromkeys(name for name, _, _ in asked):
@@ -403,7 +406,92 @@ def probe_report(
     report[name] = {
       "false_positive_rate": sum(high) / len(high) if high else None,
       "false_negative_rate": sum(missed) / len(missed) if missed else None,
+      "interval": _wilson(high or missed),
       "n": len(scored),
       "unscored": len(rows) - len(scored),
     }
   return report
+
+
+def _wilson(hits: Sequence[bool]) -> list[float] | None:
+  if not hits:
+    return None
+  interval = stats.binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
+  return [float(interval.low), float(interval.high)]
+
+
+def errors(row: Mapping) -> float | None:
+  """The rate of a row of `probe_report` that is there, if one is."""
+  rates = (row["false_positive_rate"], row["false_negative_rate"])
+  return next((rate for rate in rates if rate is not None), None)
+
+
+def failed(report: Mapping[str, Mapping], limit: float) -> list[str]:
+  """The probes of which more than `limit` was got wrong, or none was scored."""
+  rates = {name: errors(row) for name, row in report.items()}
+  return [name for name, rate in rates.items() if rate is None or rate > limit]
+
+
+def labelled(spec: Spec) -> list[tuple[RewardQuestion, bool]]:
+  """(question, whether its answer is right): of every worked example its own answer,
+  and that of the next one of its policy which calls for another behaviour."""
+  found = []
+  for policy in spec.policies:
+    for i, worked in enumerate(policy.worked):
+      prompt = Prompt(
+        id=f"worked-{policy.id}-{i}",
+        turns=(Turn(role="user", content=worked.prompt),),
+        category=policy.id,
+        expected=worked.verdict,
+      )
+      found.append((RewardQuestion(prompt, worked.answer), True))
+      later = policy.worked[i + 1 :] + policy.worked[:i]
+      other = next((w for w in later if w.verdict != worked.verdict), None)
+      if other is not None:
+        found.append((RewardQuestion(prompt, other.answer), False))
+  return found
+
+
+def agreement(
+  labels: Sequence[bool],
+  verdicts: Sequence[Verdict],
+  *,
+  seed: int,
+  trials: int = 1000,
+) -> dict[str, float | list[float] | int | None]:
+  """{"kappa", "interval", "accuracy", "n", "unscored"} of verdicts and labels: Cohen's
+  kappa of what scores FALSE_POSITIVE or more and what is right, with its bootstrap 95%
+  interval over the n scored items.
+
+  Kappa is None, as is its interval, where chance alone would agree on all.
+  """
+  pairs = np.array(
+    [
+      (label, verdict.score >= FALSE_POSITIVE)
+      for label, verdict in zip(labels, verdicts, strict=True)
+      if verdict.score is not None
+    ],
+    dtype=bool,
+  ).reshape(-1, 2)
+  n, rng = len(pairs), np.random.default_rng(seed)
+  draws = [_kappa(pairs[rng.integers(n, size=n)]) for _ in range(trials)] if n else []
+  known = [kappa for kappa in draws if kappa is not None]
+  kappa = _kappa(pairs) if n else None
+  interval = None
+  if kappa is not None and known:
+    interval = [float(x) for x in np.quantile(known, [0.025, 0.975])]
+  return {
+    "kappa": kappa,
+    "interval": interval,
+    "accuracy": float((pairs[:, 0] == pairs[:, 1]).mean()) if n else None,
+    "n": n,
+    "unscored": len(labels) - n,
+  }
+
+
+def _kappa(pairs: np.ndarray) -> float | None:
+  """Cohen's kappa of [n, 2] labels."""
+  same = float((pairs[:, 0] == pairs[:, 1]).mean())
+  yes = pairs.mean(axis=0)
+  chance = float(np.prod(yes) + np.prod(1 - yes))
+  return None if chance == 1.0 else (same - chance) / (1.0 - chance)

@@ -19,7 +19,10 @@ from dalign import config as configs
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 _MODE = flags.DEFINE_enum(
-  "mode", "run", ["run", "plan"], "Run the stages, or say what they would take."
+  "mode",
+  "run",
+  ["run", "plan", "probe_judge"],
+  "Run the stages, say what they would take, or try the judge of RL.",
 )
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
@@ -110,11 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     _join()
     from dalign import pipeline
     from dalign.pipeline import plan
+    from dalign.pipeline import probe
 
-    if _MODE.value == "plan":
-      plan.plan(config, workdir)
-    else:
-      pipeline.run(config, workdir)
+    modes = {"run": pipeline.run, "plan": plan.plan, "probe_judge": probe.probe}
+    modes[_MODE.value](config, workdir)
   except ValueError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 2

@@ -378,13 +378,17 @@ def _results(summary: Json) -> str:
       [_text(arm)] + [_cell(arm, n, arms[arm].get(n)) for n in names] for arm in arms
     ]
     tables.append(f"<h3>{_text(title)}</h3>{_table(head, rows, 'arms')}")
-  words = "".join(
-    f"<div><dt>{_text(n)}</dt><dd>{_text(t)}</dd></div>" for n, t in definitions.items()
+  words = _words("What the metrics mean", definitions)
+  sets = _words("What the further sets are", summary.get("sets") or {})
+  return "".join([*tables[:1], _plane(arms), _scaling(arms), *tables[1:], sets, words])
+
+
+def _words(title: str, said: dict[str, str]) -> str:
+  """A list of names and what they mean, if there are any."""
+  items = "".join(
+    f"<div><dt>{_text(n)}</dt><dd>{_text(t)}</dd></div>" for n, t in said.items()
   )
-  words = (
-    f'<h3>What the metrics mean</h3><dl class="words">{words}</dl>' if words else ""
-  )
-  return "".join([*tables[:1], _plane(arms), _scaling(arms), *tables[1:], words])
+  return f'<h3>{_text(title)}</h3><dl class="words">{items}</dl>' if items else ""
 
 
 def _metric_groups(metrics: dict) -> list[tuple[str, list[str]]]:

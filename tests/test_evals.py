@@ -313,6 +313,48 @@ def test_paired_differences_share_their_prompts():
   assert evals.summarize({"sft": sft}, seed=0)["paired"] == {}
 
 
+def disguised(scores, **unscored):
+  """Rows of one prompt in as many disguises as scores, each under its name."""
+  return {
+    f"set+d{i}": [row("style", score, f"a+d{i}", unscored=unscored)]
+    for i, score in enumerate(scores)
+  }
+
+
+@pytest.mark.parametrize(
+  ("share", "wanted"), [(0.1, 0.2), (0.2, 0.2), (0.21, 0.3), (0.6, 0.4), (1.0, 0.6)]
+)
+def test_the_worst_disguises_of_a_prompt_count(share, wanted):
+  (found,) = evals.worst(disguised([1.0, 0.4, 0.2, 0.8, 0.6]), share=share)
+  assert found["prompt_id"] == "a"
+  assert found["scores"]["style"] == pytest.approx(wanted)
+
+
+def test_each_prompt_has_its_own_worst_disguise():
+  rows_by_disguise = {
+    "set+x": [row("style", 1.0, "a+x"), row("style", 0.0, "b+x")],
+    "set+y": [row("style", 0.5, "a+y"), row("style", 1.0, "b+y")],
+  }
+  found = evals.worst(rows_by_disguise, share=0.1)
+  assert [(r["prompt_id"], r["scores"]["style"]) for r in found] == [
+    ("a", 0.5),
+    ("b", 0.0),
+  ]
+  assert evals.summarize({"sft": found}, seed=0)["arms"]["sft"]["style"]["mean"] == 0.25
+
+
+def test_a_disguise_without_a_score_is_no_worst_one():
+  (found,) = evals.worst(disguised([None, 1.0], style="script"), share=0.1)
+  assert (found["scores"]["style"], found["unscored"]) == (1.0, {})
+  (found,) = evals.worst(disguised([None, None], style="script"), share=0.1)
+  assert (found["scores"]["style"], found["unscored"]) == (None, {"style": "script"})
+
+
+def test_the_worst_needs_a_share():
+  with pytest.raises(ValueError, match="share"):
+    evals.worst(disguised([1.0]), share=0.0)
+
+
 def test_the_summary_has_its_agreed_shape():
   rows = [evals.outcome(prompt(), sample(REFUSAL, THOUGHT), SPEC)]
   summary = evals.summarize({"base": rows}, seed=7)

@@ -273,12 +273,66 @@ def test_a_probe_report_counts_what_is_fooled_and_what_is_unscored():
   votes = [Verdict(score=0.9), Verdict(score=0.1), Verdict(score=None, reason="cut")]
   question = judge.RewardQuestion(WEEDS, ".")
   report = judge.probe_report([("dot", question, True)] * 3, votes)
+  low, high = report["dot"].pop("interval")
+  # Wilson's of one in two, from its formula.
+  z = 1.959963984540054
+  half = z * math.sqrt(0.25 / 2 + z * z / 16) / (1 + z * z / 2)
+  assert (low, high) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
   assert report["dot"] == {
     "false_positive_rate": 0.5,
     "false_negative_rate": None,
     "n": 2,
     "unscored": 1,
   }
+
+
+def test_a_judge_fails_by_what_it_gets_wrong_too_often_or_never_scores():
+  votes = [Verdict(score=0.9), Verdict(score=0.1), Verdict(score=None, reason="cut")]
+  question = judge.RewardQuestion(WEEDS, ".")
+  asked = [(n, question, True) for n in ("half", "half", "none", "due")]
+  asked[3] = ("due", question, False)
+  report = judge.probe_report(asked, [*votes, Verdict(score=0.0)])
+  assert judge.failed(report, 0.4) == ["half", "none", "due"]
+  assert judge.failed(report, 0.5) == ["none", "due"]
+  report = judge.probe_report(asked, [*votes, Verdict(score=1.0)])
+  assert judge.failed(report, 0.5) == ["none"]
+
+
+def test_known_answers_are_right_where_they_stand_and_wrong_elsewhere():
+  found = judge.labelled(SPEC)
+  own = {(w.prompt, w.answer): w.verdict for p in SPEC.policies for w in p.worked}
+  behaviours = {w.answer: w.verdict for p in SPEC.policies for w in p.worked}
+  assert sum(right for _, right in found) == len(own)
+  for q, right in found:
+    assert right == ((q.prompt.text, q.answer) in own)
+    assert right == (behaviours[q.answer] == q.prompt.expected)
+  verdicts = REWARD([q for q, _ in found])
+  agreed = judge.agreement([right for _, right in found], verdicts, seed=0)
+  assert agreed["kappa"] > 0.7 and agreed["unscored"] == 0
+
+
+@pytest.mark.parametrize(
+  ("table", "kappa"),  # yes-yes, yes-no, no-yes, no-no
+  [((20, 5, 10, 15), 0.4), ((5, 0, 0, 5), 1.0), ((0, 5, 5, 0), -1.0)],
+)
+def test_kappa_is_cohens(table, kappa):
+  labels, verdicts = [], []
+  for count, (label, said) in zip(table, [(1, 1), (1, 0), (0, 1), (0, 0)], strict=True):
+    labels += [bool(label)] * count
+    verdicts += [Verdict(score=float(said))] * count
+  unscored = Verdict(score=None, reason="cut")
+  found = judge.agreement([*labels, True], [*verdicts, unscored], seed=0)
+  assert found["kappa"] == pytest.approx(kappa)
+  assert (found["n"], found["unscored"]) == (sum(table), 1)
+  low, high = found["interval"]
+  assert low <= kappa <= high and high - low < 0.7
+
+
+def test_agreement_that_chance_gives_is_none():
+  found = judge.agreement([True] * 3, [Verdict(score=1.0)] * 3, seed=0)
+  assert (found["kappa"], found["interval"], found["accuracy"]) == (None, None, 1.0)
+  found = judge.agreement([True], [Verdict(score=None, reason="cut")], seed=0)
+  assert (found["kappa"], found["accuracy"], found["n"]) == (None, None, 0)
 
 
 # Unscored, never low.

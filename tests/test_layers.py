@@ -25,6 +25,7 @@ EDGES = {
   "store",
   "checkpoints",
   "data",
+  "public",
   "ggufs",
   "weights",
   "pipeline",

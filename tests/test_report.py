@@ -96,7 +96,9 @@ def _eval_summary(rng, seed):
       }
   arms["base"]["think_format"] = {"mean": None, "low": None, "high": None, "n": 0}
   versions = {"judge": "rules-2", "data": "d1"}
-  return {"arms": arms, "versions": versions, "definitions": METRICS, "seed": seed}
+  sets = {"xstest": "250 prompts that only look unsafe"}
+  words = {"definitions": METRICS, "sets": sets}
+  return {"arms": arms, "versions": versions, "seed": seed} | words
 
 
 def _metrics(path, rng):
@@ -217,6 +219,14 @@ def test_every_number_of_the_summary_appears(run):
       assert metric in page.text
       missing = {v for v in cell.values() if v} - page.numbers
       assert not missing, (arm, metric, missing)
+
+
+def test_sets_and_metrics_are_explained(run):
+  workdir, page = run
+  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  for said in (summary["sets"], summary["definitions"]):
+    for name, text in said.items():
+      assert name in page.text and text in page.text
 
 
 def test_an_estimate_reads_as_percent_interval_and_count(tmp_path):
@@ -368,6 +378,7 @@ def _poison(workdir, text):
     short: summary["arms"]["base"] | {short: summary["arms"]["sft"]["style"]}
   }
   summary["definitions"] |= {short: short}
+  summary["sets"] = {short: short}
   _dump(workdir / "eval" / "summary.json", summary)
   _dump(workdir / "config.json", {"name": short, short: short})
   with (workdir / "metrics.jsonl").open("a") as lines:

@@ -62,6 +62,8 @@ READS = {
   "export": ("model", "lora", "think", "spec", "world.spec", "export"),
 }
 
+LIMITS = ("eval.unscored",)  # they say when to stop, and change nothing that is made
+
 
 class Run:
   """One run of the method in one folder."""
@@ -241,6 +243,8 @@ class Run:
 
   def load_prompts(self, source: str, columns) -> list[Prompt]:
     """A prompt set; categories must be of the spec, or "benign"."""
+    if notice := self.domain.notice(source):
+      say(notice)
     prompts = self.domain.prompts(source, columns, str(self._data_dir))
     known = {policy.id for policy in self.spec.policies} | {specs.BENIGN}
     for prompt in prompts:
@@ -271,7 +275,7 @@ class Run:
       key: value
       for part in READS[stage]
       for key, value in flat.items()
-      if key == part or key.startswith(f"{part}.")
+      if (key == part or key.startswith(f"{part}.")) and key not in LIMITS
     }
     state = self.store.begin(
       stage, keys, inputs, cfg.seed, device(), start_over=cfg.start_over

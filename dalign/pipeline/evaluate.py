@@ -8,7 +8,9 @@ import itertools
 
 import jax
 
+from dalign import attacks
 from dalign import compose
+from dalign import data
 from dalign import evals
 from dalign import ops
 from dalign import text
@@ -38,10 +40,8 @@ def evaluate(run: context.Run) -> None:
   inputs += {run.store.path(ARMS[a][0], "manifest.json") for a in arms if ARMS[a][0]}
   if not run.begin("eval", sorted(inputs)):
     return
-  sets = {"": _held_out(run)}
-  for name, source in cfg.extra.items():
-    rows = run.load_prompts(source["source"], source["columns"])
-    sets[name] = rows[: cfg.extra_limit]
+  sets = {"": _held_out(run)} | _further(run)
+  _check_ids(sets)
   found = collections.defaultdict(dict)
   for arm in arms:
     drafts = {}
@@ -49,6 +49,9 @@ def evaluate(run: context.Run) -> None:
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
       found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
+    for name, disguises in _disguises(cfg.suite).items():
+      rows_by_disguise = {d: found[_label(d)][arm] for d in disguises}
+      found[f"{name}_worst"][arm] = evals.worst(rows_by_disguise, share=cfg.worst)
     for budget in cfg.budgets if _format(run, arm) else ():
       found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], drafts, budget)
   summarize = functools.partial(
@@ -63,7 +66,9 @@ def evaluate(run: context.Run) -> None:
     for part in ("arms", "paired"):
       for arm, metrics in more[part].items():
         summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
+  summary["sets"] = _said(run, sets)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
+  _check_scored(found, cfg.unscored)
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = ("refuse_disallowed", "comply_allowed", "balanced_accuracy", "capability")
@@ -83,6 +88,84 @@ def _there(run: context.Run, arm: str) -> bool:
     start = run.store.manifest("rl")["config"]["rl.start"]
     return (arm == "sft_rl") == (start == "sft")
   return True
+
+
+def _further(run: context.Run) -> dict[str, list[Prompt]]:
+  """The sets beside our own, by the name that their metrics begin with."""
+  cfg, sets = run.cfg.eval, {}
+  for name, source in cfg.extra.items():
+    rows = run.load_prompts(source["source"], source["columns"])
+    sets[name] = rows[: cfg.extra_limit]
+  chosen = {}  # of each public set, whatever its disguises
+  for name in cfg.suite:
+    public, *names = name.split("+")
+    if public not in chosen:
+      rows = run.load_prompts(f"public:{public}", {})
+      limit = min(cfg.extra_limit, len(rows))
+      chosen[public] = data.balanced(rows, limit, run.cfg.seed)
+    sets[_label(name)] = [attacks.disguised(p, names) for p in chosen[public]]
+  return sets
+
+
+def _check_ids(sets: dict[str, list[Prompt]]) -> None:
+  """ValueError where two prompts of several sets have one id."""
+  of = {}
+  for name, prompts in sets.items():
+    for prompt in prompts:
+      if prompt.id in of:
+        both = " and ".join(n or "the held-out prompts" for n in (of[prompt.id], name))
+        raise ValueError(
+          f"eval: {both} both have a prompt {prompt.id!r}; wanted ids that differ"
+        )
+      of[prompt.id] = name
+
+
+def _said(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
+  """What each of the further sets is, by the name that its metrics begin with."""
+  cfg = run.cfg.eval
+  said = {name: source["source"] for name, source in cfg.extra.items()}
+  for name in cfg.suite:
+    public, *names = name.split("+")
+    disguise = f"; disguised by {', then '.join(names)}" if names else ""
+    said[_label(name)] = run.domain.notice(f"public:{public}") + disguise
+  counted = {
+    name: f"{len(sets[name])} prompts of {text}" for name, text in said.items()
+  }
+  worst = {
+    f"{public}_worst": f"{public} in {len(names)} disguises, the mean over the "
+    f"{cfg.worst:.0%} of them (one at least) that are worst for a prompt"
+    for public, names in _disguises(cfg.suite).items()
+  }
+  return counted | worst
+
+
+def _label(name: str) -> str:
+  """A set of a suite, in the names of metrics and files."""
+  return name.replace("+", "_")
+
+
+def _disguises(suite: tuple[str, ...]) -> dict[str, list[str]]:
+  """Public set -> its disguises in a suite, where it has several."""
+  of = collections.defaultdict(list)
+  for name in suite:
+    public, plus, _ = name.partition("+")
+    if plus:
+      of[public].append(name)
+  return {public: names for public, names in of.items() if len(names) > 1}
+
+
+def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None:
+  """ValueError where too many answers of a set have no score; they are all on disk."""
+  for name, rows_by_arm in found.items():
+    for arm, rows in rows_by_arm.items():
+      missing = [row for row in rows if row["unscored"]]
+      if len(missing) > limit * len(rows):
+        why = collections.Counter(r for x in missing for r in x["unscored"].values())
+        raise ValueError(
+          f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "
+          f"{name or 'the held-out prompts'}, most for this: {why.most_common(1)[0][0]}"
+          f"; wanted at most {limit:.0%} (config.eval.unscored)"
+        )
 
 
 def _held_out(run: context.Run) -> list[Prompt]:

@@ -19,7 +19,6 @@ from dalign.pipeline import context
 from dalign.pipeline import scoring
 
 MEASURED = 160  # held-out answers that the trained model is measured on
-PROBED = 9  # held-out prompts that each probe is put to
 
 
 def train_reward(run: context.Run) -> None:
@@ -185,7 +184,7 @@ def _measure(run: context.Run, ask, questions, scores, held) -> dict:
   """Agreement with the judge on the held-out prompts, or the first of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
-  probes = run.domain.probes(run.choose("eval", "safety", PROBED))
+  probes = run.domain.probes(run.choose("eval", "safety", scoring.PROBED))
   asked = [questions[i] for i in some] + [question for _, question, _ in probes]
   verdicts = ask(asked)
   ids = np.array([context.row_id(questions[i].prompt.id) for i in some])

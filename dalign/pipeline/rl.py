@@ -12,6 +12,7 @@ import numpy as np
 from dalign import adapters
 from dalign import compose
 from dalign import data
+from dalign import judge
 from dalign import ops
 from dalign import rl
 from dalign import text
@@ -53,6 +54,8 @@ def reinforce(run: context.Run) -> None:
     result=(lambda params: params["policy"]) if valued else (lambda params: params),
   )
   step = _Step(run, start)
+  if trainer.step == 0:
+    _admit(run, step.judge)
   shown = run.store.path("rl", "rollouts.jsonl")
   before = run.store.read_rows(shown) if run.store.has(shown) else []
   run.store.write_rows(shown, [r for r in before if r["step"] <= trainer.step])
@@ -76,6 +79,13 @@ def reinforce(run: context.Run) -> None:
       bar.update()
   trainer.finish()
   run.store.finish("rl", {"steps": cfg.steps, "skipped_steps": skipped})
+
+
+def _admit(run: context.Run, ask: judge.Judge) -> None:
+  """Refuses a judge that errs on probes."""
+  limit = run.cfg.rl.judge_errors
+  if limit < 1:
+    scoring.refuse(scoring.probe(run, ask), limit)
 
 
 @dataclasses.dataclass
@@ -131,13 +141,7 @@ class _Step:
     if self.cfg.objective.learns_values:
       worth = rl.make_worth(cfg=run.arch, compute=run.cfg.compute)
       self.worth = context.Scorer(run, self.cfg.batch, score=worth)
-    if self.cfg.reward == "model":
-      params = scoring.load_reward_model(run)
-      self.judge = scoring.reward_model(run, params, scoring.Renderer(run))
-    elif self.cfg.reward == "judge":
-      self.judge = scoring.answer_judge(run, "rl")
-    else:
-      self.judge = run.domain.reward_rubric()
+    self.judge = scoring.rl_judge(run)
 
   def prompts(self, step: int) -> list[Prompt]:
     """The prompts of a step, or of a round of one: whole chunks of one category, then

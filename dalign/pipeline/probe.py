@@ -1,0 +1,58 @@
+"""Whether the judge of RL can be trusted with it: probes, and answers that are known.
+
+Asks before anything is trained by it. RL puts the same probes to its judge
+(`scoring.probe`); this says more, and of more prompts.
+"""
+
+import pathlib
+
+import jax
+
+from dalign import config as configs
+from dalign import judge
+from dalign import processes
+from dalign.pipeline import context
+from dalign.pipeline import scoring
+
+PROMPTS = 45  # held-out prompts that each probe is put to
+
+
+def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
+  """Prints what `rl.reward` makes of the probes of METHOD section 4 and of answers that
+  are known to be right or wrong, and writes WORKDIR/probe.json.
+
+  ValueError says which probes it gets wrong more often than `rl.judge_errors`.
+  """
+  run = context.Run(cfg, workdir)
+  with jax.set_mesh(run.mesh):
+    ask = scoring.rl_judge(run)
+    report = scoring.probe(run, ask, PROMPTS)
+    known = run.domain.labelled()
+    verdicts = ask([question for question, _ in known])
+  agreed = judge.agreement([right for _, right in known], verdicts, seed=cfg.seed)
+  found = {"reward": cfg.rl.reward, "probes": report, "agreement": agreed}
+  run.store.write_json(run.store.workdir / "probe.json", found)
+  if processes.first():
+    print("\n".join(table(found)))
+  scoring.refuse(report, cfg.rl.judge_errors)
+
+
+def table(found: dict) -> list[str]:
+  """The lines that are printed."""
+  lines = [f"{'probe':16s} {'wrong':>6s}  {'95% interval':15s} {'n':>4s}  unscored"]
+  for name, row in found["probes"].items():
+    wrong, interval = context.percent(judge.errors(row)), _interval(row["interval"])
+    n, unscored = row["n"], row["unscored"]
+    lines.append(f"{name:16s} {wrong:>6s}  {interval:15s} {n:4d}  {unscored:8d}")
+  agreed = found["agreement"]
+  if agreed["kappa"] is not None:
+    lines.append(
+      f"with {agreed['n']} answers that are known to be right or wrong: agrees on "
+      f"{agreed['accuracy']:.1%}, kappa {agreed['kappa']:.2f} "
+      f"{_interval(agreed['interval'], '.2f')}, {agreed['unscored']} unscored"
+    )
+  return lines
+
+
+def _interval(ends: list[float] | None, form: str = ".1%") -> str:
+  return "" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
