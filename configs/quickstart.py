@@ -100,6 +100,16 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.filter = dict(
     judge="rubric",
+    endpoint=dict(
+      url="",
+      model="",
+      key="OPENAI_API_KEY",
+      concurrency=8,
+      timeout=120.0,
+      retries=5,
+      price_in=0.0,
+      price_out=0.0,
+    ),
     votes=2,
     temperature=1.0,
     max_new=64,

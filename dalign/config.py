@@ -318,15 +318,42 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+  """A model behind a server that speaks OpenAI's protocol (`endpoint.py`).
+
+  url: as "http://127.0.0.1:8000/v1"; "" for none.  model: its name there.
+  key: the environment variable that holds the key, if the server wants one.
+  concurrency: requests under way at once.  timeout: seconds a request.
+  retries: of a request that failed.  price_in, price_out: of a million tokens.
+  """
+
+  url: str
+  model: str
+  key: str
+  concurrency: int
+  timeout: float
+  retries: int
+  price_in: float
+  price_out: float
+
+  def __post_init__(self):
+    _positive(self, "concurrency", "timeout")
+    if min(self.retries, self.price_in, self.price_out) < 0:
+      _refuse(self, "retries", "0 or more, as prices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-  """Stage 2. judge: the "rubric", the base "model" by the odds of its grades, or the
-  base "sampled": it thinks, then grades, at `temperature` in at most `max_new` tokens.
+  """Stage 2. judge: the "rubric", the base "model" by the odds of its grades, the base
+  "sampled": it thinks, then grades, at `temperature` in at most `max_new` tokens; or as
+  that the model at an "endpoint".
   score = the least of `votes`, kept from `threshold` on, at most `per_prompt` of a
   prompt and `per_cell` of a cell (category and ideal response type); language quality
   is judged by the base model if asked.
   """
 
   judge: str
+  endpoint: EndpointConfig
   votes: int
   temperature: float
   max_new: int
@@ -336,8 +363,10 @@ class FilterConfig:
   quality: bool
 
   def __post_init__(self):
-    if self.judge not in ("rubric", "model", "sampled"):
-      _refuse(self, "judge", "'rubric', 'model' or 'sampled'")
+    if self.judge not in ("rubric", "model", "sampled", "endpoint"):
+      _refuse(self, "judge", "'rubric', 'model', 'sampled' or 'endpoint'")
+    if self.judge == "endpoint" and not (self.endpoint.url and self.endpoint.model):
+      _refuse(self, "endpoint", "a url and a model for judge=endpoint")
     _positive(self, "votes", "per_prompt", "per_cell", "temperature", "max_new")
 
 

@@ -111,6 +111,12 @@ class English:
     """What a model that judges has answered."""
     return judge.read_label(answer)
 
+  def written_judge(self, ask: Callable[[list[list[Turn]]], list[str]]) -> judge.Judge:
+    """A judge that is asked elsewhere."""
+    return judge.written_judge(
+      lambda category: self.policy_text(category, self._cfg.spec.detail), ask
+    )
+
   def probes(self, prompts) -> list[judge.Probe]:
     """Answers to try a reward model with."""
     return judge.probes(prompts)
@@ -221,6 +227,10 @@ class World:
     prompt = asked.prompt
     front = lessons.system(self.spec, prompt.category), *prompt.turns
     return [*front, lessons.reply(thought, asked.answer), lessons.GRADE]
+
+  def written_judge(self, ask: Callable[[list[list[Turn]]], list[str]]) -> judge.Judge:
+    """None: nobody elsewhere knows a world's words."""
+    raise ValueError("config.filter.judge: no endpoint can judge the policy world")
 
   def grade(self, answer: str) -> Verdict:
     """What a model that judges has answered."""

@@ -8,7 +8,9 @@ verdict that could not be reached is unscored with a reason, never a low score.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import json
 import math
+import re
 
 import numpy as np
 from scipy import stats
@@ -222,6 +224,13 @@ _REWARD_SCALE = (
 )
 
 
+_LABEL_ALONE = "Reply with one of {labels} and nothing else."
+_LABEL_IN_JSON = (
+  "Give your reasons in brief. Then end with one line of JSON and nothing after it: "
+  '{{"score": N}}, with N one of {labels}.'
+)
+
+
 def filter_question_text(
   prompt: Prompt,
   thought: str,
@@ -229,11 +238,12 @@ def filter_question_text(
   spec_text: str,
   *,
   labels: tuple[str, ...] = LABELS,
+  form: str = _LABEL_ALONE,
 ) -> str:
   """The filter's question to a model, with the analysis and the reply."""
   parts = _context(prompt, spec_text)
   parts += [_data("The analysis", thought), _data("The reply", answer)]
-  return _question(parts, _FILTER_SCALE, labels)
+  return _question(parts, _FILTER_SCALE, labels, form)
 
 
 def reward_question_text(
@@ -242,10 +252,11 @@ def reward_question_text(
   spec_text: str,
   *,
   labels: tuple[str, ...] = LABELS,
+  form: str = _LABEL_ALONE,
 ) -> str:
   """RL's question to a model: policy, conversation, hint and reply; no analysis."""
   parts = [*_context(prompt, spec_text), _data("The reply", answer)]
-  return _question(parts, _REWARD_SCALE, labels)
+  return _question(parts, _REWARD_SCALE, labels, form)
 
 
 def read_label(answer: str, *, labels: tuple[str, ...] = LABELS) -> Verdict:
@@ -283,18 +294,78 @@ def model_judge(
 
 
 def question_turns(
-  question: Question, render: Callable[[str], str], *, labels: tuple[str, ...] = LABELS
+  question: Question,
+  render: Callable[[str], str],
+  *,
+  labels: tuple[str, ...] = LABELS,
+  form: str = _LABEL_ALONE,
 ) -> list[Turn]:
-  """A question as a conversation; `render` gives the policy text of a category."""
-  return [Turn(role="user", content=_text(question, render, labels))]
+  """A question as a conversation; `render` gives the policy text of a category, `form`
+  says how the grade is to be written."""
+  return [Turn(role="user", content=_text(question, render, labels, form))]
 
 
-def _text(question: Question, render, labels: tuple[str, ...]) -> str:
+def written_judge(
+  render: Callable[[str], str],
+  ask: Callable[[list[list[Turn]]], list[str]],
+  *,
+  labels: tuple[str, ...] = LABELS,
+) -> Judge:
+  """A model elsewhere as judge of either question, which reasons and ends in JSON.
+
+  `ask` takes conversations and gives what was written to each; asked the same again, it
+  draws anew. Known answers are compared and not asked about. See `read_score`.
+  """
+
+  def verdicts(questions: Sequence[Question]) -> list[Verdict]:
+    open_ = [q for q in questions if q.prompt.kind != "capability"]
+    turns = [
+      question_turns(q, render, labels=labels, form=_LABEL_IN_JSON) for q in open_
+    ]
+    said = iter(ask(turns) if turns else [])
+    return [
+      Verdict(score=words.correct(q.answer, q.prompt.answer))
+      if q.prompt.kind == "capability"
+      else read_score(next(said), labels=labels)
+      for q in questions
+    ]
+
+  return Judge(verdicts, deterministic=False)
+
+
+def read_score(reply: str, *, labels: tuple[str, ...] = LABELS) -> Verdict:
+  """The score of a judge's reply: that of its last JSON object {"score": N}, N a label.
+
+  What a think block holds does not count. Nothing is run and nothing is guessed: a
+  reply without such an object, or with another N, is unscored, as is a refusal.
+  """
+  said = reply.rpartition("</think>")[2]
+  found = []
+  for text in re.findall(r"\{[^{}]{1,200}\}", said):
+    try:
+      value = json.loads(text)
+    except ValueError:
+      continue
+    if "score" in value:
+      found.append(value["score"])
+  if not found:
+    why = "the judge declines" if behaviour.declines(said) else 'no {"score": N}'
+    return Verdict(score=None, reason=why)
+  score = str(found[-1])
+  if score not in labels:
+    wanted = ", ".join(labels)
+    return Verdict(score=None, reason=f"wanted a score of {wanted}, got {score:.20}")
+  return Verdict(score=labels.index(score) / (len(labels) - 1))
+
+
+def _text(question: Question, render, labels: tuple[str, ...], form: str) -> str:
   prompt, spec_text = question.prompt, render(question.prompt.category)
   if isinstance(question, RewardQuestion):
-    return reward_question_text(prompt, question.answer, spec_text, labels=labels)
+    return reward_question_text(
+      prompt, question.answer, spec_text, labels=labels, form=form
+    )
   return filter_question_text(
-    prompt, question.thought, question.answer, spec_text, labels=labels
+    prompt, question.thought, question.answer, spec_text, labels=labels, form=form
   )
 
 
@@ -315,9 +386,9 @@ def _data(title: str, text: str) -> str:
   return "\n".join([f"{title}:", *(f"| {line}" for line in lines)])
 
 
-def _question(parts: list[str], scale: str, labels: tuple[str, ...]) -> str:
+def _question(parts: list[str], scale: str, labels: tuple[str, ...], form: str) -> str:
   scale = scale.format(low=labels[0], high=labels[-1])
-  end = f"Reply with one of {', '.join(labels)} and nothing else."
+  end = form.format(labels=", ".join(labels))
   return "\n\n".join([*parts, f"{scale} {end}"])
 
 

@@ -101,9 +101,10 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     "python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart",
     "pip install -e .[test]",
     "pytest",
+    "pytest -q tests/test_servers.py",
     "pytest -q tests/test_shape.py",
   ]
-  assert ran[-5:] == wanted
+  assert ran[-6:] == wanted
   assert ran[:3] == ["pip install -e .[test]", "ruff format --check", "ruff check"]
 
 

@@ -26,6 +26,7 @@ EDGES = {
   "checkpoints",
   "data",
   "public",
+  "endpoint",
   "ggufs",
   "weights",
   "pipeline",
@@ -40,6 +41,7 @@ TOLD = {"open", "print", "input", "exec", "eval", "breakpoint"}
 SHARED = ("pipeline.context", "pipeline.scoring")  # what stages may import, in order
 ALLOWED = {
   "text": {"json", "datetime"},  # what chat templates may ask for
+  "judge": {"json"},  # what a judge writes
   "world": {"random"},  # always of a seed
   "lessons": {"random"},
 }

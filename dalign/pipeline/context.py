@@ -44,7 +44,7 @@ from dalign.types import Turn
 ROOT = pathlib.Path(__file__).parents[2]
 
 # The parts of the config that each stage depends on; a change there stops the run.
-_JUDGE = ("filter.judge", "filter.temperature", "filter.max_new")
+_JUDGE = ("filter.judge", "filter.endpoint", "filter.temperature", "filter.max_new")
 READS = {
   "base": ("model", "compute", "world"),
   "generate": ("model", "compute", "think", "spec", "world.spec", "data", "generate"),
@@ -62,7 +62,14 @@ READS = {
   "export": ("model", "lora", "think", "spec", "world.spec", "export"),
 }
 
-LIMITS = ("eval.unscored",)  # they say when to stop, and change nothing that is made
+# Keys that say when to stop, how fast and at what price, and change nothing made.
+LIMITS = (
+  "eval.unscored",
+  *(
+    f"filter.endpoint.{name}"
+    for name in ("key", "concurrency", "timeout", "retries", "price_in", "price_out")
+  ),
+)
 
 
 class Run:

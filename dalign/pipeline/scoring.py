@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from dalign import config as configs
+from dalign import endpoint
 from dalign import judge
 from dalign import ops
+from dalign import processes
 from dalign import reward
 from dalign import sampler as sampling
 from dalign import sharding
@@ -138,17 +140,65 @@ def reward_question(
 
 def filter_judge(run: context.Run, name: str, quality=None) -> judge.Judge:
   """The judge of thought and answer that is a rubric or writes its grades."""
-  if run.cfg.filter.judge == "sampled":
-    return sampled_judge(run, name)
-  return run.domain.filter_rubric(quality)
+  return _written(run, name) or run.domain.filter_rubric(quality)
 
 
 def answer_judge(run: context.Run, name: str) -> judge.Judge:
   """The filter's judge, asked about answers alone; where that is not a model that
   writes its grades, the rubric."""
+  return _written(run, name) or run.domain.reward_rubric()
+
+
+def _written(run: context.Run, name: str) -> judge.Judge | None:
+  """The judge that writes its grades, if the config has one."""
   if run.cfg.filter.judge == "sampled":
     return sampled_judge(run, name)
-  return run.domain.reward_rubric()
+  return endpoint_judge(run) if run.cfg.filter.judge == "endpoint" else None
+
+
+def endpoint_judge(run: context.Run) -> judge.Judge:
+  """The model at `filter.endpoint` as judge; its replies are kept in endpoint.jsonl.
+
+  Of several processes the first asks.
+  """
+  cfg = run.cfg.filter
+  server = endpoint.Endpoint(cfg.endpoint, run.store.workdir / "endpoint.jsonl")
+  asked = collections.Counter()
+
+  def replies(conversations) -> list[str]:
+    requests = []
+    for turns in map(tuple, conversations):
+      requests.append(
+        endpoint.Request(
+          turns=turns,
+          temperature=cfg.temperature,
+          max_new=cfg.max_new,
+          draw=asked[turns],
+        )
+      )
+      asked[turns] += 1
+    found = server.chat(requests)
+    context.say(
+      f"judge: {server.asked} requests, {server.found} known before; tokens in "
+      f"{server.tokens_in}, out {server.tokens_out}; cost {server.cost:.4g}"
+    )
+    return [reply.text or reply.refused for reply in found]
+
+  def ask(conversations):
+    if not processes.several():
+      return replies(conversations)
+    said = ("", None)
+    if processes.first():
+      try:
+        said = ("", replies(conversations))
+      except (ValueError, ConnectionError) as error:
+        said = (str(error), None)
+    failure, texts = processes.agree(said)
+    if failure:
+      raise ConnectionError(failure)
+    return texts
+
+  return run.domain.written_judge(ask)
 
 
 def rl_judge(run: context.Run) -> judge.Judge:

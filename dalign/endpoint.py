@@ -1,0 +1,168 @@
+"""Chat completions of a server that speaks OpenAI's protocol, each paid for once.
+
+vLLM, SGLang, llama.cpp, `transformers serve` and hosted services do. What a request
+brought is kept in a file under a hash of all that was asked, so that the same again
+costs nothing, whoever asks, and a run that was cut goes on. The key comes from the
+environment and is written nowhere.
+
+Does not know what is asked, or what a reply means.
+"""
+
+from collections.abc import Iterator, Sequence
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+from dalign import config as configs
+from dalign import store
+from dalign.types import Turn
+
+WRONG = (401, 403, 404)  # what no other request would be spared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A conversation to be continued by at most `max_new` tokens. Requests that are alike
+  but for `draw` are asked apart."""
+
+  turns: tuple[Turn, ...]
+  temperature: float
+  max_new: int
+  draw: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+  """What the server wrote, its reasoning apart where it gives that apart; or why the
+  server will not answer this request, in `refused`."""
+
+  text: str
+  reasoning: str = ""
+  finish: str = ""
+  tokens_in: int = 0
+  tokens_out: int = 0
+  refused: str = ""
+
+
+class Endpoint:
+  """One model behind one address; `asked` and `spent` count what this object did."""
+
+  def __init__(self, cfg: configs.EndpointConfig, cache: pathlib.Path):
+    if not cfg.url or not cfg.model:
+      raise ValueError(
+        "endpoint: wanted a url, as http://127.0.0.1:8000/v1, and a model, got "
+        f"{cfg.url!r} and {cfg.model!r}"
+      )
+    try:
+      import openai  # an extra: only some runs ask a server
+    except ImportError:
+      raise ValueError("an endpoint needs it: pip install openai") from None
+    self._openai, self._cfg, self._cache = openai, cfg, cache
+    self._key = os.environ.get(cfg.key, "")
+    self._client = openai.OpenAI(
+      base_url=cfg.url,
+      api_key=self._key or "none",
+      timeout=cfg.timeout,
+      max_retries=cfg.retries,
+    )
+    rows = store.read_rows(cache) if cache.exists() else []
+    self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
+    self.asked = self.found = self.tokens_in = self.tokens_out = 0
+
+  @property
+  def cost(self) -> float:
+    """Of what was asked here, in the currency of the config's prices."""
+    cfg = self._cfg
+    paid = self.tokens_in * cfg.price_in + self.tokens_out * cfg.price_out
+    return paid / 1e6
+
+  def chat(self, requests: Sequence[Request]) -> list[Reply]:
+    """A reply to each request, in order; what is known is not asked.
+
+    At most `concurrency` are under way; each is tried again `retries` times, later and
+    later, where the server is away, busy or slow. After one that failed for good no
+    further ones are begun. Raises ValueError where the address, the model or the key is
+    wrong, ConnectionError where requests failed; the replies that came are kept.
+    """
+    keys = [self._hash(request) for request in requests]
+    missing = {
+      k: r for k, r in zip(keys, requests, strict=True) if k not in self._known
+    }
+    self.found += len(requests) - len(missing)
+    for key, reply in self._ask(missing):
+      row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
+      store.append_rows(self._cache, [row])
+      self._known[key] = reply
+      self.asked += 1
+      self.tokens_in += reply.tokens_in
+      self.tokens_out += reply.tokens_out
+    return [self._known[key] for key in keys]
+
+  def _hash(self, request: Request) -> str:
+    asked = [self._cfg.url, self._cfg.model, dataclasses.asdict(request)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+  def _ask(self, missing: dict[str, Request]) -> Iterator[tuple[str, Reply]]:
+    pool = concurrent.futures.ThreadPoolExecutor(self._cfg.concurrency)
+    futures = {pool.submit(self._one, r): key for key, r in missing.items()}
+    failures = []
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        if future.cancelled():
+          continue
+        try:
+          yield futures[future], future.result()
+        except self._openai.APIStatusError as error:
+          if error.status_code in WRONG:
+            raise ValueError(self._wrong(error.status_code)) from None
+          failures.append(error)
+        except self._openai.APIError as error:
+          failures.append(error)
+        if failures:
+          for other in futures:
+            other.cancel()
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+      raise ConnectionError(
+        f"{self._cfg.url} failed after {self._cfg.retries} retries: "
+        f"{self._without_key(failures[0])}; the replies that came are kept, and the "
+        "same command goes on from them"
+      )
+
+  def _one(self, request: Request) -> Reply:
+    """One request, on a thread."""
+    try:
+      made = self._client.chat.completions.create(
+        model=self._cfg.model,
+        messages=[dataclasses.asdict(turn) for turn in request.turns],
+        temperature=request.temperature,
+        max_tokens=request.max_new,
+      )
+    except (
+      self._openai.BadRequestError,
+      self._openai.UnprocessableEntityError,
+    ) as error:
+      return Reply(text="", refused=self._without_key(error))
+    choice, usage = made.choices[0], made.usage
+    return Reply(
+      text=choice.message.content or "",
+      reasoning=getattr(choice.message, "reasoning_content", None) or "",
+      finish=choice.finish_reason or "",
+      tokens_in=usage.prompt_tokens if usage else 0,
+      tokens_out=usage.completion_tokens if usage else 0,
+    )
+
+  def _wrong(self, status: int) -> str:
+    cfg = self._cfg
+    if status == 404:
+      return f"{cfg.url} knows no model {cfg.model!r}, or is no such address (404)"
+    what = "is not set" if not self._key else "is refused"
+    return f"{cfg.url} wants another key: ${cfg.key} {what} ({status})"
+
+  def _without_key(self, error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text.replace(self._key, "***") if self._key else text
