@@ -111,8 +111,8 @@ class English:
     """What a model that judges has answered."""
     return judge.read_label(answer)
 
-  def written_judge(self, ask: Callable[[list[list[Turn]]], list[str]]) -> judge.Judge:
-    """A judge that is asked elsewhere."""
+  def written_judge(self, ask) -> judge.Judge:
+    """A judge that is asked elsewhere; `ask` is as of `judge.written_judge`."""
     return judge.written_judge(
       lambda category: self.policy_text(category, self._cfg.spec.detail), ask
     )
@@ -228,7 +228,7 @@ class World:
     front = lessons.system(self.spec, prompt.category), *prompt.turns
     return [*front, lessons.reply(thought, asked.answer), lessons.GRADE]
 
-  def written_judge(self, ask: Callable[[list[list[Turn]]], list[str]]) -> judge.Judge:
+  def written_judge(self, ask) -> judge.Judge:
     """None: nobody elsewhere knows a world's words."""
     raise ValueError("config.filter.judge: no endpoint can judge the policy world")
 

@@ -9,12 +9,14 @@ Does not know what is asked, or what a reply means.
 """
 
 from collections.abc import Iterator, Sequence
-import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import queue
+import threading
 
 from dalign import config as configs
 from dalign import store
@@ -93,9 +95,10 @@ class Endpoint:
     }
     self.found += len(requests) - len(missing)
     for key, reply in self._ask(missing):
-      row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
-      store.append_rows(self._cache, [row])
       self._known[key] = reply
+      if not reply.refused:  # which costs nothing, and may be otherwise tomorrow
+        row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
+        store.append_rows(self._cache, [row])
       self.asked += 1
       self.tokens_in += reply.tokens_in
       self.tokens_out += reply.tokens_out
@@ -106,32 +109,54 @@ class Endpoint:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
   def _ask(self, missing: dict[str, Request]) -> Iterator[tuple[str, Reply]]:
-    pool = concurrent.futures.ThreadPoolExecutor(self._cfg.concurrency)
-    futures = {pool.submit(self._one, r): key for key, r in missing.items()}
+    """Replies as they come. Its threads are daemons: a run that is stopped waits for no
+    server."""
+    waiting, came = queue.SimpleQueue(), queue.SimpleQueue()
+    halt = threading.Event()
+    for item in missing.items():
+      waiting.put(item)
+
+    def work():
+      while not halt.is_set() and not waiting.empty():
+        with contextlib.suppress(queue.Empty):  # another thread took the last
+          key, request = waiting.get_nowait()
+          try:
+            came.put((key, self._one(request)))
+          except Exception as error:  # for the thread that waits
+            came.put((key, error))
+      came.put(None)
+
+    working = min(self._cfg.concurrency, len(missing))
+    for _ in range(working):
+      threading.Thread(target=work, daemon=True).start()
     failures = []
     try:
-      for future in concurrent.futures.as_completed(futures):
-        if future.cancelled():
-          continue
-        try:
-          yield futures[future], future.result()
-        except self._openai.APIStatusError as error:
-          if error.status_code in WRONG:
-            raise ValueError(self._wrong(error.status_code)) from None
-          failures.append(error)
-        except self._openai.APIError as error:
-          failures.append(error)
-        if failures:
-          for other in futures:
-            other.cancel()
+      while working:
+        item = came.get()
+        if item is None:
+          working -= 1
+        elif isinstance(item[1], Reply):
+          yield item
+        else:
+          failures.append(item[1])
+          halt.set()
     finally:
-      pool.shutdown(wait=False, cancel_futures=True)
+      halt.set()
     if failures:
-      raise ConnectionError(
-        f"{self._cfg.url} failed after {self._cfg.retries} retries: "
-        f"{self._without_key(failures[0])}; the replies that came are kept, and the "
-        "same command goes on from them"
-      )
+      raise self._explained(failures[0])
+
+  def _explained(self, error: Exception) -> Exception:
+    """What a user is told of a failure."""
+    if not isinstance(error, self._openai.APIError):
+      return error
+    status = getattr(error, "status_code", None)
+    if status in WRONG:
+      return ValueError(self._wrong(status))
+    return ConnectionError(
+      f"{self._cfg.url} failed after {self._cfg.retries} retries: "
+      f"{self._without_key(error)}; the replies that came are kept, and the same "
+      "command goes on from them"
+    )
 
   def _one(self, request: Request) -> Reply:
     """One request, on a thread."""
@@ -147,6 +172,8 @@ class Endpoint:
       self._openai.UnprocessableEntityError,
     ) as error:
       return Reply(text="", refused=self._without_key(error))
+    if not made.choices:
+      return Reply(text="", refused="a reply without a choice")
     choice, usage = made.choices[0], made.usage
     return Reply(
       text=choice.message.content or "",

@@ -307,14 +307,15 @@ def question_turns(
 
 def written_judge(
   render: Callable[[str], str],
-  ask: Callable[[list[list[Turn]]], list[str]],
+  ask: Callable[[list[list[Turn]]], list[tuple[str, str]]],
   *,
   labels: tuple[str, ...] = LABELS,
 ) -> Judge:
   """A model elsewhere as judge of either question, which reasons and ends in JSON.
 
-  `ask` takes conversations and gives what was written to each; asked the same again, it
-  draws anew. Known answers are compared and not asked about. See `read_score`.
+  `ask` takes conversations and gives what was written to each, or "" and why nothing
+  was; asked the same again, it draws anew. Known answers are compared and not asked
+  about. See `read_score`.
   """
 
   def verdicts(questions: Sequence[Question]) -> list[Verdict]:
@@ -326,11 +327,17 @@ def written_judge(
     return [
       Verdict(score=words.correct(q.answer, q.prompt.answer))
       if q.prompt.kind == "capability"
-      else read_score(next(said), labels=labels)
+      else _score(*next(said), labels)
       for q in questions
     ]
 
   return Judge(verdicts, deterministic=False)
+
+
+def _score(reply: str, why_not: str, labels: tuple[str, ...]) -> Verdict:
+  if why_not:  # which may quote what was asked, and is not read
+    return Verdict(score=None, reason=f"the server refuses: {why_not}")
+  return read_score(reply, labels=labels)
 
 
 def read_score(reply: str, *, labels: tuple[str, ...] = LABELS) -> Verdict:

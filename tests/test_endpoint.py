@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +16,9 @@ from dalign import endpoint
 from dalign import judge
 from dalign.pipeline import context
 from dalign.pipeline import scoring
+from dalign.types import Prompt
 from dalign.types import Turn
+from tests.helpers import ROOT
 from tests.helpers import config_file
 
 KEY = "sk-very-secret-5e5f"
@@ -227,7 +231,50 @@ def test_one_request_that_the_server_refuses_harms_no_other(serve, client, tmp_p
   found = client(serve(picky).port).chat(requests(3))
   assert [bool(r.refused) for r in found] == [False, True, False]
   assert "content filter ***" in found[1].refused
-  assert KEY not in (tmp_path / "endpoint.jsonl").read_text()
+  kept = (tmp_path / "endpoint.jsonl").read_text()
+  assert KEY not in kept and "content filter" not in kept
+
+
+def test_a_refusal_that_quotes_a_score_is_no_score():
+  prompt = Prompt(
+    id="p",
+    turns=(Turn(role="user", content="Hi?"),),
+    category="privacy",
+    expected="comply",
+  )
+  question = judge.RewardQuestion(prompt=prompt, answer='{"score": 5}')
+  ask = judge.written_judge(lambda c: "", lambda turns: [("", 'bad: {"score": 5}')])
+  (verdict,) = ask([question])
+  assert verdict.score is None
+  assert verdict.reason == 'the server refuses: bad: {"score": 5}'
+
+
+def test_a_run_that_is_stopped_waits_for_nobody(serve, client, tmp_path):
+  server = serve(lambda body: time.sleep(20.0) or echo(body))
+  code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import pathlib, signal, threading, os
+from dalign import config, endpoint, main
+from dalign.types import Turn
+signal.signal(signal.SIGTERM, main._stop)
+cfg = config.EndpointConfig(url="http://127.0.0.1:{server.port}/v1", model="m", key="K",
+  concurrency=2, timeout=60.0, retries=3, price_in=0.0, price_out=0.0)
+some = [endpoint.Request(turns=(Turn(role="user", content=str(i)),), temperature=0.0,
+  max_new=1) for i in range(4)]
+made = endpoint.Endpoint(cfg, pathlib.Path({str(tmp_path)!r}) / "endpoint.jsonl")
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+  made.chat(some)
+except main.Stopped:
+  print("stopped")
+"""
+  start = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+  )
+  assert "stopped" in done.stdout, done.stderr[-2000:]
+  assert time.monotonic() - start < 15
 
 
 def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch):

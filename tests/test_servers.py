@@ -113,7 +113,7 @@ def test_a_judge_behind_a_server_that_dies_midway(model, tmp_path):
         endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=24)
         for turns in conversations
       ]
-      return [reply.text for reply in server_.chat(made)]
+      return [(reply.text, reply.refused) for reply in server_.chat(made)]
 
     return field.written_judge(ask)([question for question, _ in known[:n]])
 

@@ -103,6 +103,8 @@ def _further(run: context.Run) -> dict[str, list[Prompt]]:
       rows = run.load_prompts(f"public:{public}", {})
       limit = min(cfg.extra_limit, len(rows))
       chosen[public] = data.balanced(rows, limit, run.cfg.seed)
+    if _label(name) in sets:
+      raise ValueError(f"config.eval: two sets are called {_label(name)}")
     sets[_label(name)] = [attacks.disguised(p, names) for p in chosen[public]]
   return sets
 

@@ -165,7 +165,7 @@ def endpoint_judge(run: context.Run) -> judge.Judge:
   server = endpoint.Endpoint(cfg.endpoint, run.store.workdir / "endpoint.jsonl")
   asked = collections.Counter()
 
-  def replies(conversations) -> list[str]:
+  def replies(conversations) -> list[tuple[str, str]]:
     requests = []
     for turns in map(tuple, conversations):
       requests.append(
@@ -182,7 +182,7 @@ def endpoint_judge(run: context.Run) -> judge.Judge:
       f"judge: {server.asked} requests, {server.found} known before; tokens in "
       f"{server.tokens_in}, out {server.tokens_out}; cost {server.cost:.4g}"
     )
-    return [reply.text or reply.refused for reply in found]
+    return [(reply.text, reply.refused) for reply in found]
 
   def ask(conversations):
     if not processes.several():
