@@ -30,6 +30,18 @@ def optimizer(learning_rate: float) -> dict:
   )
 
 
+NO_ENDPOINT = dict(  # how a server is asked, once there is a url and a model
+  url="",
+  model="",
+  key="OPENAI_API_KEY",
+  concurrency=8,
+  timeout=120.0,
+  retries=5,
+  price_in=0.0,
+  price_out=0.0,
+)
+
+
 def lora(rank: int, frozen: str = "float32") -> dict:
   """Adapters of all matrices."""
   return dict(
@@ -100,16 +112,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.filter = dict(
     judge="rubric",
-    endpoint=dict(
-      url="",
-      model="",
-      key="OPENAI_API_KEY",
-      concurrency=8,
-      timeout=120.0,
-      retries=5,
-      price_in=0.0,
-      price_out=0.0,
-    ),
+    endpoint=NO_ENDPOINT,
     votes=2,
     temperature=1.0,
     max_new=64,

@@ -208,7 +208,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     max_new=40,
   )
   c.filter = dict(
-    endpoint=c.filter.endpoint,
+    endpoint=quickstart.NO_ENDPOINT,
     judge="sampled",
     votes=2,
     temperature=0.3,
