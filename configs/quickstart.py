@@ -175,8 +175,8 @@ def get_config() -> ml_collections.ConfigDict:
     temperature=0.8,
     max_new=88,
     resample=0,
-    # Up to 35% of the rubric's probes with filler pass, where a prompt asks for fiction
-    # or has a word in common with it; none of the others.
+    # Of 45 held-out prompts (seeds 0 to 4) filler fools the rubric on 4 to 11%, and no
+    # other probe does on any; RL asks about 9, of which this lets 3 go wrong.
     judge_errors=0.4,
     objective=algorithms.of("rloo"),
     batch=dict(micro=6, rows=8, length=256),

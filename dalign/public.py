@@ -133,7 +133,9 @@ def _simplesafetytests(text: str) -> Iterator[Row]:
     )
 
 
-def _jailbreakbench(expected: str) -> Callable[[str], Iterator[Row]]:
+def _jailbreakbench(file: str, expected: str) -> PublicSet:
+  """One of its two files, which were never seen: the test's rows are made up."""
+
   def read(text: str) -> Iterator[Row]:
     for row in csv.DictReader(io.StringIO(text)):
       yield dict(
@@ -143,7 +145,15 @@ def _jailbreakbench(expected: str) -> Callable[[str], Iterator[Row]]:
         expected=expected,
       )
 
-  return read
+  return PublicSet(
+    url="https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data/"
+    f"{file}",
+    size=0,
+    sha256="",
+    licence="MIT",
+    cite="Chao et al., JailbreakBench, 2404.01318",
+    read=read,
+  )
 
 
 def _gsm8k(text: str) -> Iterator[Row]:
@@ -162,7 +172,6 @@ _BEHAVIOURS = (
   f"{_RAW}busycalibrating/AdversariaLLM/f970939273ea17b491fadf6001fddc36ed3ae3ff/data/"
   "behavior_datasets/"
 )
-_JBB = "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data/"
 SETS = {
   "xstest": PublicSet(
     url=f"{_RAW}paul-rottger/exaggerated-safety/"
@@ -198,22 +207,8 @@ SETS = {
     cite="Vidgen et al., SimpleSafetyTests, 2311.08370",
     read=_simplesafetytests,
   ),
-  "jailbreakbench": PublicSet(  # these two files were never seen: rows made up in tests
-    url=f"{_JBB}harmful-behaviors.csv",
-    size=0,
-    sha256="",
-    licence="MIT",
-    cite="Chao et al., JailbreakBench, 2404.01318",
-    read=_jailbreakbench("refuse"),
-  ),
-  "jailbreakbench_benign": PublicSet(
-    url=f"{_JBB}benign-behaviors.csv",
-    size=0,
-    sha256="",
-    licence="MIT",
-    cite="Chao et al., JailbreakBench, 2404.01318",
-    read=_jailbreakbench("comply"),
-  ),
+  "jailbreakbench": _jailbreakbench("harmful-behaviors.csv", "refuse"),
+  "jailbreakbench_benign": _jailbreakbench("benign-behaviors.csv", "comply"),
   "gsm8k": PublicSet(
     url=f"{_RAW}openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
     "grade_school_math/data/test.jsonl",

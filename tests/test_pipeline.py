@@ -590,6 +590,14 @@ def test_the_judge_of_rl_is_probed_from_the_command_line(tmp_path, workdir):
   assert "the judge of RL errs on probes: due_refusal (100.0% of " in done.stderr
 
 
+@pytest.mark.parametrize(
+  ("stage", "limit"), [("rl", "rl.judge_errors"), ("eval", "eval.unscored")]
+)
+def test_a_stage_that_a_limit_stopped_goes_on_with_another(tmp_path, stage, limit):
+  for value in (0.3, 1.0):
+    assert context.Run(tiny(**{limit: value}), tmp_path).begin(stage, [])
+
+
 def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
   kind = judge.Judge(lambda qs: [Verdict(score=1.0)] * len(qs), deterministic=True)
   right = run.domain.reward_rubric()

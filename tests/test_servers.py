@@ -23,6 +23,7 @@ from dalign import endpoint
 from dalign import judge
 from dalign import store
 from tests.helpers import ROOT
+from tests.helpers import clean_environment
 from tests.helpers import config_file
 
 pytestmark = [
@@ -32,11 +33,6 @@ pytestmark = [
   ),
 ]
 WAIT = 180.0  # seconds for a server to come up on a busy machine
-
-
-def clean() -> dict[str, str]:
-  """The environment without what conftest asks of JAX."""
-  return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +47,7 @@ def model(tmp_path_factory) -> str:
     *(f"--workdir={folder}", "--config.stages=export", "--config.export.of=base"),
     "--config.export.dtype=float32",
   ]
-  subprocess.run(command, cwd=ROOT, env=clean(), check=True, timeout=300)
+  subprocess.run(command, cwd=ROOT, env=clean_environment(), check=True, timeout=300)
   return str(folder / "export" / "model")
 
 
@@ -64,7 +60,7 @@ def server(model: str, port: int, log):
   with open(log, "ab") as out:
     running = subprocess.Popen(
       [*command, "--device", "cpu"],
-      env=clean() | more,
+      env=clean_environment() | more,
       stdout=out,
       stderr=subprocess.STDOUT,
       start_new_session=True,

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers import clean_environment
 
 ATTACKS = ("spelled", "reversed", "foreign", "persona", "begin")
 SMALL = (
@@ -44,8 +45,7 @@ def run(workdir, stages, rows, *changes, before="") -> dict:
     *(f"--workdir={workdir}", f"--config.stages={stages}", *SMALL),
     *(f"--config.eval.arms=({names})", *changes),
   ]
-  clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
-  subprocess.run(command, cwd=ROOT, env=clean, check=True, timeout=1800)
+  subprocess.run(command, cwd=ROOT, env=clean_environment(), check=True, timeout=1800)
   return json.loads((workdir / "eval" / "summary.json").read_text())["arms"]
 
 

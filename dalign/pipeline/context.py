@@ -64,7 +64,7 @@ READS = {
 
 # Keys that say when to stop, how fast and at what price, and change nothing made.
 LIMITS = (
-  "eval.unscored",
+  *("eval.unscored", "rl.judge_errors"),
   *(
     f"filter.endpoint.{name}"
     for name in ("key", "concurrency", "timeout", "retries", "price_in", "price_out")

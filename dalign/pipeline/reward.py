@@ -184,13 +184,11 @@ def _measure(run: context.Run, ask, questions, scores, held) -> dict:
   """Agreement with the judge on the held-out prompts, or the first of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
-  probes = run.domain.probes(run.choose("eval", "safety", scoring.PROBED))
-  asked = [questions[i] for i in some] + [question for _, question, _ in probes]
-  verdicts = ask(asked)
+  verdicts = ask([questions[i] for i in some])
   ids = np.array([context.row_id(questions[i].prompt.id) for i in some])
-  predicted = np.array([v.score for v in verdicts[: len(some)]])
+  predicted = np.array([verdict.score for verdict in verdicts])
   return {
     "questions": len(questions),
     "held_out": reward.agreement(predicted, scores[some], ids),
-    "probes": judge.probe_report(probes, verdicts[len(some) :]),
+    "probes": scoring.probe(run, ask),
   }
