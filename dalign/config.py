@@ -889,6 +889,18 @@ def flat(config, prefix: str = "") -> dict[str, Any]:
   return out
 
 
+def of_flat(values: Mapping[str, Any]) -> Config:
+  """The config that `flat` wrote as these values."""
+  node: dict[str, Any] = {}
+  for name, value in values.items():
+    *path, last = name.split(".")
+    place = node
+    for part in path:
+      place = place.setdefault(part, {})
+    place[last] = value
+  return build(Config, node)
+
+
 def _plain(value):
   if isinstance(value, Mapping):
     return {key: _plain(item) for key, item in value.items()}

@@ -62,17 +62,6 @@ def _one_line(error: BaseException, argv: list[str]) -> str:
   return f"{given.lstrip('-')}: no such field. {text.partition(' ')[2]}".strip()
 
 
-def prepare_jax() -> None:
-  """Turns the compile cache on, beside other caches of the user, unless one is set."""
-  import jax
-
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    cache = pathlib.Path("~/.cache/dalign/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def _join() -> None:
   """Makes this process one of several where that is asked for; ValueError where it is
   one already and nobody asked, as on each host of a TPU slice."""
@@ -109,12 +98,13 @@ def main(argv: list[str] | None = None) -> int:
   try:
     config, workdir = read_flags(argv)
     signal.signal(signal.SIGTERM, _stop)
-    prepare_jax()
     _join()
     from dalign import pipeline
+    from dalign.pipeline import context
     from dalign.pipeline import plan
     from dalign.pipeline import probe
 
+    context.prepare_jax()
     modes = {"run": pipeline.run, "plan": plan.plan, "probe_judge": probe.probe}
     modes[_MODE.value](config, workdir)
   except ValueError as error:

@@ -244,6 +244,12 @@ def common_prefix(rows: list[tuple[int, ...]]) -> int:
   return min(text.common_front(low, high), min(map(len, rows)) - 1)
 
 
+def room(rows: list[tuple[int, ...]], prefix_room: int) -> int:
+  """The `prompt_room` that a group of these rows needs where they share up to
+  `prefix_room` tokens."""
+  return max(map(len, rows)) - min(common_prefix(rows), prefix_room) - 1
+
+
 def bucket(n: int, step: int) -> int:
   """The smallest multiple of step that holds n, of at most four between one power of
   two and the next: few shapes to compile, and little padding."""

@@ -19,6 +19,7 @@ import pytest
 from dalign import weights
 from dalign.config import Compute
 from dalign.config import ModelConfig
+from tests.helpers import run_command
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -81,3 +82,12 @@ def make_params():
 def params(cfg, make_params):
   """Random parameters of `cfg`."""
   return make_params(cfg)
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory) -> pathlib.Path:
+  """A folder in which every stage was run by the command."""
+  folder = tmp_path_factory.mktemp("run")
+  done = run_command(folder)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return folder

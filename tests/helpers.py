@@ -3,7 +3,11 @@
 import importlib.util
 import os
 import pathlib
+import subprocess
+import sys
 import types
+
+from dalign import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,3 +24,30 @@ def config_file(name: str) -> types.ModuleType:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def tiny(**changes) -> configs.Config:
+  """The tiny config, with changes such as {"rl.steps": 1}."""
+  node = config_file("tiny").get_config()
+  for name, value in changes.items():
+    node.update_from_flattened_dict({name: value})
+  return configs.build(configs.Config, node.to_dict())
+
+
+def command(workdir, *more: str) -> list[str]:
+  """The command line of a run in a folder."""
+  return [
+    sys.executable,
+    "-m",
+    "dalign.main",
+    f"--config={ROOT / 'configs' / 'tiny.py'}",
+    f"--workdir={workdir}",
+    *more,
+  ]
+
+
+def run_command(workdir, *more: str) -> subprocess.CompletedProcess:
+  """Runs the command to its end."""
+  return subprocess.run(
+    command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=300
+  )

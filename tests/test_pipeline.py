@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import types
 
@@ -32,48 +31,15 @@ from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
 from dalign.types import Verdict
 from tests.helpers import ROOT
+from tests.helpers import command
 from tests.helpers import config_file
-
-
-def tiny(**changes) -> configs.Config:
-  """The tiny config, with changes such as {"rl.steps": 1}."""
-  node = config_file("tiny").get_config()
-  for name, value in changes.items():
-    node.update_from_flattened_dict({name: value})
-  return configs.build(configs.Config, node.to_dict())
-
-
-def command(workdir, *more: str) -> list[str]:
-  """The command line of a run in a folder."""
-  return [
-    sys.executable,
-    "-m",
-    "dalign.main",
-    f"--config={ROOT / 'configs' / 'tiny.py'}",
-    f"--workdir={workdir}",
-    *more,
-  ]
-
-
-def run_command(workdir, *more: str) -> subprocess.CompletedProcess:
-  """Runs the command to its end."""
-  return subprocess.run(
-    command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=300
-  )
+from tests.helpers import run_command
+from tests.helpers import tiny
 
 
 def rows(path: pathlib.Path) -> list[dict]:
   """The rows of a JSONL file."""
   return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory) -> pathlib.Path:
-  """A folder in which every stage was run by the command."""
-  folder = tmp_path_factory.mktemp("run")
-  done = run_command(folder)
-  assert done.returncode == 0, done.stderr[-3000:]
-  return folder
 
 
 def test_every_stage_leaves_its_artefacts(workdir):
@@ -492,6 +458,16 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
   assert jax.tree.map(np.shape, trained) == jax.tree.map(np.shape, ppo.shapes)
   lines = [row for row in rows(made / "metrics.jsonl") if "rl/value_error" in row]
   assert len(lines) == 2
+
+
+def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
+  made = tmp_path / "run"
+  shutil.copytree(workdir, made)
+  shutil.rmtree(made / "eval")
+  small = {"sampler.prompt_room": 16, "sampler.prompt_step": 16}
+  arms = {"eval.arms": ("base", "self_refine"), "eval.prompts": 2, "eval.helpful": 0}
+  evaluate_stage.evaluate(context.Run(tiny(**small, **arms), made))
+  assert len(rows(made / "eval" / "self_refine.jsonl")) == 4
 
 
 def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):

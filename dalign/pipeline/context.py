@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import time
@@ -73,6 +74,15 @@ LIMITS = (
     for name in ("key", "concurrency", "timeout", "retries", "price_in", "price_out")
   ),
 )
+
+
+def prepare_jax() -> None:
+  """Turns the compile cache on, beside other caches of the user, unless one is set."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = pathlib.Path("~/.cache/dalign/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class Run:
@@ -163,7 +173,7 @@ class Run:
   def base_params(self) -> PyTree:
     """The base model's parameters, on the mesh; a new copy at each call."""
     params = (
-      self._load(self._trained("base"), self.shapes)
+      self._load(self.trained("base"), self.shapes)
       if self.cfg.world
       else self.fresh_params()
     )
@@ -192,13 +202,14 @@ class Run:
   def trained_params(self, stage: str, whole=lambda params: params) -> PyTree:
     """The parameters that a finished stage ended with; `whole` makes a decoder's into
     what the stage trains. Where that were adapters, the rest is the base model's."""
-    where = self._trained(stage)
+    where = self.trained(stage)
     if not self.cfg.lora.rank:
       return self._load(where, jax.eval_shape(whole, self.shapes))
     trained, frozen = adapters.split(whole(self.adapted(self.base_params())))
     return adapters.join(frozen, self._load(where, trained))
 
-  def _trained(self, stage: str) -> pathlib.Path:
+  def trained(self, stage: str) -> pathlib.Path:
+    """Where the parameters of a finished stage are; ValueError where they are not."""
     where = self.store.path(stage, "params")
     if not where.exists():
       raise ValueError(
@@ -342,26 +353,34 @@ def complete(
   temperature: float,
   max_new: int,
   room: int | None = None,
+  grows: bool = False,
   **more,
 ) -> Iterator[sampling.Completion]:
   """The completions of requests, as they end. Those of a group share what they have in
-  common, or of it the first `room` tokens."""
+  common, or of it the first `room` tokens. Prompts longer than the config has room for
+  are an error, or with `grows` take more."""
+  rows = [[request.tokens for request in group] for group in groups if group]
   if room is None:
-    many = ([r.tokens for r in group] for group in groups if len(group) > 1)
+    many = (own for own in rows if len(own) > 1)
     room = max((run.cfg.sampler.prefix_step, *map(sampling.common_prefix, many)))
+  prompt_room = run.cfg.sampler.prompt_room
+  if grows:
+    prompt_room = max((prompt_room, *(sampling.room(own, room) for own in rows)))
   return run.sampler.run(
     weights,
     groups,
     key=key,
     temperature=temperature,
     prefix_room=room,
-    prompt_room=run.cfg.sampler.prompt_room,
+    prompt_room=prompt_room,
     max_new=max_new,
     **more,
   )
 
 
-def drafts(run: Run, prompts: list[Prompt], index: int = 0) -> dict[str, Sample]:
+def drafts(
+  run: Run, prompts: list[Prompt], index: int = 0, *, grows: bool = False
+) -> dict[str, Sample]:
   """What the base replies to prompts without a specification: prompt id -> sample."""
   cfg = run.cfg.generate
   requests = [
@@ -380,6 +399,7 @@ def drafts(run: Run, prompts: list[Prompt], index: int = 0) -> dict[str, Sample]
     temperature=cfg.temperature,
     max_new=cfg.max_new,
     room=run.cfg.sampler.prefix_step,
+    grows=grows,
   )
   of = {row_id(prompt.id, index): prompt for prompt in prompts}
   found = {}

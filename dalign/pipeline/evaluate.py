@@ -220,7 +220,7 @@ def _arm(
   left = [prompt for prompt in prompts if prompt.id not in rows]
   lacking = [prompt for prompt in left if prompt.id not in drafts]
   if arm == "self_refine" and lacking:
-    drafts |= context.drafts(run, lacking)
+    drafts |= context.drafts(run, lacking, grows=True)
   turns = {prompt.id: _turns(run, arm, prompt, drafts) for prompt in left}
   if ARMS[arm].served:
     found = _replies(run, left, turns)
@@ -279,6 +279,7 @@ def _sampled(
     temperature=cfg.temperature,
     max_new=cfg.max_new,
     room=None if own.with_spec else run.cfg.sampler.prefix_step,
+    grows=True,
   )
   of = {context.row_id(prompt.id): prompt for prompt in prompts}
   requests = [
