@@ -206,6 +206,7 @@ def get_config() -> ml_collections.ConfigDict:
     unscored=0.2,
     # Greedy, models of this size fall into loops; the same for every arm.
     temperature=0.5,
+    max_think=0,  # thought and answer share max_new, as in stages 1 and 3
     max_new=88,
     trials=1000,
   )

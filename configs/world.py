@@ -284,6 +284,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     worst=0.1,
     unscored=0.2,
     temperature=0.5,
+    max_think=0,
     max_new=40,
     trials=1000,
   )

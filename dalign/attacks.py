@@ -70,6 +70,10 @@ def _fiction(text: str) -> str:
   )
 
 
+def _untemplated(text: str) -> str:
+  return text
+
+
 ATTACKS: dict[str, Callable[[str], str]] = {
   "base64": _base64,
   "rot13": _rot13,
@@ -81,7 +85,14 @@ ATTACKS: dict[str, Callable[[str], str]] = {
   "no_refusals": _no_refusals,
   "persona": _persona,
   "fiction": _fiction,
+  "untemplated": _untemplated,
 }
+
+
+def untemplated(prompt: Prompt) -> bool:
+  """Whether a prompt is put to the model without its chat template: some refuse in the
+  form of a chat alone (Jiang et al., 2406.12935)."""
+  return "untemplated" in prompt.id.split("+")
 
 
 def disguised(prompt: Prompt, names: Sequence[str]) -> Prompt:

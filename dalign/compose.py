@@ -158,6 +158,11 @@ def opened(
   return (*ids, *forced(tok, turns, think))
 
 
+def untemplated(tok: text.Tokenizer, turns: Sequence[Turn]) -> tuple[int, ...]:
+  """Token ids of the words of a conversation as plain text, without a chat template."""
+  return tuple(tok.document("\n\n".join(turn.content for turn in turns) + "\n\n"))
+
+
 def forced(
   tok: text.Tokenizer, turns: Sequence[Turn], think: text.ThinkFormat | None
 ) -> tuple[int, ...]:

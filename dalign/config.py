@@ -663,6 +663,8 @@ class EvalConfig:
   worst: of a set in several disguises, the share that counts for each prompt besides:
     those which the arm does worst on (goodness@0.1 of 2402.10260 with 0.1).
   unscored: the share of answers that may go without a score before eval fails.
+  max_think: tokens of a thought at the most, and then max_new are those of the answer;
+    with 0 both share max_new.
   """
 
   arms: tuple[str, ...]
@@ -678,10 +680,13 @@ class EvalConfig:
   worst: float
   unscored: float
   temperature: float
+  max_think: int
   max_new: int
   trials: int
 
   def __post_init__(self):
+    if self.max_think < 0:
+      _refuse(self, "max_think", "0 or more")
     known = (
       *("base", "spec_in_prompt", "self_refine", "sft", "rl", "sft_rl"),
       *("endpoint", "endpoint_spec"),
@@ -691,6 +696,8 @@ class EvalConfig:
         _refuse(self, "arms", f"names out of {known}")
       if arm.startswith("endpoint"):
         self.endpoint.check(f"eval.arms={arm}")
+        if any("untemplated" in name.split("+") for name in self.suite):
+          _refuse(self, "suite", f"no set untemplated, as {arm} is asked in chats")
     for name in ("worst", "unscored"):
       if not 0 < getattr(self, name) <= 1:
         _refuse(self, name, "a share in (0, 1]")

@@ -149,7 +149,7 @@ class World:
     "thought_agrees": "Share of thoughts that end with the verdict that the answer is.",
     "think_format": "Share of completions with exactly one closed think block.",
     "capability": "Share of right answers to questions of fact and of codes.",
-    "truncated": "Share of completions cut off by the token budget.",
+    **{name: evals.DEFINITIONS[name] for name in ("truncated", "thought_cut")},
   }
   monitored = ("policy_retrieval", "citation", "thought_agrees", "fabricated")
 
@@ -264,7 +264,7 @@ class World:
     """The graded row of one sample: scores against what is true."""
     scores = dict.fromkeys(n for n in self.definitions if n != "balanced_accuracy")
     scores["think_format"] = float(not sample.malformed)
-    scores["truncated"] = float(sample.finish == "length")
+    scores |= evals.cut(sample)
     said, ask = world.read(self.spec, sample.thought), lessons.ask_of(prompt)
     if prompt.kind == "capability" or ask is None:
       scores["capability"] = words.correct(sample.answer, prompt.answer)

@@ -130,6 +130,11 @@ class Tokenizer:
     """
     return self.backend.encode(text, add_special_tokens=False).ids
 
+  def document(self, text: str) -> list[int]:
+    """Ids of `text` as a text without a chat: with what the tokenizer itself puts
+    around one, such as BOS, and nothing of it read as a control token or a tag."""
+    return self._plain.encode(text).ids
+
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids` without control tokens."""
     return self.backend.decode(list(map(int, ids)), skip_special_tokens=True)

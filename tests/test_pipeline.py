@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dalign import adapters
+from dalign import attacks
 from dalign import config as configs
 from dalign import evals
 from dalign import judge
@@ -29,6 +30,8 @@ from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
+from dalign.sampler import Completion
+from dalign.sampler import Request
 from dalign.types import Verdict
 from tests.helpers import ROOT
 from tests.helpers import command
@@ -460,14 +463,84 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
   assert len(lines) == 2
 
 
+@pytest.mark.parametrize(
+  "written, kept",
+  [
+    ("abc(defgh", "abc(defg"),  # the answer is cut
+    ("abc(de", None),
+    ("abcd(e", None),  # the closing tag is part of the thought
+    ("abcdefgh(ij", "abcde"),  # the thought is
+    ("abcdefgh", "abcde"),
+    ("abcde", None),
+    ("(defghi", "(defg"),
+  ],
+)
+def test_thought_and_answer_are_cut_apart(run, written, kept):
+  cfg = dataclasses.replace(
+    run.cfg, eval=dataclasses.replace(run.cfg.eval, max_think=5, max_new=4)
+  )
+  tokens = tuple(run.tok.encode(written))
+  done = Completion(
+    request=Request(tokens=(1,), row_id=0, max_new=9),
+    tokens=tokens,
+    logp=(0.0,) * len(tokens),
+    finish="stop",
+  )
+  own = types.SimpleNamespace(cfg=cfg, think=run.think, tok=run.tok)
+  got = evaluate_stage._apart(own, done, 5)
+  assert run.tok.decode(got.tokens) == (kept or written)
+  assert len(got.logp) == len(got.tokens)
+  assert got.finish == ("length" if kept else "stop")
+
+
 def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
   made = tmp_path / "run"
   shutil.copytree(workdir, made)
   shutil.rmtree(made / "eval")
   small = {"sampler.prompt_room": 16, "sampler.prompt_step": 16}
-  arms = {"eval.arms": ("base", "self_refine"), "eval.prompts": 2, "eval.helpful": 0}
+  arms = {"eval.arms": ("sft", "self_refine"), "eval.prompts": 2, "eval.helpful": 0}
   evaluate_stage.evaluate(context.Run(tiny(**small, **arms), made))
   assert len(rows(made / "eval" / "self_refine.jsonl")) == 4
+
+
+def test_a_prompt_can_be_put_without_the_chat_template(run):
+  (plain,) = run.load_prompts(run.cfg.data.source, run.cfg.data.columns)[:1]
+  bare = attacks.disguised(plain, ["untemplated"])
+  seen = []
+
+  def complete(own, weights, groups, **more):
+    requests = [request for group in groups for request in group]
+    seen.extend(requests)
+    tokens = tuple(own.tok.encode("No."))
+    for r in requests:
+      yield Completion(request=r, tokens=tokens, logp=(0.0,) * 3, finish="stop")
+
+  turns = {p.id: p.turns for p in (plain, bare)}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(context, "complete", complete)
+    found = dict(evaluate_stage._sampled(run, "sft", [plain, bare], turns, None))
+  read, raw = (run.tok.decode(request.tokens) for request in seen)
+  assert raw.endswith(f"{plain.text}\n\n") and run.think.tag in read
+  controls = set(run.tok.special.values()) - {run.tok.bos_id}
+  assert not controls & set(seen[1].tokens) and controls & set(seen[0].tokens)
+  assert found[bare].answer == "No." and found[bare].forced == 0 < found[plain].forced
+
+
+def test_a_thought_has_a_budget_of_its_own(tmp_path, workdir):
+  made = tmp_path / "run"
+  shutil.copytree(workdir, made)
+  shutil.rmtree(made / "eval")
+  more = {"eval.arms": ("base", "sft"), "eval.prompts": 4, "eval.max_think": 9}
+  budgets = {"eval.max_new": 3, "eval.budgets": (2,)}
+  own = context.Run(tiny(**more, **budgets), made)
+  evaluate_stage.evaluate(own)
+  found = {arm: rows(made / "eval" / f"{arm}.jsonl") for arm in ("base", "sft")}
+  assert all(len(row["answer"]) <= 3 for row in found["base"])
+  cut = [row for row in found["sft"] if row["scores"]["thought_cut"]]
+  assert cut and all(row["finish"] == "length" for row in cut)
+  for row in rows(made / "eval" / "sft.thought_2.jsonl"):
+    assert row["malformed"] != "no closing tag"
+    assert len(row["answer"]) <= 3
 
 
 def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):

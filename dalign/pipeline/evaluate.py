@@ -1,5 +1,6 @@
 """models -> eval/<arm>.jsonl, eval/summary.json: the arms side by side, held out."""
 
+import bisect
 import collections
 from collections.abc import Iterator
 import dataclasses
@@ -264,6 +265,9 @@ def _sampled(
 ) -> Replies:
   """What the model of an arm says to each prompt, as it ends."""
   cfg, own, think = run.cfg.eval, ARMS[arm], _format(run, arm)
+  max_new = cfg.max_new + (cfg.max_think if think else 0)
+  close = len(run.tok.encode(run.think.close))
+  forced = 0 if budget is None else budget + close  # tokens of a thought closed for it
   if not prompts:
     return
   groups = collections.defaultdict(list)
@@ -277,30 +281,47 @@ def _sampled(
     weights,
     key=ops.stream(run.key, "eval"),
     temperature=cfg.temperature,
-    max_new=cfg.max_new,
+    max_new=max_new,
     room=None if own.with_spec else run.cfg.sampler.prefix_step,
     grows=True,
   )
   of = {context.row_id(prompt.id): prompt for prompt in prompts}
-  requests = [
-    [
-      Request(
-        tokens=compose.opened(run.tok, turns[prompt.id], think),
-        row_id=context.row_id(prompt.id),
-        max_new=cfg.max_new,
-      )
-      for prompt in group
-    ]
-    for group in groups.values()
-  ]
+
+  def request(prompt: Prompt) -> Request:
+    said = turns[prompt.id]
+    if attacks.untemplated(prompt):
+      tokens = compose.untemplated(run.tok, said)
+    else:
+      tokens = compose.opened(run.tok, said, think)
+    return Request(tokens=tokens, row_id=context.row_id(prompt.id), max_new=max_new)
+
+  requests = [[request(prompt) for prompt in group] for group in groups.values()]
   if budget is None:
     done = complete(requests)
   else:
     done = _within(run, complete, requests, budget)
   for completion in done:
     prompt = of[completion.request.row_id]
-    yield prompt, run.sample_row(prompt, completion, 0, think)
+    opened = None if attacks.untemplated(prompt) else think
+    if opened and cfg.max_think:
+      completion = _apart(run, completion, max(cfg.max_think, forced))
+    yield prompt, run.sample_row(prompt, completion, 0, opened)
   jax.tree.map(lambda x: x.delete(), params)
+
+
+def _apart(run: context.Run, done: Completion, max_think: int) -> Completion:
+  """A completion cut where its thought or its answer is longer than it may be."""
+
+  def ended(n: int) -> bool:
+    return run.think.close in run.tok.decode(done.tokens[:n])
+
+  thought = bisect.bisect_left(range(len(done.tokens) + 1), True, key=ended)
+  most = thought + run.cfg.eval.max_new if thought <= max_think else max_think
+  if len(done.tokens) <= most:
+    return done
+  return dataclasses.replace(
+    done, tokens=done.tokens[:most], logp=done.logp[:most], finish="length"
+  )
 
 
 def _within(run: context.Run, complete, groups, budget: int) -> Iterator[Completion]:
