@@ -4,15 +4,25 @@ Knows trees of arrays and their shardings; does not know what is in them, config
 the other files of a run (store.py does).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import ctypes
+import json
+import os
 import pathlib
 import sys
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from dalign import processes
 from dalign.types import PyTree
+
+_AGAIN = (
+  "Put it back from a copy, or do its stage again (--config.stages=STAGE "
+  "--config.start_over=true)"
+)
 
 
 class Checkpoints:
@@ -43,7 +53,7 @@ class Checkpoints:
     if step != latest:
       parts = {
         "state": ocp.args.StandardSave(state),
-        "meta": ocp.args.JsonSave(dict(meta)),
+        "meta": ocp.args.JsonSave({"sums": _sums(state), "own": dict(meta)}),
       }
       manager.save(step, args=ocp.args.Composite(**parts), force=True)
 
@@ -61,8 +71,9 @@ class Checkpoints:
     """The newest step that is whole, or None."""
     if not self._dir.is_dir():
       return None
-    self._open().wait_until_finished()
-    return self._open().latest_step()
+    with _readable(self._dir):
+      self._open().wait_until_finished()
+      return self._open().latest_step()
 
   def restore(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict]:
     """The state and meta of a step.
@@ -71,23 +82,31 @@ class Checkpoints:
     with the leaf's dtype and sharding (without one: on the first device). Raises
     ValueError, naming arrays, where the saved tree has others.
     """
-    manager = self._open()
-    manager.wait_until_finished()
-    if step not in manager.all_steps():
-      has = sorted(manager.all_steps())
-      raise ValueError(f"{self._dir}: wanted the checkpoint of step {step}, has {has}")
-    _check_fit(self._dir, manager.item_metadata(step).state, abstract_state)
-    parts = {
-      "state": ocp.args.StandardRestore(_placed(abstract_state)),
-      "meta": ocp.args.JsonRestore(),
-    }
-    restored = manager.restore(step, args=ocp.args.Composite(**parts))
-    return restored.state, restored.meta
+    with _readable(self._dir):
+      manager = self._open()
+      manager.wait_until_finished()
+      if step not in manager.all_steps():
+        has = sorted(manager.all_steps())
+        raise ValueError(
+          f"{self._dir}: wanted the checkpoint of step {step}, has {has}"
+        )
+      _check_fit(self._dir, manager.item_metadata(step).state, abstract_state)
+      parts = {
+        "state": ocp.args.StandardRestore(_placed(abstract_state)),
+        "meta": ocp.args.JsonRestore(),
+      }
+      restored = manager.restore(step, args=ocp.args.Composite(**parts))
+    meta = {"sums": {}, "own": restored.meta} | restored.meta  # older ones have no sums
+    _check_sums(self._dir, restored.state, meta["sums"])
+    return restored.state, meta["own"]
 
   def close(self) -> None:
-    """Waits until the last save is whole."""
+    """Waits until the last save is whole, and drops what a killed run left of those
+    before it."""
     if self._manager is not None:
       self._manager.wait_until_finished()
+      for step in self._manager.all_steps()[: -self._keep]:
+        self._manager.delete(step)
       self._manager.close()
       self._manager = None
 
@@ -118,8 +137,13 @@ def give_back_memory() -> None:
 
 def save_params(dir: pathlib.Path, params: PyTree) -> None:
   """Parameters alone, in place of what `dir` held; done when this returns."""
+  sums, path = _sums(params), pathlib.Path(dir).absolute()
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(pathlib.Path(dir).absolute(), params, force=True)
+    checkpointer.save(path, params, force=True)
+  if processes.first():
+    draft = path.with_name(f".{path.name}.sums.tmp")
+    draft.write_text(json.dumps(sums, indent=2))
+    os.replace(draft, _sums_file(path))
 
 
 def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:
@@ -128,8 +152,78 @@ def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:
   if not path.is_dir():
     raise ValueError(f"{path}: wanted a folder of saved parameters, found none")
   with ocp.StandardCheckpointer() as checkpointer:
-    _check_fit(path, checkpointer.metadata(path).item_metadata, abstract)
-    return checkpointer.restore(path, _placed(abstract))
+    with _readable(path):
+      _check_fit(path, checkpointer.metadata(path).item_metadata, abstract)
+      params = checkpointer.restore(path, _placed(abstract))
+  sums = _sums_file(path)
+  _check_sums(path, params, json.loads(sums.read_text()) if sums.exists() else {})
+  return params
+
+
+def _sums_file(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f"{path.name}.sums.json")
+
+
+@contextlib.contextmanager
+def _readable(where: pathlib.Path) -> Iterator[None]:
+  """Says in one line what of Orbax's errors a user needs."""
+  try:
+    yield
+  except Exception as error:  # Orbax raises many kinds, Exception itself among them
+    if str(error).startswith(str(where)):
+      raise
+    said = " ".join(str(error).split())[:200]
+    raise ValueError(f"{where}: cannot be read: {said}. {_AGAIN}") from error
+
+
+@jax.jit
+def _sum(x) -> jax.Array:
+  """Two sums, modulo 2**32, of the bits of an array: one that any change of a single
+  value changes, one that knows their places. The same on every mesh."""
+  if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  if x.dtype == bool:
+    x = x.astype(jax.numpy.uint8)
+  words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+  words = words.astype(jax.numpy.uint32)
+  place = jax.numpy.uint32(1)
+  for axis, size in enumerate(words.shape):
+    shape = [1] * axis + [size] + [1] * (words.ndim - axis - 1)
+    steps = jax.numpy.arange(size, dtype=jax.numpy.uint32).reshape(shape)
+    place = place * jax.numpy.uint32(2654435761) + jax.numpy.broadcast_to(
+      steps, words.shape
+    )
+  mixed = words * (place * jax.numpy.uint32(2) + jax.numpy.uint32(1))
+  total = [jax.numpy.sum(part, dtype=jax.numpy.uint32) for part in (words, mixed)]
+  return jax.numpy.stack(total)
+
+
+def _sums(tree: PyTree) -> dict[str, list]:
+  """Name -> dtype and sums of each array."""
+  sums = {
+    jax.tree_util.keystr(path, simple=True, separator="."): (leaf, _sum(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  return {
+    name: [str(leaf.dtype), *map(int, np.asarray(pair))]
+    for name, (leaf, pair) in sums.items()
+  }
+
+
+def _check_sums(where: pathlib.Path, tree: PyTree, saved: Mapping[str, list]) -> None:
+  """Raises ValueError with the names of arrays that are not as they were saved. One
+  that was read as another dtype is not compared."""
+  found = _sums(tree)
+  wrong = [
+    name
+    for name, (dtype, *own) in found.items()
+    if name in saved and saved[name][0] == dtype and saved[name][1:] != own
+  ]
+  if wrong:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise ValueError(
+      f"{where}: {', '.join(wrong[:3])}{more} changed since they were saved. {_AGAIN}"
+    )
 
 
 def _check_fit(where: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:

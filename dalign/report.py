@@ -19,6 +19,7 @@ import re
 from typing import Any
 
 from dalign import figures
+from dalign import store
 
 STAGES = ("generate", "filter", "sft", "reward", "rl", "eval")
 CORE = (  # the columns of the first table, in this order; other metrics follow it
@@ -92,6 +93,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     raise ValueError(
       f"the report needs the folder of a run, there is none at {workdir}"
     )
+  for stage in STAGES:
+    store.check_outputs(workdir / stage)
   summary = _read_json(workdir / "eval" / "summary.json")
   manifests = {s: _read_json(workdir / s / "manifest.json") for s in STAGES}
   config = _read_json(workdir / "config.json")

@@ -9,9 +9,10 @@ Does not know what the rows mean, what a stage does, models, tokens, or arrays o
 (checkpoints.py does).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import datetime
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ import pathlib
 import shutil
 import subprocess
 import time
+from typing import Any
 
 from dalign import processes
 
@@ -30,11 +32,17 @@ _ELSE = "Use another --workdir, or --config.start_over=true to do the stage agai
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """Makes `path` hold `content`, whole or not at all; parent folders are made."""
+  _replace(path, (content,))
+
+
+def _replace(path: pathlib.Path, parts: Iterable[bytes]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
+  for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    left.unlink(missing_ok=True)  # of a writer that was killed
   draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with draft.open("wb") as file:
-      file.write(content)
+      file.writelines(parts)
       file.flush()
       os.fsync(file.fileno())
     os.replace(draft, path)
@@ -86,12 +94,29 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     lines.pop()
   rows = []
   for number, line in enumerate(lines, 1):
-    row = _row(line)
-    if row is None:
-      got = line[:60].decode("utf-8", "replace")
-      raise ValueError(f"{path}:{number}: wanted one JSON object a line, got {got!r}")
-    rows.append(row)
+    rows.append(_checked_row(path, number, line))
   return rows
+
+
+def sort_rows(path: pathlib.Path, key: Callable[[dict], Any]) -> None:
+  """Puts the rows of a JSONL file in the order of `key`, whole or not at all.
+
+  Of the rows only keys and places are held in memory. Raises ValueError with file:line
+  for a line that is not a JSON object.
+  """
+  _mend(path)
+  places, at = [], 0
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      places.append((key(_checked_row(path, number, line)), at))
+      at += len(line)
+
+    def lines():
+      for _, place in sorted(places):
+        file.seek(place)
+        yield file.readline()
+
+    _replace(path, lines())
 
 
 def read_spec_files(dir: pathlib.Path) -> dict[str, str]:
@@ -109,9 +134,11 @@ class Store:
   """The folder of one run, and the manifests that say which stages are done.
 
   A manifest is {"format_version", "stage", "config", "config_hash", "inputs",
-  "code_version", "seed", "device", "started", "finished", "wall_s", "summary"}: times
-  are UTC, `finished` is null while the stage runs, `inputs` maps files to SHA-256, and
-  `wall_s` is the sum over all goes.
+  "outputs", "code_version", "seed", "device", "started", "finished", "wall_s",
+  "summary"}: times are UTC, `finished` is null while the stage runs, `inputs` maps
+  files to SHA-256, `outputs` the files that the finished stage left in its folder
+  (arrays have sums of their own: checkpoints.py), and `wall_s` is the sum over all
+  goes.
 
   In a run of several processes each calls the same methods in the same order: the
   first writes, and what is read was read by all when a method returns.
@@ -143,6 +170,10 @@ class Store:
     """As the function; the others do not wait for it."""
     if processes.first():
       append_rows(path, rows)
+
+  def sort_rows(self, path: pathlib.Path, key: Callable[[dict], Any]) -> None:
+    """As the function."""
+    processes.once(str(path), sort_rows, path, key)
 
   def read_json(self, path: pathlib.Path):
     """As the function."""
@@ -233,8 +264,11 @@ class Store:
 
   def finish(self, stage: str, summary: Mapping) -> None:
     """Marks the stage done; `summary` is whatever is worth showing of it, as JSON."""
+    manifest = self._clocked(stage)
     end = {"finished": _now(), "summary": dict(summary)}
-    self._write_manifest(stage, self._clocked(stage) | end)
+    if processes.first():
+      end["outputs"] = _outputs(self.path(stage))
+    self._write_manifest(stage, manifest | end)
     del self._since[stage]
 
   def _new_manifest(self, stage, config, inputs, seed, device) -> dict:
@@ -246,6 +280,7 @@ class Store:
       "config": config,
       "config_hash": hashlib.sha256(text.encode()).hexdigest(),
       "inputs": self._hashes(inputs),
+      "outputs": {},
       "code_version": code_version(),
       "seed": seed,
       "device": device,
@@ -257,6 +292,8 @@ class Store:
 
   def _hashes(self, inputs: Iterable[pathlib.Path]) -> dict[str, str]:
     hashes = {}
+    for folder in {pathlib.Path(path).absolute().parent for path in inputs}:
+      check_outputs(folder)
     for path in map(pathlib.Path, inputs):
       full = path.absolute()
       inside = full.is_relative_to(self.workdir)
@@ -268,7 +305,8 @@ class Store:
 
   def _refuse_leftovers(self, stage: str) -> None:
     folder = self.path(stage)
-    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    found = [name for name in there if not name.endswith(".tmp")]
     if found:
       raise ValueError(
         f"{folder}: holds {', '.join(found[:3])} but no manifest.json, so nobody knows "
@@ -285,6 +323,29 @@ class Store:
 
   def _write_manifest(self, stage: str, manifest: dict) -> None:
     self.write_json(self.path(stage, "manifest.json"), manifest)
+
+
+def check_outputs(folder: pathlib.Path) -> None:
+  """Raises ValueError where a file of a finished stage is not what the stage wrote."""
+  path = folder / "manifest.json"
+  manifest = read_json(path) if path.is_file() else {}
+  for name, hash in manifest.get("outputs", {}).items():
+    file = folder / name
+    if not file.is_file() or file_hash(file) != hash:
+      raise ValueError(
+        f"{file}: {'changed' if file.is_file() else 'is gone'} since stage "
+        f"{folder.name} was done; put it back, or do that stage again "
+        f"(--config.stages={folder.name} --config.start_over=true)"
+      )
+
+
+def _outputs(folder: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of the files in a stage's folder, by name."""
+  return {
+    path.name: file_hash(path)
+    for path in sorted(folder.iterdir())
+    if path.is_file() and path.name != "manifest.json" and path.suffix != ".tmp"
+  }
 
 
 class Metrics:
@@ -416,6 +477,14 @@ def _row(line: bytes) -> dict | None:
   except (json.JSONDecodeError, UnicodeDecodeError):
     return None
   return row if isinstance(row, dict) else None
+
+
+def _checked_row(path: pathlib.Path, number: int, line: bytes) -> dict:
+  row = _row(line)
+  if row is None:
+    got = line[:60].decode("utf-8", "replace")
+    raise ValueError(f"{path}:{number}: wanted one JSON object a line, got {got!r}")
+  return row
 
 
 def _mend(path: pathlib.Path) -> None:

@@ -1,8 +1,11 @@
 """Training states survive the disk: optimizers, keys, shardings, kept steps, errors."""
 
+import pathlib
+
 from flax import struct
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -133,6 +136,86 @@ def test_the_leftovers_of_a_killed_save_are_no_step(tmp_path):
   again.save(2, make_state(2), {})
   again.close()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+
+
+def test_a_step_that_a_killed_run_did_not_drop_goes(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (1, 2):
+    checkpoints.save(step, make_state(step), {}, keep=2)
+  checkpoints.close()
+  again = Checkpoints(tmp_path)
+  assert again.latest() == 2
+  again.save(2, make_state(2), {})
+  again.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+
+
+def damaged(content: bytes) -> list[bytes]:
+  """What a bad disk makes of a file: a bit flipped at some places, half of it, none."""
+  flips = []
+  for at in {0, len(content) // 2, len(content) - 1} if content else ():
+    flips.append(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+  return [*flips, content[: len(content) // 2], b""]
+
+
+def unharmed(read, folder: pathlib.Path, wanted) -> dict[str, int]:
+  """How often a damaged file made `read` fail, and how often it gave the same; never
+  anything else."""
+  counts = {"refused": 0, "same": 0}
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    before = path.read_bytes()
+    for content in damaged(before):
+      path.write_bytes(content)
+      try:
+        got = read()
+      except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+        counts["refused"] += 1
+      else:
+        assert_same(got, wanted)
+        counts["same"] += 1
+    path.write_bytes(before)
+  return counts
+
+
+def test_damaged_parameters_are_refused(tmp_path):
+  rng = np.random.default_rng(0)
+  params = {n: rng.normal(size=(64, 5)).astype(np.float32) for n in ("a", "b")}
+  params["c"] = {"d": rng.normal(size=300).astype(ml_dtypes.bfloat16)}
+  save_params(tmp_path / "params", params)
+  counts = unharmed(
+    lambda: load_params(tmp_path / "params", abstract(params)),
+    tmp_path / "params",
+    params,
+  )
+  print(counts)
+  assert counts["refused"] > 10, counts
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+  saved, state = Checkpoints(tmp_path / "state"), make_state(1)
+  saved.save(1, state, {"at": 3})
+  saved.close()
+
+  def read():
+    again = Checkpoints(tmp_path / "state")
+    try:
+      found, meta = again.restore(1, abstract(state))
+    finally:
+      again.close()
+    assert meta == {"at": 3}
+    return found
+
+  counts = unharmed(read, tmp_path / "state", state)
+  print(counts)
+  assert counts["refused"] > 10, counts
+
+
+def test_sums_tell_values_and_places_apart():
+  x = jnp.arange(24.0).reshape(2, 3, 4)
+  sums = [tuple(map(int, checkpoints._sum(y))) for y in (x, x[::-1], x + 0)]
+  assert sums[0] == sums[2] != sums[1] and sums[0][0] == sums[1][0]
+  assert tuple(map(int, checkpoints._sum(x.reshape(4, 6)))) != sums[0]
 
 
 def test_arrays_that_do_not_fit_are_named(tmp_path):

@@ -503,6 +503,38 @@ def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
   assert len(rows(made / "eval" / "self_refine.jsonl")) == 4
 
 
+@pytest.mark.parametrize(
+  "name, stage",
+  [
+    ("filter/judged.jsonl", "sft"),
+    ("sft/params.sums.json", "eval"),
+    ("eval/summary.json", "report"),
+  ],
+)
+def test_an_artefact_that_changed_is_refused(tmp_path, workdir, name, stage):
+  made = tmp_path / "run"
+  shutil.copytree(workdir, made)
+  before = (made / name).read_bytes()
+  (made / name).write_bytes(before.replace(b"1", b"2", 1))
+  assert (made / name).read_bytes() != before
+  if stage != "report":
+    shutil.rmtree(made / stage)
+  done = run_command(made, f"--config.stages={stage}")
+  assert done.returncode == 2, done.stderr
+  assert f"{name}: changed since stage {name.split('/')[0]} was done" in done.stderr
+
+
+def test_parameters_that_changed_are_refused(tmp_path, workdir):
+  made = tmp_path / "run"
+  shutil.copytree(workdir, made)
+  largest = max((made / "sft" / "params").rglob("d/*"), key=lambda p: p.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  with pytest.raises(ValueError, match="sft/params: .*do its stage again"):
+    context.Run(tiny(), made).trained_params("sft")
+
+
 def test_a_prompt_can_be_put_without_the_chat_template(run):
   (plain,) = run.load_prompts(run.cfg.data.source, run.cfg.data.columns)[:1]
   bare = attacks.disguised(plain, ["untemplated"])

@@ -80,6 +80,49 @@ def test_a_bad_row_is_named(tmp_path, bad):
     store.read_rows(path)
 
 
+def test_outputs_of_a_finished_stage_are_watched(tmp_path, spec):
+  made = store.Store(tmp_path)
+  path = tmp_path / "filter" / "kept.jsonl"
+  made.begin("filter", {}, [spec], 0, "cpu")
+  store.write_rows(path, ROWS)
+  made.finish("filter", {})
+  assert list(made.manifest("filter")["outputs"]) == ["kept.jsonl"]
+  before = path.read_bytes()
+  flipped = bytes([before[0], before[1] ^ 1]) + before[2:]
+  for content, said in (
+    (flipped, "changed"),
+    (before[:-3], "changed"),
+    (None, "is gone"),
+  ):
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"kept.jsonl: {said}.*--config.stages=filter"):
+      made.begin("sft", {}, [path], 0, "cpu")
+  path.write_bytes(before)
+  assert made.begin("sft", {}, [path], 0, "cpu") == "fresh"
+
+
+def test_what_a_killed_writer_left_is_no_hindrance(tmp_path, spec):
+  made = store.Store(tmp_path)
+  (tmp_path / "generate").mkdir()
+  (tmp_path / "generate" / ".manifest.json.1234.tmp").write_text("{")
+  assert made.begin("generate", {}, [spec], 0, "cpu") == "fresh"
+  assert [p.name for p in (tmp_path / "generate").iterdir()] == ["manifest.json"]
+
+
+def test_rows_are_put_in_order(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  rows = [{"n": n, "text": "é" * n} for n in (3, 1, 2)]
+  store.write_rows(path, rows)
+  with path.open("ab") as file:
+    file.write(b'{"n": 0, "cut')
+  store.sort_rows(path, lambda row: row["n"])
+  assert store.read_rows(path) == [rows[1], rows[2], rows[0]]
+  assert path.read_bytes().endswith(b"\n") and len(list(tmp_path.iterdir())) == 1
+  path.write_bytes(b'{"n": 1}\nnonsense\n{"n": 0}\n')
+  with pytest.raises(ValueError, match=r"rows.jsonl:2: wanted one JSON object"):
+    store.sort_rows(path, lambda row: row["n"])
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "x.json"
   store.write_json(path, {"a": 1})
@@ -130,8 +173,16 @@ def test_a_stage_is_fresh_then_resumed_then_done(tmp_path, spec):
   assert last["wall_s"] >= 0.04 and last["summary"] == {"loss": 1.5}
   assert last["started"] == first["started"] <= last["finished"]
   assert set(last) == {
-    *("format_version", "stage", "config", "config_hash", "inputs", "code_version"),
-    *("seed", "device", "started", "finished", "wall_s", "summary"),
+    *(
+      "format_version",
+      "stage",
+      "config",
+      "config_hash",
+      "inputs",
+      "outputs",
+      "code_version",
+    ),
+    *("code_version", "seed", "device", "started", "finished", "wall_s", "summary"),
   }
 
 

@@ -82,10 +82,8 @@ class DalignLM(TemplateLM):
   def tok_encode(self, string: str, add_special_tokens=None, **_) -> list[int]:
     """Tokens of plain text, with those that the tokenizer puts around it unless told
     otherwise; control tokens that it spells are read as text."""
-    backend = self.model.run.tok.backend
-    return backend.encode(
-      string, add_special_tokens=add_special_tokens is not False
-    ).ids
+    tok = self.model.run.tok
+    return tok.encode(string) if add_special_tokens is False else tok.document(string)
 
   def _turns(self, context: str) -> tuple[tuple[Turn, ...], str] | None:
     """The chat of a prompt and the words that its reply begins with, or None."""

@@ -50,6 +50,9 @@ def generate(run: context.Run) -> None:
       bar.n = book.finished()
       bar.set_postfix(samples=book.total, good=book.good_total(), refresh=False)
       bar.update(0)
+  order = {id: at for at, id in enumerate(book.prompts)}
+  # Not in the order in which they happened to end.
+  run.store.sort_rows(path, lambda row: (order[row["prompt_id"]], row["index"]))
   run.store.finish("generate", book.summary())
 
 
