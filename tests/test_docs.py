@@ -102,9 +102,10 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     "pip install -e .[test]",
     "pytest",
     "pytest -q tests/test_servers.py",
+    "pytest -q tests/test_chaos.py",
     "pytest -q tests/test_shape.py",
   ]
-  assert ran[-6:] == wanted
+  assert ran[-7:] == wanted
   assert ran[:3] == ["pip install -e .[test]", "ruff format --check", "ruff check"]
 
 
