@@ -6,6 +6,7 @@ Exit codes: 0 done, or saved on SIGTERM; 2 bad input or config; 1 anything else.
 line on stderr says which. README.md says what can be overridden and what comes out.
 """
 
+import errno
 import os
 import pathlib
 import signal
@@ -85,6 +86,15 @@ def _of_several() -> str:
   return "; if another process of this run has died, its own output says why"
 
 
+def _of_disk(error: OSError) -> str:
+  """What to do about a disk that takes no more; of other errors where they are from."""
+  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+    return "; what is done is kept: make room, and the same command goes on from there"
+  import traceback
+
+  return f"\n{traceback.format_exc()}"
+
+
 def _stop(*_):
   raise Stopped
 
@@ -112,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   except ConnectionError as error:
     print(f"dalign: {error}", file=sys.stderr)
+    return 1
+  except OSError as error:
+    print(f"dalign: {error}{_of_disk(error)}", file=sys.stderr)
     return 1
   except (Stopped, KeyboardInterrupt):
     print("dalign: stopped; the same command goes on from here", file=sys.stderr)

@@ -9,8 +9,11 @@ Does not know what the rows mean, what a stage does, models, tokens, or arrays o
 (checkpoints.py does).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import datetime
+import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -153,6 +156,36 @@ class Store:
       stage: pathlib.Path(place).absolute() for stage, place in (shared or {}).items()
     }
     self._since: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def claimed(self) -> Iterator[None]:
+    """Holds WORKDIR for this run; ValueError where another is at work in it.
+
+    The system lets go of it with the process, however that ends: no lock is ever stale.
+    File systems without locks hold nobody off.
+    """
+    held = wrong = None
+    if processes.first():
+      self.workdir.mkdir(parents=True, exist_ok=True)
+      held = (self.workdir / ".lock").open("a")
+      try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        wrong = (
+          f"{self.workdir}: another run is at work here; wait for it, or take another "
+          "--workdir"
+        )
+      except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+          raise
+    wrong = processes.agree(wrong)
+    try:
+      if wrong:
+        raise ValueError(wrong)
+      yield
+    finally:
+      if held:
+        held.close()
 
   def write_json(self, path: pathlib.Path, value) -> None:
     """As the function."""

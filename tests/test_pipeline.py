@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from dalign import judge
 from dalign import main
 from dalign import pipeline
 from dalign import spec as specs
+from dalign import store
 from dalign import weights as models
 from dalign.pipeline import context
 from dalign.pipeline import evaluate as evaluate_stage
@@ -522,6 +524,36 @@ def test_an_artefact_that_changed_is_refused(tmp_path, workdir, name, stage):
   done = run_command(made, f"--config.stages={stage}")
   assert done.returncode == 2, done.stderr
   assert f"{name}: changed since stage {name.split('/')[0]} was done" in done.stderr
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, workdir):
+  small = resource.RLIMIT_FSIZE, (20_000, 20_000)  # bytes of any file
+  done = subprocess.run(
+    command(tmp_path, "--config.stages=generate"),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    preexec_fn=lambda: resource.setrlimit(*small),
+  )
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert "File too large; what is done is kept" in last
+  samples = "generate/samples.jsonl"
+  before = store.read_rows(tmp_path / samples)  # but for half a line
+  assert 0 < len(before) < len(rows(workdir / samples))
+  again = run_command(tmp_path, "--config.stages=generate")
+  assert again.returncode == 0 and "goes on where it stopped" in again.stderr
+  assert (tmp_path / samples).read_bytes() == (workdir / samples).read_bytes()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+  with store.Store(tmp_path).claimed():
+    done = run_command(tmp_path, "--config.stages=report")
+  assert done.returncode == 2 and "another run is at work here" in done.stderr
+  assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+  with store.Store(tmp_path).claimed():
+    pass
 
 
 def test_parameters_that_changed_are_refused(tmp_path, workdir):

@@ -63,16 +63,16 @@ def run_stages(
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
   processes.same("config", configs.flat(cfg))
   here = context.Run(cfg, workdir, shared)
-  written = here.store.workdir / "config.json"
-  here.store.write_json(written, configs.flat(cfg))
-  if not written.exists():
-    raise ValueError(
-      f"{here.store.workdir}: the first process wrote here and this one sees nothing; "
-      "wanted a --workdir on a file system that all hosts share"
-    )
-  with jax.set_mesh(here.mesh):
+  with here.store.claimed(), jax.set_mesh(here.mesh):
+    written = here.store.workdir / "config.json"
+    here.store.write_json(written, configs.flat(cfg))
+    if not written.exists():
+      raise ValueError(
+        f"{here.store.workdir}: the first process wrote here and this one sees "
+        "nothing; wanted a --workdir on a file system that all hosts share"
+      )
     for stage in stages:
       if stage == "base" and cfg.world is None:
         continue  # only a world's base is trained here
       STAGES[stage](here)
-  here.metrics.close()
+    here.metrics.close()
