@@ -17,6 +17,8 @@ from ml_collections import config_flags
 
 from dalign import config as configs
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 _MODE = flags.DEFINE_enum(
@@ -86,15 +88,6 @@ def _of_several() -> str:
   return "; if another process of this run has died, its own output says why"
 
 
-def _of_disk(error: OSError) -> str:
-  """What to do about a disk that takes no more; of other errors where they are from."""
-  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-    return "; what is done is kept: make room, and the same command goes on from there"
-  import traceback
-
-  return f"\n{traceback.format_exc()}"
-
-
 def _stop(*_):
   raise Stopped
 
@@ -123,13 +116,16 @@ def main(argv: list[str] | None = None) -> int:
   except ConnectionError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 1
-  except OSError as error:
-    print(f"dalign: {error}{_of_disk(error)}", file=sys.stderr)
-    return 1
   except (Stopped, KeyboardInterrupt):
     print("dalign: stopped; the same command goes on from here", file=sys.stderr)
     return 0
   except Exception as error:
+    if getattr(error, "errno", None) in FULL:
+      advice = (
+        "what is done is kept: make room, and the same command goes on from there"
+      )
+      print(f"dalign: {error}; {advice}", file=sys.stderr)
+      return 1
     import traceback
 
     traceback.print_exc()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import datetime
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -28,6 +27,11 @@ import time
 from typing import Any
 
 from dalign import processes
+
+try:
+  import fcntl
+except ImportError:  # Windows has none, and there nobody is held off
+  fcntl = None
 
 FORMAT_VERSION = 1  # of manifest.json
 _ELSE = "Use another --workdir, or --config.start_over=true to do the stage again."
@@ -165,7 +169,7 @@ class Store:
     File systems without locks hold nobody off.
     """
     held = wrong = None
-    if processes.first():
+    if processes.first() and fcntl:
       self.workdir.mkdir(parents=True, exist_ok=True)
       held = (self.workdir / ".lock").open("a")
       try:
@@ -361,7 +365,9 @@ class Store:
 def check_outputs(folder: pathlib.Path) -> None:
   """Raises ValueError where a file of a finished stage is not what the stage wrote."""
   path = folder / "manifest.json"
-  manifest = read_json(path) if path.is_file() else {}
+  manifest = read_json(path) if path.is_file() else None
+  if not isinstance(manifest, dict) or manifest.get("stage") != folder.name:
+    return
   for name, hash in manifest.get("outputs", {}).items():
     file = folder / name
     if not file.is_file() or file_hash(file) != hash:
