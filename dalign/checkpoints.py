@@ -199,14 +199,18 @@ def _sum(x) -> jax.Array:
 
 
 def _sums(tree: PyTree) -> dict[str, list]:
-  """Name -> dtype and sums of each array."""
-  sums = {
-    jax.tree_util.keystr(path, simple=True, separator="."): (leaf, _sum(leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  """Name -> dtype and sums of each array.
+
+  One after the other, each awaited: programs with collectives that are under way at the
+  same time can wait for one another for ever where devices share few threads.
+  """
+  jax.block_until_ready(tree)
   return {
-    name: [str(leaf.dtype), *map(int, np.asarray(pair))]
-    for name, (leaf, pair) in sums.items()
+    jax.tree_util.keystr(path, simple=True, separator="."): [
+      str(leaf.dtype),
+      *map(int, np.asarray(_sum(leaf))),
+    ]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
