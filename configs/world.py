@@ -260,6 +260,9 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     resample=0,
     judge_errors=1.0,  # what rivals' preference models get wrong is a result
     scan_words=8,
+    skip_kl=0.0,
+    stop_kl=50.0,
+    stop_gap=0.1,
     objective=quickstart.algorithms.of("rloo", length_norm=25.0, kl_weight=0.0),
     batch=dict(micro=4, rows=16, length=256),
     # With 1e-3 it forgot attacks that SFT withstood (90 to 85%, one seed).

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from dalign import processes
 from dalign.types import PyTree
 
+FORMAT_VERSION = 1  # of checkpoints
 _AGAIN = (
   "Put it back from a copy, or do its stage again (--config.stages=STAGE "
   "--config.start_over=true)"
@@ -53,7 +54,9 @@ class Checkpoints:
     if step != latest:
       parts = {
         "state": ocp.args.StandardSave(state),
-        "meta": ocp.args.JsonSave({"sums": _sums(state), "own": dict(meta)}),
+        "meta": ocp.args.JsonSave(
+          {"format_version": FORMAT_VERSION, "sums": _sums(state), "own": dict(meta)}
+        ),
       }
       manager.save(step, args=ocp.args.Composite(**parts), force=True)
 
@@ -96,7 +99,14 @@ class Checkpoints:
         "meta": ocp.args.JsonRestore(),
       }
       restored = manager.restore(step, args=ocp.args.Composite(**parts))
-    meta = {"sums": {}, "own": restored.meta} | restored.meta  # older ones have no sums
+    # Older ones are of this format and do not say so, or have no sums.
+    older = {"format_version": FORMAT_VERSION, "sums": {}, "own": restored.meta}
+    meta = older | restored.meta
+    if meta["format_version"] != FORMAT_VERSION:
+      raise ValueError(
+        f"{self._dir}: wanted checkpoints of format {FORMAT_VERSION}, got "
+        f"{meta['format_version']!r}; use the dalign that wrote them"
+      )
     _check_sums(self._dir, restored.state, meta["sums"])
     return restored.state, meta["own"]
 
@@ -142,7 +152,10 @@ def save_params(dir: pathlib.Path, params: PyTree) -> None:
     checkpointer.save(path, params, force=True)
   if processes.first():
     draft = path.with_name(f".{path.name}.sums.tmp")
-    draft.write_text(json.dumps(sums, indent=2))
+    with draft.open("w") as file:
+      json.dump(sums, file, indent=2)
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(draft, _sums_file(path))
 
 
@@ -156,7 +169,9 @@ def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:
       _check_fit(path, checkpointer.metadata(path).item_metadata, abstract)
       params = checkpointer.restore(path, _placed(abstract))
   sums = _sums_file(path)
-  _check_sums(path, params, json.loads(sums.read_text()) if sums.exists() else {})
+  with _readable(sums):
+    saved = json.loads(sums.read_text()) if sums.exists() else {}
+    _check_sums(path, params, saved)
   return params
 
 

@@ -16,10 +16,33 @@ STAGES = (
 )
 
 
+FORMAT_VERSION = 1  # of config.json
+_OPTIMIZED = ("world", "sft", "reward", "rl")
+
+# Keys that files of this format need not have, with what was done before they came.
+ADDED: Mapping[str, Any] = {
+  "eval.max_think": 0,
+  **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
+  **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
+  **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
+}
+
+
+class Halted(RuntimeError):
+  """A limit that the config sets was passed, or a number is not finite: what was done
+  before is kept, and nothing of the step."""
+
+
 def _positive(config, *names):
   for name in names:
     if getattr(config, name) <= 0:
       _refuse(config, name, "more than 0")
+
+
+def _not_negative(config, *names):
+  for name in names:
+    if getattr(config, name) < 0:
+      _refuse(config, name, "0 or more")
 
 
 def _refuse(config, name, wanted):
@@ -197,8 +220,7 @@ class LoRAConfig:
   frozen: str
 
   def __post_init__(self):
-    if self.rank < 0:
-      _refuse(self, "rank", "0 or more")
+    _not_negative(self, "rank")
     _positive(self, "alpha")
     known = ("q", "k", "v", "o", "gate", "up", "down")
     if not self.leaves or set(self.leaves) - set(known):
@@ -213,6 +235,9 @@ class OptimizerConfig:
 
   matrix_rate: the layers' matrices are updated by Muon (optax.contrib.muon) at this
     rate, all else by NAdamW; with 0 all of it by AdamW.
+  clip_norm: gradients are scaled down to this global norm at the most.
+  skip_norm: a step whose gradient is above this, before it is scaled, changes nothing.
+  stop_norm: one above this stops the stage, its batch kept. 0 is no limit in both.
   """
 
   learning_rate: float
@@ -223,11 +248,12 @@ class OptimizerConfig:
   beta2: float
   weight_decay: float
   clip_norm: float
+  skip_norm: float
+  stop_norm: float
 
   def __post_init__(self):
     _positive(self, "learning_rate", "clip_norm")
-    if self.matrix_rate < 0:
-      _refuse(self, "matrix_rate", "0 or more")
+    _not_negative(self, "matrix_rate", "skip_norm", "stop_norm")
     for name in ("warmup_share", "final_share"):
       if not 0 <= getattr(self, name) <= 1:
         _refuse(self, name, "a share in [0, 1]")
@@ -308,8 +334,7 @@ class EndpointConfig:
 
   def __post_init__(self):
     _positive(self, "concurrency", "timeout")
-    if min(self.retries, self.price_in, self.price_out) < 0:
-      _refuse(self, "retries", "0 or more, as prices")
+    _not_negative(self, "retries", "price_in", "price_out")
 
   def check(self, asker: str) -> None:
     """ValueError where there is no server for `asker`."""
@@ -471,8 +496,7 @@ class RewardConfig:
       _refuse(self, "start", "'base' or 'sft'")
     if self.labels not in ("judge", "rubric"):
       _refuse(self, "labels", "'judge' or 'rubric'")
-    if min(self.point_weight, self.pair_weight) < 0:
-      _refuse(self, "pair_weight", "0 or more, as point_weight")
+    _not_negative(self, "point_weight", "pair_weight")
     _positive(self, "steps", "rows", "length", "checkpoint_every")
 
 
@@ -539,9 +563,7 @@ class ObjectiveConfig:
       _refuse(self, "clip_low", "more than 0, at most 1")
     if not 0 <= self.gae_lambda <= 1:
       _refuse(self, "gae_lambda", "0 to 1")
-    if self.kl_weight < 0 or self.value_weight < 0 or self.overlong < 0:
-      name = min(("kl_weight", "value_weight", "overlong"), key=self.__getattribute__)
-      _refuse(self, name, "0 or more")
+    _not_negative(self, "kl_weight", "value_weight", "overlong")
     _positive(self, "clip_high", "ratio_cap", "length_norm")
 
   @property
@@ -578,6 +600,10 @@ class RLConfig:
     wrong before RL refuses it; 1 asks nothing.
   scan_words: RL stops where its judge was shown this many words in a row of a thought
     that neither answer, prompt nor specification has; 0 looks for none.
+  skip_kl, stop_kl: nats of log pi - log pi_start that the rollouts of a step have in
+    the mean, above which it changes nothing, or RL stops; 0 is no limit.
+  stop_gap: RL stops where trainer and sampler differ by more nats a token, in the mean,
+    about what was just sampled; 0 is no limit.
   """
 
   start: str
@@ -592,6 +618,9 @@ class RLConfig:
   resample: int
   judge_errors: float
   scan_words: int
+  skip_kl: float
+  stop_kl: float
+  stop_gap: float
   objective: ObjectiveConfig
   batch: BatchConfig
   optimizer: OptimizerConfig
@@ -607,8 +636,7 @@ class RLConfig:
       _refuse(self, "samples", "at least 2, for the baseline of a group")
     if not 0 <= self.judge_errors <= 1:
       _refuse(self, "judge_errors", "a share in [0, 1]")
-    if self.scan_words < 0:
-      _refuse(self, "scan_words", "0 or more words")
+    _not_negative(self, "scan_words", "skip_kl", "stop_kl", "stop_gap")
     if self.resample < 0 or (self.resample and not self.objective.grouped):
       _refuse(self, "resample", "0 or more, and 0 where groups are not compared")
     if not self.expected or set(self.expected) - {"refuse", "safe_complete", "comply"}:
@@ -685,8 +713,7 @@ class EvalConfig:
   trials: int
 
   def __post_init__(self):
-    if self.max_think < 0:
-      _refuse(self, "max_think", "0 or more")
+    _not_negative(self, "max_think")
     known = (
       *("base", "spec_in_prompt", "self_refine", "sft", "rl", "sft_rl"),
       *("endpoint", "endpoint_spec"),
@@ -743,6 +770,8 @@ class AblationConfig:
       raise ValueError("config.ablation: wanted a seed and an arm, or more")
     before = set()
     for name, arm in self.arms.items():
+      if name in ("", ".", "..", "shared") or set(name) & set("/\\\0"):
+        raise ValueError(f"config.ablation.arms: {name!r} is no name for a folder")
       if set(arm) != {"stages", "takes", "row", "changes"}:
         raise ValueError(
           f"config.ablation.arms.{name}: wanted stages, takes, row and changes, got "
@@ -896,16 +925,43 @@ def flat(config, prefix: str = "") -> dict[str, Any]:
   return out
 
 
-def of_flat(values: Mapping[str, Any]) -> Config:
-  """The config that `flat` wrote as these values."""
+def to_json(config: Config) -> dict[str, Any]:
+  """What config.json holds: the format's version, and the config, flat."""
+  return {"format_version": FORMAT_VERSION} | flat(config)
+
+
+def of_json(values: Mapping[str, Any]) -> Config:
+  """The config of a config.json, whose keys may be fewer by those of ADDED.
+
+  Raises ValueError for what is no config, or of a format that is not known.
+  """
+  if not isinstance(values, Mapping):
+    raise ValueError(f"config.json: wanted keys and values, got {values!r:.80}")
+  version = values.get("format_version", FORMAT_VERSION)  # at first there was none
+  if version != FORMAT_VERSION:
+    raise ValueError(
+      f"config.json: wanted format {FORMAT_VERSION}, got {version!r}; use the dalign "
+      "that wrote it"
+    )
   node: dict[str, Any] = {}
-  for name, value in values.items():
+  for name, value in completed(values).items():
+    if name == "format_version":
+      continue
     *path, last = name.split(".")
     place = node
     for part in path:
       place = place.setdefault(part, {})
+      if not isinstance(place, dict):
+        raise ValueError(f"config.json: {name} is in something that has no parts")
     place[last] = value
   return build(Config, node)
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Flat values, or some of them, with those keys of ADDED whose part is there."""
+  parts = {name.rpartition(".")[0] for name in values}
+  added = {k: v for k, v in ADDED.items() if k.rpartition(".")[0] in parts}
+  return added | dict(values)
 
 
 def _plain(value):

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
   except ValueError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 2
-  except ConnectionError as error:
+  except (ConnectionError, configs.Halted) as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 1
   except (Stopped, KeyboardInterrupt):

@@ -96,7 +96,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   for stage in STAGES:
     store.check_outputs(workdir / stage)
   summary = _read_json(workdir / "eval" / "summary.json")
-  manifests = {s: _read_json(workdir / s / "manifest.json") for s in STAGES}
+  manifests = {s: store.read_manifest(workdir / s / "manifest.json") for s in STAGES}
   config = _read_json(workdir / "config.json")
   probe = _read_json(workdir / "probe.json")
   curves = _curves(workdir / "metrics.jsonl")

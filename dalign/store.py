@@ -26,6 +26,7 @@ import subprocess
 import time
 from typing import Any
 
+from dalign import config as configs
 from dalign import processes
 
 try:
@@ -238,16 +239,7 @@ class Store:
 
   def manifest(self, stage: str) -> dict | None:
     """The manifest of a stage, or None before its first `begin`."""
-    path = self.path(stage, "manifest.json")
-    if not path.exists():
-      return None
-    manifest = read_json(path)
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-      raise ValueError(
-        f"{path}: wanted manifest format {FORMAT_VERSION}, got {version!r}. {_ELSE}"
-      )
-    return manifest
+    return read_manifest(self.path(stage, "manifest.json"))
 
   def begin(
     self,
@@ -286,7 +278,7 @@ class Store:
     old = self.manifest(stage)
     if old is None:
       self._refuse_leftovers(stage)
-    elif changes := _differences(_compared(old), _compared(new)):
+    elif changes := _differences(_compared(_completed(old, new)), _compared(new)):
       state = "was cut off" if old["finished"] is None else "is done"
       raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_ELSE}")
     elif old["finished"] is not None:
@@ -362,13 +354,55 @@ class Store:
     self.write_json(self.path(stage, "manifest.json"), manifest)
 
 
+_MANIFEST = {  # what each key of a manifest holds
+  "stage": str,
+  "config": dict,
+  "inputs": dict,
+  "outputs": dict,
+  "code_version": str,
+  "seed": int,
+  "device": str,
+  "started": str,
+  "finished": str | None,
+  "wall_s": float | int,
+  "summary": dict,
+}
+
+
+def read_manifest(path: pathlib.Path) -> dict | None:
+  """A manifest.json, or None where there is no such file; those of older runs have no
+  `outputs`, and get empty ones.
+
+  Raises ValueError for what is no manifest, or of a format that is not known.
+  """
+  if not path.is_file():
+    return None
+  manifest = read_json(path)
+  version = manifest.get("format_version") if isinstance(manifest, dict) else None
+  if version != FORMAT_VERSION:
+    raise ValueError(
+      f"{path}: wanted manifest format {FORMAT_VERSION}, got {version!r:.80}. {_ELSE}"
+    )
+  manifest = {"outputs": {}} | manifest
+  for key, kind in _MANIFEST.items():
+    if not isinstance(manifest.get(key, ...), kind):
+      got = repr(manifest[key]) if key in manifest else "nothing"
+      raise ValueError(f"{path}: wanted {kind} as {key}, got {got:.80}. {_ELSE}")
+  for key in ("inputs", "outputs"):
+    if not all(isinstance(hash, str) for hash in manifest[key].values()):
+      raise ValueError(f"{path}: wanted a hash for each of {key}. {_ELSE}")
+  return manifest
+
+
 def check_outputs(folder: pathlib.Path) -> None:
   """Raises ValueError where a file of a finished stage is not what the stage wrote."""
   path = folder / "manifest.json"
-  manifest = read_json(path) if path.is_file() else None
-  if not isinstance(manifest, dict) or manifest.get("stage") != folder.name:
+  manifest = read_manifest(path)
+  if manifest is None or manifest["stage"] != folder.name:
     return
-  for name, hash in manifest.get("outputs", {}).items():
+  for name, hash in manifest["outputs"].items():
+    if pathlib.PurePath(name).name != name:
+      raise ValueError(f"{path}: {name!r} is no file of this folder. {_ELSE}")
     file = folder / name
     if not file.is_file() or file_hash(file) != hash:
       raise ValueError(
@@ -478,6 +512,13 @@ def code_version() -> str:
     return version
   commit = subprocess.run(command, capture_output=True, text=True, check=False)
   return f"{version}+{commit.stdout.strip()}" if commit.returncode == 0 else version
+
+
+def _completed(old: Mapping, new: Mapping) -> dict:
+  """An older manifest as today's would be, if nothing else changed."""
+  config = configs.completed(old["config"])
+  known = old["config"].keys() | new["config"].keys()
+  return dict(old) | {"config": {k: v for k, v in config.items() if k in known}}
 
 
 def _compared(manifest: Mapping) -> dict:

@@ -37,28 +37,45 @@ def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransfo
   """AdamW (1711.05101) with warm-up, cosine decay and clipping by global norm; for
   matrices Muon (2502.16982) where the config gives them a rate.
 
-  Norm scales and other vectors are not decayed.
+  Norm scales and other vectors are not decayed. A step above the config's skip_norm
+  changes neither parameters nor moments, and the schedule does not count it.
   """
-  clip = optax.clip_by_global_norm(cfg.clip_norm)
   rate = functools.partial(_schedule, cfg, steps)
-  if not cfg.matrix_rate:
-    adamw = optax.adamw(
+  if cfg.matrix_rate:
+    tx = optax.contrib.muon(
+      rate(cfg.matrix_rate),
+      weight_decay=cfg.weight_decay,
+      adam_b1=cfg.beta1,
+      adam_b2=cfg.beta2,
+      adam_learning_rate=rate(cfg.learning_rate),
+      muon_weight_dimension_numbers=_layered,
+    )
+  else:
+    tx = optax.adamw(
       rate(cfg.learning_rate),
       b1=cfg.beta1,
       b2=cfg.beta2,
       weight_decay=cfg.weight_decay,
       mask=_matrices,
     )
-    return optax.chain(clip, adamw)
-  muon = optax.contrib.muon(
-    rate(cfg.matrix_rate),
-    weight_decay=cfg.weight_decay,
-    adam_b1=cfg.beta1,
-    adam_b2=cfg.beta2,
-    adam_learning_rate=rate(cfg.learning_rate),
-    muon_weight_dimension_numbers=_layered,
-  )
-  return optax.chain(clip, muon)
+  tx = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx)
+  return _skipping(tx, cfg.skip_norm) if cfg.skip_norm else tx
+
+
+def _skipping(
+  tx: optax.GradientTransformation, most: float
+) -> optax.GradientTransformation:
+  """As `tx`, whose state it has; nothing changes where the global norm is above
+  `most`. optax.apply_if_finite does so for other gradients, optax.MultiSteps with a
+  second copy of them."""
+
+  def update(grads, state, params=None):
+    updates, after = tx.update(grads, state, params)
+    take = optax.global_norm(grads) <= most
+    updates = jax.tree.map(lambda x: jnp.where(take, x, 0.0), updates)
+    return updates, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, state)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def _schedule(cfg: OptimizerConfig, steps: int, peak: float):

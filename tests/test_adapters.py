@@ -31,6 +31,8 @@ OPTIMIZER = OptimizerConfig(
   beta2=0.95,
   weight_decay=0.0,
   clip_norm=1e9,
+  skip_norm=0.0,
+  stop_norm=0.0,
 )
 
 

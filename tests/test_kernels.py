@@ -188,6 +188,7 @@ tx = train.make_optimizer(
   config.OptimizerConfig(
     learning_rate=1e-4, warmup_share=0.0, final_share=1.0, beta1=0.9, beta2=0.99,
     weight_decay=0.0, matrix_rate=0.0, clip_norm=1.0,
+    skip_norm=0.0, stop_norm=0.0,
   ),
   steps=10,
 )

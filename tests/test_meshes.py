@@ -56,6 +56,8 @@ OPTIMIZER = OptimizerConfig(
   beta2=0.95,
   weight_decay=0.1,
   clip_norm=1.0,
+  skip_norm=0.0,
+  stop_norm=0.0,
 )
 SHAPES = SamplerConfig(
   slots=8, lanes=2, chunk=5, prefill=4, prompt_room=16, prompt_step=8, prefix_step=4

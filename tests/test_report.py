@@ -91,13 +91,14 @@ def build_run(workdir: pathlib.Path, seed: int = 0, prompts: int = 40) -> pathli
 def _manifest(stage, summary, seed):
   return {
     "stage": stage,
+    "config": {},
     "config_hash": "5be1c0ffee",
     "inputs": {"samples": "0123abcd"},
     "code_version": "0.1.0+g12ab34c",
     "seed": seed,
     "device": "cpu x2",
     "wall_s": 4321.5 if stage == "rl" else 34.25,
-    "started": 1795600000.0,
+    "started": "2026-11-21T19:00:00Z",
     "finished": "2026-11-21T20:00:00Z",
     "format_version": 1,
     "summary": summary,
@@ -602,7 +603,7 @@ def _poison(workdir, text):
     _dump(path, known | said)
   counts = {"prompts": 1, "samples": 2, "kept": 1}
   filtered = {"keep_rates": {short: {short: counts}}, "reasons": {short: 3}}
-  _dump(workdir / "filter" / "manifest.json", {"summary": filtered})
+  _dump(workdir / "filter" / "manifest.json", known | {"summary": filtered})
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
   summary["arms"] |= {
     short: summary["arms"]["base"] | {short: summary["arms"]["sft"]["style"]}

@@ -33,6 +33,8 @@ OPTIMIZER = OptimizerConfig(
   weight_decay=0.2,
   matrix_rate=0.0,
   clip_norm=0.5,
+  skip_norm=0.0,
+  stop_norm=0.0,
 )
 KEY = jax.random.key(0)
 

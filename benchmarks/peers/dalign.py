@@ -30,6 +30,8 @@ OPTIMIZER = OptimizerConfig(
   weight_decay=0.0,
   matrix_rate=0.0,
   clip_norm=1.0,
+  skip_norm=0.0,
+  stop_norm=0.0,
 )
 
 OBJECTIVE = ObjectiveConfig(

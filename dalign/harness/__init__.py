@@ -47,7 +47,7 @@ class Model:
     if not written.is_file():
       raise ValueError(f"{written} is missing: wanted the --workdir of a run of dalign")
     context.prepare_jax()
-    self.run = context.Run(configs.of_flat(store.read_json(written)), place)
+    self.run = context.Run(configs.of_json(store.read_json(written)), place)
     self.stage = stage
     self._asked: collections.Counter = collections.Counter()
     self._scorers: dict[int, context.Scorer] = {}

@@ -65,7 +65,7 @@ def run_stages(
   here = context.Run(cfg, workdir, shared)
   with here.store.claimed(), jax.set_mesh(here.mesh):
     written = here.store.workdir / "config.json"
-    here.store.write_json(written, configs.flat(cfg))
+    here.store.write_json(written, configs.to_json(cfg))
     if not written.exists():
       raise ValueError(
         f"{here.store.workdir}: the first process wrote here and this one sees "

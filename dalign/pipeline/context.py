@@ -67,7 +67,8 @@ READS = {
 
 # Keys that say when to stop, how fast and at what price, and change nothing made.
 LIMITS = (
-  *("eval.unscored", "rl.judge_errors", "rl.scan_words"),
+  *("eval.unscored", "rl.judge_errors", "rl.scan_words", "rl.stop_kl", "rl.stop_gap"),
+  *(f"{stage}.optimizer.stop_norm" for stage in ("world", "sft", "reward", "rl")),
   *(
     f"{stage}.endpoint.{name}"
     for stage in ("generate", "filter", "eval")
@@ -332,16 +333,16 @@ class Run:
       finish=done.finish,
     )
 
-  def check_finite(self, stage: str, step: int, values: dict, batch) -> None:
-    """Stops at a loss or gradient that is not finite, with the batch kept."""
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
-    if bad:
-      where = self.store.path(stage, f"not_finite_step_{step}.npz")
-      if processes.first():
-        np.savez(where, **{n: np.asarray(x) for n, x in batch.items()})
-      raise FloatingPointError(
-        f"{stage} step {step}: {', '.join(bad)} not finite; the batch is in {where}"
-      )
+  def halt(self, stage: str, step: int, why: str, advice: str, batch: dict):
+    """Stops at a step, whose batch, a mapping of arrays, is kept. Raises Halted."""
+    where = self.store.path(stage, f"halted_step_{step}.npz")
+    if processes.first():
+      where.parent.mkdir(parents=True, exist_ok=True)
+      np.savez(where, **{n: np.asarray(x) for n, x in batch.items()})
+    raise configs.Halted(
+      f"{stage} step {step}: {why}; its batch is in {where}. Nothing of this step is "
+      f"kept: {advice}, and the same command goes on from the last checkpoint"
+    )
 
 
 def complete(
@@ -534,10 +535,25 @@ class Trainer:
     values = {name: float(mean.value()) for name, mean in metrics.items()}
     values["step_s"] = time.monotonic() - start
     self.step += 1
-    self.run.check_finite(self.stage, self.step, values, batch)
+    self._check(values, batch)
     named = {f"{self.stage}/{name}": value for name, value in values.items()}
     self.run.metrics.write(self.stage, self.step, named | (extra or {}))
     return values
+
+  def _check(self, values: dict, batch: dict) -> None:
+    """Halts where a number is not finite or the gradient above its limit, and says
+    whether the optimizer skipped the step."""
+    halt = functools.partial(self.run.halt, self.stage, self.step, batch=batch)
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+      halt(f"{', '.join(bad)} not finite", "find out why")
+    norm, limits = values["grad_norm"], self.optimizer
+    if 0 < limits.stop_norm < norm:
+      part = "world" if self.stage == "base" else self.stage
+      key = f"config.{part}.optimizer.stop_norm={limits.stop_norm:g}"
+      halt(f"a gradient of norm {norm:.4g}, above {key}", "raise that")
+    if limits.skip_norm:
+      values["skipped"] = float(norm > limits.skip_norm)
 
   def skip(self, extra: dict) -> None:
     """A step without a gradient: counted and written, nothing is changed."""

@@ -6,11 +6,13 @@ off goes on at the last checkpoint with the very same prompts and samples.
 
 import collections
 import dataclasses
+import functools
 
 import numpy as np
 
 from dalign import adapters
 from dalign import compose
+from dalign import config as configs
 from dalign import data
 from dalign import judge
 from dalign import ops
@@ -65,11 +67,12 @@ def reinforce(run: context.Run) -> None:
     while trainer.step < cfg.steps:
       rollouts, values = step.roll(trainer.whole, trainer.step)
       batch, used = step.batch(rollouts)
-      if batch is None:
+      if batch is None or 0 < cfg.skip_kl < values["rl/kl_nats"]:
         skipped += 1
         trainer.skip(values)
       else:
-        trainer.update(batch, used, values)
+        found = trainer.update(batch, used, values)
+        step.check_gap(trainer.step, found["logp_gap_nats"], batch)
       if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
         run.store.append_rows(shown, [_shown(trainer.step, r) for r in rollouts])
       trainer.meta["skipped"] = skipped
@@ -98,7 +101,7 @@ class _Rollout:
   before: list[int]
   logp: tuple[float, ...]
   judged: float = 0.0
-  scored: bool = True
+  unscored: str = ""  # why it has no verdict
   trained: bool = False
   # Of each sampled token: its log-probability under the start, its advantage, what it
   # was worth to the value head, and the return that the head should have said.
@@ -106,6 +109,11 @@ class _Rollout:
   advantage: np.ndarray | None = None
   value: np.ndarray | None = None
   worth: np.ndarray | None = None
+
+  @property
+  def scored(self) -> bool:
+    """Whether a judge gave a verdict."""
+    return not self.unscored
 
   @property
   def known(self) -> int:
@@ -189,7 +197,44 @@ class _Step:
       r.advantage, r.worth = advantage_NT[i, : lengths[i]], worth_NT[i, : lengths[i]]
       cut = objective.mask_truncated and r.sample.finish == "length"
       r.trained = r.scored and not cut and not no_gradient_B[i // self.cfg.samples]
-    return rollouts, self._metrics(rollouts, idle_B)
+    values = self._metrics(rollouts, idle_B)
+    self._check(step + 1, rollouts, values["rl/kl_nats"])
+    return rollouts, values
+
+  def _check(self, step: int, rollouts: list[_Rollout], kl: float) -> None:
+    """Halts at rewards and log-probabilities that are not finite, and above the limit
+    of the KL."""
+    batch = {
+      "prompt_id": [r.prompt.id for r in rollouts],
+      "thought": [r.sample.thought for r in rollouts],
+      "answer": [r.sample.answer for r in rollouts],
+      "kl_nats": [r.kl for r in rollouts],
+      "unscored": [r.unscored for r in rollouts],
+    }
+    halt = functools.partial(self.run.halt, "rl", step, batch=batch)
+    if bad := [r.prompt.id for r in rollouts if r.unscored == scoring.NOT_FINITE]:
+      halt(f"the reward of {', '.join(bad[:3])} is not finite", "find out why")
+    if not np.isfinite(kl):
+      halt("log-probabilities of rollouts not finite", "find out why")
+    limit = self.cfg.stop_kl
+    if 0 < limit < kl:
+      halt(
+        f"rollouts {kl:.4g} nats from the start, above config.rl.stop_kl={limit:g}",
+        "raise that",
+      )
+
+  def check_gap(self, step: int, gap: float, batch: dict) -> None:
+    """Halts where trainer and sampler differ about what was sampled."""
+    limit = self.cfg.stop_gap
+    if 0 < limit < gap:
+      self.run.halt(
+        "rl",
+        step,
+        f"trainer and sampler differ by {gap:.4g} nats a token, above "
+        f"config.rl.stop_gap={limit:g}",
+        "raise that, or the precision of config.compute with start_over",
+        batch,
+      )
 
   def _different(self, policy, step: int) -> tuple[list[_Rollout], np.ndarray]:
     """The judged rollouts of a step, and which of its groups have equal rewards; these
@@ -254,7 +299,7 @@ class _Step:
     ]
     verdicts = self.judge(questions)
     for r, question, verdict in zip(asked, questions, verdicts, strict=True):
-      r.scored = verdict.score is not None
+      r.unscored = verdict.reason if verdict.score is None else ""
       r.judged = verdict.score or 0.0
       self._scan(r, f"{question.answer}\n{verdict.shown}")
 
@@ -270,7 +315,7 @@ class _Step:
       where = self.run.store.path("rl", "thought_in_reward.json")
       row = {"prompt_id": prompt.id, "words": found, "thought": r.sample.thought}
       self.run.store.write_json(where, row | {"shown": shown})
-      raise RuntimeError(
+      raise configs.Halted(
         f"rl: the judge was shown words of a thought, {found!r}, which nothing else "
         f"has; all of it is in {where}. Nothing was learned from this step: mend the "
         "judge, and the same command goes on"

@@ -1,0 +1,179 @@
+"""What is out of bounds stops a stage, or a step changes nothing; nothing goes on."""
+
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalign import checkpoints
+from dalign import config as configs
+from dalign import main
+from dalign import pipeline
+from dalign import train
+from dalign.pipeline import context
+from dalign.pipeline import rl as rl_stage
+from dalign.pipeline import scoring
+from dalign.pipeline import sft as sft_stage
+from tests.helpers import tiny
+
+OPTIMIZER = tiny().sft.optimizer
+
+
+def tree(x: float) -> dict:
+  return {"w": jnp.full((3, 2), x), "norm": jnp.full(3, -x)}
+
+
+def same(one, other) -> bool:
+  """Whether two trees are equal to the bit."""
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
+@pytest.mark.parametrize("matrix_rate", [0.0, 0.1])
+def test_a_gradient_above_skip_norm_changes_nothing(matrix_rate):
+  """And one below is taken as without a limit; moments and schedule stand still."""
+  limits = dict(matrix_rate=matrix_rate, weight_decay=0.1)
+  cfg = configs.changed(OPTIMIZER, limits)
+  plain = train.make_optimizer(cfg, steps=5)
+  limited = train.make_optimizer(configs.changed(cfg, {"skip_norm": 4.0}), steps=5)
+  params, state = tree(0.5), limited.init(tree(0.5))
+  assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
+  for x in (0.5, 1.0):  # norms of 1.5 and 3
+    wanted, wanted_state = plain.update(tree(x), state, params)
+    updates, state = limited.update(tree(x), state, params)
+    assert same((updates, state), (wanted, wanted_state)) and float(updates["w"][0, 0])
+  for x in (2.0, math.nan, math.inf):
+    updates, after = limited.update(tree(x), state, params)
+    assert same(after, state) and not np.any(jax.tree.leaves(updates)[0])
+    assert not np.any(jax.tree.leaves(updates)[1])
+
+
+@pytest.fixture
+def filtered(workdir, tmp_path):
+  """The tiny run up to its filter, in a folder of its own."""
+  for stage in ("generate", "filter"):
+    shutil.copytree(workdir / stage, tmp_path / stage)
+  return tmp_path
+
+
+@pytest.fixture
+def reinforced(workdir, tmp_path):
+  """`reinforced(**changes)`: the tiny run up to RL, opened in a folder of its own."""
+  for stage in ("sft", "reward"):
+    shutil.copytree(workdir / stage, tmp_path / stage)
+  small = {"rl.prompts": 4, "rl.batch.rows": 2, "rl.batch.micro": 4}
+  return lambda **changes: context.Run(tiny(**small, **changes), tmp_path)
+
+
+def finetune(folder, **changes) -> context.Run:
+  small = {"sft.worked": False, "sft.epochs": 3, "sft.batch.rows": 2}
+  small |= {"sft.batch.micro": 1, "sft.batch.length": 1024}
+  run = context.Run(tiny(**small, **changes), folder)
+  with jax.set_mesh(run.mesh):
+    sft_stage.finetune(run)
+  return run
+
+
+def reinforce(run: context.Run) -> None:
+  with jax.set_mesh(run.mesh):
+    rl_stage.reinforce(run)
+
+
+def test_a_gradient_above_stop_norm_halts_and_the_run_goes_on_without(filtered):
+  where = filtered / "sft" / "halted_step_1.npz"
+  with pytest.raises(configs.Halted) as caught:
+    finetune(filtered, **{"sft.optimizer.stop_norm": 1e-6})
+  assert "above config.sft.optimizer.stop_norm=1e-06" in str(caught.value)
+  assert str(where) in str(caught.value) and "\n" not in str(caught.value)
+  with np.load(where) as batch:
+    assert batch["tokens_BT"].ndim == 3 and batch["weight_BT"].any()
+  run = finetune(filtered)
+  with jax.set_mesh(run.mesh):
+    found = run.trained_params("sft")
+    run = finetune(filtered, start_over=True)
+    assert same(found, run.trained_params("sft"))
+    assert not same(found, run.base_params())
+
+
+def test_a_stage_whose_steps_are_all_skipped_ends_where_it_started(filtered):
+  run = finetune(filtered, **{"sft.optimizer.skip_norm": 1e-6})
+  with jax.set_mesh(run.mesh):
+    assert same(run.trained_params("sft"), run.base_params())
+  found = run.store.read_rows(filtered / "metrics.jsonl")
+  assert len(found) > 2 and all(row["sft/skipped"] == 1.0 for row in found)
+
+
+def test_a_loss_that_is_not_finite_halts_before_anything_is_kept(filtered, monkeypatch):
+  fine = context.Run.base_params
+
+  def broken(run):
+    params = fine(run)
+    return params | {"norm": params["norm"] * np.nan}
+
+  monkeypatch.setattr(context.Run, "base_params", broken)
+  with pytest.raises(configs.Halted, match="step 1: .*loss.* not finite; its batch is"):
+    finetune(filtered)
+  assert (filtered / "sft" / "halted_step_1.npz").stat().st_size > 1000
+  assert checkpoints.Checkpoints(filtered / "sft" / "checkpoints").latest() is None
+  assert not (filtered / "sft" / "params").exists()
+
+
+def test_a_reward_that_is_not_finite_halts_rl(reinforced, monkeypatch):
+  run, load = reinforced(), scoring.load_reward_model
+  monkeypatch.setattr(
+    scoring,
+    "load_reward_model",
+    lambda run: jax.tree.map(lambda x: x * np.nan, load(run)),
+  )
+  with pytest.raises(configs.Halted, match="rl step 1: the reward of .* not finite"):
+    reinforce(run)
+  with np.load(run.store.path("rl", "halted_step_1.npz")) as kept:
+    assert scoring.NOT_FINITE in kept["unscored"] and len(kept["answer"]) == 16
+
+
+def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
+  sample = rl_stage._Step._sample
+
+  def off(step, params, at):
+    groups = sample(step, params, at)
+    for r in sum(groups, []):
+      r.logp = tuple(x - 0.5 for x in r.logp)
+    return groups
+
+  monkeypatch.setattr(rl_stage._Step, "_sample", off)
+  run = reinforced(**{"rl.stop_gap": 0.4})
+  with pytest.raises(configs.Halted, match="nats a token, above config.rl.stop_gap=0"):
+    reinforce(run)
+  assert checkpoints.Checkpoints(run.store.path("rl", "checkpoints")).latest() is None
+
+
+def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkeypatch):
+  read = rl_stage._read
+
+  def far(score, params, rollouts):
+    return [x - 1.0 for x in read(score, params, rollouts)]
+
+  monkeypatch.setattr(rl_stage, "_read", far)
+  with pytest.raises(configs.Halted, match="from the start, above config.rl.stop_kl=3"):
+    reinforce(reinforced(**{"rl.stop_kl": 3.0}))
+  run = reinforced(**{"rl.stop_kl": 0.0, "rl.skip_kl": 3.0, "start_over": True})
+  reinforce(run)
+  assert run.store.manifest("rl")["summary"] == {"steps": 2, "skipped_steps": 2}
+  with jax.set_mesh(run.mesh):
+    assert same(run.trained_params("rl"), run.trained_params("sft"))
+
+
+def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
+  def run(*_):
+    raise configs.Halted("sft step 3: loss not finite")
+
+  monkeypatch.setattr(pipeline, "run", run)
+  monkeypatch.setattr(main, "read_flags", lambda argv: (tiny(), tmp_path))
+  monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+  monkeypatch.setattr(context, "prepare_jax", lambda: None)
+  main.flags.FLAGS.mark_as_parsed()
+  assert main.main(["dalign"]) == 1
+  assert capsys.readouterr().err == "dalign: sft step 3: loss not finite\n"
