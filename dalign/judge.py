@@ -154,9 +154,10 @@ def _combined(hard: dict[str, float], soft: dict[str, float]) -> Verdict:
 
 def _called_for(spec: Spec, question: FilterQuestion) -> str:
   """The behaviour that the thought calls for; the answer's own where it names none."""
-  clause = rubric.deciding_clause(spec, question.thought)
+  thought = words.own(question.thought, question.prompt.text)
+  clause = rubric.deciding_clause(spec, thought)
   verdicts = {c.id: c.verdict for p in spec.policies for c in p.clauses}
-  named = verdicts.get(clause) or behaviour.decision(question.thought)
+  named = verdicts.get(clause) or behaviour.decision(thought)
   return named or behaviour.of(question.answer, question.prompt.category)
 
 
@@ -164,10 +165,10 @@ def _with_thought(spec: Spec, question: FilterQuestion, verdict: Verdict) -> Ver
   """`verdict` on the answer, times the propositions on the thought."""
   if verdict.score is None:
     return verdict
-  prompt, thought = question.prompt, question.thought
+  prompt, thought = question.prompt, words.own(question.thought, question.prompt.text)
   does = behaviour.of(question.answer, prompt.category)
   parts = {
-    "thought_flows": rubric.thought_flows(spec, prompt, thought),
+    "thought_flows": rubric.thought_flows(spec, prompt, question.thought),
     "invents_none": rubric.invents_none(spec, prompt, thought),
     "clause_agrees": rubric.clause_agrees(spec, thought, does),
   }

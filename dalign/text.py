@@ -21,6 +21,7 @@ from dalign.types import Turn
 
 ROLES = ("system", "user", "assistant")
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 # Noncharacters first: no text should hold them. Then the private use area.
 _MARKS = [chr(c) for c in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
 
@@ -128,12 +129,12 @@ class Tokenizer:
 
     Tags that are tokens but not control tokens, such as Qwen3's <think>, are read.
     """
-    return self.backend.encode(text, add_special_tokens=False).ids
+    return _ids(self.backend, text)
 
   def document(self, text: str) -> list[int]:
     """Ids of `text` as a text without a chat: with what the tokenizer itself puts
     around one, such as BOS, and nothing of it read as a control token or a tag."""
-    return self._plain.encode(text).ids
+    return _ids(self._plain, text, add_special_tokens=True)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids` without control tokens."""
@@ -188,10 +189,10 @@ class Tokenizer:
     if not text:
       return []
     if first or not self._anchor:
-      return self._plain.encode(text, add_special_tokens=False).ids
-    ids = self._plain.encode("\n" + text, add_special_tokens=False).ids
+      return _ids(self._plain, text)
+    ids = _ids(self._plain, "\n" + text)
     if ids[: len(self._anchor)] != self._anchor:
-      return self._plain.encode(text, add_special_tokens=False).ids
+      return _ids(self._plain, text)
     return ids[len(self._anchor) :]
 
   @functools.cached_property
@@ -203,6 +204,14 @@ class Tokenizer:
       for name, i in ids.items()
       if i is not None
     }
+
+
+def _ids(
+  backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False
+) -> list[int]:
+  """Ids of a text, whose lone surrogates, which are no text, are U+FFFD."""
+  text = _SURROGATES.sub("\ufffd", text)
+  return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 def _anchor(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> list[int]:

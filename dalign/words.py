@@ -11,6 +11,7 @@ _SENTENCE_GAP = re.compile(r"(?<=[.!?])[\"')\]*_]*\s+(?=[\"'(\[*_]*[^\W_])|\s*\n
 _CLOSED = re.compile(r"[.!?…][\"')\]*_`»]*\s*\Z|```\s*\Z")
 _STEP = re.compile(r"(?:^|\s)(?:step\s*)?(\d{1,2})[.):]\s+\S", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
+_QUOTE = re.compile(r'"([^"]*)"')
 _LETTER = re.compile(r"(?<![\w'])([^\W\d_])(?![\w'])(?!\s+[a-z])")
 
 TRIGRAMS_DISTINCT = 0.6  # below this share a text says the same again and again
@@ -30,6 +31,21 @@ def sentences(text: str) -> list[str]:
   """The sentences of `text`; a line end ends one too, and none is without a word."""
   parts = _SENTENCE_GAP.split(plain(text))
   return [part.strip() for part in parts if _WORD.search(part)]
+
+
+def own(thought: str, prompt: str) -> str:
+  """A thought without the speech in double quotes that is the prompt's, which its
+  writer does not say: all of whose words stand in the prompt, in their order.
+
+  A prompt that is quoted whole has no double quotes left (`text.ThinkFormat.of`).
+  """
+  asked = words(prompt.replace('"', "'"))
+
+  def kept(match: re.Match) -> str:
+    rest, said = iter(asked), words(match[1])
+    return "" if said and all(word in rest for word in said) else match[0]
+
+  return _QUOTE.sub(kept, thought)
 
 
 def distinct_share(text: str, n: int = 3) -> float:

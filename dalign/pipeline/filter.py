@@ -17,6 +17,7 @@ from dalign import model
 from dalign import sharding
 from dalign import spec as specs
 from dalign import text
+from dalign import words
 from dalign.pipeline import context
 from dalign.pipeline import scoring
 from dalign.types import Prompt
@@ -126,13 +127,14 @@ def model_judge(run: context.Run) -> judge.Judge:
 def _row(
   run, prompt: Prompt, sample: Sample, verdict: Verdict, reward: Verdict
 ) -> dict:
+  thought = words.own(sample.thought, prompt.text)
   return context.sample_to_row(sample) | {
     "prompt": prompt.text,
     "category": prompt.category,
     "expected": prompt.expected,
     "kind": prompt.kind,
-    "cited": list(specs.cited(sample.thought, run.spec)),
-    "invented": list(specs.invented(sample.thought, run.spec)),
+    "cited": list(specs.cited(thought, run.spec)),
+    "invented": list(specs.invented(thought, run.spec)),
     "score": verdict.score,
     "reason": verdict.reason,
     "scores": dict(verdict.parts),
