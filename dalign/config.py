@@ -7,6 +7,7 @@ here: it stands in a config file, with its reason, or nowhere.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Mapping
@@ -859,6 +860,8 @@ def build(cls, node: Mapping[str, Any], where: str = "config"):
   Raises ValueError for unknown names (with the nearest known one), missing names and
   values of the wrong kind, naming the field in full.
   """
+  if not isinstance(node, Mapping) or not all(isinstance(name, str) for name in node):
+    raise ValueError(f"{where}: wanted names and their values, got {node!r:.80}")
   fields = {field.name: field.type for field in dataclasses.fields(cls)}
   for name in node:
     if name not in fields:
@@ -883,7 +886,9 @@ def _value(kind, value, where: str):
   if origin is tuple and isinstance(value, (tuple, list)):
     return tuple(value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    value = _float(value)
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"{where}: wanted a finite number, got {value}")
   wanted = Mapping if origin is Mapping or hasattr(origin, "keys") else origin
   if isinstance(wanted, type) and not isinstance(value, wanted):
     raise ValueError(f"{where}: wanted {kind}, got {value!r}")
@@ -892,6 +897,13 @@ def _value(kind, value, where: str):
   if origin is Mapping or hasattr(origin, "keys"):
     return types.MappingProxyType(dict(value))
   return value
+
+
+def _float(value: int) -> float:
+  try:
+    return float(value)
+  except OverflowError:
+    return math.inf
 
 
 def changed(config, changes: Mapping[str, Any], where: str = "config"):

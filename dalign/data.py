@@ -348,7 +348,7 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"{path}:{number}: wanted JSON, got {error}") from None
     if not isinstance(row, dict):
       raise ValueError(f"{path}:{number}: wanted a JSON object, got {row!r:.60}")
@@ -361,10 +361,11 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
   except ImportError:
     raise ValueError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
   try:
-    table = pyarrow.parquet.read_table(path)
-  except (OSError, pyarrow.ArrowInvalid) as error:
-    raise ValueError(f"{path}: wanted a Parquet file, got {error}") from None
-  for number, row in enumerate(table.to_pylist()):
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+  except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+    said = " ".join(str(error).split())
+    raise ValueError(f"{path}: wanted a Parquet file, got {said}") from None
+  for number, row in enumerate(rows):
     yield f"{path} row {number}", row
 
 

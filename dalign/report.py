@@ -95,6 +95,20 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     )
   for stage in STAGES:
     store.check_outputs(workdir / stage)
+  try:
+    page = _whole(workdir)
+  except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise ValueError(
+      f"{workdir}: an artefact does not hold what its stage writes ({said}); put it "
+      "back from a copy, or do its stage again"
+    ) from error
+  store.write_bytes(workdir / "report.html", page.encode())
+  return workdir / "report.html"
+
+
+def _whole(workdir: pathlib.Path) -> str:
+  """The page of a folder."""
   summary = _read_json(workdir / "eval" / "summary.json")
   manifests = {s: store.read_manifest(workdir / s / "manifest.json") for s in STAGES}
   config = _read_json(workdir / "config.json")
@@ -104,7 +118,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   points = [curve for stage in curves.values() for curve in stage.values()]
   data = {"samples": samples, "rollouts": rollouts, "curves": points}
   name = (config or {}).get("name") or workdir.resolve().name
-  page = _page(
+  return _page(
     title=figures.text(name),
     stages=_stage_strip(manifests),
     results=_results(summary),
@@ -117,11 +131,6 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     rollouts_note=_rollouts_note(rollouts),
     data=_script_json(data),
   )
-  path = workdir / "report.html"
-  part = workdir / "report.html.part"
-  part.write_text(page, encoding="utf-8", newline="\n")
-  part.replace(path)
-  return path
 
 
 def _page(**parts: str) -> str:
@@ -138,40 +147,15 @@ def _page(**parts: str) -> str:
 
 def _read_json(path: pathlib.Path) -> Json:
   """The JSON object of a file, or None where there is no file."""
-  if not path.is_file():
-    return None
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(
-      f"{path} should hold JSON: {error}; run its stage again"
-    ) from error
+  value = store.read_json(path) if path.is_file() else {}
   if not isinstance(value, dict):
-    raise ValueError(f"{path} should hold a JSON object, got {type(value).__name__}")
-  return value
+    raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+  return value if path.is_file() else None
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict]:
-  """The objects of a JSONL file; none where it is absent.
-
-  A last line without its line end is one that a run was stopped in: it is left out.
-  """
-  if not path.is_file():
-    return
-  with path.open(encoding="utf-8", newline="\n") as lines:
-    for number, line in enumerate(lines, 1):
-      try:
-        row = json.loads(line) if line.strip() else None
-      except ValueError as error:
-        if not line.endswith("\n"):
-          return
-        raise ValueError(f"{path}, line {number} should be JSON: {error}") from error
-      if row is not None and not isinstance(row, dict):
-        raise ValueError(
-          f"{path}, line {number} should be an object, got {line[:80]!r}"
-        )
-      if row is not None:
-        yield row
+  """The rows of a JSONL file; none where it is absent."""
+  return store.each_row(path) if path.is_file() else iter(())
 
 
 def _samples(workdir: pathlib.Path, summary: Json) -> Json:

@@ -67,8 +67,10 @@ def write_json(path: pathlib.Path, value) -> None:
 def read_json(path: pathlib.Path):
   """The value of a JSON file; ValueError names a file that is absent or not JSON."""
   try:
-    return json.loads(_read(path))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    return json.loads(path.read_bytes())
+  except FileNotFoundError:
+    raise ValueError(f"{path}: wanted this file, found none") from None
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: wanted JSON, got {error}") from None
 
 
@@ -97,13 +99,20 @@ def read_rows(path: pathlib.Path) -> list[dict]:
   `append_rows` is what cuts that line off: reading leaves the file as it is. Raises
   ValueError with file:line for any other line that is not a JSON object.
   """
-  lines = _read(path).split(b"\n")
-  if not _row(lines[-1]):
-    lines.pop()
-  rows = []
-  for number, line in enumerate(lines, 1):
-    rows.append(_checked_row(path, number, line))
-  return rows
+  return [*each_row(path)]
+
+
+def each_row(path: pathlib.Path) -> Iterator[dict]:
+  """As `read_rows`, one after the other."""
+  try:
+    file = path.open("rb")
+  except FileNotFoundError:
+    raise ValueError(f"{path}: wanted this file, found none") from None
+  with file:
+    for number, line in enumerate(file, 1):
+      if not line.endswith(b"\n") and _row(line) is None:
+        return
+      yield _checked_row(path, number, line)
 
 
 def sort_rows(path: pathlib.Path, key: Callable[[dict], Any]) -> None:
@@ -461,6 +470,10 @@ class Metrics:
     if not processes.first() or not self._path.exists():
       return
     rows = read_rows(self._path)
+    for number, row in enumerate(rows, 1):
+      if not (isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)):
+        got = f"{row!r:.80}"
+        raise ValueError(f"{self._path}:{number}: wanted stage and step, got {got}")
     kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
     if len(kept) < len(rows):
       write_rows(self._path, kept)
@@ -554,7 +567,7 @@ def _row(line: bytes) -> dict | None:
   """The JSON object of a line, or None. No proper prefix of an object is an object."""
   try:
     row = json.loads(line)
-  except (json.JSONDecodeError, UnicodeDecodeError):
+  except (ValueError, RecursionError):
     return None
   return row if isinstance(row, dict) else None
 
@@ -582,10 +595,3 @@ def _mend(path: pathlib.Path) -> None:
       file.truncate(start)
     else:
       file.write(b"\n")
-
-
-def _read(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except FileNotFoundError:
-    raise ValueError(f"{path}: wanted this file, found none") from None

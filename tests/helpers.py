@@ -7,6 +7,8 @@ import subprocess
 import sys
 import types
 
+import hypothesis
+
 from dalign import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,6 +26,19 @@ def config_file(name: str) -> types.ModuleType:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def examples(n: int):
+  """Hypothesis settings of a fuzzer: n examples, the same each time; or with the
+  environment variable DALIGN_FUZZ=k so many times as many, new ones each time."""
+  times = int(os.environ.get("DALIGN_FUZZ", "0"))
+  return hypothesis.settings(
+    max_examples=n * max(times, 1),
+    derandomize=not times,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
 
 
 def tiny(**changes) -> configs.Config:

@@ -679,10 +679,10 @@ def test_a_line_that_a_run_was_stopped_in_is_left_out(tmp_path):
 @pytest.mark.parametrize(
   ("name", "content", "wanted"),
   [
-    ("metrics.jsonl", '{"step": 1}\n{bad}\n{"step": 2}\n', "line 2"),
-    ("metrics.jsonl", "[1]\n", "line 1"),
+    ("metrics.jsonl", '{"step": 1}\n{bad}\n{"step": 2}\n', "metrics.jsonl:2"),
+    ("metrics.jsonl", "[1]\n", "metrics.jsonl:1"),
     ("config.json", "[]", "JSON object"),
-    ("eval/summary.json", "{", "should hold JSON"),
+    ("eval/summary.json", "{", "wanted JSON"),
     ("eval/summary.json", '{"arms": {"base": {"style": 0.5}}}', "base.style"),
     ("eval/base.jsonl", '{"prompt": "x"}\n', "prompt_id"),
   ],

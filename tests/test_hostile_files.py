@@ -1,0 +1,352 @@
+"""Whatever stands in a prompt set, a flag or an artefact: one clear error, or none.
+
+DALIGN_FUZZ=k tries k times as many examples.
+"""
+
+import copy
+import json
+import pathlib
+import shutil
+
+from absl import flags
+from hypothesis import given
+from hypothesis import strategies as st
+import pyarrow
+from pyarrow import parquet
+import pytest
+
+from dalign import config as configs
+from dalign import data
+from dalign import main
+from dalign import report
+from dalign import store
+from tests.helpers import ROOT
+from tests.helpers import config_file
+from tests.helpers import examples
+from tests.helpers import tiny
+
+TEXT = st.one_of(
+  st.text(max_size=20),
+  st.sampled_from(
+    [
+      "",
+      " ",
+      "user",
+      "comply",
+      "refuse",
+      "train",
+      "nan",
+      "=x",
+      "../x",
+      "\x00",
+      "\ud800",
+    ]
+  ),
+)
+JSON = st.recursive(
+  st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    TEXT,
+  ),
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)
+  ),
+  max_leaves=8,
+)
+
+
+def sound(do):
+  """What `do` returns, or the one line of its ValueError; all else is a failure."""
+  try:
+    return do()
+  except ValueError as error:
+    assert str(error) and "\n" not in str(error), repr(str(error))
+    return str(error)
+
+
+def places(value, path=()):
+  """The paths of all that a JSON value holds, itself included."""
+  yield path
+  if isinstance(value, dict | list):
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+      yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+  """A JSON value with another at a path; `...` takes it out."""
+  if not path:
+    return None if new is ... else new
+  value = copy.copy(value)
+  inside = changed(value[path[0]], path[1:], new)
+  if len(path) == 1 and new is ...:
+    value.pop(path[0])
+  else:
+    value[path[0]] = inside
+  return value
+
+
+# --- Prompt sets ---
+
+TURNS = st.lists(
+  st.one_of(
+    st.fixed_dictionaries(
+      {"role": st.one_of(st.sampled_from(["user", "assistant"]), JSON), "content": TEXT}
+    ),
+    JSON,
+  ),
+  max_size=3,
+)
+ROW = st.fixed_dictionaries(
+  {},
+  optional={
+    "prompt": st.one_of(TEXT, JSON),
+    "turns": st.one_of(TURNS, JSON),
+    "category": st.one_of(st.just("benign"), JSON),
+    "expected": st.one_of(st.just("comply"), JSON),
+    "kind": st.one_of(st.just("capability"), JSON),
+    "split": st.one_of(st.just("eval"), JSON),
+    "id": JSON,
+    "answer": JSON,
+    "scenario": JSON,
+    "more": JSON,
+  },
+)
+LINE = st.one_of(
+  ROW.map(lambda row: json.dumps(row).encode()),
+  JSON.map(lambda row: json.dumps(row).encode()),
+  st.binary(max_size=30),
+  st.integers(1, 40).map(lambda n: b"[" * 50_000 * n),
+  st.integers(1, 40).map(lambda n: b"9" * 500 * n),
+)
+COLUMNS = st.dictionaries(
+  st.one_of(st.sampled_from(data.FIELDS), TEXT),
+  st.one_of(st.sampled_from(["=benign", "=comply", "more", "prompt"]), TEXT),
+  max_size=3,
+)
+
+
+def well_formed(prompts) -> None:
+  """What a stage may count on."""
+  for prompt in prompts:
+    fields = (prompt.id, prompt.category, prompt.scenario, prompt.answer, prompt.text)
+    assert all(isinstance(value, str) for value in fields) and prompt.text.strip()
+    assert prompt.split in data.SPLITS and prompt.category
+  assert len({prompt.id for prompt in prompts}) == len(prompts) > 0
+
+
+@examples(150)
+@given(lines=st.lists(LINE, max_size=4), columns=COLUMNS)
+def test_any_jsonl_is_prompts_or_one_clear_error(tmp_path_factory, lines, columns):
+  path = tmp_path_factory.mktemp("rows") / "set.jsonl"
+  path.write_bytes(b"\n".join(lines))
+  found = sound(lambda: data.load(f"jsonl:{path}", columns, "."))
+  if isinstance(found, str):
+    assert str(path) in found or "columns: " in found
+  else:
+    well_formed(found)
+
+
+CELLS = st.one_of(
+  st.lists(st.text(max_size=8), min_size=2, max_size=2),
+  st.lists(st.integers(-(2**62), 2**62), min_size=2, max_size=2),
+  st.lists(st.binary(max_size=8), min_size=2, max_size=2),
+  st.lists(st.datetimes(), min_size=2, max_size=2),
+  st.lists(st.lists(st.text(max_size=4), max_size=2), min_size=2, max_size=2),
+  st.sampled_from([["comply"] * 2, ["benign"] * 2, ["user"] * 2, ["a", "b"]]),
+)
+
+
+@examples(60)
+@given(
+  table=st.dictionaries(st.sampled_from(data.FIELDS), CELLS, min_size=1),
+  harm=st.one_of(st.none(), st.tuples(st.integers(0, 2000), st.integers(0, 255))),
+)
+def test_any_parquet_is_prompts_or_one_clear_error(tmp_path_factory, table, harm):
+  path = tmp_path_factory.mktemp("rows") / "set.parquet"
+  parquet.write_table(pyarrow.table(table), path)
+  if harm:
+    content = bytearray(path.read_bytes())
+    content[harm[0] % len(content)] = harm[1]
+    path.write_bytes(content)
+  found = sound(lambda: data.load(f"parquet:{path}", {}, "."))
+  if isinstance(found, str):
+    assert str(path) in found
+  else:
+    well_formed(found)
+
+
+# --- Flags ---
+
+KEYS = sorted(configs.flat(tiny()))
+VALUES = st.one_of(
+  st.sampled_from(
+    [
+      *(
+        "",
+        "nan",
+        "inf",
+        "-inf",
+        "1e999",
+        "-1",
+        "0",
+        "1.5",
+        "None",
+        "True",
+        "()",
+        "{}",
+      ),
+      *("(1,)", "('a',)", "[1, 2]", "{'a': 1}", "9" * 30, "1_0", "__import__('os')"),
+      *("'", '"', "(", "\\", "\n", "../..", "a=b", "--config.seed=1"),
+    ]
+  ),
+  st.text(max_size=12),
+)
+NAMES = st.one_of(
+  st.sampled_from(KEYS),
+  st.sampled_from(KEYS).map(lambda key: key.rpartition(".")[0] or key),
+  st.sampled_from(KEYS).map(lambda key: key[:-1]),
+  st.text("abz._[]0", min_size=1, max_size=9),
+)
+
+
+@examples(120)
+@given(overrides=st.dictionaries(NAMES, VALUES, max_size=3))
+def test_any_override_makes_a_config_or_one_clear_error(overrides):
+  more = [f"--config.{name}={value}" for name, value in overrides.items()]
+  argv = ["dalign", f"--config={ROOT / 'configs' / 'tiny.py'}", "--workdir=w", *more]
+  before = set(flags.FLAGS)
+  try:
+    found = sound(lambda: main.read_flags(argv))
+  finally:
+    flags.FLAGS.unparse_flags()
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
+  if not isinstance(found, str):
+    again = configs.of_json(json.loads(json.dumps(configs.to_json(found[0]))))
+    assert configs.flat(again) == configs.flat(found[0])
+
+
+NODE = config_file("tiny").get_config().to_dict()
+
+
+@examples(150)
+@given(
+  st.sampled_from(sorted(places(NODE), key=repr)[1:]), st.one_of(st.just(...), JSON)
+)
+def test_any_config_is_one_or_one_clear_error(path, new):
+  """As a config file, which is Python and may hold anything, has it."""
+  found = sound(lambda: configs.build(configs.Config, changed(NODE, path, new)))
+  assert isinstance(found, str | configs.Config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -(10**400)])
+def test_numbers_of_configs_are_finite(value):
+  bad = changed(NODE, ("sft", "decision_weight"), value)
+  with pytest.raises(ValueError, match="sft.decision_weight: wanted a finite number"):
+    configs.build(configs.Config, bad)
+
+
+@pytest.mark.parametrize("value", [[], 3, None, {"seed": 1, "seed.x": 2}, {}])
+def test_what_is_no_config_is_refused(value):
+  with pytest.raises(ValueError, match="^config"):
+    configs.of_json(value)
+
+
+# --- Artefacts ---
+
+
+@pytest.fixture(scope="module")
+def artefacts(workdir, tmp_path_factory):
+  """A run without its arrays."""
+  folder = tmp_path_factory.mktemp("artefacts") / "run"
+  leave = shutil.ignore_patterns("checkpoints", "params", "tensorboard", "model")
+  shutil.copytree(workdir, folder, ignore=leave)
+  return folder
+
+
+def harmed(draw_from, data_of) -> st.SearchStrategy:
+  """Contents of a file: its JSON changed at a place, or its bytes."""
+  whole = json.loads(data_of)
+  spots = sorted(places(whole), key=repr)
+  changes = st.tuples(st.sampled_from(spots), st.one_of(st.just(...), draw_from))
+  return st.one_of(
+    changes.map(lambda c: json.dumps(changed(whole, *c)).encode()),
+    st.integers(0, len(data_of)).map(lambda n: data_of[:n]),
+    st.tuples(st.integers(0, len(data_of) - 1), st.integers(0, 255)).map(
+      lambda c: data_of[: c[0]] + bytes([c[1]]) + data_of[c[0] + 1 :]
+    ),
+  )
+
+
+def begin(folder: pathlib.Path, stage: str):
+  """Opens a stage as the run itself would, with nothing changed."""
+  kept = store.Store(folder)
+  old = json.loads((folder / "generate" / "manifest.json").read_text())
+  inputs = [folder / "generate" / "manifest.json"]
+  return kept.begin(stage, old["config"], inputs, old["seed"], "device")
+
+
+@pytest.mark.parametrize("name", ["filter/manifest.json", "eval/manifest.json"])
+@examples(30)
+@given(random=st.data())
+def test_any_manifest_is_read_or_refused_by_name(artefacts, name, random):
+  path = artefacts / name
+  whole = path.read_bytes()
+  try:
+    path.write_bytes(random.draw(harmed(JSON, whole)))
+    found = sound(lambda: store.read_manifest(path))
+    assert isinstance(found, dict) or str(path) in found
+    said = sound(lambda: store.check_outputs(path.parent))
+    assert said is None or str(path.parent) in said
+    assert sound(lambda: begin(artefacts, path.parent.name))
+    assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
+  finally:
+    path.write_bytes(whole)
+
+
+@examples(40)
+@given(random=st.data())
+def test_any_config_json_is_read_or_refused(artefacts, random):
+  path = artefacts / "config.json"
+  whole = path.read_bytes()
+  try:
+    path.write_bytes(random.draw(harmed(JSON, whole)))
+    found = sound(lambda: configs.of_json(store.read_json(path)))
+    assert isinstance(found, configs.Config) or "config" in found
+    assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
+  finally:
+    path.write_bytes(whole)
+
+
+@examples(30)
+@given(random=st.data())
+def test_any_metrics_are_read_or_refused_by_line(artefacts, random):
+  path = artefacts / "metrics.jsonl"
+  whole = path.read_bytes()
+  lines = whole.splitlines(keepends=True)
+  at = random.draw(st.integers(0, len(lines) - 1))
+  try:
+    line = random.draw(harmed(JSON, lines[at].rstrip())) + b"\n"
+    path.write_bytes(b"".join([*lines[:at], line, *lines[at + 1 :]]))
+    said = sound(lambda: store.Metrics(artefacts, tensorboard=False).rewind("rl", 1))
+    assert said is None or f"{path}:{at + 1}" in said
+    assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
+  finally:
+    path.write_bytes(whole)
+
+
+def test_examples_are_as_many_as_asked_for(monkeypatch):
+  monkeypatch.setenv("DALIGN_FUZZ", "3")
+  seen = []
+
+  @examples(7)
+  @given(st.integers())
+  def run(x):
+    seen.append(x)
+
+  run()
+  assert 7 < len(seen) <= 21
