@@ -5,6 +5,7 @@ classes, and nothing below `main` ever sees a ConfigDict. No number has a defaul
 here: it stands in a config file, with its reason, or nowhere.
 """
 
+import collections.abc
 import dataclasses
 import difflib
 import math
@@ -882,19 +883,18 @@ def _value(kind, value, where: str):
     kind = typing.get_args(kind)[0]
   if dataclasses.is_dataclass(kind):
     return build(kind, value, where)
-  origin = typing.get_origin(kind) or kind
+  origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin is tuple and isinstance(value, (tuple, list)):
+    if inner[1:] == (...,):
+      value = [_value(inner[0], x, f"{where}[{i}]") for i, x in enumerate(value)]
     return tuple(value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = _float(value)
   if isinstance(value, float) and not math.isfinite(value):
     raise ValueError(f"{where}: wanted a finite number, got {value}")
-  wanted = Mapping if origin is Mapping or hasattr(origin, "keys") else origin
-  if isinstance(wanted, type) and not isinstance(value, wanted):
-    raise ValueError(f"{where}: wanted {kind}, got {value!r}")
-  if isinstance(value, bool) and kind is not bool:
-    raise ValueError(f"{where}: wanted {kind}, got {value!r}")
-  if origin is Mapping or hasattr(origin, "keys"):
+  if not isinstance(value, origin) or isinstance(value, bool) and kind is not bool:
+    raise ValueError(f"{where}: wanted {kind}, got {value!r:.80}")
+  if origin is collections.abc.Mapping:
     return types.MappingProxyType(dict(value))
   return value
 

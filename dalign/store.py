@@ -563,10 +563,14 @@ def _line(row: Mapping) -> bytes:
   return _encode(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def _no_number(name: str):
+  raise ValueError(f"{name} is no number of JSON")
+
+
 def _row(line: bytes) -> dict | None:
   """The JSON object of a line, or None. No proper prefix of an object is an object."""
   try:
-    row = json.loads(line)
+    row = json.loads(line, parse_constant=_no_number)
   except (ValueError, RecursionError):
     return None
   return row if isinstance(row, dict) else None

@@ -211,6 +211,22 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
   assert counts["refused"] > 10, counts
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+  for version, wanted in ((2, "wanted checkpoints of format 1, got 2"), (1, "")):
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoints, "FORMAT_VERSION", version)
+      writer = Checkpoints(tmp_path / str(version))
+      writer.save(1, make_state(1), {})
+      writer.close()
+    reader = Checkpoints(tmp_path / str(version))
+    if wanted:
+      with pytest.raises(ValueError, match=wanted):
+        reader.restore(1, abstract(make_state(1)))
+    else:
+      reader.restore(1, abstract(make_state(1)))
+    reader.close()
+
+
 def test_sums_tell_values_and_places_apart():
   x = jnp.arange(24.0).reshape(2, 3, 4)
   sums = [tuple(map(int, checkpoints._sum(y))) for y in (x, x[::-1], x + 0)]

@@ -243,6 +243,19 @@ def test_any_config_is_one_or_one_clear_error(path, new):
   assert isinstance(found, str | configs.Config)
 
 
+@pytest.mark.parametrize(
+  ("path", "value"),
+  [
+    (("model", "random"), None),
+    (("rl", "expected"), [[]]),
+    (("eval", "budgets"), [True]),
+  ],
+)
+def test_parts_of_configs_have_their_kind(path, value):
+  with pytest.raises(ValueError, match=f"^config.{'.'.join(path)}.*: wanted "):
+    configs.build(configs.Config, changed(NODE, path, value))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -(10**400)])
 def test_numbers_of_configs_are_finite(value):
   bad = changed(NODE, ("sft", "decision_weight"), value)
@@ -316,7 +329,7 @@ def test_any_config_json_is_read_or_refused(artefacts, random):
   try:
     path.write_bytes(random.draw(harmed(JSON, whole)))
     found = sound(lambda: configs.of_json(store.read_json(path)))
-    assert isinstance(found, configs.Config) or "config" in found
+    assert isinstance(found, configs.Config) or "config" in found.casefold()
     assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
   finally:
     path.write_bytes(whole)

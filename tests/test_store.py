@@ -9,9 +9,11 @@ import time
 
 import pytest
 
+from dalign import config as configs
 from dalign import store
 from dalign.store import Metrics
 from dalign.store import Store
+from tests.helpers import tiny
 
 ROWS = [{"id": "a", "text": "é\u2028"}, {"id": "b", "n": [1, 2]}, {"id": "c", "t": {}}]
 CONFIG = {"sft.lr": 1e-3, "sft.steps": 10, "model.path": "m"}
@@ -173,15 +175,7 @@ def test_a_stage_is_fresh_then_resumed_then_done(tmp_path, spec):
   assert last["wall_s"] >= 0.04 and last["summary"] == {"loss": 1.5}
   assert last["started"] == first["started"] <= last["finished"]
   assert set(last) == {
-    *(
-      "format_version",
-      "stage",
-      "config",
-      "config_hash",
-      "inputs",
-      "outputs",
-      "code_version",
-    ),
+    *("format_version", "stage", "config", "config_hash", "inputs", "outputs"),
     *("code_version", "seed", "device", "started", "finished", "wall_s", "summary"),
   }
 
@@ -254,6 +248,30 @@ def test_a_manifest_of_another_format_is_refused(tmp_path):
   run.write_json(run.path("sft", "manifest.json"), {"format_version": 0})
   with pytest.raises(ValueError, match="wanted manifest format 1, got 0"):
     run.begin("sft", {}, [], 0, "cpu")
+
+
+def test_a_key_that_came_since_changes_nothing_at_its_old_value(tmp_path):
+  """And one that is of no part that the stage reads is not made up."""
+  older = {"eval.prompts": 9, "rl.optimizer.clip_norm": 1.0}
+  newer = older | {"eval.max_think": 0, "rl.optimizer.skip_norm": 0.0}
+  newer["rl.optimizer.stop_norm"] = 0.0
+  Store(tmp_path).begin("eval", older, [], 0, "cpu")
+  assert Store(tmp_path).begin("eval", newer, [], 0, "cpu") == "resume"
+  Store(tmp_path / "b").begin("eval", older, [], 0, "cpu")
+  with pytest.raises(ValueError, match="eval.max_think was 0 and is now 64"):
+    Store(tmp_path / "b").begin("eval", newer | {"eval.max_think": 64}, [], 0, "cpu")
+  assert Store(tmp_path / "b").begin("eval", older, [], 0, "cpu") == "resume"
+
+
+def test_a_config_json_of_another_format_is_refused():
+  values = configs.to_json(tiny())
+  older = {k: v for k, v in values.items() if k not in configs.ADDED}
+  assert older.pop("format_version") == 1 and len(older) < len(values) - 5
+  found = configs.of_json(older)
+  assert found.rl.stop_kl == 0.0 != tiny().rl.stop_kl
+  assert found.eval == tiny().eval
+  with pytest.raises(ValueError, match="wanted format 1, got 2"):
+    configs.of_json(values | {"format_version": 2})
 
 
 def test_metrics_are_written_and_rewound(tmp_path):
