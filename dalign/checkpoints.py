@@ -99,13 +99,11 @@ class Checkpoints:
         "meta": ocp.args.JsonRestore(),
       }
       restored = manager.restore(step, args=ocp.args.Composite(**parts))
-    # Older ones are of this format and do not say so, or have no sums.
-    older = {"format_version": FORMAT_VERSION, "sums": {}, "own": restored.meta}
-    meta = older | restored.meta
-    if meta["format_version"] != FORMAT_VERSION:
+    meta, version = restored.meta, restored.meta.get("format_version")
+    if version != FORMAT_VERSION:
       raise ValueError(
-        f"{self._dir}: wanted checkpoints of format {FORMAT_VERSION}, got "
-        f"{meta['format_version']!r}; use the dalign that wrote them"
+        f"{self._dir}: wanted checkpoints of format {FORMAT_VERSION}, got {version!r}; "
+        "use the dalign that wrote them"
       )
     _check_sums(self._dir, restored.state, meta["sums"])
     return restored.state, meta["own"]
