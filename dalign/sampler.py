@@ -9,6 +9,7 @@ a finished row leaves, a waiting one enters, and no shape ever changes.
 import collections
 import dataclasses
 import functools
+import itertools
 from typing import Callable, Iterable, Iterator, Sequence
 
 from flax import struct
@@ -447,7 +448,8 @@ class Sampler:
     max_new: int,
     more: Callable[[Completion], Iterable[Request]] = lambda _: (),
   ) -> Iterator[Completion]:
-    """Completes the requests of all groups, in the order in which they finish.
+    """Completes the requests of all groups, in the order in which they finish; a group
+    is asked for when there are slots for it.
 
     `weights` is `prepare(params)`. `prefix_room` (tokens that the rows of a group share
     in front, with 0 they share none), `prompt_room` (tokens of a row beyond those) and
@@ -457,8 +459,10 @@ class Sampler:
 
     Raises ValueError when a request does not fit the given room.
     """
-    pending = collections.deque(group for group in groups if group)
-    A = self.sampler.lanes if len(pending) > 1 else 1
+    pending = (group for group in groups if group)
+    first = [*itertools.islice(pending, 2)]
+    pending = itertools.chain(first, pending)
+    A = self.sampler.lanes if len(first) > 1 else 1
     s = self.sampler
     P = -(-prefix_room // s.prefix_step) * s.prefix_step
     make_lanes, set_prefix = self._lanes[A]
@@ -470,9 +474,9 @@ class Sampler:
 
     def next_lane(own: range) -> _Lane | None:
       """A lane for the next group; when there is none, with half of another's queue."""
-      if pending:
+      if group := next(pending, None):
         # Long prompts first, like ones together: a batch is as wide as its longest.
-        group = sorted(pending.popleft(), key=lambda r: (-len(r.tokens), r.tokens))
+        group = sorted(group, key=lambda r: (-len(r.tokens), r.tokens))
         head, prefix = (), None
         if P:
           head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]

@@ -102,38 +102,40 @@ def read_rows(path: pathlib.Path) -> list[dict]:
   return [*each_row(path)]
 
 
-def each_row(path: pathlib.Path) -> Iterator[dict]:
-  """As `read_rows`, one after the other."""
+def each_row(
+  path: pathlib.Path, key: Callable[[dict], Any] | None = None
+) -> Iterator[dict]:
+  """As `read_rows`, one after the other; in the order of a key, whose values alone are
+  held in memory."""
   try:
     file = path.open("rb")
   except FileNotFoundError:
     raise ValueError(f"{path}: wanted this file, found none") from None
-  with file:
+
+  def rows():
     for number, line in enumerate(file, 1):
       if not line.endswith(b"\n") and _row(line) is None:
         return
-      yield _checked_row(path, number, line)
+      yield _checked_row(path, number, line), len(line)
+
+  with file:
+    if key is None:
+      yield from (row for row, _ in rows())
+      return
+    places, at = [], 0
+    for row, size in rows():
+      places.append((key(row), at))
+      at += size
+    for _, place in sorted(places):
+      file.seek(place)
+      yield json.loads(file.readline())
 
 
 def sort_rows(path: pathlib.Path, key: Callable[[dict], Any]) -> None:
-  """Puts the rows of a JSONL file in the order of `key`, whole or not at all.
-
-  Of the rows only keys and places are held in memory. Raises ValueError with file:line
-  for a line that is not a JSON object.
-  """
+  """Puts the rows of a JSONL file in the order of `key`, whole or not at all; memory
+  and errors as of `each_row`."""
   _mend(path)
-  places, at = [], 0
-  with path.open("rb") as file:
-    for number, line in enumerate(file, 1):
-      places.append((key(_checked_row(path, number, line)), at))
-      at += len(line)
-
-    def lines():
-      for _, place in sorted(places):
-        file.seek(place)
-        yield file.readline()
-
-    _replace(path, lines())
+  _replace(path, map(_line, each_row(path, key)))
 
 
 def read_spec_files(dir: pathlib.Path) -> dict[str, str]:
@@ -229,6 +231,14 @@ class Store:
   def read_rows(self, path: pathlib.Path) -> list[dict]:
     """As the function."""
     return self._read(read_rows, path)
+
+  def each_row(
+    self, path: pathlib.Path, key: Callable[[dict], Any] | None = None
+  ) -> Iterator[dict]:
+    """As the function; to be read to its end."""
+    processes.meet(f"before {path}")
+    yield from each_row(path, key)
+    processes.meet(str(path))
 
   def has(self, path: pathlib.Path) -> bool:
     """Whether a file is there, as the first process sees it."""

@@ -2,11 +2,14 @@
 
 All that jax reads once, when it first looks for devices, is set here. Shapes of unlike
 rank are not broadcast: that hides mistakes. Tests compile more than they compute, so
-LLVM is told not to optimise.
+LLVM is told not to optimise, and what one test has compiled the next need not.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -21,6 +24,11 @@ from dalign.config import Compute
 from dalign.config import ModelConfig
 from tests.helpers import run_command
 
+_cache = tempfile.mkdtemp(prefix="dalign-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

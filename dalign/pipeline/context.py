@@ -1,6 +1,6 @@
 """What the stages of one run share: config, files, model, spec, prompts, progress."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import json
@@ -348,7 +348,7 @@ class Run:
 def complete(
   run: Run,
   weights: sampling.Weights,
-  groups: list[list[sampling.Request]],
+  groups: Iterable[list[sampling.Request]],
   *,
   key,
   temperature: float,
@@ -358,9 +358,12 @@ def complete(
   **more,
 ) -> Iterator[sampling.Completion]:
   """The completions of requests, as they end. Those of a group share what they have in
-  common, or of it the first `room` tokens. Prompts longer than the config has room for
-  are an error, or with `grows` take more."""
-  rows = [[request.tokens for request in group] for group in groups if group]
+  common, or of it the first `room` tokens; groups are made as they are needed where
+  that is given. Prompts longer than the config has room for are an error, or with
+  `grows` take more."""
+  if room is None or grows:
+    groups = [group for group in groups if group]
+    rows = [[request.tokens for request in group] for group in groups]
   if room is None:
     many = (own for own in rows if len(own) > 1)
     room = max((run.cfg.sampler.prefix_step, *map(sampling.common_prefix, many)))
@@ -382,7 +385,8 @@ def complete(
 def drafts(
   run: Run, prompts: list[Prompt], index: int = 0, *, grows: bool = False
 ) -> dict[str, Sample]:
-  """What the base replies to prompts without a specification: prompt id -> sample."""
+  """What the base replies to prompts without a specification: prompt id -> sample.
+  `grows` as in `complete`."""
   cfg = run.cfg.generate
   requests = [
     sampling.Request(

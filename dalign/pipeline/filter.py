@@ -7,6 +7,8 @@ score from a judge that cannot see the thought: that is what the reward model le
 import collections
 import dataclasses
 import functools
+import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Verdict
 
+AT_ONCE = 4096  # samples that are held and put to the judge at the same time
+
 
 def filter_(run: context.Run) -> None:
   """Judges every well-formed sample and keeps the best, balanced over cells."""
@@ -34,48 +38,77 @@ def filter_(run: context.Run) -> None:
   if not run.begin("filter", [source, *run.sources]):
     return
   prompts = {prompt.id: prompt for prompt in run.prompts}
-  rows = run.store.read_rows(source)
-  samples = sorted(
-    map(context.row_to_sample, rows), key=lambda s: (s.prompt_id, s.index)
-  )
-  asked = [(prompts[s.prompt_id], s) for s in samples]
-  verdicts = _judge(run, asked)
-  rewards = _rewards(run, asked)
-  judged = [
-    _row(run, *pair, verdict, reward)
-    for pair, verdict, reward in zip(asked, verdicts, rewards, strict=True)
-  ]
+  path = run.store.path("filter", "judged.jsonl")
+  run.store.write_rows(path, [])  # what a run that was cut off has judged
+  ask, reward = _judge(run), scoring.answer_judge(run, "reward")
+  rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
+  judged: list[_Judged] = []
+  while some := [*map(context.row_to_sample, itertools.islice(rows, AT_ONCE))]:
+    asked = [(prompts[s.prompt_id], s) for s in some]
+    verdicts = _verdicts(ask, asked, cfg.votes)
+    rewards = reward(
+      [judge.RewardQuestion(prompt=p, answer=s.answer) for p, s in asked]
+    )
+    found = [
+      _row(run, *pair, verdict, own)
+      for pair, verdict, own in zip(asked, verdicts, rewards, strict=True)
+    ]
+    run.store.append_rows(path, found)
+    judged += map(_Judged.of, found)
   kept = _keep(judged, cfg)
-  run.store.write_rows(run.store.path("filter", "judged.jsonl"), judged)
-  run.store.write_rows(run.store.path("filter", "kept.jsonl"), kept)
+  ids = {row.id for row in kept}
+  run.store.write_rows(
+    path.with_name("kept.jsonl"),
+    [
+      row for row in run.store.each_row(path) if (row["prompt_id"], row["index"]) in ids
+    ],
+  )
   run.store.finish("filter", _summary(judged, kept))
   context.say(f"filter: kept {len(kept)} of {len(judged)} samples")
 
 
-def _judge(run: context.Run, asked: list[tuple[Prompt, Sample]]) -> list[Verdict]:
-  """The least of k votes for each sample; a malformed one is not put to the judge."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Judged:
+  """Of a row of judged.jsonl what decides whether it is kept."""
+
+  id: tuple[str, int]  # prompt and index
+  cell: tuple[str, str, str]  # category, kind, ideal response type
+  score: float | None
+  lost: str  # why it would not be kept
+
+  @classmethod
+  def of(cls, row: dict) -> "_Judged":
+    return cls(
+      id=(row["prompt_id"], row["index"]),
+      cell=(row["category"], row["kind"], row["expected"]),
+      score=row["score"],
+      lost=sys.intern(_why(row)),
+    )
+
+
+def _judge(run: context.Run) -> judge.Judge:
+  """The judge of thought and answer that the config asks for."""
   cfg = run.cfg.filter
+  if cfg.judge == "model":
+    return model_judge(run)
+  return scoring.filter_judge(run, "filter", quality(run) if cfg.quality else None)
+
+
+def _verdicts(
+  ask: judge.Judge, asked: list[tuple[Prompt, Sample]], k: int
+) -> list[Verdict]:
+  """The least of k votes for each sample; a malformed one is not put to the judge."""
   well = [(p, s) for p, s in asked if not s.malformed]
   questions = [
     judge.FilterQuestion(prompt=p, thought=s.thought, answer=s.answer) for p, s in well
   ]
-  if cfg.judge == "model":
-    ask = model_judge(run)
-  else:
-    ask = scoring.filter_judge(run, "filter", quality(run) if cfg.quality else None)
-  votes = iter(judge.min_of_k(ask, questions, cfg.votes))
+  votes = iter(judge.min_of_k(ask, questions, k))
   return [
     Verdict(score=None, reason=f"malformed: {s.malformed}")
     if s.malformed
     else next(votes)
     for _, s in asked
   ]
-
-
-def _rewards(run: context.Run, asked) -> list[Verdict]:
-  """What an answer is worth to a judge that sees no thought."""
-  ask = scoring.answer_judge(run, "reward")
-  return ask([judge.RewardQuestion(prompt=p, answer=s.answer) for p, s in asked])
 
 
 def quality(run: context.Run):
@@ -142,44 +175,37 @@ def _row(
   }
 
 
-def _keep(judged: list[dict], cfg) -> list[dict]:
+def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
   """At or above the threshold; the best of each prompt; no cell over its share."""
-  best = sorted(
-    (
-      row
-      for row in judged
-      if row["score"] is not None and row["score"] >= cfg.threshold
-    ),
-    key=lambda row: (-row["score"], row["index"], row["prompt_id"]),
-  )
+  good = [row for row in judged if row.score is not None and row.score >= cfg.threshold]
+  best = sorted(good, key=lambda row: (-row.score, row.id[1], row.id[0]))
   of_prompt, of_cell, kept = collections.Counter(), collections.Counter(), []
   for row in best:
-    cell = row["category"], row["kind"], row["expected"]
-    if of_prompt[row["prompt_id"]] < cfg.per_prompt and of_cell[cell] < cfg.per_cell:
-      of_prompt[row["prompt_id"]] += 1
-      of_cell[cell] += 1
+    prompt = row.id[0]
+    if of_prompt[prompt] < cfg.per_prompt and of_cell[row.cell] < cfg.per_cell:
+      of_prompt[prompt] += 1
+      of_cell[row.cell] += 1
       kept.append(row)
-  return sorted(kept, key=lambda row: (row["prompt_id"], row["index"]))
+  return kept
 
 
-def _summary(judged: list[dict], kept: list[dict]) -> dict:
+def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
   """Keep-rates by category and ideal type, and why the others were not kept."""
   rates = collections.defaultdict(dict)
   for row in judged:
-    cell = rates[row["category"]].setdefault(
-      row["expected"], {"prompts": set(), "samples": 0, "kept": 0}
+    category, _, expected = row.cell
+    cell = rates[category].setdefault(
+      expected, {"prompts": set(), "samples": 0, "kept": 0}
     )
-    cell["prompts"].add(row["prompt_id"])
+    cell["prompts"].add(row.id[0])
     cell["samples"] += 1
   for row in kept:
-    rates[row["category"]][row["expected"]]["kept"] += 1
+    rates[row.cell[0]][row.cell[2]]["kept"] += 1
   for cells in rates.values():
     for cell in cells.values():
       cell["prompts"] = len(cell["prompts"])
-  ids = {(row["prompt_id"], row["index"]) for row in kept}
-  reasons = collections.Counter(
-    _why(row) for row in judged if (row["prompt_id"], row["index"]) not in ids
-  )
+  ids = {row.id for row in kept}
+  reasons = collections.Counter(row.lost for row in judged if row.id not in ids)
   return {
     "samples": len(judged),
     "kept": len(kept),

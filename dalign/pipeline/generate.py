@@ -19,6 +19,8 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 
+AT_ONCE = 1024  # prompts of a category whose tokens are held at the same time
+
 
 def generate(run: context.Run) -> None:
   """Samples every chosen training prompt; goes on where it stopped."""
@@ -37,18 +39,18 @@ def generate(run: context.Run) -> None:
     return
   path = run.store.path("generate", "samples.jsonl")
   book = _Book(run, prompts)
-  for row in run.store.read_rows(path) if run.store.has(path) else []:
+  for row in run.store.each_row(path) if run.store.has(path) else []:
     book.add(context.row_to_sample(row))
   if cfg.revise:
     book.revises(path.with_name("drafts.jsonl"))
   draw = _replies if cfg.teacher == "endpoint" else _sampled
-  with context.bar(len(prompts), "generate", "prompt", book.finished()) as bar:
+  with context.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
     for sample in draw(run, book):
       run.store.append_rows(path, [context.sample_to_row(sample)])
       if book.total % 20 == 0:
         run.store.pause("generate")
-      bar.n = book.finished()
-      bar.set_postfix(samples=book.total, good=book.good_total(), refresh=False)
+      bar.n = len(book.finished)
+      bar.set_postfix(samples=book.total, good=book.good, refresh=False)
       bar.update(0)
   order = {id: at for at, id in enumerate(book.prompts)}
   # Not in the order in which they happened to end.
@@ -61,15 +63,19 @@ def _sampled(run: context.Run, book: "_Book") -> Iterator[Sample]:
   groups = collections.defaultdict(list)
   for prompt in book.prompts.values():
     groups[prompt.category, prompt.expected].append(prompt)
-  parts = sorted(groups.values(), key=len, reverse=True)
+  parts = [
+    group[at]
+    for group in sorted(groups.values(), key=len, reverse=True)
+    for at in context.batches(len(group), AT_ONCE)
+  ]
   done = context.complete(
     run,
     run.sampler.prepare(run.base_params()),
-    [[r for p in group for r in book.requests(p)] for group in parts],
+    ([r for p in part for r in book.requests(p)] for part in parts),
     key=ops.stream(run.key, "generate"),
     temperature=run.cfg.generate.temperature,
     max_new=run.cfg.generate.max_new,
-    room=max(book.shared(group) for group in parts),
+    room=max(book.shared(group[:AT_ONCE]) for group in groups.values()),
     more=book.more,
   )
   for completion in done:
@@ -103,9 +109,10 @@ class _Book:
     self.samples = collections.defaultdict(dict)  # prompt id -> index -> looks right
     self.asked = collections.defaultdict(set)
     self.by_row = {}
-    self.read = {}  # prompt id, draft -> tokens
+    self.read = collections.defaultdict(dict)  # prompt id -> draft -> tokens
     self.drafts = {}  # prompt id -> the answers to be revised, one a sample
-    self.total = 0
+    self.total = self.good = 0
+    self.finished = set()  # ids of prompts that want no more samples
     self.looks_right = run.domain.looks_right()
 
   def revises(self, path: pathlib.Path) -> None:
@@ -126,11 +133,11 @@ class _Book:
   def tokens(self, prompt: Prompt, index: int) -> tuple[int, ...]:
     """What the model reads before it thinks of this prompt."""
     draft = self._draft(prompt, index)
-    if (prompt.id, draft) not in self.read:
+    known = self.read[prompt.id]
+    if draft not in known:
       turns = self.turns(prompt, index)
-      opened = compose.opened(self.run.tok, turns, self.run.think)
-      self.read[prompt.id, draft] = opened
-    return self.read[prompt.id, draft]
+      known[draft] = compose.opened(self.run.tok, turns, self.run.think)
+    return known[draft]
 
   def turns(self, prompt: Prompt, index: int) -> tuple[Turn, ...]:
     """The same as a conversation."""
@@ -178,7 +185,7 @@ class _Book:
     return self.requests(prompt)
 
   def sample(self, completion):
-    prompt, index = self.by_row[completion.request.row_id]
+    prompt, index = self.by_row.pop(completion.request.row_id)
     return self.run.sample_row(prompt, completion, index, self.run.think)
 
   def add(self, sample) -> None:
@@ -190,23 +197,17 @@ class _Book:
         "does not choose; use another --workdir or --config.start_over=true"
       )
     right = not sample.malformed and self.looks_right(prompt, sample)
-    self.samples[prompt.id][sample.index] = right
-    self.total += 1
-
-  def finished(self) -> int:
-    """How many prompts want no more samples."""
-    return sum(
-      len(have) >= self.cfg.most or sum(have.values()) >= self.cfg.enough
-      for have in self.samples.values()
-    )
-
-  def good_total(self) -> int:
-    return sum(sum(have.values()) for have in self.samples.values())
+    have = self.samples[prompt.id]
+    have[sample.index] = right
+    self.total, self.good = self.total + 1, self.good + right
+    if len(have) >= self.cfg.most or sum(have.values()) >= self.cfg.enough:
+      self.finished.add(prompt.id)
+      self.read.pop(prompt.id, None)
 
   def summary(self) -> dict:
     return {
       "prompts": len(self.prompts),
       "samples": self.total,
-      "look_right": self.good_total(),
+      "look_right": self.good,
       "prompts_with_one": sum(any(h.values()) for h in self.samples.values()),
     }
