@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dalign import config as configs
+from dalign import stopping
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
 
@@ -30,11 +31,6 @@ _MODE = flags.DEFINE_enum(
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
 )
-
-
-class Stopped(BaseException):
-  """SIGTERM came: what is done is saved. No Exception, which libraries may catch: JAX
-  goes on after any while it reads its compile cache."""
 
 
 def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
@@ -74,7 +70,7 @@ def _join() -> None:
 
   if _JOINED.value or os.environ.get(processes.ADDRESS):
     processes.start()
-    signal.signal(signal.SIGTERM, _stop)  # which JAX has taken for itself
+    stopping.listen()  # JAX has taken the signal for itself
   elif processes.several():
     raise ValueError(
       f"this is one of {jax.process_count()} processes: give each of them --distributed"
@@ -88,10 +84,6 @@ def _of_several() -> str:
   return "; if another process of this run has died, its own output says why"
 
 
-def _stop(*_):
-  raise Stopped
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs the stages and returns the exit code."""
   argv = sys.argv if argv is None else argv
@@ -100,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    stopping.listen()
     _join()
     from dalign import pipeline
     from dalign.pipeline import context
@@ -116,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
   except (ConnectionError, configs.Halted) as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 1
-  except (Stopped, KeyboardInterrupt):
+  except (stopping.Stopped, KeyboardInterrupt):
     print("dalign: stopped; the same command goes on from here", file=sys.stderr)
     return 0
   except Exception as error:

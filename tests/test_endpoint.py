@@ -261,9 +261,9 @@ def test_a_run_that_is_stopped_waits_for_nobody(serve, client, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import pathlib, signal, threading, os
-from dalign import config, endpoint, main
+from dalign import config, endpoint, stopping
 from dalign.types import Turn
-signal.signal(signal.SIGTERM, main._stop)
+stopping.listen()
 cfg = config.EndpointConfig(url="http://127.0.0.1:{server.port}/v1", model="m", key="K",
   concurrency=2, timeout=60.0, retries=3, price_in=0.0, price_out=0.0)
 some = [endpoint.Request(turns=(Turn(role="user", content=str(i)),), temperature=0.0,
@@ -272,7 +272,7 @@ made = endpoint.Endpoint(cfg, pathlib.Path({str(tmp_path)!r}) / "endpoint.jsonl"
 threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
 try:
   made.chat(some)
-except main.Stopped:
+except stopping.Stopped:
   print("stopped")
 """
   start = time.monotonic()

@@ -23,6 +23,7 @@ from dalign import judge
 from dalign import main
 from dalign import pipeline
 from dalign import spec as specs
+from dalign import stopping
 from dalign import store
 from dalign import weights as models
 from dalign.pipeline import context
@@ -180,6 +181,61 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   _, err = process.communicate(timeout=60)
   assert process.returncode == 0, err
   assert err.strip().splitlines()[-1].startswith("dalign: stopped")
+
+
+def test_sigterm_in_training_saves_the_last_step_within_half_a_minute(tmp_path):
+  """Wherever checkpoints are due; the run then goes on without a gap or a repeat."""
+  more = ("--config.stages=rl", "--config.rl.start=base", "--config.rl.reward=rubric")
+  more += ("--config.rl.prompts=4", "--config.rl.max_new=16", "--config.rl.steps=5000")
+  more += ("--config.rl.checkpoint_every=5000", "--config.rl.show_every=1")
+  saved = []
+  for _ in range(2):
+    process = subprocess.Popen(
+      command(tmp_path, *more), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wanted, deadline = (saved or [0])[-1] + 3, time.monotonic() + 200
+    path = tmp_path / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+      if path.exists() and path.read_bytes().count(b"\n") >= wanted:
+        break
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert err.strip().splitlines()[-1].startswith("dalign: stopped")
+    steps = sorted(int(p.name) for p in (tmp_path / "rl" / "checkpoints").iterdir())
+    assert len(steps) == 1 and steps[0] >= wanted
+    saved.append(steps[0])
+    assert [row["step"] for row in rows(path)] == [*range(1, steps[0] + 1)]
+    shown = [row["step"] for row in rows(tmp_path / "rl" / "rollouts.jsonl")]
+    assert sorted(set(shown)) == [*range(1, steps[0] + 1)]
+    assert len(shown) == steps[0] * 16
+
+
+def test_a_sigterm_waits_for_what_is_done_whole():
+  before = signal.getsignal(signal.SIGTERM)
+  stopping.listen()
+  seen = []
+  try:
+    with pytest.raises(stopping.Stopped):
+      with stopping.whole():
+        with stopping.whole():
+          signal.raise_signal(signal.SIGTERM)
+          seen.append("inner")
+        seen.append("outer")
+      seen.append("never")
+    with stopping.whole():
+      seen.append("again")
+    with pytest.raises(ZeroDivisionError):  # an error is not taken for a stop
+      with stopping.whole():
+        signal.raise_signal(signal.SIGTERM)
+        seen.append(1 / 0)
+    with pytest.raises(stopping.Stopped):
+      with stopping.whole():
+        pass
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert seen == ["inner", "outer", "again"]
 
 
 def test_sigterm_is_not_lost_where_a_library_catches_exceptions(

@@ -294,6 +294,27 @@ def test_metrics_are_written_and_rewound(tmp_path):
     metrics.write("sft", 3, {"step": 1})
 
 
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
+  now = iter(range(10**9, 0, -3600))
+  monkeypatch.setattr(store.time, "time", lambda: float(next(now)))
+  monkeypatch.setattr(store.time, "time_ns", lambda: next(now) * 10**9)
+  monkeypatch.setattr(store, "_now", lambda: f"2001-01-{next(now) % 28:02d}T00:00:00Z")
+  args = ("sft", CONFIG, [], 7, "cpu")
+  for state in ("fresh", "resume"):
+    run, metrics = Store(tmp_path), Metrics(tmp_path)
+    assert run.begin(*args) == state
+    metrics.rewind("sft", 2)
+    for step in (1, 2, 3, 4) if state == "fresh" else (3, 4):
+      metrics.write("sft", step, {"sft/loss": 1.0})
+    metrics.close()
+    run.pause("sft")
+  run.finish("sft", {})
+  assert Store(tmp_path).begin(*args) == "done"
+  assert Store(tmp_path).manifest("sft")["wall_s"] >= 0
+  found = store.read_rows(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in found] == [1, 2, 3, 4]
+
+
 def test_metrics_go_on_after_a_kill_without_a_rewind(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"time": 1, "stage": "sft", "step": 1}\n{"time": 2, "sta')

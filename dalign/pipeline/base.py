@@ -30,7 +30,7 @@ def learn(run: context.Run) -> None:
     steps=cfg.steps,
     every=cfg.checkpoint_every,
   )
-  with context.bar(cfg.steps, "base", "step", trainer.step) as bar:
+  with trainer, context.bar(cfg.steps, "base", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
       values = trainer.update(*_batch(run, trainer.step))
       trainer.save()

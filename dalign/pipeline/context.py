@@ -29,6 +29,7 @@ from dalign import rl
 from dalign import sampler as sampling
 from dalign import sharding
 from dalign import spec as specs
+from dalign import stopping
 from dalign import store
 from dalign import text
 from dalign import train
@@ -487,6 +488,7 @@ def micro_batches(lines: dict, shape: configs.BatchConfig):
 class Trainer:
   """A loop of updates with checkpoints and metrics; it takes `params` for its own.
 
+  Its loop is `with` it, which saves the last step that was done where SIGTERM comes.
   What it ends with is the mean of the parameters after each of the last `averaged`
   steps, or with 0 the parameters after the last.
   """
@@ -524,6 +526,14 @@ class Trainer:
     self.run.metrics.rewind(self.stage, self.step)
     self._update = program.update
 
+  def __enter__(self) -> "Trainer":
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    """Saves what a SIGTERM would lose, where one process alone decides that."""
+    if isinstance(error, stopping.Stopped) and not processes.several():
+      self._save()
+
   @property
   def whole(self) -> PyTree:
     """The parameters as they are now, with those that are not trained."""
@@ -531,6 +541,10 @@ class Trainer:
 
   def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
     """One step over the first `used` micro-batches; returns and writes its metrics."""
+    with stopping.whole():
+      return self._step(batch, used, extra)
+
+  def _step(self, batch: dict, used: int, extra: dict | None) -> dict:
     key = ops.stream(self.run.key, self.stage, self.step)
     if self.in_host_memory:
       checkpoints.give_back_memory()  # of what was done since the last step
@@ -561,12 +575,17 @@ class Trainer:
 
   def skip(self, extra: dict) -> None:
     """A step without a gradient: counted and written, nothing is changed."""
-    self.step += 1
-    self.run.metrics.write(self.stage, self.step, extra)
+    with stopping.whole():
+      self.step += 1
+      self.run.metrics.write(self.stage, self.step, extra)
 
   def save(self) -> None:
     """A checkpoint, at every `every` steps and at the end."""
     if self.step % self.every == 0 or self.step == self.steps:
+      self._save()
+
+  def _save(self) -> None:
+    with stopping.whole():
       self.saved.save(self.step, self.state, self.meta)
       if self.in_host_memory:
         self.saved.settle()

@@ -37,7 +37,7 @@ def train_reward(run: context.Run) -> None:
   renderer = scoring.Renderer(run)
   plan = _plan(run, [i for i, h in enumerate(held) if not h], questions)
   trainer = _trainer(run)
-  with context.bar(cfg.steps, "reward", "step", trainer.step) as bar:
+  with trainer, context.bar(cfg.steps, "reward", "step", trainer.step) as bar:
     for step in range(trainer.step, cfg.steps):
       batch = _batch(renderer, plan[step], questions, scores)
       values = trainer.update(batch, 1)

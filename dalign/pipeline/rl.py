@@ -17,6 +17,7 @@ from dalign import data
 from dalign import judge
 from dalign import ops
 from dalign import rl
+from dalign import stopping
 from dalign import text
 from dalign import words
 from dalign.pipeline import context
@@ -63,20 +64,21 @@ def reinforce(run: context.Run) -> None:
   before = run.store.read_rows(shown) if run.store.has(shown) else []
   run.store.write_rows(shown, [r for r in before if r["step"] <= trainer.step])
   skipped = trainer.meta.get("skipped", 0)
-  with context.bar(cfg.steps, "rl", "step", trainer.step) as bar:
+  with trainer, context.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
       rollouts, values = step.roll(trainer.whole, trainer.step)
       batch, used = step.batch(rollouts)
-      if batch is None or 0 < cfg.skip_kl < values["rl/kl_nats"]:
-        skipped += 1
-        trainer.skip(values)
-      else:
-        found = trainer.update(batch, used, values)
-        step.check_gap(trainer.step, found["logp_gap_nats"], batch)
-      if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
-        run.store.append_rows(shown, [_shown(trainer.step, r) for r in rollouts])
-      trainer.meta["skipped"] = skipped
-      trainer.save()
+      with stopping.whole():
+        if batch is None or 0 < cfg.skip_kl < values["rl/kl_nats"]:
+          skipped += 1
+          trainer.skip(values)
+        else:
+          found = trainer.update(batch, used, values)
+          step.check_gap(trainer.step, found["logp_gap_nats"], batch)
+        if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
+          run.store.append_rows(shown, [_shown(trainer.step, r) for r in rollouts])
+        trainer.meta["skipped"] = skipped
+        trainer.save()
       bar.set_postfix(
         reward=f"{values['rl/reward']:.3f}", kl=f"{values['rl/kl_nats']:.2f}"
       )

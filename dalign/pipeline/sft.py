@@ -40,7 +40,7 @@ def finetune(run: context.Run) -> None:
   trained = sum(weight > 0 for _, weights in rows for weight in weights)
   share = trained / sum(len(tokens) for tokens, _ in rows)
   context.say(f"sft: {len(rows)} rows, {share:.0%} of their tokens trained, {dropped}")
-  with context.bar(len(plan), "sft", "step", trainer.step) as bar:
+  with trainer, context.bar(len(plan), "sft", "step", trainer.step) as bar:
     for lines in plan[trainer.step :]:
       batch, used = context.micro_batches(lines, cfg.batch)
       values = trainer.update(batch, used)
