@@ -49,7 +49,7 @@ class Watch:
     self.points.setdefault(stage, []).append(
       (
         count,
-        time.monotonic(),
+        time.process_time(),
         _resident(),
         len(os.listdir("/proc/self/fd")),
         len(jax.live_arrays()),
@@ -59,7 +59,8 @@ class Watch:
     )
 
   def table(self) -> dict[str, dict[str, dict]]:
-    """stage -> quantity -> first, last, slope a step or row, and its interval."""
+    """stage -> quantity -> first, last, slope a step or row, and its interval. Seconds
+    are the processor's, which other work on the machine leaves as they are."""
     out = {}
     for stage, points in self.points.items():
       columns = np.array(points, float).T
@@ -118,6 +119,7 @@ def rl(n: int, workdir: pathlib.Path) -> dict:
 
 def prompts(n: int, workdir: pathlib.Path) -> dict:
   """n prompts through generate and filter, one sample each."""
+  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "prompts.jsonl"
   words = "red old tall warm odd shy thin calm wet raw".split()
   with path.open("w") as file:

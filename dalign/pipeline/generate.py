@@ -111,8 +111,8 @@ class _Book:
     self.by_row = {}
     self.read = collections.defaultdict(dict)  # prompt id -> draft -> tokens
     self.drafts = {}  # prompt id -> the answers to be revised, one a sample
-    self.total = self.good = 0
-    self.finished = set()  # ids of prompts that want no more samples
+    self.total = self.good = self.with_one = 0
+    self.finished = set()  # ids of prompts that want no more; all that is kept of them
     self.looks_right = run.domain.looks_right()
 
   def revises(self, path: pathlib.Path) -> None:
@@ -159,17 +159,22 @@ class _Book:
     return [self._request(prompt, i) for i in self.wanted(prompt)]
 
   def wanted(self, prompt: Prompt) -> list[int]:
-    """The samples to draw next: the rest of the first round that is not complete."""
+    """The samples to draw next, that nobody has been asked for."""
+    if prompt.id in self.finished:
+      return []
+    new = [i for i in self._missing(prompt) if i not in self.asked[prompt.id]]
+    self.asked[prompt.id].update(new)
+    return new
+
+  def _missing(self, prompt: Prompt) -> list[int]:
+    """What the first round that is not complete lacks; none if no more is wanted."""
     have, cfg = self.samples[prompt.id], self.cfg
     for first in range(0, cfg.most, cfg.batch):
       if sum(have.get(i, False) for i in range(first)) >= cfg.enough:
         return []
       round_ = range(first, min(first + cfg.batch, cfg.most))
-      missing = [i for i in round_ if i not in have]
-      if missing:
-        new = [i for i in missing if i not in self.asked[prompt.id]]
-        self.asked[prompt.id].update(new)
-        return new
+      if missing := [i for i in round_ if i not in have]:
+        return missing
     return []
 
   def _request(self, prompt: Prompt, index: int) -> sampling.Request:
@@ -200,14 +205,16 @@ class _Book:
     have = self.samples[prompt.id]
     have[sample.index] = right
     self.total, self.good = self.total + 1, self.good + right
-    if len(have) >= self.cfg.most or sum(have.values()) >= self.cfg.enough:
+    if not self._missing(prompt):
       self.finished.add(prompt.id)
-      self.read.pop(prompt.id, None)
+      self.with_one += any(have.values())
+      for kept in (self.samples, self.asked, self.read):
+        kept.pop(prompt.id, None)
 
   def summary(self) -> dict:
     return {
       "prompts": len(self.prompts),
       "samples": self.total,
       "look_right": self.good,
-      "prompts_with_one": sum(any(h.values()) for h in self.samples.values()),
+      "prompts_with_one": self.with_one,
     }
