@@ -112,6 +112,14 @@ class ModelConfig:
   lora_scale: float = 0.0
 
   def __post_init__(self):
+    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffw")
+    for name in (*sizes, "max_length"):
+      if not isinstance(getattr(self, name), int):
+        _refuse(self, name, "a whole number")
+    _positive(self, *sizes, "max_length")
+    for name in ("rope_theta", "norm_eps"):
+      if not 0 <= getattr(self, name) < float("inf"):
+        _refuse(self, name, "a finite number of 0 or more")
     if self.heads % self.kv_heads:
       _refuse(self, "kv_heads", f"a divisor of heads = {self.heads}")
     if self.head_dim % 2:

@@ -6,6 +6,7 @@ apart, and dequantised one at a time.
 
 import functools
 import importlib.util
+import math
 import pathlib
 
 import gguf
@@ -15,6 +16,7 @@ from tokenizers import pre_tokenizers
 
 from dalign import families
 from dalign import leaves
+from dalign import templates
 from dalign import vocab
 from dalign.config import ModelConfig
 from dalign.text import Tokenizer
@@ -35,6 +37,8 @@ NAMES = {  # leaf -> block, in blk.N
   "mlp_post_norm": "post_ffw_norm",
 }
 HEAD = "output.weight"
+MOST = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file, as it may count
+LONGEST = 1000  # characters of a token
 
 
 def packaged(name: str) -> pathlib.Path:
@@ -49,8 +53,14 @@ def packaged(name: str) -> pathlib.Path:
 
 
 class _Reader(gguf.GGUFReader):
-  """The reader, with the file as a plain array: views of a memmap take numpy several
-  times as long, and reading a file makes hundreds of thousands of them."""
+  """The reader, for files that strangers wrote: what they count is small and what they
+  point at lies in the file. And with the file as a plain array: views of a memmap take
+  numpy several times as long, and reading a file makes hundreds of thousands of them.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._items = 0
+    super().__init__(path)
 
   @property
   def data(self) -> np.ndarray:
@@ -60,6 +70,51 @@ class _Reader(gguf.GGUFReader):
   def data(self, mapped: np.memmap) -> None:
     self._plain = np.asarray(mapped)
 
+  def _get(self, offset, dtype, count=1, override_order=None):
+    end = int(offset) + int(count) * np.dtype(dtype).itemsize
+    if end > len(self._plain):
+      raise ValueError(f"wanted bytes up to {end}, got a file of {len(self._plain)}")
+    return super()._get(int(offset), dtype, count, override_order)
+
+  def _build_fields(self, offs, count):
+    _few(count, "keys")
+    return super()._build_fields(offs, count)
+
+  def _build_tensor_info(self, offs, count):
+    _few(count, "tensors")
+    return super()._build_tensor_info(offs, count)
+
+  def _get_field_parts(self, orig_offs, raw_type):
+    if raw_type != gguf.GGUFValueType.ARRAY:
+      return super()._get_field_parts(orig_offs, raw_type)
+    kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+    count = self._get(orig_offs + 4, np.uint64)
+    if kind == gguf.GGUFValueType.ARRAY:
+      raise ValueError("arrays of arrays are not supported")
+    self._items += int(count[0])
+    _few(self._items, "items")
+    if kind == gguf.GGUFValueType.STRING:
+      return super()._get_field_parts(orig_offs, raw_type)
+    values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], count[0])
+    head = self._get(orig_offs, np.uint32)
+    types = [gguf.GGUFValueType.ARRAY, kind]
+    return 12 + values.nbytes, [head, count, values], [2], types
+
+  def _build_tensors(self, start_offs, fields):
+    size = 0
+    for field in fields:
+      dims, kind, offset = (field.parts[i] for i in (3, 4, 5))
+      block, each = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+      size += math.prod(map(int, dims)) * each // block
+      if start_offs + int(offset[0]) > len(self._plain) or size > len(self._plain):
+        raise ValueError(f"tensor {field.name} and those before it overrun the file")
+    super()._build_tensors(start_offs, fields)
+
+
+def _few(count: int, what: str) -> None:
+  if count > MOST[what]:
+    raise ValueError(f"wanted {MOST[what]} {what} at most, got {count}")
+
 
 class File:
   """An open GGUF file; ValueError says what of it is not understood."""
@@ -67,8 +122,10 @@ class File:
   def __init__(self, path: pathlib.Path):
     try:
       self.reader = _Reader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-      raise ValueError(f"not a readable GGUF file: {error}") from error
+    except Exception as error:  # a broken file may raise any there is
+      raise ValueError(
+        f"not a readable GGUF file: {templates.one_line(error)}"
+      ) from error
     self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
     self.cfg = self._config()
     self.tok = self._tokenizer()
@@ -156,7 +213,7 @@ class File:
         more["query_scale"] = (width / heads) ** -0.5
     eps = get("attention.layer_norm_rms_epsilon")
     return ModelConfig(
-      vocab=len(self.reader.get_field("tokenizer.ggml.tokens").data),
+      vocab=len(self._field("tokenizer.ggml.tokens")),
       width=width,
       layers=layers,
       heads=heads,
@@ -182,6 +239,9 @@ class File:
       )
     symbols = field("tokenizer.ggml.tokens")
     types = field("tokenizer.ggml.token_type")
+    longest = max(map(len, symbols), default=0)
+    if longest > LONGEST:
+      raise ValueError(f"wanted {LONGEST} characters a token at most, got {longest}")
     named = {kind: [] for kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)}
     for symbol, number in zip(symbols, types, strict=True):
       if number in named:

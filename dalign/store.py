@@ -481,9 +481,12 @@ class Metrics:
       return
     rows = read_rows(self._path)
     for number, row in enumerate(rows, 1):
-      if not (isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)):
-        got = f"{row!r:.80}"
-        raise ValueError(f"{self._path}:{number}: wanted stage and step, got {got}")
+      own = isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
+      if not own or any(isinstance(x, float) and x - x for x in row.values()):
+        raise ValueError(
+          f"{self._path}:{number}: wanted a stage, a step and finite numbers, got "
+          f"{row!r:.80}"
+        )
     kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
     if len(kept) < len(rows):
       write_rows(self._path, kept)
@@ -573,14 +576,10 @@ def _line(row: Mapping) -> bytes:
   return _encode(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _no_number(name: str):
-  raise ValueError(f"{name} is no number of JSON")
-
-
 def _row(line: bytes) -> dict | None:
   """The JSON object of a line, or None. No proper prefix of an object is an object."""
   try:
-    row = json.loads(line, parse_constant=_no_number)
+    row = json.loads(line)
   except (ValueError, RecursionError):
     return None
   return row if isinstance(row, dict) else None

