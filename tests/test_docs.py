@@ -1,12 +1,15 @@
 """What the documents say is so: the tree, the commands, the limits, the links."""
 
 import ast
+import contextlib
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 
+from packaging import requirements
+from packaging import utils
 import pytest
 
 from tests.helpers import ROOT
@@ -120,3 +123,19 @@ def test_no_path_of_one_machine_is_written_down(path):
 def test_links_lead_to_files(path):
   for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
     assert (path.parent / target).exists(), target
+
+
+def test_ci_installs_releases_within_the_bounds_of_setup_py():
+  """Of everything that setup.py asks for, one exact release each."""
+  lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+  pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+  asked = {}
+  for text in re.findall(r'"(\S+[=<>]=[^"]+)"', (ROOT / "setup.py").read_text()):
+    with contextlib.suppress(requirements.InvalidRequirement):
+      one = requirements.Requirement(text)
+      asked.setdefault(utils.canonicalize_name(one.name), []).append(one.specifier)
+  assert len(asked) > 25 and "jax" in asked and "torch" in asked
+  assert set(pins) - set(asked) == {"jaxlib", "tensorstore"}
+  assert set(asked) - set(pins) == set()
+  for name, bounds in asked.items():
+    assert all(bound.contains(pins[name]) for bound in bounds), name
