@@ -10,7 +10,6 @@ import faulthandler
 import json
 import math
 import pathlib
-import re
 import resource
 import shutil
 import signal
@@ -106,7 +105,7 @@ def numbers(content: bytes, path: pathlib.Path) -> tuple[list[tuple[int, int]], 
   fields = [*reader.fields.values(), *(tensor.field for tensor in reader.tensors)]
   for field in fields:
     at = field.offset
-    for part in field.parts[:9]:  # of a list the first few items
+    for part in field.parts[:6]:  # of a list the first item
       if part.dtype in (np.uint32, np.uint64):
         found += [(at + i * part.itemsize, part.itemsize) for i in range(len(part))]
       at += part.nbytes
@@ -125,14 +124,12 @@ def write_number(content: bytearray, at: int, size: int, value: int) -> None:
 NUMBER = st.sampled_from([0, 1, 2, 3, 8, 9, 12, 255, *HUGE]) | st.integers(0, 2**64)
 
 
-@examples(180)
+@examples(300)
 @hypothesis.given(data=st.data())
 def test_broken_gguf_files_are_read_or_refused(sound, places, tmp_path_factory, data):
   content, (known, end) = bytearray(sound), places
-  for _ in range(data.draw(st.integers(1, 3))):
-    kind = data.draw(
-      st.sampled_from(["number", "number", "any", "bit", "cut", "again"])
-    )
+  for _ in range(data.draw(st.sampled_from([1, 1, 1, 2, 3]))):
+    kind = data.draw(st.sampled_from(["number"] * 4 + ["any", "bit", "cut", "again"]))
     at = data.draw(st.integers(0, min(end, len(content)) - 1))
     if kind == "number":
       where, size = data.draw(st.sampled_from(known))
@@ -432,15 +429,15 @@ def test_tokens_that_are_not_there_are_refused(name, id_):
     text.Tokenizer.of(backend, vocab.CHATML, **ids)
 
 
-EVIL = "import pathlib\npathlib.Path(__file__).with_name('RAN').touch()\n"
-
-
 @pytest.mark.parametrize("known", [True, False])
 def test_code_in_a_folder_is_not_run(broken, known):
-  classes = "class Config: pass\nclass Tokenizer: pass\n"
+  ran = broken.parent / "RAN"
+  code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
+  code += "class Config: pass\nclass Tokenizer: pass\n"
   for name in ("evil.py", "configuration_llama.py", "tokenization.py", "__init__.py"):
-    (broken / name).write_text(EVIL + classes)
-  (broken / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch RAN'\ntR.")
+    (broken / name).write_text(code)
+  pickled = f"cos\nsystem\n(S'touch {ran}'\ntR."
+  (broken / "pytorch_model.bin").write_text(pickled)
   put(
     broken,
     "config.json",
@@ -451,7 +448,7 @@ def test_code_in_a_folder_is_not_run(broken, known):
   names = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}
   put(broken, "tokenizer_config.json", tokenizer_class="Tokenizer", **names)
   refusal(lambda: read_all(broken))
-  assert not list(broken.rglob("RAN")) and not pathlib.Path("RAN").exists()
+  assert not ran.exists()
 
 
 def test_a_pickle_beside_an_index_is_not_read(broken):
@@ -720,8 +717,7 @@ def test_templates_of_any_kind_are_rendered_or_refused(template):
     tok = text.Tokenizer.of(backend, template, **ends)
     text.render_chat(tok, TURNS)
 
-  said = refusal(render)
-  assert not re.search("<(class|module|function|method) ", said)
+  refusal(render)
 
 
 def test_a_template_in_a_folder_is_refused_as_others_are(broken):
