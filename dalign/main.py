@@ -19,6 +19,7 @@ from dalign import config as configs
 from dalign import stopping
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
+LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours to write
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
@@ -112,9 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     print("dalign: stopped; the same command goes on from here", file=sys.stderr)
     return 0
   except Exception as error:
-    if getattr(error, "errno", None) in FULL:
+    number = getattr(error, "errno", None)
+    if number in (*FULL, *LOCKED):
+      advice = "make room" if number in FULL else "have it writable"
       advice = (
-        "what is done is kept: make room, and the same command goes on from there"
+        f"what is done is kept: {advice}, and the same command goes on from there"
       )
       print(f"dalign: {error}; {advice}", file=sys.stderr)
       return 1

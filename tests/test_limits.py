@@ -1,6 +1,8 @@
 """What is out of bounds stops a stage, or a step changes nothing; nothing goes on."""
 
+import errno
 import math
+import os
 import shutil
 
 import jax
@@ -166,14 +168,33 @@ def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkey
     assert same(run.trained_params("rl"), run.trained_params("sft"))
 
 
+@pytest.mark.parametrize(
+  ("number", "advice"), [(errno.EROFS, "have it writable"), (errno.ENOSPC, "make room")]
+)
+def test_a_disk_that_is_not_written_is_one_line_and_exit_code_1(
+  tmp_path, monkeypatch, capsys, number, advice
+):
+  def run(*_):
+    raise OSError(number, os.strerror(number), str(tmp_path / "x"))
+
+  assert ended(run, tmp_path, monkeypatch) == 1
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and str(tmp_path / "x") in said and advice in said
+
+
+def ended(run, workdir, monkeypatch) -> int:
+  """The exit code of the command where `run` takes the place of the stages."""
+  monkeypatch.setattr(pipeline, "run", run)
+  monkeypatch.setattr(main, "read_flags", lambda argv: (tiny(), workdir))
+  monkeypatch.setattr(main.stopping, "listen", lambda: None)
+  monkeypatch.setattr(context, "prepare_jax", lambda: None)
+  main.flags.FLAGS.mark_as_parsed()
+  return main.main(["dalign"])
+
+
 def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
   def run(*_):
     raise configs.Halted("sft step 3: loss not finite")
 
-  monkeypatch.setattr(pipeline, "run", run)
-  monkeypatch.setattr(main, "read_flags", lambda argv: (tiny(), tmp_path))
-  monkeypatch.setattr(main.signal, "signal", lambda *_: None)
-  monkeypatch.setattr(context, "prepare_jax", lambda: None)
-  main.flags.FLAGS.mark_as_parsed()
-  assert main.main(["dalign"]) == 1
+  assert ended(run, tmp_path, monkeypatch) == 1
   assert capsys.readouterr().err == "dalign: sft step 3: loss not finite\n"
