@@ -864,11 +864,12 @@ def chosen_stages(stages: str) -> tuple[str, ...]:
 
 
 def build(cls, node: Mapping[str, Any], where: str = "config"):
-  """Makes the frozen `cls` from one node of a config file.
+  """Makes the frozen `cls` from one node of a config file, a mapping or a ConfigDict.
 
   Raises ValueError for unknown names (with the nearest known one), missing names and
   values of the wrong kind, naming the field in full.
   """
+  node = node.to_dict() if hasattr(node, "to_dict") else node
   if not isinstance(node, Mapping) or not all(isinstance(name, str) for name in node):
     raise ValueError(f"{where}: wanted names and their values, got {node!r:.80}")
   fields = {field.name: field.type for field in dataclasses.fields(cls)}

@@ -263,6 +263,11 @@ def test_numbers_of_configs_are_finite(value):
     configs.build(configs.Config, bad)
 
 
+def test_a_config_dict_is_read_as_it_is():
+  node = config_file("tiny").get_config()
+  assert configs.build(configs.Config, node) == configs.build(configs.Config, NODE)
+
+
 @pytest.mark.parametrize("value", [[], 3, None, {"seed": 1, "seed.x": 2}, {}])
 def test_what_is_no_config_is_refused(value):
   with pytest.raises(ValueError, match="^config"):
