@@ -173,6 +173,11 @@ class File:
       raise ValueError(f"the key {name!r} is missing")
     return default if field is None else field.contents()
 
+  @functools.cached_property
+  def _symbols(self) -> list[str]:
+    """The tokens, in the order of their ids."""
+    return self._field("tokenizer.ggml.tokens")
+
   def _config(self) -> ModelConfig:
     family = self._field("general.architecture")
     if family not in ("llama", "gemma3"):
@@ -213,7 +218,7 @@ class File:
         more["query_scale"] = (width / heads) ** -0.5
     eps = get("attention.layer_norm_rms_epsilon")
     return ModelConfig(
-      vocab=len(self._field("tokenizer.ggml.tokens")),
+      vocab=len(self._symbols),
       width=width,
       layers=layers,
       heads=heads,
@@ -237,7 +242,7 @@ class File:
         f"tokenizer {kind!r} with splitting {pre!r} is not supported, only llama, and "
         "gpt2 with smollm or gpt-2; load the model from its Hugging Face folder"
       )
-    symbols = field("tokenizer.ggml.tokens")
+    symbols = self._symbols
     types = field("tokenizer.ggml.token_type")
     longest = max(map(len, symbols), default=0)
     if longest > LONGEST:
