@@ -877,7 +877,8 @@ def build(cls, node: Mapping[str, Any], where: str = "config"):
     if name not in fields:
       near = difflib.get_close_matches(name, fields, n=1)
       hint = f"; did you mean {where}.{near[0]}?" if near else ""
-      raise ValueError(f"{where}.{name}: no such field{hint}")
+      said = name if name.isprintable() else repr(name)
+      raise ValueError(f"{where}.{said}: no such field{hint}")
   needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
   missing = sorted(needed - set(node))
   if missing:
@@ -973,7 +974,7 @@ def of_json(values: Mapping[str, Any]) -> Config:
     for part in path:
       place = place.setdefault(part, {})
       if not isinstance(place, dict):
-        raise ValueError(f"config.json: {name} is in something that has no parts")
+        raise ValueError(f"config.json: {name!r} is in something that has no parts")
     place[last] = value
   return build(Config, node)
 

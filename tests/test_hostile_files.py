@@ -256,6 +256,12 @@ def test_parts_of_configs_have_their_kind(path, value):
     configs.build(configs.Config, changed(NODE, path, value))
 
 
+def test_a_name_of_several_lines_is_told_in_one():
+  with pytest.raises(ValueError) as caught:
+    configs.build(configs.Config, NODE | {"a\nb": 1})
+  assert str(caught.value) == "config.'a\\nb': no such field"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -(10**400)])
 def test_numbers_of_configs_are_finite(value):
   bad = changed(NODE, ("sft", "decision_weight"), value)
