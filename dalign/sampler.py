@@ -99,14 +99,16 @@ class Prefixes:
 def draw(logits_BV, key_B, temperature):
   """A token a row from softmax(logits / temperature), with its log-probability.
 
-  Temperature 0 is greedy, with the log-probability at temperature 1. One uniform
-  number a row is inverted through sums of blocks of the vocabulary, which is cheaper
-  and more exact than one long cumulative sum or a Gumbel number a token.
+  `temperature` is one number, or one a row, [B]. Temperature 0 is greedy, with the
+  log-probability at temperature 1. One uniform number a row is inverted through sums of
+  blocks of the vocabulary, which is cheaper and more exact than one long cumulative sum
+  or a Gumbel number a token.
   """
-  greedy = temperature <= 0
-  scaled_BV = logits_BV / jnp.where(greedy, 1.0, temperature)
-  logz_B = jax.nn.logsumexp(scaled_BV, axis=-1)
   B, V = logits_BV.shape
+  temperature_B = jnp.broadcast_to(temperature, B)
+  greedy_B = temperature_B <= 0
+  scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+  logz_B = jax.nn.logsumexp(scaled_BV, axis=-1)
   probs_BV = jnp.exp(scaled_BV - logz_B[:, None])
   probs_BNC = jnp.pad(probs_BV, ((0, 0), (0, -V % VOCAB_BLOCK)))
   probs_BNC = probs_BNC.reshape(B, -1, VOCAB_BLOCK)
@@ -127,7 +129,7 @@ def draw(logits_BV, key_B, temperature):
     jnp.argmax(inside_BC, axis=-1),
   )
   token_B = block_B * VOCAB_BLOCK + inside_B
-  token_B = jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), token_B)
+  token_B = jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), token_B)
   picked_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
   return token_B.astype(jnp.int32), picked_B - logz_B
 
@@ -227,6 +229,27 @@ def _start(slots: Slots, starts_B, fields: dict) -> Slots:
   return slots.replace(**{name: pick(name, new) for name, new in fields.items()})
 
 
+def _grown(old: Slots, new: Slots) -> Slots:
+  """The rows of `old` in the first slots of `new`, which has room for at least as many
+  rows, tokens of a prompt and new tokens. The ring of new tokens is turned so that the
+  oldest column is the first, and grows at its end."""
+  S = old.live_BS.shape[1]
+
+  def turned(x, axis):
+    return jnp.roll(x, -(old.column % S), axis)
+
+  old = old.replace(
+    fresh=tuple((turned(k, 3), turned(v, 2)) for k, v in old.fresh),
+    live_BS=turned(old.live_BS, 1),
+    column=jnp.full_like(old.column, S),
+  )
+
+  def put(new, old):
+    return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+  return jax.tree.map(put, new, old)
+
+
 def _set_prefix(prefixes: Prefixes, kv: model.KV, length, lane) -> Prefixes:
   """Puts an encoded prefix into a lane."""
   layers = tuple(
@@ -291,16 +314,22 @@ class Sampler:
     prefix = model.Prefix(kv=model.KV(k=row, v=row), length=whole)
     self._prefill = self._jit(self._prefill_fn, model.KV(k=rows, v=rows))
     self._prefix = self._jit(self._prefix_fn, prefix)
-    self._empty = self._jit(self._empty_fn, slots, static_argnums=(0, 1))
+    self.empty = self._jit(self._empty_fn, slots, static_argnums=(0, 1, 2))
+    self.grow = self._jit(_grown, slots, donate_argnums=1)
     self._insert = self._jit(_insert, slots, donate_argnums=0)
     self._start = self._jit(_start, slots, donate_argnums=0)
-    self._chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
+    self.chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
     self._lanes = {lanes: self._of_lanes(lanes) for lanes in (1, sampler.lanes)}
     self._cast = functools.partial(model.cast, compute=self.compute)
     if self.compute.dtype != "float32":
       self._cast = jax.jit(self._cast)
     unstack = functools.partial(model.unstack, cfg=cfg, compute=self.compute)
     self._unstack = jax.jit(unstack)
+
+  @property
+  def meshed(self) -> bool:
+    """Whether its arrays lie on a mesh, which cuts the slots that the config has."""
+    return self._mesh is not None
 
   def _lies(self, *names, shape=()) -> NamedSharding | None:
     """Where an array of these logical axes lies; `shape` may end before the last."""
@@ -331,7 +360,7 @@ class Sampler:
     """How many programs have been compiled so far; constant after warm-up."""
     puts = [put for _, put in self._lanes.values()]
     prefill = self._prefix, self._prefill, *puts
-    jits = *prefill, self._insert, self._start, self._chunk
+    jits = *prefill, self._insert, self._start, self.chunk
     return sum(f._cache_size() for f in jits)
 
   def lowered(
@@ -363,10 +392,13 @@ class Sampler:
     decode = sharding.abstract(jax.eval_shape(self._unstack, params), decode)
     prefix = self._prefix.eval_shape(encode, tokens_P, whole)
     make_lanes, _ = self._lanes[lanes]
-    prefixes, slots = make_lanes.eval_shape(P), self._empty.eval_shape(T, max_new)
+    prefixes, slots = (
+      make_lanes.eval_shape(P),
+      self.empty.eval_shape(s.slots, T, max_new),
+    )
     heat = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._lies())
     prefill = self._prefill.lower(encode, prefix, rows)
-    chunk = self._chunk.lower(decode, prefixes, slots, heat)
+    chunk = self.chunk.lower(decode, prefixes, slots, heat)
     kept = prefixes.kv, slots.prompt, slots.fresh
     return {"prefill": (prefill, encode, prefix.kv), "decode": (chunk, decode, kept)}
 
@@ -413,9 +445,7 @@ class Sampler:
       (jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)) for _ in range(cfg.layers)
     )
 
-  def _empty_fn(self, P: int, S: int) -> Slots:
-    B = self.sampler.slots
-
+  def _empty_fn(self, B: int, P: int, S: int) -> Slots:
     def ints():
       return jnp.zeros(B, jnp.int32)
 
@@ -467,12 +497,12 @@ class Sampler:
     P = -(-prefix_room // s.prefix_step) * s.prefix_step
     make_lanes, set_prefix = self._lanes[A]
     prefixes = make_lanes(P) if P else Prefixes(kv=(), length_A=np.zeros(A, np.int32))
-    slots = self._empty(bucket(prompt_room, s.prompt_step), max_new)
+    slots = self.empty(s.slots, bucket(prompt_room, s.prompt_step), max_new)
     held: list[Request | None] = [None] * s.slots
-    lanes: list[_Lane | None] = [None] * A
+    lanes: list[Lane | None] = [None] * A
     temperature = jnp.float32(temperature)
 
-    def next_lane(own: range) -> _Lane | None:
+    def next_lane(own: range) -> Lane | None:
       """A lane for the next group; when there is none, with half of another's queue."""
       if group := next(pending, None):
         # Long prompts first, like ones together: a batch is as wide as its longest.
@@ -483,7 +513,7 @@ class Sampler:
           tokens_P = np.zeros(P, np.int32)
           tokens_P[: len(head)] = head
           prefix = self._prefix(weights.encode, tokens_P, jnp.int32(len(head)))
-        return _Lane(
+        return Lane(
           self, weights.encode, key, head, prefix, own, collections.deque(group)
         )
       queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
@@ -505,14 +535,14 @@ class Sampler:
           slots = lane.refill(slots, held)
       if not any(held):
         return
-      slots = self._chunk(weights.decode, prefixes, slots, temperature)
-      for slot, done in _collect(slots, held):
+      slots = self.chunk(weights.decode, prefixes, slots, temperature)
+      for slot, done in collect(slots, held):
         lanes[slot * A // s.slots].add(more(done), slot, done.request, held)
         yield done
 
 
 @dataclasses.dataclass
-class _Lane:
+class Lane:
   """Requests of one group on their way through some of the slots."""
 
   sampler: Sampler
@@ -528,7 +558,7 @@ class _Lane:
   # `ready` has (request, kv, row of kv) of what is prefilled; `staying` (slot, request)
   # of rows whose prompt lies in their slot already.
 
-  def split(self, slots: range) -> "_Lane":
+  def split(self, slots: range) -> "Lane":
     """A lane of the same group in other slots, with half of what waits here."""
     half = [self.waiting.pop() for _ in range(len(self.waiting) // 2)]
     waiting = collections.deque(reversed(half))
@@ -615,7 +645,7 @@ class _Lane:
     return self.sampler._start(slots, starts_B, fields)
 
 
-def _collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:
+def collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:
   """Takes the finished rows out of their slots."""
   active_B = np.asarray(slots.active_B)
   ended = [i for i, r in enumerate(held) if r is not None and not active_B[i]]

@@ -408,6 +408,32 @@ def split_thought(text: str, think: ThinkFormat) -> tuple[str, str, str]:
   return thought, answer, reason
 
 
+def split_begun(text: str, think: ThinkFormat, *, whole: bool) -> tuple[str, str]:
+  """(thought, answer) of a completion that is being written, its opening included.
+
+  What is yet to come may change neither, only add to them: what it could change is held
+  back, until the text is `whole`. Unlike in `split_thought` the first closing tag ends
+  the thought, and one without an opening tag is part of the answer.
+  """
+  body = text.lstrip()
+  if not whole:
+    body = settled(body, (think.tag, think.close))
+  if not body.startswith(think.tag):
+    return "", body.strip()
+  thought, _, answer = body.removeprefix(think.tag).partition(think.close)
+  return thought.strip(), answer.strip()
+
+
+def settled(text: str, marks: Sequence[str]) -> str:
+  """What stands before a character that is not whole yet, and before what may be the
+  begin of one of `marks`, at the end of a text that goes on."""
+  text = text.rstrip("\ufffd")
+  for n in range(max(map(len, marks), default=0), 0, -1):
+    if any(len(mark) > n and text.endswith(mark[:n]) for mark in marks):
+      return text[:-n]
+  return text
+
+
 # Tokens, the weight of each as a target, and perhaps named numbers of the whole row.
 Row = (
   tuple[Sequence[int], Sequence[float]]

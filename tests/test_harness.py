@@ -15,8 +15,8 @@ from lm_eval.models import huggingface
 import numpy as np
 import pytest
 
+from dalign import assistant
 from dalign import config as configs
-from dalign import harness
 from dalign import store
 from dalign.harness import inspect_provider
 from dalign.harness import lm_eval_model
@@ -221,12 +221,12 @@ def test_what_the_harness_is_given_wrongly_is_said(given, wanted):
 
 def test_a_stage_that_was_not_run_is_said(exported):
   with pytest.raises(ValueError, match="run the rl stage first"):
-    harness.Model(str(exported))
+    assistant.Model(str(exported))
 
 
 def test_text_is_cut_at_the_first_stop():
-  assert harness.cut("one. two! three", ["!", ". ", ""]) == "one"
-  assert harness.cut("one", ["!"]) == "one"
+  assert assistant.cut("one. two! three", ["!", ". ", ""]) == "one"
+  assert assistant.cut("one", ["!"]) == "one"
 
 
 def evaluated(task, workdir, tmp_path, **more):
@@ -255,17 +255,17 @@ def sky() -> inspect_ai.Task:
 @pytest.mark.slow
 def test_inspect_runs_its_tasks_on_a_checkpoint(workdir, tmp_path, monkeypatch):
   batches = []
-  replies = harness.Model.replies
+  replies = assistant.Model.replies
 
   def watched(self, chats, **more):
     batches.append(len(chats))
     return replies(self, chats, **more)
 
-  monkeypatch.setattr(harness.Model, "replies", watched)
+  monkeypatch.setattr(assistant.Model, "replies", watched)
   log = evaluated(sky(), workdir, tmp_path, temperature=0.0, max_tokens=24)
   assert log.status == "success", log.error
   assert sum(batches) == 3 and len(batches) < 3  # asked together
-  own = harness.Model(str(workdir), "sft")
+  own = assistant.Model(str(workdir), "sft")
   for sample in log.samples:
     turns = [
       Turn(role="system", content="Be brief."),

@@ -195,7 +195,7 @@ def test_parameters_and_caches_are_cut(compute):
     assert leaf.addressable_shards[0].data.size * 4 == leaf.size
   decode = Sampler(cfg=DENSE, compute=compute, stop_ids=(), sampler=SHAPES, mesh=mesh)
   with jax.set_mesh(mesh):
-    slots = decode._empty(16, 16)
+    slots = decode.empty(SHAPES.slots, 16, 16)
   for cache in (*slots.prompt[0], *slots.fresh[1]):
     assert cache.addressable_shards[0].data.size * 8 == cache.size
   assert slots.out_BS.sharding.is_fully_replicated  # every process reads it

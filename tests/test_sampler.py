@@ -319,14 +319,14 @@ def test_an_idle_lane_takes_half_of_a_queue(cfg, compute, prepared, monkeypatch)
   def counted(name, real):
     return lambda *args: calls.update([name]) or real(*args)
 
-  for name in ("_prefix", "_chunk"):
+  for name in ("_prefix", "chunk"):
     monkeypatch.setattr(engine, name, counted(name, getattr(engine, name)))
   many = requests([(*HEAD, i) for i in range(20, 36)], max_new=10)
   one = requests(LONG[:1], ids=[99], max_new=10)
   run = functools.partial(engine.run, prepared, temperature=1.0, **ROOM)
   assert len(list(run([many, one], key=jax.random.key(0)))) == 17
   assert calls["_prefix"] == 2
-  assert calls["_chunk"] <= 60  # a lane alone takes 16 rows of 10 tokens in 80 steps
+  assert calls["chunk"] <= 60  # a lane alone takes 16 rows of 10 tokens in 80 steps
 
 
 def test_rows_end_at_their_stop_or_their_budget(sample):
@@ -416,9 +416,9 @@ def test_nothing_is_compiled_after_warm_up(sample, made):
 def test_the_decode_loop_copies_no_cache(made, prepared, cfg):
   """A copy of a ring or of a prompt's cache at every token would cost more than it."""
   engine = made()
-  slots = engine._empty(16, 64)
+  slots = engine.empty(SHAPES.slots, 16, 64)
   prefixes = sampler.Prefixes(kv=engine._cache(2, 8), length_A=jnp.full(2, 6))
-  lowered = engine._chunk.lower(prepared.decode, prefixes, slots, jnp.float32(1))
+  lowered = engine.chunk.lower(prepared.decode, prefixes, slots, jnp.float32(1))
   program = lowered.compile().as_text()
   caches = r"= f32\[[24],2,(?:12,\d+|\d+,12)\]\S* "
   used = re.findall(caches + r"(?:\w*fusion|dynamic-update-slice)\(", program)

@@ -13,7 +13,7 @@ import anyio.to_thread
 from inspect_ai import model as inspect_model
 from inspect_ai.model import modelapi
 
-from dalign import harness
+from dalign import assistant
 from dalign.types import Turn
 
 WAIT = 0.05  # seconds in which others may join a batch
@@ -40,15 +40,15 @@ class DalignAPI(inspect_model.ModelAPI):
     super().__init__(model_name, base_url, api_key, [], config)
     if unknown:
       raise ValueError(
-        f"-M: wanted stage={'|'.join(harness.STAGES)}, got {sorted(unknown)}"
+        f"-M: wanted stage={'|'.join(assistant.STAGES)}, got {sorted(unknown)}"
       )
-    self.model = harness.Model(model_name, stage)
+    self.model = assistant.Model(model_name, stage)
     self._waiting: list[_Asked] = []
     self._lock: anyio.Lock | None = None
 
   def max_tokens(self) -> int:
     """Tokens of a reply, thought and answer, where a task does not say."""
-    return self.model.run.cfg.eval.max_new
+    return self.model.budget
 
   def max_connections(self) -> int:
     """As many chats at once as the sampler has slots."""
@@ -107,7 +107,7 @@ class DalignAPI(inspect_model.ModelAPI):
 
   def _output(self, asked, stops, seconds: float) -> inspect_model.ModelOutput:
     sample = asked.sample
-    content = [inspect_model.ContentText(text=harness.cut(sample.answer, stops))]
+    content = [inspect_model.ContentText(text=assistant.cut(sample.answer, stops))]
     if sample.thought:
       content.insert(0, inspect_model.ContentReasoning(reasoning=sample.thought))
     read = len(self.model.read(asked.turns))

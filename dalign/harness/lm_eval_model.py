@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 import tqdm
 
-from dalign import harness
+from dalign import assistant
 from dalign import text
 from dalign.types import Turn
 
@@ -48,9 +48,9 @@ class DalignLM(TemplateLM):
     if unknown or not workdir:
       raise ValueError(
         "--model_args: wanted workdir=FOLDER and, if you like, stage="
-        f"{'|'.join(harness.STAGES)} and max_new=TOKENS, got {sorted(unknown)}"
+        f"{'|'.join(assistant.STAGES)} and max_new=TOKENS, got {sorted(unknown)}"
       )
-    self.model = harness.Model(str(workdir), stage)
+    self.model = assistant.Model(str(workdir), stage)
     self.max_new = int(max_new)
 
   @property
@@ -168,7 +168,7 @@ class DalignLM(TemplateLM):
         said = self._said([a[0] for a in own], plain, max_new, temperature)
         for at, (prompt, wanted), reply in zip(places, own, said, strict=True):
           until = normalize_gen_kwargs(wanted, self.max_new)["until"]
-          found[at] = harness.cut(reply, until)
+          found[at] = assistant.cut(reply, until)
           self.cache_hook.add_partial("generate_until", (prompt, wanted), found[at])
         bar.update(len(places))
     return found

@@ -231,11 +231,15 @@ class Run:
 
   @functools.cached_property
   def sampler(self) -> sampling.Sampler:
+    return self.make_sampler(self.cfg.sampler)
+
+  def make_sampler(self, shapes: configs.SamplerConfig) -> sampling.Sampler:
+    """A sampler of the run's model on its mesh."""
     return sampling.Sampler(
       cfg=self.arch,
       compute=self.cfg.compute,
       stop_ids=self.tok.stop_ids if self.has_model else (0,),
-      sampler=self.cfg.sampler,
+      sampler=shapes,
       mesh=self.mesh if self.mesh.size > 1 else None,
     )
 
