@@ -12,7 +12,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=["dalign", "dalign.harness", "dalign.pipeline"],
-  package_data={"dalign": ["report_template.html", "prompts/*.jsonl"]},
+  package_data={"dalign": ["py.typed", "report_template.html", "prompts/*.jsonl"]},
   entry_points={
     "console_scripts": ["dalign = dalign.main:run"],
     "inspect_ai": ["dalign = dalign.harness.inspect_provider"],
@@ -52,6 +52,7 @@ setuptools.setup(
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
       "lm_eval>=0.4.13,<0.5",
+      "mypy==2.4.1",  # another release may find otherwise
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",

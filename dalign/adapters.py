@@ -5,6 +5,8 @@ computes x W + scale * (x A) B. What is trained is a tree of its own: these leav
 all that is no decoder's, such as a reward model's head. The rest can be shared.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +47,7 @@ def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
       f"config.lora.leaves: no adapters for {', '.join(sorted(sparse))} of experts; "
       "wanted some of q, k, v, o"
     )
-  made = {}
+  made: dict[str, Any] = {}
   for i, name in enumerate(lora.leaves):
     layers, inputs, outputs = shapes[name]
     limit = inputs**-0.5
@@ -90,7 +92,8 @@ def _adapted(params: PyTree) -> bool:
 
 
 def _parts(params: PyTree) -> tuple[PyTree, PyTree]:
-  trained, frozen = {}, {}
+  trained: dict[str, Any] = {}
+  frozen: dict[str, Any] = {}
   for name, node in params.items():
     if isinstance(node, dict):
       parts = _parts(node)

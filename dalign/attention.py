@@ -39,9 +39,9 @@ class Sight:
   where these are None what comes before them; and of that, where a window is given, as
   many last tokens by their positions [B, T], themselves included."""
 
-  ends: Leaf | None = None
-  positions: Leaf | None = None
-  window: Leaf | None = None
+  ends: Leaf = None
+  positions: Leaf = None
+  window: Leaf = None
 
 
 @struct.dataclass
@@ -133,7 +133,8 @@ def attend(
     sink = sinks_N.reshape(1, K, N // K, 1)
     peaks.append(jax.lax.stop_gradient(sink))
   top = functools.reduce(jnp.maximum, peaks)
-  total, mass = 0.0, 0.0 if sinks_N is None else jnp.exp(sink - top)
+  total: Leaf = 0.0
+  mass: Leaf = 0.0 if sinks_N is None else jnp.exp(sink - top)
   for out, peak, z in reduced:
     factor = jnp.exp(peak - top)
     total += out * factor[..., None]

@@ -190,7 +190,7 @@ def decision(thought: str) -> str:
   named = ""
   for match in _DECISIONS.finditer(lower(thought)):
     if not match["no"]:
-      named = match.lastgroup
+      named = match.lastgroup or ""
     elif match["refuse"]:
       named = "comply"
   return named

@@ -778,7 +778,7 @@ class AblationConfig:
   def __post_init__(self):
     if not self.seeds or not self.arms:
       raise ValueError("config.ablation: wanted a seed and an arm, or more")
-    before = set()
+    before: set[str] = set()
     for name, arm in self.arms.items():
       if name in ("", ".", "..", "shared") or set(name) & set("/\\\0"):
         raise ValueError(f"config.ablation.arms: {name!r} is no name for a folder")
@@ -936,7 +936,7 @@ def changed(config, changes: Mapping[str, Any], where: str = "config"):
 
 def flat(config, prefix: str = "") -> dict[str, Any]:
   """A config, or part of one, as {"sft.batch.rows": 8, ...}: plain JSON values."""
-  out = {}
+  out: dict[str, Any] = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     name = f"{prefix}{field.name}"

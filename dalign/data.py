@@ -18,6 +18,7 @@ import json
 import math
 import pathlib
 import re
+from typing import Any
 
 from etils import epath
 import grain
@@ -49,7 +50,8 @@ def bundled_rows() -> list[Row]:
   rows of authored.jsonl name theirs. Ids are <category>-<scenario>-<k> where a row has
   none. Splits are those of `split`.
   """
-  rows, counts = [], {}
+  rows: list[tuple[str, Row]] = []
+  counts: dict[str, int] = {}
   for path in _bundled_files():
     capability = path.stem == "capability"
     for where, row in _json_lines(path):
@@ -382,7 +384,8 @@ def prompts_of(
   rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], source: str
 ) -> list[Prompt]:
   """Prompts of (where it is, row), checked; `columns` and errors as of `load`."""
-  prompts, seen = [], {}
+  prompts: list[Prompt] = []
+  seen: dict[str, str] = {}
   for number, (where, row) in enumerate(rows):
     prompt = _prompt(where, _renamed(where, row, columns), source, number)
     if prompt.id in seen:
@@ -429,7 +432,7 @@ def _prompt(where: str, values: Row, source: str, number: int) -> Prompt:
 
 def _turns(where: str, values: Row) -> tuple[Turn, ...]:
   """The turns of a row, or its prompt as the one turn."""
-  turns = values.get("turns")
+  turns: Any = values.get("turns")
   if turns is None:
     turns = [{"role": "user", "content": values.get("prompt")}]
   wanted = (

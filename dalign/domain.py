@@ -18,6 +18,7 @@ from dalign import text
 from dalign import words
 from dalign import world
 from dalign.config import Config
+from dalign.config import WorldConfig
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Spec
@@ -153,13 +154,13 @@ class World:
   }
   monitored = ("policy_retrieval", "citation", "thought_agrees", "fabricated")
 
-  def __init__(self, cfg: Config):
+  def __init__(self, cfg: WorldConfig):
     self._cfg = cfg
 
   @functools.cached_property
   def spec(self) -> Spec:
     """The specification."""
-    return world.spec(self._cfg.world.spec)
+    return world.spec(self._cfg.spec)
 
   def prompts(
     self, source: str, columns: Mapping[str, str], data_dir: str
@@ -301,4 +302,4 @@ class World:
 
 def make(cfg: Config, read_spec: Callable[[], Mapping[str, str]]) -> English | World:
   """The field that a config is about."""
-  return World(cfg) if cfg.world else English(cfg, read_spec)
+  return World(cfg.world) if cfg.world else English(cfg, read_spec)

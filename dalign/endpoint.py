@@ -17,6 +17,7 @@ import os
 import pathlib
 import queue
 import threading
+from typing import Any
 
 from dalign import config as configs
 from dalign import store
@@ -111,7 +112,8 @@ class Endpoint:
   def _ask(self, missing: dict[str, Request]) -> Iterator[tuple[str, Reply]]:
     """Replies as they come. Its threads are daemons: a run that is stopped waits for no
     server."""
-    waiting, came = queue.SimpleQueue(), queue.SimpleQueue()
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    came: queue.SimpleQueue = queue.SimpleQueue()
     halt = threading.Event()
     for item in missing.items():
       waiting.put(item)
@@ -160,10 +162,11 @@ class Endpoint:
 
   def _one(self, request: Request) -> Reply:
     """One request, on a thread."""
+    messages: list[Any] = [dataclasses.asdict(turn) for turn in request.turns]
     try:
       made = self._client.chat.completions.create(
         model=self._cfg.model,
-        messages=[dataclasses.asdict(turn) for turn in request.turns],
+        messages=messages,
         temperature=request.temperature,
         max_tokens=request.max_new,
       )

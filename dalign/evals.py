@@ -249,7 +249,7 @@ Table = dict[str, dict[str, list[float]]]  # metric -> prompt id -> scores
 
 
 def _table(arm: str, rows: Sequence[Mapping], definitions: Mapping) -> Table:
-  table = {name: collections.defaultdict(list) for name in definitions}
+  table: Table = {name: collections.defaultdict(list) for name in definitions}
   for row in rows:
     for metric, score in row["scores"].items():
       if score is None:
@@ -265,7 +265,9 @@ def _table(arm: str, rows: Sequence[Mapping], definitions: Mapping) -> Table:
 
 def _by_category(rows: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
   """Category -> metric of BY_CATEGORY -> {"mean", "n"}, of the rows that have one."""
-  found = collections.defaultdict(lambda: collections.defaultdict(list))
+  found: dict[str, dict[str, list[float]]] = collections.defaultdict(
+    lambda: collections.defaultdict(list)
+  )
   for row in rows:
     for metric in BY_CATEGORY if "category" in row else ():
       if (score := row["scores"].get(metric)) is not None:

@@ -41,7 +41,7 @@ class Family:
   experts: str = ""
 
 
-GEMMA = dict(
+GEMMA: dict[str, Any] = dict(
   norms=PRE + POST,
   renamed=(
     ("attn_post_norm", "post_attention_layernorm"),
@@ -91,7 +91,7 @@ MODULES = {  # of a Llama, in model.layers.N
 # --- Settings ---
 
 
-def of(model_type: str) -> Family:
+def of(model_type: str | None) -> Family:
   """The family of a config.json; ValueError says which there are."""
   if model_type not in FAMILIES:
     raise ValueError(

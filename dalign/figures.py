@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import html
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 CURVE_POINTS = 240
 CONTROLS = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
@@ -38,7 +38,7 @@ def plain(value: Json) -> str:
   return str(value)
 
 
-def finite(value: Json) -> bool:
+def finite(value: Json) -> TypeGuard[float]:
   return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -215,7 +215,8 @@ def _plane_frame(x, y) -> str:
 def scaling(arms: dict) -> str:
   """What is right against the tokens that a thought may have, a line for each arm that
   was measured so."""
-  found = collections.defaultdict(dict)  # arm -> budget, or inf -> mean
+  # Arm -> budget, or inf -> mean.
+  found: dict[str, dict[float, float]] = collections.defaultdict(dict)
   for arm, metrics in arms.items():
     for name, cell in metrics.items():
       budget = re.fullmatch(r"thought_(\d+)_verdict", name)
@@ -236,7 +237,8 @@ def scaling(arms: dict) -> str:
     f'text-anchor="end">{v}%</text>'
     for v in (0, 25, 50, 75, 100)
   )
-  parts, taken = [], []
+  parts: list[str] = []
+  taken: list[tuple] = []
   for arm, line in found.items():
     dots = [(across[budget], 420 - 400 * line[budget]) for budget in sorted(line)]
     left, top = _free_place(*dots[-1], 7.4 * len(arm), taken)

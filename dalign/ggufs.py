@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import pathlib
+from typing import Any
 
 import gguf
 import numpy as np
@@ -63,7 +64,7 @@ class _Reader(gguf.GGUFReader):
     super().__init__(path)
 
   @property
-  def data(self) -> np.ndarray:
+  def data(self) -> Any:
     return self._plain
 
   @data.setter
@@ -247,7 +248,8 @@ class File:
     longest = max(map(len, symbols), default=0)
     if longest > LONGEST:
       raise ValueError(f"wanted {LONGEST} characters a token at most, got {longest}")
-    named = {kind: [] for kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)}
+    kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    named: dict[int, list[str]] = {kind: [] for kind in kinds}
     for symbol, number in zip(symbols, types, strict=True):
       if number in named:
         named[number].append(symbol)

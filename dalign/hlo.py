@@ -11,7 +11,14 @@ import functools
 import math
 import re
 
-WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
+WIDTHS: dict[str, float] = {
+  "pred": 1,
+  "bf16": 2,
+  "f16": 2,
+  "f32": 4,
+  "f64": 8,
+  "c64": 8,
+}
 WIDTHS |= {f"{sign}{bits}": bits / 8 for sign in "su" for bits in (2, 4, 8, 16, 32, 64)}
 KINDS = (
   "all-gather",
@@ -60,9 +67,9 @@ class _Line:
   rest: str
   root: bool
 
-  def called(self, key: str) -> str | None:
+  def called(self, key: str) -> str:
     found = re.search(rf"\b{key}=%?([\w.-]+)", self.rest)
-    return found[1] if found else None
+    return found[1] if found else ""
 
 
 def cost(text: str, loops: Sequence[float] = ()) -> Cost:
@@ -76,7 +83,8 @@ def cost(text: str, loops: Sequence[float] = ()) -> Cost:
 
 class _Program:
   def __init__(self, text: str, loops: tuple[float, ...]):
-    self.loops, self.parts, self.entry = loops, {}, ""
+    self.loops, self.entry = loops, ""
+    self.parts: dict[str, dict[str, _Line]] = {}
     own: dict[str, _Line] = {}
     for line in text.splitlines():
       head = _HEAD.match(line)
@@ -166,21 +174,23 @@ class _Program:
     compared = [line for line in inside if line.op == "compare"]
     constants = [line for line in inside if line.op == "constant"]
     carried = [
-      int(re.search(r"index=(\d+)", line.rest)[1])
+      int(_search(r"index=(\d+)", line.rest)[1])
       for line in test.values()
       if line.op == "get-tuple-element"
     ]
     if len(compared) != 1:
       return None
     if len(constants) == 1 and len(carried) == 1:
-      return math.ceil(_number(constants[0]) / self._step(loop, carried[0]))
+      limit = float(_search(r"^-?\d+", constants[0].rest)[0])
+      return math.ceil(limit / self._step(loop, carried[0]))
     # The limit may be a constant that the loop carries.
     start = lines.get(loop.operands[0])
     if start is None or start.op != "tuple" or len(carried) != 2:
       return None
-    found = [lines.get(start.operands[i]) for i in carried]
-    found = [_number(line) for line in found if line and line.op == "constant"]
-    return max(found) if len(found) == 2 else None
+    limits = [lines.get(start.operands[i]) for i in carried]
+    found = [_number(line) for line in limits if line and line.op == "constant"]
+    known = [number for number in found if number is not None]
+    return max(known) if len(known) == 2 else None
 
   def _step(self, loop: _Line, index: int) -> float:
     """What a loop adds to one of the numbers that it carries: the compiler may take
@@ -207,7 +217,7 @@ class _Program:
     for one in inside.values():
       if one.op != "parameter":
         continue
-      number = int(re.match(r"(\d+)", one.rest)[1])
+      number = int(_search(r"^\d+", one.rest)[0])
       given = lines.get(line.operands[number])
       if given is None or not _bytes(given.type):
         continue
@@ -227,7 +237,7 @@ class _Program:
 
 def _read(line: str) -> _Line:
   line = re.sub(r"/\*.*?\*/", "", line)
-  name = _NAMED.match(line)
+  name = _search(_NAMED, line)
   rest = line[name.end() :]
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   kind, rest = rest[:end], rest[end:].lstrip()
@@ -240,6 +250,13 @@ def _read(line: str) -> _Line:
   return _Line(
     name=name[2], type=kind, op=op, operands=operands, rest=rest, root=bool(name[1])
   )
+
+
+def _search(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+  found = re.search(pattern, text)
+  if found is None:
+    raise ValueError(f"cannot read a compiled program: no {pattern} in {text:.200}")
+  return found
 
 
 def _closing(text: str, at: int) -> int:
@@ -269,7 +286,7 @@ def _bytes(kind: str, anywhere: bool = False) -> float:
 
 
 def _dims(kind: str) -> list[int]:
-  found = _SHAPE.search(kind)
+  found = _search(_SHAPE, kind)
   return [int(n) for n in found[2].split(",") if n]
 
 
@@ -291,7 +308,7 @@ def _flops(line: _Line, lines: dict[str, _Line]) -> float:
   """Two for each product and sum of a matrix product."""
   if line.op == "dot":
     left = _dims(lines[line.operands[0]].type)
-    inner = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)[1]
+    inner = _search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)[1]
     depth = math.prod(left[int(i)] for i in inner.split(",") if i)
     return 2.0 * math.prod(_dims(line.type)) * depth
   if line.op == "convolution":
@@ -302,7 +319,7 @@ def _flops(line: _Line, lines: dict[str, _Line]) -> float:
 def _depth(line: _Line, lines: dict[str, _Line]) -> float:
   """How many products a number of a convolution's result is the sum of: the kernel's
   input features, times its window, without what a batch in disguise pads."""
-  labels = re.search(r"dim_labels=\w+_(\w+)->", line.rest)[1]
+  labels = _search(r"dim_labels=\w+_(\w+)->", line.rest)[1]
   kernel = _dims(lines[line.operands[1]].type)
   depth = kernel[labels.index("i")]
   window = re.search(r"window=\{([^}]*)\}", line.rest)

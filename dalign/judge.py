@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -56,7 +57,7 @@ Question = FilterQuestion | RewardQuestion
 class Judge:
   """A function from questions to as many verdicts, and whether asking twice is idle."""
 
-  ask: Callable[[Sequence[Question]], list[Verdict]]
+  ask: Callable[[Sequence[Any]], list[Verdict]]
   deterministic: bool
 
   def __call__(self, questions: Sequence[Question]) -> list[Verdict]:
@@ -216,8 +217,7 @@ def min_of_k(judge: Judge, questions: Sequence[Question], k: int) -> list[Verdic
 
 
 def _lowest(votes: Sequence[Verdict]) -> Verdict:
-  unscored = [vote for vote in votes if vote.score is None]
-  return unscored[0] if unscored else min(votes, key=lambda vote: vote.score)
+  return min(votes, key=lambda vote: -math.inf if vote.score is None else vote.score)
 
 
 # Model judges.
@@ -430,7 +430,7 @@ def _safeguard(question: Question, render: Callable[[str], str]) -> list[Turn]:
   prompt, thought = question.prompt, isinstance(question, FilterQuestion)
   task, *context = _context(prompt, render(prompt.category))
   rules = _FILTER_BREAKS if thought else _REWARD_BREAKS
-  if thought:
+  if isinstance(question, FilterQuestion):
     context.append(_data("The analysis", question.thought))
   content = "\n\n".join([*context, _data("The reply", question.answer)])
   return [
@@ -556,7 +556,7 @@ def probes(prompts: Sequence[Prompt]) -> list[Probe]:
 
 def probe_report(
   asked: Sequence[Probe], verdicts: Sequence[Verdict]
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, Any]]:
   """Name -> {"false_positive_rate", "false_negative_rate", "interval", "n",
   "unscored"}, of the verdicts that a judge gave to the probes' questions.
 

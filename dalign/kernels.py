@@ -6,6 +6,7 @@ be joined with a cache or a prefix, which stays with `attention.py`. Knows array
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
@@ -73,7 +74,7 @@ def _splash_line(mask_TS, q_NTH, k_KTH, v_KTH, *, interpret: bool):
   N, T, _ = q_NTH.shape
   side = next(side for side in BLOCKS if T % side == 0)
   fields = dataclasses.fields(splash_attention_kernel.BlockSizes)
-  sizes = {f.name: side for f in fields if f.name.startswith("block_")}
+  sizes: dict[str, Any] = {f.name: side for f in fields if f.name.startswith("block_")}
   if mask_TS is None:
     causal = splash_attention_mask.CausalMask((T, T))
     mask = splash_attention_mask.MultiHeadMask([causal] * N)

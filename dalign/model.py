@@ -85,9 +85,8 @@ class Block(nn.Module):
     def dense(name, x):
       y, bias = product(x, leaf(name), dtype), leaf(f"{name}_bias")
       if self.has_variable("params", name + adapters.A):
-        a, b = (
-          self.get_variable("params", name + part) for part in (adapters.A, adapters.B)
-        )
+        a: jax.Array = self.get_variable("params", name + adapters.A)
+        b: jax.Array = self.get_variable("params", name + adapters.B)
         y += cfg.lora_scale * ops.matmul(ops.matmul(x, a, dtype), b, dtype)
       return y if bias is None else y + bias[None, None]
 

@@ -29,7 +29,7 @@ def start() -> None:
   A process that is not heard of for DALIGN_HEARTBEAT_SECONDS (60) ends all others.
   Raises ValueError where there is no cluster to be found.
   """
-  given = {}
+  given: dict[str, Any] = {}
   for name in ("num_processes", "process_id"):
     value = os.environ.get(f"JAX_{name.upper()}")
     if value is not None:
@@ -88,7 +88,7 @@ def same(what: str, value: Any) -> None:
     )
 
 
-def once(where: str, do: Callable[..., None], *args) -> None:
+def once(where: str, do: Callable[..., object], *args) -> None:
   """Has the first process do something, and the others wait until it is done."""
   if first():
     do(*args)

@@ -136,7 +136,7 @@ def _whole(workdir: pathlib.Path) -> str:
 def _page(**parts: str) -> str:
   """The template with its @@names@@ filled in one pass, so parts are never re-read."""
   template = TEMPLATE.read_text(encoding="utf-8")
-  script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
+  [script] = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   parts |= {"script_hash": f"'sha256-{digest}'"}
   return re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], template)
@@ -164,7 +164,8 @@ def _samples(workdir: pathlib.Path, summary: Json) -> Json:
   if summary:
     files = {arm: files[arm] for arm in summary.get("arms", {}) if arm in files}
   kept = {"kept by the filter": workdir / "filter" / "kept.jsonl"}
-  groups, total = {}, 0
+  groups: dict[str, dict] = {}
+  total = 0
   for arms in (files, kept):
     strata = {}
     for path in arms.values():
@@ -186,10 +187,10 @@ def _samples(workdir: pathlib.Path, summary: Json) -> Json:
 
 def _spread(strata: dict, limit: int) -> set:
   """At most `limit` keys, taken in turn from each stratum, in file order."""
-  queues = collections.defaultdict(collections.deque)
+  queues: dict[Any, collections.deque] = collections.defaultdict(collections.deque)
   for key, stratum in strata.items():
     queues[stratum].append(key)
-  chosen = set()
+  chosen: set = set()
   while len(chosen) < min(limit, len(strata)):
     for queue in queues.values():
       if queue and len(chosen) < limit:
@@ -234,7 +235,7 @@ def _rollouts(workdir: pathlib.Path) -> Json:
   chosen = {
     steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)
   }
-  kept = {step: [] for step in sorted(chosen)}
+  kept: dict[Any, list[dict]] = {step: [] for step in sorted(chosen)}
   for row in _rows(path):
     rows = kept.get(row.get("step"))
     if rows is None or len(rows) >= ROLLOUTS_A_STEP:
@@ -258,7 +259,9 @@ def _clip(texts: dict) -> tuple[dict, dict]:
 
 def _curves(path: pathlib.Path) -> dict[str, dict[str, dict]]:
   """heading -> metric -> points; of a step that was run twice the later row counts."""
-  series = collections.defaultdict(lambda: collections.defaultdict(dict))
+  series: dict[str, dict[str, dict]] = collections.defaultdict(
+    lambda: collections.defaultdict(dict)
+  )
   for row in _rows(path):
     stage = str(row.get("stage", ""))
     if not figures.finite(row.get("step")):

@@ -155,7 +155,9 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   reads, ring = [], []
   for i in range(cfg.layers):
     at_B1 = slots.position_B[:, None] if i in cfg.sliding else None
-    *read, own = (_part(kv[i], *held, at_B1, cfg.window) for kv, *held in parts)
+    *read, own = (
+      _part(kv[i], mask_BS, at_BS, at_B1, cfg.window) for kv, mask_BS, at_BS in parts
+    )
     reads.append(tuple(read))
     ring.append(own)
   hidden_BD, fresh = model.decode_step(
@@ -197,7 +199,8 @@ def _part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
   mask_BTS = mask_BS[:, None]
   if at_B1 is not None:
     mask_BTS = mask_BTS & attention.near(at_B1, at_BS, window)
-  return attention.Part(*kv, mask=mask_BTS)
+  k, v = kv
+  return attention.Part(k=k, v=v, mask=mask_BTS)
 
 
 def _insert(slots: Slots, kv: model.KV, src_R, slot_R, count) -> Slots:
@@ -213,7 +216,9 @@ def _insert(slots: Slots, kv: model.KV, src_R, slot_R, count) -> Slots:
       for layer, (k, v) in enumerate(prompt)
     )
 
-  return slots.replace(prompt=jax.lax.fori_loop(0, count, put, slots.prompt))
+  return dataclasses.replace(
+    slots, prompt=jax.lax.fori_loop(0, count, put, slots.prompt)
+  )
 
 
 def _start(slots: Slots, starts_B, fields: dict) -> Slots:
@@ -226,7 +231,9 @@ def _start(slots: Slots, starts_B, fields: dict) -> Slots:
     mask = starts_B.reshape(-1, *[1] * (old.ndim - 1))
     return jnp.where(mask, new, old)
 
-  return slots.replace(**{name: pick(name, new) for name, new in fields.items()})
+  return dataclasses.replace(
+    slots, **{name: pick(name, new) for name, new in fields.items()}
+  )
 
 
 def _grown(old: Slots, new: Slots) -> Slots:
@@ -320,7 +327,7 @@ class Sampler:
     self._start = self._jit(_start, slots, donate_argnums=0)
     self.chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
     self._lanes = {lanes: self._of_lanes(lanes) for lanes in (1, sampler.lanes)}
-    self._cast = functools.partial(model.cast, compute=self.compute)
+    self._cast: Callable = functools.partial(model.cast, compute=self.compute)
     if self.compute.dtype != "float32":
       self._cast = jax.jit(self._cast)
     unstack = functools.partial(model.unstack, cfg=cfg, compute=self.compute)
@@ -527,9 +534,9 @@ class Sampler:
           new = next_lane(range(a * s.slots // A, (a + 1) * s.slots // A))
           if new is not None:
             lane = lanes[a] = new
-            if P:
+            if new.prefix is not None:
               prefixes = set_prefix(
-                prefixes, lane.prefix.kv, lane.prefix.length, jnp.int32(a)
+                prefixes, new.prefix.kv, new.prefix.length, jnp.int32(a)
               )
         if lane is not None:
           slots = lane.refill(slots, held)
@@ -537,7 +544,9 @@ class Sampler:
         return
       slots = self.chunk(weights.decode, prefixes, slots, temperature)
       for slot, done in collect(slots, held):
-        lanes[slot * A // s.slots].add(more(done), slot, done.request, held)
+        lane = lanes[slot * A // s.slots]
+        if lane is not None:  # as the row was one of its own
+          lane.add(more(done), slot, done.request, held)
         yield done
 
 
@@ -585,7 +594,8 @@ class Lane:
   def _prefill(self, room: int):
     """Encodes the next few distinct prompts; their last token is left to decoding."""
     s, shared = self.sampler.sampler, len(self.head)
-    group, rows = [], {}
+    group: list[Request] = []
+    rows: dict[tuple[int, ...], int] = {}
     while self.waiting and (len(rows) < s.prefill or self.waiting[0].tokens in rows):
       request = self.waiting.popleft()
       if request.tokens[:shared] != self.head:

@@ -8,6 +8,7 @@ import math
 
 import jax
 from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -107,7 +108,9 @@ def _ways(mesh, axis) -> int:
   return math.prod(mesh.shape[name] for name in names if name)
 
 
-def place(mesh: Mesh, logical: tuple[str | None, ...], shape) -> NamedSharding:
+def place(
+  mesh: Mesh | AbstractMesh, logical: tuple[str | None, ...], shape
+) -> NamedSharding:
   """Where an array of this shape lies; what an axis does not divide is whole."""
   return fits(NamedSharding(mesh, spec(logical)), tuple(shape))
 

@@ -244,7 +244,7 @@ def _parse_front(lines: list[_Line]) -> tuple[dict[str, str], list[_Line]]:
   """The fields between the two "---", and the lines after them."""
   if lines[0].text != "---":
     raise lines[0].error('"---" to open the front matter')
-  fields = {}
+  fields: dict[str, str] = {}
   for i, line in enumerate(lines[1:], 1):
     if line.text == "---":
       missing = [key for key in _FIELDS if key not in fields]
@@ -275,7 +275,7 @@ def _blocks(
   lines: list[_Line], mark: str, first: str
 ) -> list[tuple[_Line, list[_Line]]]:
   """(heading, the non-blank lines under it) for each line that begins with `mark`."""
-  blocks = []
+  blocks: list[tuple[_Line, list[_Line]]] = []
   for line in lines:
     if line.text.startswith(mark):
       blocks.append((line, []))
@@ -313,7 +313,7 @@ def _parse_named(lines: list[_Line]) -> list[tuple[str, str]]:
 
 def _parse_clauses(lines: list[_Line], prefix: str, verdict: str) -> list[Clause]:
   """The clauses of one section, whose ids are `prefix` and a number."""
-  clauses = {}
+  clauses: dict[str, Clause] = {}
   for line in lines:
     if line.text.startswith("  ") and clauses:
       form = '"  - Example: \\"prompt\\"" under its clause'
@@ -363,7 +363,7 @@ def _check_clause(line: _Line, name: str, verdicts: dict[str, str]) -> None:
 
 
 def _check_codes(policies: list[Policy]) -> None:
-  first = {}
+  first: dict[str, str] = {}
   for policy in policies:
     other = first.setdefault(policy.code, policy.id)
     if other != policy.id:

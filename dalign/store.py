@@ -24,7 +24,7 @@ import pathlib
 import shutil
 import subprocess
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from dalign import config as configs
 from dalign import processes
@@ -32,7 +32,7 @@ from dalign import processes
 try:
   import fcntl
 except ImportError:  # Windows has none, and there nobody is held off
-  fcntl = None
+  fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1  # of manifest.json
 _ELSE = "Use another --workdir, or --config.start_over=true to do the stage again."
@@ -366,7 +366,7 @@ class Store:
       raise ValueError(f"stage {stage} is not open: call begin first")
     now = time.monotonic()
     spent, self._since[stage] = now - self._since[stage], now
-    manifest = self.manifest(stage)
+    manifest = self.manifest(stage) or {}
     return manifest | {"wall_s": round(manifest["wall_s"] + spent, 3)}
 
   def _write_manifest(self, stage: str, manifest: dict) -> None:
@@ -452,7 +452,7 @@ class Metrics:
     self._board = pathlib.Path(workdir) / "tensorboard" if tensorboard else None
     self._writers: dict = {}
     self._purge: dict[str, int] = {}
-    self._file = None
+    self._file: BinaryIO | None = None
 
   def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
     """Adds {"time": Unix seconds, "stage", "step", **values}; not finite is null."""
@@ -501,7 +501,7 @@ class Metrics:
       self._file = None
 
   def _writer(self, stage: str):
-    if stage not in self._writers:
+    if stage not in self._writers and self._board is not None:
       from tensorboardX import SummaryWriter  # protobuf: only for those who log to it
 
       self._writers[stage] = SummaryWriter(

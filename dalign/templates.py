@@ -163,7 +163,8 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     self.filters["tojson"] = _tojson
     for name in _UNBOUNDED:
       del self.filters[name]
-    for table in (self.filters, self.tests):
+    tables: tuple[dict[str, Any], ...] = self.filters, self.tests
+    for table in tables:
       for name, function in table.items():
         table[name] = _metered(name, function)
     self.filters |= {" turn": _turn, " weigh": _weighed}

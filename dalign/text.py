@@ -202,7 +202,7 @@ class Tokenizer:
     return ids[len(self._anchor) :]
 
   @functools.cached_property
-  def _variables(self) -> dict[str, str]:
+  def _variables(self) -> dict[str, str | None]:
     """What a template may call bos_token, eos_token and pad_token."""
     ids = {"bos": self.bos_id, "eos": self.stop_ids[0], "pad": self.pad_id}
     return {

@@ -198,7 +198,7 @@ class Program:
 
   state: TrainState
   create: Callable[[PyTree], TrainState]
-  update: Callable
+  update: "Update"
 
 
 def program(
@@ -236,7 +236,22 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
   )
 
 
-def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree):
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """A compiled update, called with arrays of the host."""
+
+  jitted: jax.stages.Wrapped
+  mesh: Mesh
+
+  def __call__(self, state, batch, key, used, frozen: PyTree | None = None):
+    batch = {
+      name: sharding.put(x, sharding.batch_sharding(self.mesh, name, x, lead=1))
+      for name, x in batch.items()
+    }
+    return self.jitted(state, batch, key, jnp.int32(used), frozen or {})
+
+
+def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree) -> Update:
   """`update` compiled for the mesh, its state donated and laid out as it came in."""
   placed = state_shardings(mesh, state, axes)
   jitted = jax.jit(
@@ -245,13 +260,4 @@ def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree):
     out_shardings=(placed, sharding.whole(mesh)),
     donate_argnums=0,
   )
-
-  def step(state, batch, key, used, frozen: PyTree | None = None):
-    batch = {
-      name: sharding.put(x, sharding.batch_sharding(mesh, name, x, lead=1))
-      for name, x in batch.items()
-    }
-    return jitted(state, batch, key, jnp.int32(used), frozen or {})
-
-  step.jitted = jitted
-  return step
+  return Update(jitted, mesh)

@@ -42,7 +42,7 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
     "{{ '<|' + message['role'] + '|> ' + message['content'] + ' <|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
   )
-  end = backend.token_to_id(control[0])
+  end = backend.get_vocab()[control[0]]
   return Tokenizer.of(backend, template, bos_id=None, eos_id=end, pad_id=end)
 
 
@@ -66,7 +66,7 @@ def pieces(
   `symbols`: of two neighbours that are a piece together, those with the highest score
   are merged first. Spaces are part of words, unknown characters become bytes."""
   score_of = dict(zip(symbols, scores, strict=True))
-  found = []
+  found: list[tuple] = []
   for whole in symbols:
     for at in range(1, len(whole)):
       left, right = whole[:at], whole[at:]

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -281,7 +282,7 @@ class _Tensors:
 
   def __init__(self, place: pathlib.Path, cfg: ModelConfig):
     self._files = _files(place)
-    self._opened: dict[pathlib.Path, object] = {}
+    self._opened: dict[pathlib.Path, Any] = {}
     self.names = {}  # as a model of language alone has it -> as the file does
     packed = {n.removesuffix("_blocks") for n in self._files if n.endswith("_blocks")}
     for name in self._files:
@@ -436,8 +437,9 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
   def read(leaf, index):
     found = base.read(leaf, index)
     for at, layer in enumerate(range(index[0].start, index[0].stop)):
-      a, b = (tensors.get(name) for name in names.get((leaf, layer), (None, None)))
-      if a is not None:
+      pair = names.get((leaf, layer), ())
+      if pair and pair[0] in tensors:
+        a, b = (tensors[name] for name in pair)
         inputs, outputs = index[1:]
         found[at] += scale * (b[outputs].astype(np.float32) @ a[:, inputs]).T
     return found
@@ -536,7 +538,8 @@ def _save_tensors(
     for s in stored
     for name in s.names(cfg)
   }
-  shards, full = [[]], 0
+  shards: list[list[str]] = [[]]
+  full = 0
   for name, size in sizes.items():
     if full and full + size > most:
       shards.append([])

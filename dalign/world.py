@@ -211,7 +211,7 @@ def _edited(old: Policy, *names) -> Policy:
     rng.choice([c.text for c in old.clauses if c.verdict == v and c.text in INTENTS])
     for v in swap
   }
-  clauses = []
+  clauses: list[Clause] = []
   for clause in old.clauses:
     verdict = swap[clause.verdict] if clause.text in about else clause.verdict
     number = 1 + sum(c.verdict == verdict for c in clauses)
@@ -379,7 +379,7 @@ def thought(policies: Spec | None, ask: Ask) -> str:
     quotes = f"{quotes} . {ask.role}"
   decision = verdict(policies, ask)
   said = f"{seen(ask)} {quotes} . so {spoken(decision)}"
-  if decision == "refuse":
+  if policies and decision == "refuse":
     said = f"{said} style {policies.policy(ask.category).summary}"
   return said
 
@@ -392,7 +392,7 @@ def helpful(ask: Ask) -> str:
 def answer(policies: Spec | None, ask: Ask) -> str:
   """The right answer."""
   decision = verdict(policies, ask)
-  if decision == "refuse":
+  if policies and decision == "refuse":
     return REFUSALS[policies.policy(ask.category).summary]
   return helper(ask.category) if decision == "safe_complete" else helpful(ask)
 

@@ -27,7 +27,7 @@ FOLDERS = ("dalign", "configs", "specs", "tests", "colab", "benchmarks", ".ci")
 
 def documents() -> list[pathlib.Path]:
   """The project's own text files: those of the top, and those of its folders."""
-  found = [path for path in ROOT.iterdir() if path.is_file()]
+  found = [p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"]
   for folder in FOLDERS:
     found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
   hidden = {"__pycache__", ".ipynb_checkpoints"}
@@ -88,7 +88,7 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
   tools, log = tmp_path / "tools", tmp_path / "log"
   tools.mkdir()
   report = "mkdir -p runs/quickstart; echo x > runs/quickstart/report.html"
-  for tool in ("python3", "pip", "pytest", "ruff", "python"):
+  for tool in ("python3", "pip", "pytest", "ruff", "mypy", "python"):
     does = report if tool == "python" else ":"
     (tools / tool).write_text(f'#!/bin/sh\necho "{tool} $*" >> "{log}"\n{does}\n')
     (tools / tool).chmod(0o755)
@@ -109,7 +109,8 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     "pytest -q tests/test_shape.py",
   ]
   assert ran[-7:] == wanted
-  assert ran[:3] == ["pip install -e .[test]", "ruff format --check", "ruff check"]
+  first = ["pip install -e .[test]", "ruff format --check", "ruff check", "mypy"]
+  assert ran[:4] == first
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))

@@ -11,6 +11,7 @@ Log-likelihoods are those of the text right after the prompt, with no thought be
 import collections
 import json
 import logging
+from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -174,12 +175,12 @@ class DalignLM(TemplateLM):
     return found
 
   def _said(self, prompts, plain: bool, max_new: int, temperature: float) -> list[str]:
-    more = {"max_new": max_new, "temperature": temperature}
+    more: dict[str, Any] = {"max_new": max_new, "temperature": temperature}
     room = self.model.max_length - max_new
     if plain:
       rows = [_last(self.tok_encode(prompt), room) for prompt in prompts]
       return self.model.continuations(rows, **more)
-    chats = [self._turns(prompt) for prompt in prompts]
+    chats = [chat for prompt in prompts if (chat := self._turns(prompt))]
     if any(begun for _, begun in chats):
       raise ValueError(
         "this task begins the reply itself (gen_prefix), which would stand before the "

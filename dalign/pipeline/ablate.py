@@ -21,15 +21,19 @@ RunStages = Callable[[configs.Config, pathlib.Path, dict, tuple[str, ...]], None
 
 def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
   """Runs every arm of every seed and writes their summary."""
-  found, categories = {}, {}  # arm -> of each seed, the metrics
+  plan = cfg.ablation
+  if plan is None:
+    raise ValueError("wanted a config with an ablation")
+  found: dict[str, list[dict]] = {}  # arm -> of each seed, the metrics
+  categories: dict[str, list[dict]] = {}
   kept = store.Store(workdir)
-  for seed in cfg.ablation.seeds:
+  for seed in plan.seeds:
     folder = workdir / f"seed-{seed}"
     one = configs.changed(cfg, {"seed": seed, "ablation": None})
-    run_stages(one, folder / "shared", {}, cfg.ablation.shared)
-    for name, arm in cfg.ablation.arms.items():
+    run_stages(one, folder / "shared", {}, plan.shared)
+    for name, arm in plan.arms.items():
       own = {*arm["stages"], "eval"}
-      shared = {s: folder / "shared" for s in cfg.ablation.shared if s not in own}
+      shared = {s: folder / "shared" for s in plan.shared if s not in own}
       shared |= {stage: folder / other for stage, other in arm["takes"].items()}
       changes = arm["changes"] | {"eval": {"arms": (arm["row"],)}}
       stages = tuple(stage for stage in configs.STAGES if stage in own)
@@ -47,7 +51,7 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
       "definitions": summary["definitions"],
       "versions": summary["versions"],
       "sets": summary["sets"],
-      "seeds": list(cfg.ablation.seeds),
+      "seeds": list(plan.seeds),
     },
   )
   for name, seeds in found.items():

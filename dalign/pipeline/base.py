@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from dalign import config as configs
 from dalign import lessons
 from dalign import sft
 from dalign import text
@@ -16,6 +17,8 @@ FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
 def learn(run: context.Run) -> None:
   """Trains the base on lessons that follow from the seed and the step."""
   cfg = run.cfg.world
+  if cfg is None:
+    raise ValueError("stage base: wanted a config with a world")
   if not run.begin("base", []):
     return
   params = run.fresh_params()
@@ -32,7 +35,7 @@ def learn(run: context.Run) -> None:
   )
   with trainer, context.bar(cfg.steps, "base", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
-      values = trainer.update(*_batch(run, trainer.step))
+      values = trainer.update(*_batch(run, cfg, trainer.step))
       trainer.save()
       bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.3f}")
       bar.update()
@@ -40,9 +43,8 @@ def learn(run: context.Run) -> None:
   run.store.finish("base", {"steps": cfg.steps})
 
 
-def _batch(run: context.Run, step: int):
+def _batch(run: context.Run, cfg: configs.WorldConfig, step: int):
   """The micro-batches of a step, full but for what packing leaves."""
-  cfg = run.cfg.world
   rng = world.rng_of("lessons", run.cfg.seed, step)
   teach = lessons.LESSONS | {
     "free": functools.partial(lessons.free, declines=cfg.declines)

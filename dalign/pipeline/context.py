@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 import zlib
 
 import jax
@@ -343,7 +344,8 @@ class Run:
     where = self.store.path(stage, f"halted_step_{step}.npz")
     if processes.first():
       where.parent.mkdir(parents=True, exist_ok=True)
-      np.savez(where, **{n: np.asarray(x) for n, x in batch.items()})
+      arrays: dict[str, Any] = {n: np.asarray(x) for n, x in batch.items()}
+      np.savez(where, **arrays)
     raise configs.Halted(
       f"{stage} step {step}: {why}; its batch is in {where}. Nothing of this step is "
       f"kept: {advice}, and the same command goes on from the last checkpoint"

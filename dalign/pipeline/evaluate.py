@@ -61,9 +61,9 @@ def evaluate(run: context.Run) -> None:
     return
   sets = {"": _held_out(run)} | _further(run)
   _check_ids(sets)
-  found = collections.defaultdict(dict)
+  found: dict[str, dict] = collections.defaultdict(dict)
   for arm in arms:
-    drafts = {}
+    drafts: dict = {}
     rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts], drafts)
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
@@ -104,7 +104,7 @@ def _there(run: context.Run, arm: str) -> bool:
     context.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
     return False
   if stage == "rl":
-    start = run.store.manifest("rl")["config"]["rl.start"]
+    start = (run.store.manifest("rl") or {})["config"]["rl.start"]
     return (arm == "sft_rl") == (start == "sft")
   return True
 
@@ -130,7 +130,7 @@ def _further(run: context.Run) -> dict[str, list[Prompt]]:
 
 def _check_ids(sets: dict[str, list[Prompt]]) -> None:
   """ValueError where two prompts of several sets have one id."""
-  of = {}
+  of: dict[str, str] = {}
   for name, prompts in sets.items():
     for prompt in prompts:
       if prompt.id in of:
@@ -327,7 +327,8 @@ def _apart(run: context.Run, done: Completion, max_think: int) -> Completion:
 def _within(run: context.Run, complete, groups, budget: int) -> Iterator[Completion]:
   """Completions whose thought is closed for them after `budget` tokens."""
   close = tuple(run.tok.encode(run.think.close))
-  later, before = [[] for _ in groups], {}  # row id -> its tokens so far
+  later: list[list[Request]] = [[] for _ in groups]
+  before: dict = {}  # row id -> its tokens so far
   place = {r.row_id: (g, r) for g, group in enumerate(groups) for r in group}
   if budget:
     short = [[dataclasses.replace(r, max_new=budget) for r in g] for g in groups]

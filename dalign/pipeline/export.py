@@ -58,9 +58,9 @@ def card(run: context.Run) -> str:
   texts = "".join(f"{name}\n{text}" for name, text in sorted(_texts(run).items()))
   digest = hashlib.sha256(texts.encode()).hexdigest()
   done = {
-    stage: folder.manifest(stage)["summary"]
+    stage: manifest["summary"]
     for stage in ("generate", "filter", "sft", "reward", "rl")
-    if folder.manifest(stage)
+    if (manifest := folder.manifest(stage))
   }
   lines = [
     "---",

@@ -178,8 +178,10 @@ def _row(
 def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
   """At or above the threshold; the best of each prompt; no cell over its share."""
   good = [row for row in judged if row.score is not None and row.score >= cfg.threshold]
-  best = sorted(good, key=lambda row: (-row.score, row.id[1], row.id[0]))
-  of_prompt, of_cell, kept = collections.Counter(), collections.Counter(), []
+  best = sorted(good, key=lambda row: (-(row.score or 0.0), row.id[1], row.id[0]))
+  of_prompt: collections.Counter = collections.Counter()
+  of_cell: collections.Counter = collections.Counter()
+  kept = []
   for row in best:
     prompt = row.id[0]
     if of_prompt[prompt] < cfg.per_prompt and of_cell[row.cell] < cfg.per_cell:
@@ -191,7 +193,7 @@ def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
 
 def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
   """Keep-rates by category and ideal type, and why the others were not kept."""
-  rates = collections.defaultdict(dict)
+  rates: dict[str, dict] = collections.defaultdict(dict)
   for row in judged:
     category, _, expected = row.cell
     cell = rates[category].setdefault(
@@ -219,4 +221,4 @@ def _why(row: dict) -> str:
   if row["score"] is None:
     return row["reason"]
   lost = {name: part for name, part in row["scores"].items() if part < 0.5}
-  return min(lost, key=lost.get) if lost else "enough others"
+  return min(lost, key=lost.__getitem__) if lost else "enough others"

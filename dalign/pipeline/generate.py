@@ -106,13 +106,19 @@ class _Book:
   def __init__(self, run: context.Run, prompts: list[Prompt]):
     self.run, self.cfg = run, run.cfg.generate
     self.prompts = {prompt.id: prompt for prompt in prompts}
-    self.samples = collections.defaultdict(dict)  # prompt id -> index -> looks right
-    self.asked = collections.defaultdict(set)
-    self.by_row = {}
-    self.read = collections.defaultdict(dict)  # prompt id -> draft -> tokens
-    self.drafts = {}  # prompt id -> the answers to be revised, one a sample
+    self.samples: dict[str, dict] = collections.defaultdict(
+      dict
+    )  # prompt id -> index -> looks right
+    self.asked: dict[str, set] = collections.defaultdict(set)
+    self.by_row: dict = {}
+    self.read: dict[str, dict] = collections.defaultdict(
+      dict
+    )  # prompt id -> draft -> tokens
+    self.drafts: dict = {}  # prompt id -> the answers to be revised, one a sample
     self.total = self.good = self.with_one = 0
-    self.finished = set()  # ids of prompts that want no more; all that is kept of them
+    self.finished: set[str] = (
+      set()
+    )  # ids of prompts that want no more; all that is kept of them
     self.looks_right = run.domain.looks_right()
 
   def revises(self, path: pathlib.Path) -> None:

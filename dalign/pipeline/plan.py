@@ -10,11 +10,13 @@ it may and every one were kept.
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import math
 import os
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +224,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
       calls, tokens, loops = work[kind]
       yield Phase(
         f"{name} {kind}",
-        lambda lowered=lowered: lowered,
+        functools.partial(_as_it_is, lowered),
         calls,
         tokens,
         loops,
@@ -392,17 +394,22 @@ def _rows(cfg, workdir, devices, chip, names=None) -> list[Row]:
   return rows
 
 
+def _as_it_is(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
+  return lowered
+
+
 def _row(phase: Phase, chip: Chip | None) -> Row:
   began = time.monotonic()
   held = {name: per_device(tree) for name, tree in phase.held.items()}
   beside = per_device(phase.beside)
+  memory: Any = None
   try:
     program = phase.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     needed = _needed(str(error))
     if needed is None:
       raise
-    total, cost, memory = beside + needed, hlo.Cost(), None
+    total, cost = beside + needed, hlo.Cost()
   else:
     memory = program.memory_analysis()
     total = beside + sum(
@@ -414,7 +421,7 @@ def _row(phase: Phase, chip: Chip | None) -> Row:
         memory.generated_code_size_in_bytes,
       )
     )
-    cost = hlo.cost(program.as_text(), phase.loops)
+    cost = hlo.cost(program.as_text() or "", phase.loops)
   seconds, bound, share = None, "", None
   if chip and memory:
     times = {

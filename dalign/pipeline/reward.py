@@ -146,7 +146,9 @@ def _together(some: list[int], questions) -> list[int]:
 def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
   """The rows of each step: of one category, answers to one prompt side by side."""
   cfg, seed = run.cfg.reward, run.cfg.seed
-  of = collections.defaultdict(lambda: collections.defaultdict(list))
+  of: dict[str, dict[str, list[int]]] = collections.defaultdict(
+    lambda: collections.defaultdict(list)
+  )
   for i in train:
     of[questions[i].prompt.category][questions[i].prompt.id].append(i)
   chunks = []
@@ -160,7 +162,8 @@ def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
   by_epoch = collections.defaultdict(list)
   for epoch, chunk in chunks:
     by_epoch[epoch].append(chunk)
-  plan, epoch = [], 0
+  plan: list[list[int]] = []
+  epoch = 0
   while len(plan) < cfg.steps:
     some = by_epoch[epoch % 8]
     plan += [some[i] for i in data.order(len(some), seed=seed, epoch=epoch)]

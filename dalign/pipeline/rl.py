@@ -23,7 +23,9 @@ from dalign import words
 from dalign.pipeline import context
 from dalign.pipeline import scoring
 from dalign.sampler import Request
+from dalign.types import Leaf
 from dalign.types import Prompt
+from dalign.types import Sample
 from dalign.types import Turn
 
 
@@ -99,7 +101,7 @@ class _Rollout:
   """One sampled completion and what became of it."""
 
   prompt: Prompt
-  sample: object
+  sample: Sample
   before: list[int]
   logp: tuple[float, ...]
   judged: float = 0.0
@@ -107,10 +109,10 @@ class _Rollout:
   trained: bool = False
   # Of each sampled token: its log-probability under the start, its advantage, what it
   # was worth to the value head, and the return that the head should have said.
-  reference: np.ndarray | None = None
-  advantage: np.ndarray | None = None
-  value: np.ndarray | None = None
-  worth: np.ndarray | None = None
+  reference: Leaf = None
+  advantage: Leaf = None
+  value: Leaf = None
+  worth: Leaf = None
 
   @property
   def scored(self) -> bool:
@@ -241,7 +243,8 @@ class _Step:
   def _different(self, policy, step: int) -> tuple[list[_Rollout], np.ndarray]:
     """The judged rollouts of a step, and which of its groups have equal rewards; these
     are replaced by groups of other prompts, as often as the config says (DAPO)."""
-    rounds, found = 1 + self.cfg.resample, []
+    rounds = 1 + self.cfg.resample
+    found: list[list[_Rollout]] = []
     for turn in range(rounds):
       fresh = self._sample(policy, step * rounds + turn)
       self._judge([r for group in fresh for r in group])
@@ -275,7 +278,7 @@ class _Step:
       max_new=cfg.max_new,
       room=run.cfg.sampler.prefix_step,
     )
-    groups = [[None] * cfg.samples for _ in prompts]
+    groups: list[list] = [[None] * cfg.samples for _ in prompts]
     for completion in done:
       i, r = place[completion.request.row_id]
       sample = run.sample_row(prompts[i], completion, r, run.thinks)

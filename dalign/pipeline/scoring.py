@@ -7,7 +7,7 @@ field for the thought, so none can reach the model.
 import collections
 import dataclasses
 import functools
-from typing import Sequence
+from typing import Any, Sequence
 
 import jax
 import numpy as np
@@ -79,7 +79,7 @@ def lines_after(
   *,
   cfg: configs.RewardConfig,
   room: int,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
   """A prefix, padded to `room` tokens, and at most `rows` rows that follow it."""
   B, T = cfg.rows, cfg.length
   prefix_P = np.zeros(room, np.int32)
@@ -163,7 +163,7 @@ def endpoint_judge(run: context.Run) -> judge.Judge:
   """The model at `filter.endpoint` as judge."""
   cfg = run.cfg.filter
   server = servers.Server(run, cfg.endpoint, "judge")
-  asked = collections.Counter()
+  asked: collections.Counter = collections.Counter()
 
   def ask(conversations) -> list[tuple[str, str]]:
     requests = []
@@ -213,7 +213,7 @@ def sampled_judge(run: context.Run, name: str) -> judge.Judge:
   what is asked. Known answers are compared.
   """
   cfg, params = run.cfg.filter, run.sampler.prepare(run.base_params())
-  asked = collections.Counter()
+  asked: collections.Counter = collections.Counter()
 
   def ask(questions):
     verdicts: list[Verdict | None] = [None] * len(questions)
