@@ -7,6 +7,7 @@ line on stderr says which. README.md says what can be overridden and what comes 
 """
 
 import errno
+import json
 import os
 import pathlib
 import signal
@@ -16,6 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from dalign import config as configs
+from dalign import explain
+from dalign import origins
 from dalign import stopping
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
@@ -26,26 +29,45 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts."
 _MODE = flags.DEFINE_enum(
   "mode",
   "run",
-  ["run", "plan", "probe_judge"],
-  "Run the stages, say what they would take, or try the judge of RL.",
+  ["run", "plan", "probe_judge", "config", "schema"],
+  "Run the stages, say what they would take, try the judge of RL, or print the config "
+  "with where its values are from, or the JSON Schema of configs.",
 )
+_DESCRIBE = flags.DEFINE_bool("describe", False, "With --mode=config: what fields are.")
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
 )
 
 
-def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
-  """The checked config and the workdir; ValueError for anything that is wrong."""
+def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
+  """The checked config, if the mode needs one, and the workdir; ValueError for anything
+  that is wrong."""
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
-    if _CONFIG.value is None or not _WORKDIR.value:
+    place = pathlib.Path(_WORKDIR.value or "")
+    if _MODE.value == "schema":
+      return None, place
+    if _CONFIG.value is None or not (_WORKDIR.value or _MODE.value == "config"):
       raise ValueError("wanted --config=FILE and --workdir=FOLDER; see README.md")
     node = _CONFIG.value.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
     raise ValueError(_one_line(error, argv)) from error
-  return configs.build(configs.Config, node), pathlib.Path(_WORKDIR.value)
+  return configs.build(configs.Config, node), place
+
+
+def _explained(config: configs.Config | None) -> str:
+  """The text of the modes that run nothing."""
+  if config is None:
+    return json.dumps(explain.schema(configs.Config), indent=2)
+  flag = flags.FLAGS["config"]
+  changed = {
+    name: explain.flag(value)
+    for name, value in config_flags.get_override_values(flag).items()
+  }
+  found = origins.read(lambda: flag.parser.parse(flag.config_filename), changed)
+  return explain.listing(config, found, describe=_DESCRIBE.value)
 
 
 def _one_line(error: BaseException, argv: list[str]) -> str:
@@ -54,6 +76,9 @@ def _one_line(error: BaseException, argv: list[str]) -> str:
   cause = error
   while cause.args and isinstance(cause.args[0], BaseException):
     cause = cause.args[0]
+  while cause and not str(cause).startswith("Error whilst parsing config file"):
+    cause = cause.__context__  # of ml_collections, with a traceback in its words
+  cause = cause.__context__ if cause else error
   text = " ".join(str(cause.args[0] if cause.args else cause).split())
   if not isinstance(cause, KeyError):
     return text
@@ -93,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
+    if _MODE.value in ("config", "schema"):
+      print(_explained(config))
+      return 0
     stopping.listen()
     _join()
     from dalign import pipeline
