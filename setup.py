@@ -50,6 +50,7 @@ setuptools.setup(
     "test": [
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
+      "jsonschema>=4.26,<5",
       "lm_eval>=0.4.13,<0.5",
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write

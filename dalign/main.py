@@ -72,13 +72,15 @@ def _explained(config: configs.Config | None) -> str:
 
 def _one_line(error: BaseException, argv: list[str]) -> str:
   """An error of the flag libraries in one line; a KeyError inside is an unknown field,
-  of which ml_collections names the nearest."""
+  of which ml_collections names the nearest. Of an error in a config file it tells the
+  traceback, where the error will do."""
   cause = error
   while cause.args and isinstance(cause.args[0], BaseException):
     cause = cause.args[0]
-  while cause and not str(cause).startswith("Error whilst parsing config file"):
-    cause = cause.__context__  # of ml_collections, with a traceback in its words
-  cause = cause.__context__ if cause else error
+  told = error
+  while told and not str(told).startswith("Error whilst parsing config file"):
+    told = told.__context__
+  cause = told.__context__ if told else cause
   text = " ".join(str(cause.args[0] if cause.args else cause).split())
   if not isinstance(cause, KeyError):
     return text
