@@ -52,8 +52,6 @@ def _put(node: ml_collections.ConfigDict, values: dict, file: str) -> None:
     old = node.get(key)
     if isinstance(old, ml_collections.ConfigDict) and isinstance(value, dict):
       _put(old, value, file)
-    elif isinstance(old, float) and type(value) is int:
-      node[key] = float(value)
     else:
       node[key] = _plain(value)
 

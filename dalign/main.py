@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     config, workdir = read_flags(argv)
     if _MODE.value in ("config", "schema"):
+      signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
       print(_explained(config))
       return 0
     stopping.listen()

@@ -187,6 +187,10 @@ def test_lines_fit_a_terminal_and_say_what_is_other():
   assert all(len(line) <= explain.WIDTH for line in described)
 
 
+def test_a_reader_that_has_enough_is_no_error():
+  assert said("--mode=schema", "| true") == []
+
+
 def test_each_value_of_a_config_has_a_text():
   for name in ("tiny", "world", "large"):
     config = configs.build(configs.Config, config_file(name).get_config())
