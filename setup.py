@@ -51,6 +51,7 @@ setuptools.setup(
     "test": [
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
+      "jsonschema>=4.26,<5",
       "lm_eval>=0.4.13,<0.5",
       "mypy==2.4.1",  # another release may find otherwise
       "openai>=3.54,<4",

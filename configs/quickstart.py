@@ -58,6 +58,7 @@ def lora(rank: int, frozen: str = "float32") -> dict:
 def get_config() -> ml_collections.ConfigDict:
   """The quickstart; every number once, with its reason."""
   c = ml_collections.ConfigDict()
+  c.recipe = "quickstart.v1"
   c.seed = 0
   c.stages = "all"
   c.start_over = False

