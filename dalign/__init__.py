@@ -1,0 +1,3 @@
+"""Deliberative alignment in JAX."""
+
+__version__ = "0.1.0"

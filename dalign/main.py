@@ -1,10 +1,4 @@
-"""The command line: flags -> Config -> the chosen stages. The only reader of flags.
-
-  python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart
-
-Exit codes: 0 done, or saved on SIGTERM; 2 bad input or config; 1 anything else. One
-line on stderr says which. README.md says what can be overridden and what comes out.
-"""
+"""The command line: flags -> Config -> the chosen stages. The only reader of flags."""
 
 import errno
 import json
@@ -16,6 +10,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+import dalign
+from dalign import bundled
 from dalign import config as configs
 from dalign import explain
 from dalign import origins
@@ -24,15 +20,51 @@ from dalign import stopping
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours to write
 
+MODES = {
+  "run": "the stages of config.stages, each done once",
+  "plan": "what they would take: memory, time, chips",
+  "probe_judge": "whether the judge of RL can be trusted with it",
+  "chat": "talk to a model of the run in WORKDIR, in the terminal",
+  "serve": "the same by OpenAI's protocol, on loopback (extra: serve)",
+  "config": "the config, with where each value is from; --describe says what",
+  "schema": "the JSON Schema of configs",
+}
+HELP = """\
+usage: dalign --config=FILE --workdir=FOLDER [--mode=MODE] [--config.NAME=VALUE ...]
+
+From a written spec, prompts and a model to a model that reasons over the spec.
+
+  --config=FILE[:NAME]       a config file, yours or one that comes with the package:
+                             configs/quickstart.py, configs/tiny.py (seconds),
+                             configs/world.py[:ablation], configs/large.py:NAME
+  --workdir=FOLDER           where all that comes out lies; the same command again skips
+                             what is done and goes on with what is not
+  --mode=MODE
+{modes}
+  --config.stages=NAMES      all, or some of base, generate, filter, sft, reward, rl,
+                             eval, report, export
+  --config.seed=N            and any other value of the config file, such as:
+  --config.model.path=DIR    a local Hugging Face folder, or a .gguf file
+  --config.data.source=FORM:PATH   prompts: jsonl, parquet, tfds
+  --config.spec.dir=DIR      another specification
+  --config.rl.steps=N        as of every stage
+  --config.start_over=true   do a stage again whose config or input has changed
+  --stage=NAME               chat, serve: the model that base, sft or rl left
+  --host=ADDRESS --port=N    serve: where; others than loopback need a key
+  --distributed              one of several processes, on the cluster that JAX finds
+  --version
+
+Exit codes: 0 done, or saved on SIGTERM; 2 bad input or config; 1 anything else. One
+line on stderr says which. README.md says what comes out.
+"""
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 _MODE = flags.DEFINE_enum(
   "mode",
   "run",
-  ["run", "plan", "probe_judge", "chat", "serve", "config", "schema"],
-  "Run the stages, say what they would take, try the judge of RL, talk to a model of "
-  "the run, in the terminal or by OpenAI's protocol, or print the config with where its "
-  "values are from, or the JSON Schema of configs.",
+  [*MODES],
+  "What to do: see --help.",
 )
 _STAGE = flags.DEFINE_string(
   "stage",
@@ -56,7 +88,7 @@ def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
   """The checked config, or None where the mode does without, and the workdir;
   ValueError for anything that is wrong."""
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_found(argv))
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
     place, mode = pathlib.Path(_WORKDIR.value or ""), _MODE.value
@@ -83,6 +115,21 @@ def _explained(config: configs.Config | None) -> str:
   }
   found = origins.read(lambda: flag.parser.parse(flag.config_filename), changed)
   return explain.listing(config, found, describe=_DESCRIBE.value)
+
+
+def _found(argv: list[str]) -> list[str]:
+  """The arguments, with a config file that is not here as that of the package."""
+  found = []
+  for at, given in enumerate(argv):
+    front, value = "", given
+    if at and given.startswith(("--config=", "-config=")):
+      front, value = "--config=", given.partition("=")[2]
+    elif not at or argv[at - 1] not in ("--config", "-config"):
+      found.append(given)
+      continue
+    file, colon, name = value.partition(":")
+    found.append(f"{front}{bundled.find(file)}{colon}{name}")
+  return found
 
 
 def _one_line(error: BaseException, argv: list[str]) -> str:
@@ -158,8 +205,12 @@ def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
 def main(argv: list[str] | None = None) -> int:
   """Runs the stages and returns the exit code."""
   argv = sys.argv if argv is None else argv
-  if "--help" in argv[1:]:
-    print(__doc__)
+  if {"--help", "-h"} & {*argv[1:]}:
+    modes = [f"    {name:23}  {does}" for name, does in MODES.items()]
+    print(HELP.format(modes="\n".join(modes)), end="")
+    return 0
+  if "--version" in argv[1:]:
+    print(dalign.__version__)
     return 0
   try:
     config, workdir = read_flags(argv)

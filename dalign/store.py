@@ -16,7 +16,6 @@ import errno
 import functools
 import glob
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import subprocess
 import time
 from typing import Any, BinaryIO
 
+import dalign
 from dalign import config as configs
 from dalign import processes
 
@@ -528,10 +528,7 @@ def file_hash(path: pathlib.Path) -> str:
 @functools.cache
 def code_version() -> str:
   """The package's version; in a checkout "+", the commit, and "-dirty" if edited."""
-  try:
-    version = importlib.metadata.version("dalign")
-  except importlib.metadata.PackageNotFoundError:
-    version = "0"
+  version = dalign.__version__
   root = pathlib.Path(__file__).parents[1]
   command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
   if not (root / ".git").exists() or shutil.which("git") is None:

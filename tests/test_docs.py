@@ -71,7 +71,8 @@ def test_the_package_ships_what_the_tree_lists():
   said = {k.arg: k.value for k in call.keywords}
   packages = {path.parent for path in (ROOT / "dalign").rglob("__init__.py")}
   named = {path.relative_to(ROOT).as_posix().replace("/", ".") for path in packages}
-  assert set(ast.literal_eval(said["packages"])) == named
+  mapped = ast.literal_eval(said["package_dir"])
+  assert set(ast.literal_eval(said["packages"])) == named | mapped.keys()
   patterns = ast.literal_eval(said["package_data"])["dalign"]
   shipped = {path for pattern in patterns for path in (ROOT / "dalign").glob(pattern)}
   files = {path for path in (ROOT / "dalign").rglob("*") if path.is_file()}
@@ -87,10 +88,14 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     shutil.copy(ROOT / name, tmp_path / name)
   tools, log = tmp_path / "tools", tmp_path / "log"
   tools.mkdir()
-  report = "mkdir -p runs/quickstart; echo x > runs/quickstart/report.html"
-  for tool in ("python3", "pip", "pytest", "ruff", "mypy", "python"):
-    does = report if tool == "python" else ":"
-    (tools / tool).write_text(f'#!/bin/sh\necho "{tool} $*" >> "{log}"\n{does}\n')
+  does = {
+    "python": "mkdir -p runs/quickstart; echo x > runs/quickstart/report.html",
+    "dalign": "mkdir -p tiny; echo x > tiny/report.html",
+  }
+  for tool in ("python3", "pip", "pytest", "ruff", "mypy", "twine", *does):
+    (tools / tool).write_text(
+      f'#!/bin/sh\necho "{tool} $*" >> "{log}"\n{does.get(tool, ":")}\n'
+    )
     (tools / tool).chmod(0o755)
   env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
   done = subprocess.run(
@@ -98,19 +103,30 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   lines = map(str.strip, log.read_text().splitlines())
+  lines = [re.sub(r"\S+/dist", "DIST", line) for line in lines]
   ran = [line for line in lines if "venv" not in line]
   wanted = [
     "pip install -e .[quickstart]",
     "python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart",
+    "pip install --force-reinstall --no-deps DIST/*.whl",
+    "dalign --help",
+    "dalign --config=configs/tiny.py --workdir=tiny",
     "pip install -e .[test]",
     "pytest",
     "pytest -q tests/test_servers.py",
     "pytest -q tests/test_chaos.py",
     "pytest -q tests/test_shape.py",
   ]
-  assert ran[-7:] == wanted
-  first = ["pip install -e .[test]", "ruff format --check", "ruff check", "mypy"]
-  assert ran[:4] == first
+  assert ran[-len(wanted) :] == wanted
+  fast = [
+    "pip install -e .[test]",
+    "ruff format --check",
+    "ruff check",
+    "mypy",
+    "python -m build --outdir DIST",
+    "twine check --strict DIST/*",
+  ]
+  assert ran[: len(fast)] == fast
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))

@@ -21,6 +21,7 @@ PATHS = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 EDGES = {
+  "bundled",
   "processes",
   "store",
   "checkpoints",

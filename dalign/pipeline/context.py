@@ -17,6 +17,7 @@ import numpy as np
 import tqdm
 
 from dalign import adapters
+from dalign import bundled
 from dalign import checkpoints
 from dalign import compose
 from dalign import config as configs
@@ -43,8 +44,6 @@ from dalign.types import PyTree
 from dalign.types import Sample
 from dalign.types import Spec
 from dalign.types import Turn
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 # The parts of the config that each stage depends on; a change there stops the run.
 _JUDGE = tuple(
@@ -261,9 +260,8 @@ class Run:
 
   @property
   def spec_dir(self) -> pathlib.Path:
-    """The folder of policies: as given, or beside the package."""
-    given = pathlib.Path(self.cfg.spec.dir).expanduser()
-    return given if given.exists() or given.is_absolute() else ROOT / given
+    """The folder of policies: as given, or that which comes with the package."""
+    return bundled.find(self.cfg.spec.dir)
 
   @functools.cached_property
   def prompts(self) -> list[Prompt]:
