@@ -179,7 +179,8 @@ def listing(
   rows = [(f"{name}={flag(value)}", name) for name, value in values(config)]
   other = [name for name in origins if not re.search(r"\.py:\d+$", origins[name])]
   but = ", ".join(other) if len(other) < 4 else f"{len(other)} values"
-  lines = [f"# {config.recipe or 'no recipe'}" + (f", but for {but}" if other else "")]
+  changed = f"; changed: {but}" if other else ""
+  lines = [f"# recipe: {config.recipe or 'none'}{changed}"]
   room = max((len(x) for name, x in origins.items() if name not in other), default=0)
   wide = min(max(len(said) for said, _ in rows), WIDTH - room - 2, 60)
   for said, name in rows:
