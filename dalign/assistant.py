@@ -337,7 +337,7 @@ class Engine:
     run = self.model.run
 
     def come(idle: bool) -> list[live.Ask] | None:
-      new = []
+      new: list[live.Ask] = []
       while not self._come.empty() or (idle and not new):
         waiting = self._come.get()
         if waiting is None:

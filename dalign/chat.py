@@ -5,7 +5,7 @@
 After each reply stand the clauses of the specification that the thought cites.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import pathlib
 import sys
 
@@ -37,7 +37,9 @@ class Conversation:
       raise ValueError(f"no policy {policy!r}; there are: {', '.join(sorted(known))}")
     self._turns, self._policy = [], policy
 
-  def ask(self, said: str, engine: assistant.Engine) -> Iterator[assistant.Reply]:
+  def ask(
+    self, said: str, engine: assistant.Engine
+  ) -> Generator[assistant.Reply, None, None]:
     """The reply to what a user says, as it is written; kept once it is whole. Raises
     ValueError where the conversation has become too long."""
     turns = (*self._turns, Turn(role="user", content=said))

@@ -62,6 +62,16 @@ SomeShare = Annotated[
 ]
 Dtype = Literal["float32", "bfloat16"]
 Response = Literal["refuse", "safe_complete", "comply"]  # types.EXPECTED
+Arm = Literal[
+  "base",
+  "spec_in_prompt",
+  "self_refine",
+  "sft",
+  "rl",
+  "sft_rl",
+  "endpoint",
+  "endpoint_spec",
+]
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]  # of a layer
 
 
@@ -93,7 +103,8 @@ class Checked:
   """A dataclass whose values are those that the types of its fields allow."""
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
+    own: Any = self
+    for field in dataclasses.fields(own):
       where = f"{type(self).__name__}.{field.name}"
       _check(field.type, getattr(self, field.name), where)
 
@@ -757,13 +768,7 @@ class EvalConfig(Checked):
   trials: bootstrap samples of an interval.
   """
 
-  arms: tuple[
-    Literal[
-      *("base", "spec_in_prompt", "self_refine", "sft", "rl", "sft_rl"),
-      *("endpoint", "endpoint_spec"),
-    ],
-    ...,
-  ]
+  arms: tuple[Arm, ...]
   endpoint: EndpointConfig
   prompts: Natural
   helpful: Natural
@@ -962,7 +967,8 @@ def _value(kind, value, where: str):
   if not isinstance(value, origin) or isinstance(value, bool) and kind is not bool:
     raise ValueError(f"{where}: wanted {kind}, got {value!r:.80}")
   if origin is collections.abc.Mapping:
-    values = {k: _value(inner[1], x, f"{where}.{k}") for k, x in value.items()}
+    rows: Any = value
+    values = {k: _value(inner[1], x, f"{where}.{k}") for k, x in rows.items()}
     return types.MappingProxyType(values)
   _check(said, value, where)
   return value

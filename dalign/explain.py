@@ -49,7 +49,9 @@ def fields(cls) -> dict[str, str]:
 
 def _read(cls) -> tuple[str, dict[str, str]]:
   """A docstring's prose, and its entries: "name, name: text", going on indented."""
-  rest, said, now = [], {}, []
+  rest: list[str] = []
+  said: dict[str, str] = {}
+  now: list[str] = []
   for line in (inspect.getdoc(cls) or "").splitlines():
     if entry := _FIELD.fullmatch(line):
       now = entry[1].split(", ")
@@ -64,7 +66,7 @@ def _read(cls) -> tuple[str, dict[str, str]]:
   return " ".join(" ".join(rest).split()), said
 
 
-def _part(kind) -> type | None:
+def _part(kind) -> Any:
   """The dataclass that a field is, or holds the values of in a mapping, or None."""
   kind, more = configs.parted(kind)
   if isinstance(kind, types.UnionType):

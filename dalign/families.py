@@ -6,7 +6,7 @@ classes give them, which know each family's defaults; and names tensors. Reads n
 
 from collections.abc import Iterator
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from dalign import leaves
 from dalign import rotary
@@ -33,7 +33,7 @@ class Family:
 
   architecture: str
   norms: tuple[str, ...] = PRE
-  qk_norm: str = ""
+  qk_norm: Literal["", "head", "all"] = ""
   biased: tuple[str, ...] = ()
   renamed: tuple[tuple[str, str], ...] = ()
   norm_offset: float = 0.0
@@ -170,7 +170,7 @@ def read(settings: Any) -> ModelConfig:
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
-def _activation(settings: Any) -> str:
+def _activation(settings: Any) -> Any:
   if settings.model_type == "gpt_oss":
     alpha, limit = settings.swiglu_alpha, settings.swiglu_limit
     if (alpha, limit) != (1.702, 7.0):

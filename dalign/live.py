@@ -10,6 +10,7 @@ Knows tokens; not text, chats, or who asks.
 import collections
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +68,8 @@ class _Rows:
   def __init__(self, sampler, weights, key, most: int):
     self._sampler, self._weights, self._most = sampler, weights, most
     self._none = sampling.Prefixes(kv=(), length_A=np.zeros(1, np.int32))
-    self._shape, self._slots = (0, 0, 0), None
+    self._shape: tuple[int, ...] = (0, 0, 0)
+    self._slots: Any = None
     self._held: list[Ask | None] = []
     self.waiting: collections.deque[Ask] = collections.deque()
     self._lane = sampling.Lane(
@@ -96,7 +98,8 @@ class _Rows:
       if ask and active_B[i]
     ]
     for _, done in sampling.collect(slots, self._held):
-      heard.append(Heard(ask=done.request, tokens=done.tokens, finish=done.finish))
+      ask: Any = done.request
+      heard.append(Heard(ask=ask, tokens=done.tokens, finish=done.finish))
     return heard
 
   def _leave(self) -> None:
@@ -114,7 +117,7 @@ class _Rows:
   def _make_room(self) -> None:
     """Slots with room for all who are there, as far as there may be."""
     there = [ask for ask in self._held if ask]
-    wanted = self._room([*there, *self.waiting])
+    wanted: tuple[int, ...] = self._room([*there, *self.waiting])
     if there:
       wanted = tuple(map(max, wanted, self._shape))
     if wanted == self._shape:

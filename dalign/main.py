@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -108,7 +109,7 @@ def _explained(config: configs.Config | None) -> str:
   """The text of the modes that run nothing."""
   if config is None:
     return json.dumps(explain.schema(configs.Config), indent=2)
-  flag = flags.FLAGS["config"]
+  flag: Any = flags.FLAGS["config"]
   changed = {
     name: explain.flag(value)
     for name, value in config_flags.get_override_values(flag).items()
@@ -139,10 +140,10 @@ def _one_line(error: BaseException, argv: list[str]) -> str:
   cause = error
   while cause.args and isinstance(cause.args[0], BaseException):
     cause = cause.args[0]
-  told = error
+  told: BaseException | None = error
   while told and not str(told).startswith("Error whilst parsing config file"):
     told = told.__context__
-  cause = told.__context__ if told else cause
+  cause = told and told.__context__ or cause
   text = " ".join(str(cause.args[0] if cause.args else cause).split())
   if not isinstance(cause, KeyError):
     return text
@@ -180,15 +181,15 @@ def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
 
   context.prepare_jax()
   match _MODE.value:
-    case "run":
+    case "run" if config:
       from dalign import pipeline
 
       pipeline.run(config, workdir)
-    case "plan":
+    case "plan" if config:
       from dalign.pipeline import plan
 
       plan.plan(config, workdir)
-    case "probe_judge":
+    case "probe_judge" if config:
       from dalign.pipeline import probe
 
       probe.probe(config, workdir)

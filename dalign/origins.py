@@ -68,7 +68,7 @@ def _leaves(node, path, place, places) -> Iterator[tuple[tuple[str, ...], _Place
 def _caller() -> _Place:
   """Who assigned: the last frame outside of this file and ml_collections. A file whose
   values are another's names that in a variable `__origin__`."""
-  frame = inspect.currentframe()
+  frame: Any = inspect.currentframe()
   while frame.f_code.co_filename.startswith((__file__, _LIBRARY)):
     frame = frame.f_back
   names = frame.f_globals | frame.f_locals
@@ -94,7 +94,7 @@ def _assigned(place: _Place) -> ast.expr | None:
   body = _body(place.file)
   if "__origin__" not in place.names:
     statements = (x for top in body for x in ast.walk(top) if isinstance(x, ast.stmt))
-    body = [x for x in statements if x.lineno <= place.line <= x.end_lineno]
+    body = [x for x in statements if x.lineno <= place.line <= (x.end_lineno or 0)]
   return getattr(body[-1], "value", None)
 
 
@@ -126,6 +126,10 @@ def _search(node: ast.expr, path, names, so_far):
   return so_far if helper else None
 
 
+def _key(node: ast.expr) -> str:
+  return str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
+
+
 def _inside(node: ast.expr) -> list[tuple[str | None, ast.expr, int]] | None:
   """(key, value, line) of what makes a mapping; the key of a whole mapping is None.
   None where it is not made here."""
@@ -138,8 +142,7 @@ def _inside(node: ast.expr) -> list[tuple[str | None, ast.expr, int]] | None:
   if isinstance(node, ast.Dict):
     pairs = zip(node.keys, node.values, strict=True)
     return [
-      (None, x, x.lineno) if k is None else (getattr(k, "value", k), x, k.lineno)
-      for k, x in pairs
+      (None, x, x.lineno) if k is None else (_key(k), x, k.lineno) for k, x in pairs
     ]
   if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
     return [(None, one, one.lineno) for one in (node.left, node.right)]

@@ -245,7 +245,8 @@ def _grown(old: Slots, new: Slots) -> Slots:
   def turned(x, axis):
     return jnp.roll(x, -(old.column % S), axis)
 
-  old = old.replace(
+  old = dataclasses.replace(
+    old,
     fresh=tuple((turned(k, 3), turned(v, 2)) for k, v in old.fresh),
     live_BS=turned(old.live_BS, 1),
     column=jnp.full_like(old.column, S),
@@ -560,7 +561,7 @@ class Lane:
   head: tuple[int, ...]  # the tokens that all share,
   prefix: model.Prefix | None  # and what they encode to
   slots: range
-  waiting: collections.deque[Request]
+  waiting: collections.deque
   ready: collections.deque = dataclasses.field(default_factory=collections.deque)
   staying: list = dataclasses.field(default_factory=list)
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hmac
 import ipaddress
 import json
@@ -195,7 +196,7 @@ class Service:
   async def replies(self, asked: Asked) -> AsyncIterator[tuple[int, assistant.Reply]]:
     """(choice, its Reply so far) as they are written, to the end of all; whoever stops
     listening gives them up."""
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue()
+    loop, heard = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def hear(i: int, reply) -> None:
       with contextlib.suppress(RuntimeError):  # the server has ended
@@ -203,7 +204,7 @@ class Service:
 
     leave = [
       self.engine.ask(
-        asked.row, asked.read, lambda r, i=i: hear(i, r), draw=i, **asked.how
+        asked.row, asked.read, functools.partial(hear, i), draw=i, **asked.how
       )
       for i in range(asked.n)
     ]
@@ -282,7 +283,8 @@ def _turns(messages) -> tuple[Turn, ...]:
     where = f"messages[{i}]"
     if not isinstance(message, dict):
       raise Refused(f"{where}: wanted an object", param="messages")
-    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+    role = message.get("role")
+    role = "system" if role == "developer" else role
     if role not in ("system", "user", "assistant"):
       raise Refused(f"{where}: wanted no {role!r} messages", param="messages")
     turns.append(Turn(role=role, content=_content(message.get("content"), where)))
