@@ -24,6 +24,7 @@ setuptools.setup(
     "flax>=0.12.8,<0.13",
     "gguf>=0.19,<0.20",
     "grain>=0.2.18,<0.3",
+    "huggingface_hub>=1,<3",  # as transformers wants it; the format of cards
     "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
     "jax>=0.10.2,<0.11",
     "jinja2>=3.1,<4",
@@ -32,6 +33,7 @@ setuptools.setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pyarrow>=26,<27",
+    "pyyaml>=6,<7",
     "safetensors>=0.8,<0.9",
     "scipy>=1.16,<2",
     "tensorboardX>=2.6.5,<3",

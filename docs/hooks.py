@@ -116,8 +116,8 @@ def reference() -> str:
   parts = [
     "# Config reference",
     "Fields of [config.py](dalign/config.py), set as `--config.NAME=VALUE` or in a "
-    "file of `configs/`. The last column is what [the quickstart](configs/quickstart.py)"
-    " has, where the reasons stand.",
+    "file of `configs/`. The last column is the value of the "
+    "[quickstart](configs/quickstart.py), where the reasons stand.",
     *_tables(configs.Config, "", values),
   ]
   return "\n\n".join(parts) + "\n"
