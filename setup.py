@@ -54,6 +54,7 @@ setuptools.setup(
     "flax>=0.12.8,<0.13",
     "gguf>=0.19,<0.20",
     "grain>=0.2.18,<0.3",
+    "huggingface_hub>=1,<3",  # as transformers wants it; the format of cards
     "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
     "jax>=0.10.2,<0.11",
     "jinja2>=3.1,<4",
@@ -62,6 +63,7 @@ setuptools.setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pyarrow>=26,<27",
+    "pyyaml>=6,<7",
     "safetensors>=0.8,<0.9",
     "scipy>=1.16,<2",
     "tensorboardX>=2.6.5,<3",
@@ -74,6 +76,11 @@ setuptools.setup(
     "cpu": [],  # what jax installs by itself
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    "docs": [  # of which "test" builds the site too
+      "mkdocs>=1.6,<1.7",
+      "mkdocs-material>=9.8,<10",
+      "mkdocstrings-python>=2.0.11,<3",
+    ],
     "endpoint": ["openai>=3.54,<4"],
     "judge": ["openai>=3.54,<4"],  # the same by what it is for
     "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
@@ -86,6 +93,9 @@ setuptools.setup(
       "jsonschema>=4.26,<5",
       "lm_eval>=0.4.13,<0.5",
       "mypy==2.4.1",  # another release may find otherwise
+      "mkdocs>=1.6,<1.7",
+      "mkdocs-material>=9.8,<10",
+      "mkdocstrings-python>=2.0.11,<3",
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",

@@ -40,6 +40,7 @@ NAMES = {  # leaf -> block, in blk.N
 HEAD = "output.weight"
 MOST = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file, as it may count
 LONGEST = 1000  # characters of a token
+_SELF = "general."
 
 
 def packaged(name: str) -> pathlib.Path:
@@ -115,6 +116,13 @@ class _Reader(gguf.GGUFReader):
 def _few(count: int, what: str) -> None:
   if count > MOST[what]:
     raise ValueError(f"wanted {MOST[what]} {what} at most, got {count}")
+
+
+def told(path: pathlib.Path) -> dict:
+  """The keys "general.*" of a file, without their prefix: what it says of itself."""
+  fields = _Reader(path).fields
+  found = {name: f.contents() for name, f in fields.items() if name.startswith(_SELF)}
+  return {name.removeprefix(_SELF): value for name, value in found.items()}
 
 
 class File:

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
+import yaml
 
 from dalign import adapters
 from dalign import families
@@ -34,6 +36,7 @@ from dalign.text import Tokenizer
 from dalign.types import PyTree
 
 SHARD = 4 * 2**30  # bytes of a file of weights at most
+CARD = 2**16  # characters of a card's front matter at most
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -148,6 +151,61 @@ def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
       return found.read(leaf, index)
 
   return dataclasses.replace(found, read=read)
+
+
+def origin(path: str) -> dict[str, str | list[str]]:
+  """What a model's files say of where it is from, of what they say: `license`,
+  `license_name`, `license_link`, `language`, and `base_model`, its name on the Hub.
+
+  A folder says it in its card, and its name where huggingface_hub or transformers wrote
+  it; a GGUF file in its header; adapters name their base. What cannot be read says
+  nothing: a card is no part of a model.
+  """
+  place = pathlib.Path(path).expanduser()
+  try:
+    if path.startswith("pip:"):
+      place = ggufs.packaged(path.removeprefix("pip:"))
+    if place.suffix == ".gguf":
+      told = ggufs.told(place)
+      told["language"] = told.get("languages")
+      url = str(told.get("base_model.0.repo_url", ""))
+      name = url.removeprefix("https://huggingface.co/")
+    else:
+      told, name = _card(place / "README.md"), _hub_name(place)
+  except Exception:  # of strangers' files, read for a card alone
+    return {}
+  keys = ("license", "license_name", "license_link", "language")
+  found = {key: told.get(key) for key in keys}
+  found["base_model"] = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+  return {key: value for key, value in found.items() if _short(value)}
+
+
+def _short(value) -> bool:
+  if isinstance(value, list):
+    return 0 < len(value) <= 100 and all(
+      isinstance(x, str) and _short(x) for x in value
+    )
+  return isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200
+
+
+def _card(path: pathlib.Path) -> dict:
+  """The front matter of a model's card, {} where there is none."""
+  if not path.is_file():
+    return {}
+  with path.open(encoding="utf-8") as file:
+    parts = file.read(CARD).split("---\n", 2)
+  found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else {}
+  return found if isinstance(found, dict) else {}
+
+
+def _hub_name(place: pathlib.Path) -> str:
+  """The name on the Hub of a model in a folder, "" where nothing says it."""
+  if (place / "adapter_config.json").is_file():
+    return str(_json(place / "adapter_config.json").get("base_model_name_or_path"))
+  for part in place.resolve().parts:  # of huggingface_hub's cache
+    if part.startswith("models--"):
+      return part.removeprefix("models--").replace("--", "/", 1)
+  return str(_json(place / "config.json").get("_name_or_path", ""))
 
 
 def load(path: str) -> tuple[ModelConfig, PyTree, Tokenizer]:

