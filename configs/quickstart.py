@@ -55,6 +55,13 @@ def lora(rank: int, frozen: str = "float32") -> dict:
   )
 
 
+def sweep():
+  """Whether SFT's learning rate is right, beyond what seeds differ by."""
+  for seed in (0, 1, 2):
+    for rate in (1e-4, 2e-4, 4e-4):
+      yield {"seed": seed, "sft.optimizer.learning_rate": rate}
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The quickstart; every number once, with its reason."""
   c = ml_collections.ConfigDict()

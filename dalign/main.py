@@ -9,6 +9,7 @@ line on stderr says which. README.md says what can be overridden and what comes 
 import errno
 import os
 import pathlib
+import runpy
 import signal
 import sys
 
@@ -17,8 +18,10 @@ from ml_collections import config_flags
 
 from dalign import config as configs
 from dalign import stopping
+from dalign import sweep
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
+UNREAD = (flags.Error, AttributeError, KeyError, TypeError, OSError)  # of bad flags
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours to write
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
@@ -26,8 +29,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts."
 _MODE = flags.DEFINE_enum(
   "mode",
   "run",
-  ["run", "plan", "probe_judge"],
-  "Run the stages, say what they would take, or try the judge of RL.",
+  ["run", "plan", "probe_judge", "sweep"],
+  "Run the stages, say what they would take, try the judge of RL, or print a command "
+  "line for each point that the config file's sweep() yields.",
 )
 _JOINED = flags.DEFINE_bool(
   "distributed", False, "One of several processes, on the cluster that JAX finds."
@@ -43,9 +47,34 @@ def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
     if _CONFIG.value is None or not _WORKDIR.value:
       raise ValueError("wanted --config=FILE and --workdir=FOLDER; see README.md")
     node = _CONFIG.value.to_dict()
-  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+  except UNREAD as error:
     raise ValueError(_one_line(error, argv)) from error
   return configs.build(configs.Config, node), pathlib.Path(_WORKDIR.value)
+
+
+def _read_config(options: list[str]) -> configs.Config:
+  """The config that some options make, whatever flags this process has."""
+  argv, values = [sys.argv[0], *options], flags.FlagValues()
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    values(argv, known_only=True)
+    node = holder.value.to_dict()
+  except UNREAD as error:
+    raise ValueError(_one_line(error, argv)) from error
+  return configs.build(configs.Config, node)
+
+
+def _sweep(argv: list[str]) -> None:
+  """Prints the command lines of a sweep."""
+  file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+  points = runpy.run_path(file).get("sweep")
+  if points is None:
+    raise ValueError(
+      f"{file}: wanted a function sweep() that yields points, found none"
+    )
+  command = [sys.executable, "-m", "dalign.main"]
+  for line in sweep.lines(points(), argv[1:], command, _WORKDIR.value, _read_config):
+    print(line)
 
 
 def _one_line(error: BaseException, argv: list[str]) -> str:
@@ -93,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
+    if _MODE.value == "sweep":
+      _sweep(argv)
+      return 0
     stopping.listen()
     _join()
     from dalign import pipeline
