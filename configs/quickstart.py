@@ -226,6 +226,7 @@ def get_config() -> ml_collections.ConfigDict:
     trials=1000,
   )
   c.export = dict(of="rl", dtype="bfloat16", shard_gb=4.0)
+  c.log = dict(writers=("tensorboard",), project="dalign")
   c.plan = dict(topology="", chip="", price=0.0)
   c.ablation = None
   return c

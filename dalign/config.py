@@ -24,10 +24,13 @@ _OPTIMIZED = ("world", "sft", "reward", "rl")
 # Keys that files of this format need not have, with what was done before they came.
 ADDED: Mapping[str, Any] = {
   "eval.max_think": 0,
+  "log.writers": ("tensorboard",),
+  "log.project": "dalign",
   **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
   **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
   **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
 }
+_WHOLE = ("log",)  # parts of which all keys are among ADDED
 
 
 class Halted(RuntimeError):
@@ -798,6 +801,25 @@ class AblationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+  """Where metrics are shown besides metrics.jsonl.
+
+  writers: names out of "tensorboard", "wandb" (Weights & Biases) and "mlflow".
+  project: the project of W&B and the experiment of MLflow.
+  """
+
+  writers: tuple[str, ...]
+  project: str
+
+  def __post_init__(self):
+    known = ("tensorboard", "wandb", "mlflow")
+    if set(self.writers) - set(known) or len(set(self.writers)) < len(self.writers):
+      _refuse(self, "writers", f"names out of {known}, each once")
+    if not self.project:
+      _refuse(self, "project", "a name")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
   """What `--mode=plan` plans for.
 
@@ -836,6 +858,7 @@ class Config:
   rl: RLConfig
   eval: EvalConfig
   export: ExportConfig
+  log: LogConfig
   plan: PlanConfig
   ablation: AblationConfig | None
 
@@ -980,8 +1003,9 @@ def of_json(values: Mapping[str, Any]) -> Config:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Flat values, or some of them, with those keys of ADDED whose part is there."""
-  parts = {name.rpartition(".")[0] for name in values}
+  """Flat values, or some of them, with those keys of ADDED whose part is there, or was
+  added as a whole."""
+  parts = {name.rpartition(".")[0] for name in values} | {*_WHOLE}
   added = {k: v for k, v in ADDED.items() if k.rpartition(".")[0] in parts}
   return added | dict(values)
 
