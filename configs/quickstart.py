@@ -55,6 +55,13 @@ def lora(rank: int, frozen: str = "float32") -> dict:
   )
 
 
+def sweep():
+  """Whether SFT's learning rate is right, beyond what seeds differ by."""
+  for seed in (0, 1, 2):
+    for rate in (1e-4, 2e-4, 4e-4):
+      yield {"seed": seed, "sft.optimizer.learning_rate": rate}
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The quickstart; every number once, with its reason."""
   c = ml_collections.ConfigDict()
@@ -220,6 +227,7 @@ def get_config() -> ml_collections.ConfigDict:
     trials=1000,
   )
   c.export = dict(of="rl", dtype="bfloat16", shard_gb=4.0)
+  c.log = dict(writers=("tensorboard",), project="dalign")
   c.plan = dict(topology="", chip="", price=0.0)
   c.ablation = None
   return c

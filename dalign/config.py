@@ -28,10 +28,13 @@ _OPTIMIZED = ("world", "sft", "reward", "rl")
 ADDED: Mapping[str, Any] = {
   "recipe": "",
   "eval.max_think": 0,
+  "log.writers": ("tensorboard",),
+  "log.project": "dalign",
   **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
   **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
   **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
 }
+_WHOLE = ("log",)  # parts of which all keys are among ADDED
 
 
 class Halted(RuntimeError):
@@ -846,6 +849,25 @@ class AblationConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig(Checked):
+  """Where metrics are shown besides metrics.jsonl.
+
+  writers: names out of "tensorboard", "wandb" (Weights & Biases) and "mlflow".
+  project: the project of W&B and the experiment of MLflow.
+  """
+
+  writers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]
+  project: str
+
+  def __post_init__(self):
+    super().__post_init__()
+    if len(set(self.writers)) < len(self.writers):
+      _refuse(self, "writers", "each name once")
+    if not self.project:
+      _refuse(self, "project", "a name")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig(Checked):
   """What `--mode=plan` plans for.
 
@@ -894,6 +916,7 @@ class Config(Checked):
   rl: RLConfig
   eval: EvalConfig
   export: ExportConfig
+  log: LogConfig
   plan: PlanConfig
   ablation: AblationConfig | None
 
@@ -1045,8 +1068,9 @@ def of_json(values: Mapping[str, Any]) -> Config:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Flat values, or some of them, with those keys of ADDED whose part is there."""
-  parts = {name.rpartition(".")[0] for name in values}
+  """Flat values, or some of them, with those keys of ADDED whose part is there, or was
+  added as a whole."""
+  parts = {name.rpartition(".")[0] for name in values} | {*_WHOLE}
   added = {k: v for k, v in ADDED.items() if k.rpartition(".")[0] in parts}
   return added | dict(values)
 

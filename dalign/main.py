@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import runpy
 import signal
 import sys
 from typing import Any
@@ -17,8 +18,10 @@ from dalign import config as configs
 from dalign import explain
 from dalign import origins
 from dalign import stopping
+from dalign import sweep
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
+UNREAD = (flags.Error, AttributeError, KeyError, TypeError, OSError)  # of bad flags
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours to write
 
 MODES = {
@@ -29,6 +32,7 @@ MODES = {
   "serve": "the same by OpenAI's protocol, on loopback (extra: serve)",
   "config": "the config, with where each value is from; --describe says what",
   "schema": "the JSON Schema of configs",
+  "sweep": "a command line for each point of the config file's sweep()",
 }
 HELP = """\
 usage: dalign --config=FILE --workdir=FOLDER [--mode=MODE] [--config.NAME=VALUE ...]
@@ -100,7 +104,7 @@ def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
     if _CONFIG.value is None:
       raise ValueError("wanted --config=FILE; see README.md")
     node = _CONFIG.value.to_dict()
-  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+  except UNREAD as error:
     raise ValueError(_one_line(error, argv)) from error
   return configs.build(configs.Config, node), place
 
@@ -131,6 +135,31 @@ def _found(argv: list[str]) -> list[str]:
     file, colon, name = value.partition(":")
     found.append(f"{front}{bundled.find(file)}{colon}{name}")
   return found
+
+
+def _read_config(options: list[str]) -> configs.Config:
+  """The config that some options make, whatever flags this process has."""
+  argv, values = [sys.argv[0], *options], flags.FlagValues()
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    values(argv, known_only=True)
+    node = holder.value.to_dict()
+  except UNREAD as error:
+    raise ValueError(_one_line(error, argv)) from error
+  return configs.build(configs.Config, node)
+
+
+def _sweep(argv: list[str]) -> str:
+  """The command lines of a sweep."""
+  file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+  points = runpy.run_path(bundled.find(file)).get("sweep")
+  if points is None:
+    raise ValueError(
+      f"{file}: wanted a function sweep() that yields points, found none"
+    )
+  command = [sys.executable, "-m", "dalign.main"]
+  lines = sweep.lines(points(), argv[1:], command, _WORKDIR.value, _read_config)
+  return "\n".join(lines)
 
 
 def _one_line(error: BaseException, argv: list[str]) -> str:
@@ -215,9 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   try:
     config, workdir = read_flags(argv)
-    if _MODE.value in ("config", "schema"):
+    if _MODE.value in ("config", "schema", "sweep"):
       signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
-      print(_explained(config))
+      print(_sweep(argv) if _MODE.value == "sweep" else _explained(config))
       return 0
     stopping.listen()
     _join()

@@ -1,7 +1,7 @@
-"""The files of a run: artefacts, stage manifests, metrics and specification files.
+"""The files of a run: artefacts, stage manifests and specification files.
 
 A run is a folder, WORKDIR. Each stage keeps its rows, its checkpoints and a
-manifest.json in WORKDIR/<stage>; metrics.jsonl and tensorboard/ lie beside them.
+manifest.json in WORKDIR/<stage>; metrics.jsonl (metrics.py) lies beside them.
 What is replaced is replaced whole (a temporary file, then `os.replace`), and what grows
 grows by whole lines, so that a run killed at any point can go on.
 
@@ -17,13 +17,12 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import os
 import pathlib
 import shutil
 import subprocess
 import time
-from typing import Any, BinaryIO
+from typing import Any
 
 import dalign
 from dalign import config as configs
@@ -76,7 +75,7 @@ def read_json(path: pathlib.Path):
 
 def write_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
   """One JSON object a line, the whole file or nothing of it."""
-  write_bytes(path, b"".join(map(_line, rows)))
+  write_bytes(path, b"".join(map(line, rows)))
 
 
 def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
@@ -84,9 +83,9 @@ def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
 
   First cuts off what a killed writer left of a last line.
   """
-  content = b"".join(map(_line, rows))
+  content = b"".join(map(line, rows))
   path.parent.mkdir(parents=True, exist_ok=True)
-  _mend(path)
+  mend(path)
   with path.open("ab") as file:
     file.write(content)
     file.flush()
@@ -134,8 +133,8 @@ def each_row(
 def sort_rows(path: pathlib.Path, key: Callable[[dict], Any]) -> None:
   """Puts the rows of a JSONL file in the order of `key`, whole or not at all; memory
   and errors as of `each_row`."""
-  _mend(path)
-  _replace(path, map(_line, each_row(path, key)))
+  mend(path)
+  _replace(path, map(line, each_row(path, key)))
 
 
 def read_spec_files(dir: pathlib.Path) -> dict[str, str]:
@@ -275,7 +274,7 @@ class Store:
     `config` has the flat keys that the stage depends on, `inputs` files or folders it
     reads. Raises ValueError, naming what changed, when the stage was begun or done with
     another config, seed or input. `start_over` deletes the stage's folder first (the
-    stage's metrics stay: see `Metrics.rewind`).
+    stage's metrics stay: see `metrics.Metrics.rewind`).
     """
     state = wrong = None
     if processes.first():
@@ -440,79 +439,6 @@ def _outputs(folder: pathlib.Path) -> dict[str, str]:
   }
 
 
-class Metrics:
-  """One line per write in WORKDIR/metrics.jsonl, mirrored to TensorBoard event files.
-
-  TensorBoard has a folder, and so a run, for each stage: only then can the points after
-  a resumed step be hidden without those of the other stages.
-  """
-
-  def __init__(self, workdir: pathlib.Path, *, tensorboard: bool = True):
-    self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._board = pathlib.Path(workdir) / "tensorboard" if tensorboard else None
-    self._writers: dict = {}
-    self._purge: dict[str, int] = {}
-    self._file: BinaryIO | None = None
-
-  def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-    """Adds {"time": Unix seconds, "stage", "step", **values}; not finite is null."""
-    if not processes.first():
-      return
-    row = {"time": round(time.time(), 3), "stage": stage, "step": int(step)}
-    values = {name: float(value) for name, value in values.items()}
-    if taken := row.keys() & values.keys():
-      raise ValueError(f"a metric may not be named {sorted(taken)}")
-    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    if self._file is None:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      _mend(self._path)
-      self._file = self._path.open("ab")
-    self._file.write(_line(row | finite))
-    self._file.flush()
-    if self._board is not None:
-      for name, value in values.items():
-        self._writer(stage).add_scalar(name, value, step)
-
-  def rewind(self, stage: str, step: int) -> None:
-    """Drops what a stage wrote after `step`, as if it had stopped there."""
-    self.close()
-    self._purge[stage] = step + 1
-    if not processes.first() or not self._path.exists():
-      return
-    rows = read_rows(self._path)
-    for number, row in enumerate(rows, 1):
-      own = isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
-      if not own or any(isinstance(x, float) and x - x for x in row.values()):
-        raise ValueError(
-          f"{self._path}:{number}: wanted a stage, a step and finite numbers, got "
-          f"{row!r:.80}"
-        )
-    kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
-    if len(kept) < len(rows):
-      write_rows(self._path, kept)
-
-  def close(self) -> None:
-    """Writes out what is pending; a later `write` opens the files again."""
-    for writer in self._writers.values():
-      writer.close()
-    self._writers.clear()
-    if self._file is not None:
-      self._file.close()
-      self._file = None
-
-  def _writer(self, stage: str):
-    if stage not in self._writers and self._board is not None:
-      from tensorboardX import SummaryWriter  # protobuf: only for those who log to it
-
-      self._writers[stage] = SummaryWriter(
-        str(self._board / stage),
-        purge_step=self._purge.pop(stage, None),
-        flush_secs=10,
-        filename_suffix=f".{time.time_ns()}",  # else one second is one file
-      )
-    return self._writers[stage]
-
-
 def file_hash(path: pathlib.Path) -> str:
   """SHA-256 of a file, or of the names and contents in a folder, in hexadecimal."""
   if path.is_dir():
@@ -569,7 +495,8 @@ def _encode(text: str) -> bytes:
   return text.encode("utf-8", "backslashreplace")
 
 
-def _line(row: Mapping) -> bytes:
+def line(row: Mapping) -> bytes:
+  """A row as its line of a JSONL file; ValueError for NaN and infinity."""
   return _encode(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -590,7 +517,7 @@ def _checked_row(path: pathlib.Path, number: int, line: bytes) -> dict:
   return row
 
 
-def _mend(path: pathlib.Path) -> None:
+def mend(path: pathlib.Path) -> None:
   """Makes a JSONL file end with a whole line: ends the last one, or cuts it off."""
   if not path.exists() or path.stat().st_size == 0:
     return

@@ -24,6 +24,7 @@ EDGES = {
   "bundled",
   "processes",
   "store",
+  "metrics",
   "checkpoints",
   "data",
   "public",
@@ -154,7 +155,15 @@ def test_only_the_model_knows_linen():
 def test_importing_everything_does_nothing(tmp_path):
   ours = PATHS.keys() - FOR_OTHERS - {"__init__"}
   modules = [f"dalign.{name}".removesuffix(".__init__") for name in sorted(ours)]
-  heavy = ["tensorflow", "torch", "transformers", "tensorboardX", "llama_cpp"]
+  heavy = [
+    "tensorflow",
+    "torch",
+    "transformers",
+    "tensorboardX",
+    "llama_cpp",
+    "wandb",
+    "mlflow",
+  ]
   program = f"""
 import importlib, sys
 for name in {modules!r}:

@@ -11,7 +11,7 @@ import pytest
 
 from dalign import config as configs
 from dalign import store
-from dalign.store import Metrics
+from dalign.metrics import Metrics
 from dalign.store import Store
 from tests.helpers import tiny
 
@@ -274,34 +274,14 @@ def test_a_config_json_of_another_format_is_refused():
     configs.of_json(values | {"format_version": 2})
 
 
-def test_metrics_are_written_and_rewound(tmp_path):
-  metrics = Metrics(tmp_path)
-  for step in (1, 2, 3):
-    metrics.write("sft", step, {"sft/loss_nats": 1 / step})
-    metrics.write("rl", step, {"rl/kl_nats": float("nan")})
-  with (tmp_path / "metrics.jsonl").open("ab") as file:
-    file.write(b'{"time": 1')
-  metrics.rewind("sft", 1)
-  metrics.write("sft", 2, {"sft/loss_nats": 0.25})
-  metrics.close()
-  rows = store.read_rows(tmp_path / "metrics.jsonl")
-  assert [(r["stage"], r["step"]) for r in rows] == [
-    *(("sft", 1), ("rl", 1), ("rl", 2), ("rl", 3), ("sft", 2))
-  ]
-  assert rows[-1]["sft/loss_nats"] == 0.25 and rows[1]["rl/kl_nats"] is None
-  assert {row["step"] for row in rows if row["time"] > 1e9} == {1, 2, 3}
-  with pytest.raises(ValueError, match="may not be named"):
-    metrics.write("sft", 3, {"step": 1})
-
-
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
   now = iter(range(10**9, 0, -3600))
-  monkeypatch.setattr(store.time, "time", lambda: float(next(now)))
-  monkeypatch.setattr(store.time, "time_ns", lambda: next(now) * 10**9)
+  monkeypatch.setattr(time, "time", lambda: float(next(now)))
+  monkeypatch.setattr(time, "time_ns", lambda: next(now) * 10**9)
   monkeypatch.setattr(store, "_now", lambda: f"2001-01-{next(now) % 28:02d}T00:00:00Z")
   args = ("sft", CONFIG, [], 7, "cpu")
   for state in ("fresh", "resume"):
-    run, metrics = Store(tmp_path), Metrics(tmp_path)
+    run, metrics = Store(tmp_path), Metrics(tmp_path, tiny().log)
     assert run.begin(*args) == state
     metrics.rewind("sft", 2)
     for step in (1, 2, 3, 4) if state == "fresh" else (3, 4):
@@ -313,65 +293,6 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
   assert Store(tmp_path).manifest("sft")["wall_s"] >= 0
   found = store.read_rows(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in found] == [1, 2, 3, 4]
-
-
-def test_metrics_go_on_after_a_kill_without_a_rewind(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  path.write_bytes(b'{"time": 1, "stage": "sft", "step": 1}\n{"time": 2, "sta')
-  metrics = Metrics(tmp_path, tensorboard=False)
-  metrics.write("sft", 2, {})
-  metrics.close()
-  assert [row["step"] for row in store.read_rows(path)] == [1, 2]
-
-
-def test_tensorboard_gets_the_points_and_the_cut(tmp_path):
-  from tensorboardX.proto.event_pb2 import Event
-  from tensorboardX.proto.event_pb2 import SessionLog
-
-  def events(stage):
-    for path in sorted((tmp_path / "tensorboard" / stage).iterdir()):
-      content = path.read_bytes()
-      while content:
-        size = int.from_bytes(content[:8], "little")
-        yield Event.FromString(content[12 : 12 + size])
-        content = content[16 + size :]
-
-  metrics = Metrics(tmp_path)
-  metrics.write("sft", 5, {"sft/loss_nats": 0.5})
-  metrics.rewind("sft", 3)
-  metrics.write("sft", 4, {"sft/loss_nats": 0.25})
-  metrics.write("rl", 4, {"rl/reward": 1.0})
-  metrics.close()
-  points = [
-    (e.step, v.tag, v.simple_value) for e in events("sft") for v in e.summary.value
-  ]
-  assert set(points) == {(5, "sft/loss_nats", 0.5), (4, "sft/loss_nats", 0.25)}
-  starts = [e.step for e in events("sft") if e.session_log.status == SessionLog.START]
-  assert starts == [4]
-  assert not [e for e in events("rl") if e.session_log.status == SessionLog.START]
-
-
-def test_metrics_without_tensorboard(tmp_path):
-  metrics = Metrics(tmp_path, tensorboard=False)
-  metrics.write("sft", 1, {"a": 1})
-  metrics.close()
-  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_tensorflow_is_not_imported(tmp_path):
-  """Holds with TensorFlow installed too: a stand-in notes that it was imported."""
-  stand_in = tmp_path / "site" / "tensorflow" / "__init__.py"
-  stand_in.parent.mkdir(parents=True)
-  stand_in.write_text("raise SystemExit('tensorflow was imported')")
-  code = (
-    f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-    "import pathlib; from dalign.store import Metrics\n"
-    f"metrics = Metrics(pathlib.Path({str(tmp_path)!r}))\n"
-    "metrics.write('sft', 1, {'a': 1}); metrics.close()\n"
-    "assert 'tensorboardX' in sys.modules and 'tensorflow' not in sys.modules"
-  )
-  root = pathlib.Path(store.__file__).parents[1]
-  subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
 def test_spec_files_are_the_markdown_but_the_readme(tmp_path):

@@ -3,6 +3,7 @@
 [base ->] generate -> filter -> sft -> reward -> rl -> eval -> report -> export
 """
 
+import contextlib
 import pathlib
 
 import jax
@@ -63,7 +64,12 @@ def run_stages(
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
   processes.same("config", configs.flat(cfg))
   here = context.Run(cfg, workdir, shared)
-  with here.store.claimed(), jax.set_mesh(here.mesh):
+  here.metrics.ready()
+  with (
+    here.store.claimed(),
+    contextlib.closing(here.metrics),
+    jax.set_mesh(here.mesh),
+  ):
     written = here.store.workdir / "config.json"
     here.store.write_json(written, configs.to_json(cfg))
     if not written.exists():
@@ -75,4 +81,3 @@ def run_stages(
       if stage == "base" and cfg.world is None:
         continue  # only a world's base is trained here
       STAGES[stage](here)
-    here.metrics.close()

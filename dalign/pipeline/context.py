@@ -25,6 +25,7 @@ from dalign import data
 from dalign import domain
 from dalign import kernels
 from dalign import leaves
+from dalign import metrics
 from dalign import ops
 from dalign import processes
 from dalign import rl
@@ -111,7 +112,7 @@ class Run:
       )
     self.cfg = cfg
     self.store = store.Store(workdir, shared)
-    self.metrics = store.Metrics(workdir)
+    self.metrics = metrics.Metrics(workdir, cfg.log, configs.flat(cfg))
     self.key = jax.random.key(cfg.seed)
     self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
     self.thinks = self.think if cfg.think.used else None  # what is trained writes it
@@ -553,8 +554,8 @@ class Trainer:
     if self.in_host_memory:
       checkpoints.give_back_memory()  # of what was done since the last step
     start = time.monotonic()
-    self.state, metrics = self._update(self.state, batch, key, used, self._frozen)
-    values = {name: float(mean.value()) for name, mean in metrics.items()}
+    self.state, means = self._update(self.state, batch, key, used, self._frozen)
+    values = {name: float(mean.value()) for name, mean in means.items()}
     values["step_s"] = time.monotonic() - start
     self.step += 1
     self._check(values, batch)
