@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from dalign.config import flat
+from dalign.config import to_json
 from tests import test_processes
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
@@ -44,6 +45,7 @@ LITTLE = [  # two prompts are enough to need both processes
 OUTSIDE = (  # how lines begin that are not run
   *("gcloud", "pip", "python3 -m venv", "sbatch", "sky", "xpk"),
   "python -m dalign.main --mode=plan --config=configs/large.py",  # wants libtpu
+  "python -m dalign.main --mode=serve",  # until it is ended
 )
 SMALL = {  # what is said, and what is run
   "configs/quickstart.py": "configs/tiny.py",
@@ -147,6 +149,10 @@ def desk(tmp_path_factory) -> pathlib.Path:
         path = place / title
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(small(content) if language == "python" else content)
+  for name in ("quickstart", "mine"):  # of which some flags are read
+    (place / "runs" / name).mkdir(parents=True)
+    said = json.dumps(to_json(tiny()))
+    (place / "runs" / name / "config.json").write_text(said)
   return place
 
 
@@ -203,7 +209,7 @@ def test_every_flag_that_is_spoken_of_makes_a_config(desk):
 def test_what_pages_say_runs(desk, workdir):
   """All of them in the order of the navigation: one may go on from another. The first
   run is the one that all tests share, which the same command made."""
-  shutil.copytree(workdir, desk / "runs" / "quickstart")
+  shutil.copytree(workdir, desk / "runs" / "quickstart", dirs_exist_ok=True)
   ran = 0
   order = re.findall(r"- ([a-z]+\.md)", (ROOT / "mkdocs.yml").read_text())
   assert set(order) == set(PAGES)
