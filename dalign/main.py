@@ -15,6 +15,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from dalign import buckets
 from dalign import config as configs
 from dalign import stopping
 
@@ -45,7 +46,7 @@ def read_flags(argv: list[str]) -> tuple[configs.Config, pathlib.Path]:
     node = _CONFIG.value.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
     raise ValueError(_one_line(error, argv)) from error
-  return configs.build(configs.Config, node), pathlib.Path(_WORKDIR.value)
+  return configs.build(configs.Config, node), buckets.place(_WORKDIR.value)
 
 
 def _one_line(error: BaseException, argv: list[str]) -> str:

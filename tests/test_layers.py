@@ -22,6 +22,7 @@ PATHS = {
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 EDGES = {
   "processes",
+  "buckets",
   "store",
   "checkpoints",
   "data",

@@ -10,11 +10,12 @@ import collections
 from collections.abc import Sequence
 import dataclasses
 import functools
-import pathlib
+import os
 
 import jax
 import jax.numpy as jnp
 
+from dalign import buckets
 from dalign import compose
 from dalign import config as configs
 from dalign import model as decoder
@@ -40,7 +41,7 @@ class Model:
   def __init__(self, workdir: str, stage: str = "rl"):
     """Raises ValueError for a folder without a run, a stage that is none of STAGES, and
     one that has not been run."""
-    place = pathlib.Path(workdir).expanduser().absolute()
+    place = buckets.absolute(os.path.expanduser(workdir))
     if stage not in STAGES:
       raise ValueError(f"stage: wanted one of {', '.join(STAGES)}, got {stage!r}")
     written = place / "config.json"
