@@ -89,6 +89,13 @@ def unordered() -> Iterator[None]:
     _own.unordered = False
 
 
+def exists(path) -> bool:
+  """Whether there is such a file, folder or object, what was appended among them."""
+  if remote(path):
+    _settle(path)
+  return path.exists()
+
+
 @contextlib.contextmanager
 def local(path) -> Iterator[pathlib.Path]:
   """A file to be read: the path itself, or a copy of an object, for as long as it is
@@ -96,7 +103,7 @@ def local(path) -> Iterator[pathlib.Path]:
   if not remote(path):
     yield path
     return
-  flush()
+  _settle(path)
   with tempfile.TemporaryDirectory(prefix="dalign-") as folder:
     copy = pathlib.Path(folder) / path.name
     with _told(path):
@@ -109,7 +116,7 @@ def twin(path) -> pathlib.Path:
   itself, or for a bucket another, which `flush` uploads where it has changed."""
   if not remote(path):
     return path
-  own = _own.folder / "/".join(_names(path))
+  own = _twin(path)
   if not own.exists():
     own.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), local(path) as copy:
@@ -140,7 +147,7 @@ def flush(*, due: bool = False) -> None:
 
 def forget(path) -> None:
   """Drops the twins of an object, or of all in a folder, with what was not uploaded."""
-  own = _own.folder / "/".join(_names(path))
+  own = _twin(path)
   for file in [file for file in _own.sent if file.is_relative_to(own)]:
     del _own.sent[file]
   if own.is_file():
@@ -195,18 +202,20 @@ class Lease:
       )
 
   def close(self) -> None:
-    """Uploads what is left and gives the lease back, if it is still ours."""
+    """Uploads what is left and gives the lease back, if it is still ours and the bucket
+    answers."""
+    writes = not (self._lost or _own.silent)
     try:
-      if not self._lost:
+      if writes:
         flush()
     finally:
       self._end.set()
       self._beats.join()
       _own.lease = None
       forget(self._path.parent)
-      if not self._lost:
-        with _told(self._path), contextlib.suppress(_api().PreconditionFailed):
-          self._blob.delete(if_generation_match=self._generation)
+    if writes:
+      with _told(self._path), contextlib.suppress(_api().PreconditionFailed):
+        self._blob.delete(if_generation_match=self._generation)
 
   def _take(self) -> None:
     seen, since = None, time.monotonic()
@@ -244,9 +253,13 @@ class Lease:
 
   def _put(self, generation: int) -> bool:
     """Writes the object over that generation; False where it has another by now."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
     try:
       self._blob.upload_from_string(
-        json.dumps(self._own), if_generation_match=generation
+        json.dumps(self._own),
+        if_generation_match=generation,
+        retry=DEFAULT_RETRY.with_timeout(BEAT_S),
       )
     except _api().PreconditionFailed:
       found, now = self._read()  # the request may have been sent twice, and done once
@@ -276,6 +289,7 @@ class _Own:
     self.sent: dict[pathlib.Path, tuple] = {}  # twin -> its stamp as it was uploaded
     self.due = 0.0
     self.unordered = False
+    self.silent = False  # whether the bucket did not answer the last upload
     self.lease: Lease | None = None
 
   @functools.cached_property
@@ -298,6 +312,16 @@ def _names(path) -> tuple[str, str]:
   return bucket, name
 
 
+def _twin(path) -> pathlib.Path:
+  return _own.folder / "/".join(_names(path))
+
+
+def _settle(path) -> None:
+  """Uploads what a twin has, before its object is looked at."""
+  if _twin(path).exists():
+    flush()
+
+
 def _stamp(file: pathlib.Path) -> tuple[int, int]:
   found = file.stat()
   return found.st_size, found.st_mtime_ns
@@ -308,8 +332,13 @@ def _upload(path, content) -> None:
   if _own.lease:
     _own.lease.check()
   size = content.seek(0, os.SEEK_END)
-  with _told(path):
-    _blob(path).upload_from_file(content, rewind=True, size=size)
+  try:
+    with _told(path):
+      _blob(path).upload_from_file(content, rewind=True, size=size)
+  except ConnectionError:
+    _own.silent = True
+    raise
+  _own.silent = False
 
 
 def _blob(path):

@@ -260,7 +260,7 @@ class Store:
 
   def has(self, path: pathlib.Path) -> bool:
     """Whether a file is there, as the first process sees it."""
-    return processes.agree(path.exists())
+    return processes.agree(buckets.exists(path))
 
   def _read(self, read, path: pathlib.Path):
     found = read(path)
@@ -499,7 +499,7 @@ class Metrics:
     """Drops what a stage wrote after `step`, as if it had stopped there."""
     self.close()
     self._purge[stage] = step + 1
-    if not processes.first() or not self._path.exists():
+    if not processes.first() or not buckets.exists(self._path):
       return
     rows = read_rows(self._path)
     for number, row in enumerate(rows, 1):

@@ -24,6 +24,7 @@ import pytest
 from dalign import buckets
 from dalign import checkpoints
 from dalign import store
+from tests import chaos
 from tests.helpers import ROOT
 from tests.helpers import command
 
@@ -190,21 +191,25 @@ def test_a_bucket_holds_what_a_disk_does(place, tmp_path):
 
 def test_what_was_appended_is_there_before_what_is_written_next(place, monkeypatch):
   path, other = place / "rows.jsonl", place / "x.json"
-  store.write_json(other, {})
+  run = store.Store(place)
+  run.begin("sft", {}, [], 0, "cpu")
   buckets.flush()
   store.append_rows(path, ROWS[:1])
-  assert "rows.jsonl" not in objects(place)
-  with buckets.unordered():
-    store.write_json(other, {"clock": 1})
+  run.pause("sft")
+  assert run.manifest("sft")["wall_s"] > 0
   assert "rows.jsonl" not in objects(place)
   store.write_json(other, {"a": 1})
   assert objects(place)["rows.jsonl"].count(b"\n") == 1
   store.append_rows(path, ROWS[1:2])
-  checkpoints.Checkpoints(place / "c").save(1, {"x": jnp.ones(3)}, {})
-  assert store.read_rows(path) == ROWS[:2]
-  monkeypatch.setattr(buckets._own, "due", 0.0)
+  saved = checkpoints.Checkpoints(place / "c")
+  saved.save(1, {"x": jnp.ones(3)}, {})
+  saved.close()
+  assert objects(place)["rows.jsonl"].count(b"\n") == 2
   store.append_rows(path, ROWS[2:3])
-  assert objects(place)["rows.jsonl"].count(b"\n") == 3
+  assert store.read_rows(path) == ROWS[:3]
+  monkeypatch.setattr(buckets._own, "due", 0.0)
+  store.append_rows(path, ROWS[3:4])
+  assert objects(place)["rows.jsonl"].count(b"\n") == 4
 
 
 def test_a_row_that_was_torn_elsewhere_is_cut_off(place):
@@ -382,3 +387,48 @@ def test_no_credentials_is_one_line(address, tmp_path):
   last = done.stderr.splitlines()[-1]
   assert last.startswith("dalign: gs://bucket: wanted credentials of Google Cloud")
   assert "Traceback" not in done.stderr
+
+
+def until(running, happened) -> None:
+  """Waits, and kills a run once something has happened."""
+  while not happened():
+    assert running.poll() is None, running.communicate()[1][-3000:]
+    time.sleep(0.05)
+  running.kill()
+  running.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not os.environ.get("DALIGN_SERVERS"), reason="minutes: set DALIGN_SERVERS=1"
+)
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
+  """All stages, killed in generate, and in sft within a save; to the bit."""
+  place = buckets.place(f"gs://bucket/{workdir.name}")
+  samples = place / "generate" / "samples.jsonl"
+
+  def dalign():
+    return subprocess.Popen(
+      command(place), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+      text=True,
+    )  # fmt: skip
+
+  until(dalign(), lambda: samples.exists() and store.read_rows(samples))
+  before = len(store.read_rows(samples))
+  until(dalign(), lambda: any("sft/checkpoints/" in name for name in objects(place)))
+  said = dalign().communicate(timeout=1500)[1]
+  assert "dalign: generate: done before, skipped" in said
+  assert "dalign: sft: goes on where it stopped" in said
+  copy = tmp_path / workdir.name
+  for name, content in objects(place).items():
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_bytes(content)
+  assert 0 < before < len(store.read_rows(copy / "generate" / "samples.jsonl"))
+  wanted, got = chaos.fingerprint(workdir), chaos.fingerprint(copy)
+  assert len(wanted) > 150 and chaos.differing(wanted, got) == [".lock"]
+  done = subprocess.run(
+    command(place), cwd=ROOT, capture_output=True, text=True, timeout=600
+  )
+  assert done.returncode == 0
+  skipped = [x for x in done.stderr.splitlines() if x.endswith("done before, skipped")]
+  assert len(skipped) == 7

@@ -104,7 +104,7 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     "python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart",
     "pip install -e .[test]",
     "pytest",
-    "pytest -q tests/test_servers.py",
+    "pytest -q tests/test_servers.py tests/test_buckets.py",
     "pytest -q tests/test_chaos.py",
     "pytest -q tests/test_shape.py",
   ]
