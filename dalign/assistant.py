@@ -9,6 +9,7 @@ import collections
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import os
 import pathlib
 import queue
 import threading
@@ -16,6 +17,7 @@ import threading
 import jax
 import jax.numpy as jnp
 
+from dalign import buckets
 from dalign import compose
 from dalign import config as configs
 from dalign import live
@@ -49,7 +51,7 @@ class Reply:
 
 def finished(workdir: pathlib.Path) -> str:
   """The last stage of STAGES that a run has finished."""
-  done = ("base", *(s for s in STAGES[1:] if (workdir / s / "params").exists()))
+  done = ("base", *(s for s in STAGES[1:] if buckets.exists(workdir / s / "params")))
   return done[-1]
 
 
@@ -68,7 +70,7 @@ class Model:
     """`stage` "" is the last that the run has finished; `cfg` takes the place of the
     run's own config. Raises ValueError for a folder without a run, a stage that is none
     of STAGES, and one that has not been run."""
-    place = pathlib.Path(workdir).expanduser().absolute()
+    place = buckets.absolute(os.path.expanduser(workdir))
     stage = stage or finished(place)
     if stage not in STAGES:
       raise ValueError(f"stage: wanted one of {', '.join(STAGES)}, got {stage!r}")

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dalign import buckets
 from dalign import processes
 from dalign.types import PyTree
 
@@ -34,7 +35,7 @@ class Checkpoints:
   """
 
   def __init__(self, dir: pathlib.Path):
-    self._dir = pathlib.Path(dir).absolute()
+    self._dir = buckets.absolute(dir)
     self._keep = 1
     self._manager = None
 
@@ -44,6 +45,7 @@ class Checkpoints:
     Returns before the files are whole; the arrays may be donated at once. A step that
     is there stays as it is. Raises ValueError for one older than the latest.
     """
+    buckets.flush()
     if keep != self._keep:
       self.close()
       self._keep = keep
@@ -72,7 +74,7 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """The newest step that is whole, or None."""
-    if not self._dir.is_dir():
+    if not self._dir.exists():
       return None
     with _readable(self._dir):
       self._open().wait_until_finished()
@@ -145,10 +147,13 @@ def give_back_memory() -> None:
 
 def save_params(dir: pathlib.Path, params: PyTree) -> None:
   """Parameters alone, in place of what `dir` held; done when this returns."""
-  sums, path = _sums(params), pathlib.Path(dir).absolute()
+  sums, path = _sums(params), buckets.absolute(dir)
+  buckets.flush()
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, params, force=True)
-  if processes.first():
+  if processes.first() and buckets.remote(path):
+    buckets.write(_sums_file(path), [json.dumps(sums, indent=2).encode()])
+  elif processes.first():
     draft = path.with_name(f".{path.name}.sums.tmp")
     with draft.open("w") as file:
       json.dump(sums, file, indent=2)
@@ -159,8 +164,8 @@ def save_params(dir: pathlib.Path, params: PyTree) -> None:
 
 def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:
   """What `save_params` wrote; `abstract` and errors as in `Checkpoints.restore`."""
-  path = pathlib.Path(dir).absolute()
-  if not path.is_dir():
+  path = buckets.absolute(dir)
+  if not path.exists():
     raise ValueError(f"{path}: wanted a folder of saved parameters, found none")
   with ocp.StandardCheckpointer() as checkpointer:
     with _readable(path):

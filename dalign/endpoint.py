@@ -19,6 +19,7 @@ import queue
 import threading
 from typing import Any
 
+from dalign import buckets
 from dalign import config as configs
 from dalign import store
 from dalign.types import Turn
@@ -71,7 +72,7 @@ class Endpoint:
       timeout=cfg.timeout,
       max_retries=cfg.retries,
     )
-    rows = store.read_rows(cache) if cache.exists() else []
+    rows = store.read_rows(cache) if buckets.exists(cache) else []
     self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
     self.asked = self.found = self.tokens_in = self.tokens_out = 0
 

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import dalign
+from dalign import buckets
 from dalign import bundled
 from dalign import config as configs
 from dalign import explain
@@ -96,7 +97,7 @@ def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
     rest = flags.FLAGS(_found(argv))
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
-    place, mode = pathlib.Path(_WORKDIR.value or ""), _MODE.value
+    place, mode = buckets.place(_WORKDIR.value or ""), _MODE.value
     if not _WORKDIR.value and mode not in ("config", "schema"):
       raise ValueError("wanted --workdir=FOLDER; see README.md")
     if mode == "schema" or mode in ASKED and _CONFIG.value is None:

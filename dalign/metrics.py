@@ -23,6 +23,7 @@ import uuid
 
 import tqdm
 
+from dalign import buckets
 from dalign import config as configs
 from dalign import processes
 from dalign import store
@@ -101,7 +102,7 @@ class TensorBoard:
 
     self._hyperparameters = stage.config
     self._writer = tensorboardX.SummaryWriter(
-      str(stage.workdir / "tensorboard" / stage.name),
+      str(buckets.twin(stage.workdir / "tensorboard" / stage.name)),
       purge_step=stage.cut,
       flush_secs=10,
       filename_suffix=f".{time.time_ns()}",  # else one second is one file
@@ -161,7 +162,7 @@ class WandB:
         _say(f"W&B: {_one_line(error)}; its run is kept here, for `wandb sync`")
         self._wandb.teardown()  # which else holds the id
     pattern = f"offline-run-*-{glob.escape(id)}"
-    for old in (stage.workdir / "wandb").glob(pattern):
+    for old in (buckets.twin(stage.workdir) / "wandb").glob(pattern):
       shutil.rmtree(old)
     return self._init(id, mode="offline")
 
@@ -174,7 +175,7 @@ class WandB:
       job_type=stage.name,
       id=id,
       config=dict(stage.config),
-      dir=stage.workdir,
+      dir=buckets.twin(stage.workdir),
       reinit="create_new",  # whatever else this process has
       settings=self._wandb.Settings(
         console="off",
@@ -208,7 +209,9 @@ class MLflow:
     self._entities = mlflow.entities
     given = mlflow.is_tracking_uri_set()
     self._client = mlflow.MlflowClient(
-      mlflow.get_tracking_uri() if given else f"sqlite:///{stage.workdir}/mlflow.db"
+      mlflow.get_tracking_uri()
+      if given
+      else f"sqlite:///{buckets.twin(stage.workdir / 'mlflow.db')}"
     )
     self._id, sent = self._find(stage)
     if self._id is None:
@@ -299,7 +302,7 @@ class Metrics:
     log: configs.LogConfig,
     config: Mapping[str, Any] | None = None,
   ):
-    self._workdir = pathlib.Path(workdir).absolute()
+    self._workdir = buckets.absolute(workdir)
     self._path = self._workdir / "metrics.jsonl"
     self._log, self._config = log, config or {}
     self._mirrors: dict[str, dict[str, Mirror]] = {}  # by stage, by name
@@ -326,21 +329,23 @@ class Metrics:
       raise ValueError(f"a metric may not be named {sorted(taken)}")
     finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
     if self._file is None:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      store.mend(self._path)
-      self._file = self._path.open("ab")
+      own = buckets.twin(self._path)
+      own.parent.mkdir(parents=True, exist_ok=True)
+      store.mend(own)
+      self._file = own.open("ab")
     self._file.write(store.line(row | finite))
     self._file.flush()
     if stage not in self._mirrors:
       self._mirrors[stage] = self._open(stage, row["step"])
     for name, mirror in self._mirrors[stage].items():
       self._try(name, mirror.write, row | values)
+    buckets.flush(due=True)
 
   def rewind(self, stage: str, step: int) -> None:
     """Drops what a stage wrote after `step`, as if it had stopped there."""
     self.close()
     self._cut[stage] = step + 1
-    if not processes.first() or not self._path.exists():
+    if not processes.first() or not buckets.exists(self._path):
       return
     rows = store.read_rows(self._path)
     for number, row in enumerate(rows, 1):

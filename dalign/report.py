@@ -18,6 +18,7 @@ import pathlib
 import re
 from typing import Any
 
+from dalign import buckets
 from dalign import figures
 from dalign import store
 
@@ -89,7 +90,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   A part whose artefact is missing says "not run yet". Raises ValueError where WORKDIR
   is no folder or an artefact cannot be read.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = buckets.place(workdir)
   if not workdir.is_dir():
     raise ValueError(
       f"the report needs the folder of a run, there is none at {workdir}"

@@ -3,7 +3,8 @@
 A run is a folder, WORKDIR. Each stage keeps its rows, its checkpoints and a
 manifest.json in WORKDIR/<stage>; metrics.jsonl (metrics.py) lies beside them.
 What is replaced is replaced whole (a temporary file, then `os.replace`), and what grows
-grows by whole lines, so that a run killed at any point can go on.
+grows by whole lines, so that a run killed at any point can go on. In a bucket
+(gs://BUCKET/FOLDER) buckets.py sees to the same.
 
 Does not know what the rows mean, what a stage does, models, tokens, or arrays on disk
 (checkpoints.py does).
@@ -25,6 +26,7 @@ import time
 from typing import Any
 
 import dalign
+from dalign import buckets
 from dalign import config as configs
 from dalign import processes
 
@@ -43,6 +45,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def _replace(path: pathlib.Path, parts: Iterable[bytes]) -> None:
+  if buckets.remote(path):
+    buckets.write(path, parts)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
     left.unlink(missing_ok=True)  # of a writer that was killed
@@ -66,7 +71,8 @@ def write_json(path: pathlib.Path, value) -> None:
 def read_json(path: pathlib.Path):
   """The value of a JSON file; ValueError names a file that is absent or not JSON."""
   try:
-    return json.loads(path.read_bytes())
+    with buckets.local(path) as own:
+      return json.loads(own.read_bytes())
   except FileNotFoundError:
     raise ValueError(f"{path}: wanted this file, found none") from None
   except (ValueError, RecursionError) as error:
@@ -79,17 +85,20 @@ def write_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
 
 
 def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
-  """Adds rows that are on the disk when this returns.
+  """Adds rows that are on the disk when this returns; in a bucket soon after, and
+  before whatever is written next.
 
   First cuts off what a killed writer left of a last line.
   """
   content = b"".join(map(line, rows))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  mend(path)
-  with path.open("ab") as file:
+  own = buckets.twin(path)
+  own.parent.mkdir(parents=True, exist_ok=True)
+  mend(own)
+  with own.open("ab") as file:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
+  buckets.flush(due=True)
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
@@ -106,8 +115,9 @@ def each_row(
 ) -> Iterator[dict]:
   """As `read_rows`, one after the other; in the order of a key, whose values alone are
   held in memory."""
+  opened = contextlib.ExitStack()
   try:
-    file = path.open("rb")
+    file = opened.enter_context(opened.enter_context(buckets.local(path)).open("rb"))
   except FileNotFoundError:
     raise ValueError(f"{path}: wanted this file, found none") from None
 
@@ -117,7 +127,7 @@ def each_row(
         return
       yield _checked_row(path, number, line), len(line)
 
-  with file:
+  with opened:
     if key is None:
       yield from (row for row, _ in rows())
       return
@@ -133,7 +143,8 @@ def each_row(
 def sort_rows(path: pathlib.Path, key: Callable[[dict], Any]) -> None:
   """Puts the rows of a JSONL file in the order of `key`, whole or not at all; memory
   and errors as of `each_row`."""
-  mend(path)
+  if not buckets.remote(path):
+    mend(path)
   _replace(path, map(line, each_row(path, key)))
 
 
@@ -166,9 +177,10 @@ class Store:
     self, workdir: pathlib.Path, shared: Mapping[str, pathlib.Path] | None = None
   ):
     """`shared` has the workdirs of stages that other runs have done for this one."""
-    self.workdir = pathlib.Path(workdir).absolute()
+    self.workdir = buckets.absolute(workdir)
+    buckets.reach(self.workdir)
     self._shared = {
-      stage: pathlib.Path(place).absolute() for stage, place in (shared or {}).items()
+      stage: buckets.absolute(place) for stage, place in (shared or {}).items()
     }
     self._since: dict[str, float] = {}
 
@@ -177,10 +189,15 @@ class Store:
     """Holds WORKDIR for this run; ValueError where another is at work in it.
 
     The system lets go of it with the process, however that ends: no lock is ever stale.
-    File systems without locks hold nobody off.
+    File systems without locks hold nobody off. In a bucket there is a lease instead.
     """
     held = wrong = None
-    if processes.first() and fcntl:
+    if processes.first() and buckets.remote(self.workdir):
+      try:
+        held = buckets.Lease(self.workdir / ".lock")
+      except ValueError as error:
+        wrong = str(error)
+    elif processes.first() and fcntl:
       self.workdir.mkdir(parents=True, exist_ok=True)
       held = (self.workdir / ".lock").open("a")
       try:
@@ -235,13 +252,14 @@ class Store:
     self, path: pathlib.Path, key: Callable[[dict], Any] | None = None
   ) -> Iterator[dict]:
     """As the function; to be read to its end."""
+    buckets.flush()
     processes.meet(f"before {path}")
     yield from each_row(path, key)
     processes.meet(str(path))
 
   def has(self, path: pathlib.Path) -> bool:
     """Whether a file is there, as the first process sees it."""
-    return processes.agree(path.exists())
+    return processes.agree(buckets.exists(path))
 
   def _read(self, read, path: pathlib.Path):
     found = read(path)
@@ -290,7 +308,9 @@ class Store:
     return state
 
   def _begin(self, stage, config, inputs, seed, device, start_over) -> str:
-    if start_over:
+    if start_over and buckets.remote(self.path(stage)):
+      buckets.remove(self.path(stage))
+    elif start_over:
       shutil.rmtree(self.path(stage), ignore_errors=True)
     new = self._new_manifest(stage, config, inputs, seed, device)
     old = self.manifest(stage)
@@ -307,7 +327,8 @@ class Store:
 
   def pause(self, stage: str) -> None:
     """Notes the time spent so far, which a kill would lose; for each checkpoint."""
-    self._write_manifest(stage, self._clocked(stage))
+    with buckets.unordered():
+      self._write_manifest(stage, self._clocked(stage))
 
   def finish(self, stage: str, summary: Mapping) -> None:
     """Marks the stage done; `summary` is whatever is worth showing of it, as JSON."""
@@ -339,10 +360,9 @@ class Store:
 
   def _hashes(self, inputs: Iterable[pathlib.Path]) -> dict[str, str]:
     hashes = {}
-    for folder in {pathlib.Path(path).absolute().parent for path in inputs}:
+    for folder in {buckets.absolute(path).parent for path in inputs}:
       check_outputs(folder)
-    for path in map(pathlib.Path, inputs):
-      full = path.absolute()
+    for full in map(buckets.absolute, inputs):
       inside = full.is_relative_to(self.workdir)
       # An input from elsewhere may move with its repository; two names tell it apart.
       key = full.relative_to(self.workdir) if inside else pathlib.Path(*full.parts[-2:])
@@ -447,7 +467,7 @@ def file_hash(path: pathlib.Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
   if not path.exists():
     raise ValueError(f"{path}: wanted as an input, found no such file")
-  with path.open("rb") as file:
+  with buckets.local(path) as own, own.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -549,7 +549,7 @@ def save_peft(
     file = place / "adapter_model.safetensors"
     safetensors_numpy.save_file(tensors, file, metadata={"format": "pt"})
     _write_json(place / "adapter_config.json", told)
-  processes.meet(path)
+  processes.meet(f"saved {place.name}")  # whose folder each may know by another path
 
 
 # --- Hugging Face, out ---
@@ -580,7 +580,7 @@ def save_hf(
     tok.backend.save(str(place / "tokenizer.json"))
     for name, content in _settings_files(cfg, tok, dtype).items():
       _write_json(place / name, content)
-  processes.meet(path)
+  processes.meet(f"saved {place.name}")  # whose folder each may know by another path
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:

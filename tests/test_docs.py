@@ -115,7 +115,7 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     "dalign --config=configs/tiny.py --workdir=tiny",
     "pip install -e .[test]",
     "pytest",
-    "pytest -q tests/test_servers.py",
+    "pytest -q tests/test_servers.py tests/test_buckets.py",
     "pytest -q tests/test_chaos.py",
     "pytest -q tests/test_shape.py",
   ]

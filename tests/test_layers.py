@@ -23,6 +23,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 EDGES = {
   "bundled",
   "processes",
+  "buckets",
   "store",
   "metrics",
   "checkpoints",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
@@ -340,11 +341,11 @@ class Run:
 
   def halt(self, stage: str, step: int, why: str, advice: str, batch: dict):
     """Stops at a step, whose batch, a mapping of arrays, is kept. Raises Halted."""
-    where = self.store.path(stage, f"halted_step_{step}.npz")
+    where, content = self.store.path(stage, f"halted_step_{step}.npz"), io.BytesIO()
     if processes.first():
-      where.parent.mkdir(parents=True, exist_ok=True)
       arrays: dict[str, Any] = {n: np.asarray(x) for n, x in batch.items()}
-      np.savez(where, **arrays)
+      np.savez(content, **arrays)
+      store.write_bytes(where, content.getvalue())
     raise configs.Halted(
       f"{stage} step {step}: {why}; its batch is in {where}. Nothing of this step is "
       f"kept: {advice}, and the same command goes on from the last checkpoint"

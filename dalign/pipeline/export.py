@@ -8,6 +8,7 @@ import huggingface_hub
 import jax
 
 from dalign import adapters
+from dalign import buckets
 from dalign import leaves
 from dalign import store
 from dalign import weights
@@ -40,7 +41,7 @@ def export(run: context.Run) -> None:
   params = run.base_params() if base else run.trained_params(cfg.of)
   place = run.store.path("export", "model")
   weights.save_hf(
-    str(place),
+    str(buckets.twin(place)),
     run.arch,
     adapters.merged(params, cfg=run.arch),
     run.model_tok,
@@ -58,7 +59,9 @@ def _adapter(run: context.Run, params: PyTree) -> None:
   place = run.store.path("export", "adapter")
   lora, source = run.cfg.lora, run.cfg.model.path
   try:
-    weights.save_peft(str(place), run.arch, params["layers"], lora, source)
+    weights.save_peft(
+      str(buckets.twin(place)), run.arch, params["layers"], lora, source
+    )
   except ValueError as error:
     context.say(f"export: no {place.name}: {error}")
 

@@ -1,0 +1,444 @@
+"""Folders in a bucket, gs://BUCKET/..., in place of those on a disk.
+
+What a bucket can do: replace an object whole or not at all, on condition that nobody
+else has; read one; list them. It cannot add to an object, rename, or lock. So what is
+replaced is written in one go; what grows does so in a twin on this machine's disk, of
+which the bucket gets the whole, at the latest before the next other write; and a lease
+that its holder renews is the lock. A run that is killed thus leaves a bucket as it
+would have left a disk if it had been killed a little earlier.
+
+Paths on a disk pass through as they are. Arrays are Orbax's (checkpoints.py); it and
+the paths that `place` makes reach the bucket by gcsfs, what is here by Google's client.
+"""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+
+SCHEME = "gs://"
+LATE_S = 20.0  # what was appended is in the bucket after so many seconds at the most,
+TIMES = 10  # or after so many times as many as the last upload took
+BEAT_S = 10.0  # a lease is renewed every so many seconds,
+DEAD_S = 60.0  # and whoever has not done so for as many has lost it
+_GOES_ON = "what is there is kept, and the same command goes on from it"
+
+
+def remote(path) -> bool:
+  """Whether a path is one of a bucket."""
+  return os.fspath(path).startswith(SCHEME)
+
+
+def place(path):
+  """A path, or the text of one, as what has pathlib's methods; nothing is reached.
+
+  ValueError for a bucket without a name, other services, and a missing library.
+  """
+  text = os.fspath(path)
+  scheme, found, rest = text.partition("://")
+  if not found:
+    return pathlib.Path(path)
+  if f"{scheme}://" != SCHEME or not rest.strip("/") or ".." in rest.split("/"):
+    raise ValueError(f"wanted a folder or {SCHEME}BUCKET/FOLDER, got {text!r}")
+  _prepare()
+  from etils import epath
+
+  return epath.Path(text)
+
+
+def absolute(path):
+  """As `place`, on a disk from its root."""
+  found = place(path)
+  return found if remote(found) else found.absolute()
+
+
+def reach(path) -> None:
+  """ValueError where the bucket of a path is not there or not ours, ConnectionError
+  where it does not answer."""
+  if remote(path):
+    _bucket(_names(path)[0])
+
+
+def write(path, parts: Iterable[bytes]) -> None:
+  """Makes an object hold `parts`, whole or not at all, and all that was appended
+  before is there too."""
+  if not _own.unordered:
+    flush()
+  forget(path)
+  with tempfile.TemporaryFile() as draft:
+    draft.writelines(parts)
+    _upload(path, draft)
+
+
+@contextlib.contextmanager
+def unordered() -> Iterator[None]:
+  """What is written inside may be there before what was appended earlier."""
+  _own.unordered = True
+  try:
+    yield
+  finally:
+    _own.unordered = False
+
+
+def exists(path) -> bool:
+  """Whether there is such a file, folder or object, what was appended among them."""
+  if remote(path):
+    _settle(path)
+  return path.exists()
+
+
+@contextlib.contextmanager
+def local(path) -> Iterator[pathlib.Path]:
+  """A file to be read: the path itself, or a copy of an object, for as long as it is
+  needed. FileNotFoundError where there is no such object."""
+  if not remote(path):
+    yield path
+    return
+  _settle(path)
+  with tempfile.TemporaryDirectory(prefix="dalign-") as folder:
+    copy = pathlib.Path(folder) / path.name
+    with _told(path):
+      _blob(path).download_to_filename(str(copy))
+    yield copy
+
+
+def twin(path) -> pathlib.Path:
+  """The file or folder on this machine in which what `path` holds may grow: the path
+  itself, or for a bucket another, which `flush` uploads where it has changed."""
+  if not remote(path):
+    return path
+  own = _twin(path)
+  if not own.exists():
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError), local(path) as copy:
+      os.replace(copy, own)
+      _own.sent[own] = _stamp(own)
+  return own
+
+
+def flush(*, due: bool = False) -> None:
+  """Uploads what has changed in twins; with `due` only if that was long ago.
+
+  ConnectionError where the bucket does not answer, or another run has the lease.
+  """
+  if due and time.monotonic() < _own.due:
+    return
+  if _own.lease:
+    _own.lease.check()
+  start = time.monotonic()
+  for file in sorted(_own.files()):
+    stamp = _stamp(file)
+    if _own.sent.get(file) != stamp:
+      with file.open("rb") as content:
+        _upload(place(SCHEME + file.relative_to(_own.folder).as_posix()), content)
+      _own.sent[file] = stamp
+  took = time.monotonic() - start
+  _own.due = time.monotonic() + max(LATE_S, TIMES * took)
+
+
+def forget(path) -> None:
+  """Drops the twins of an object, or of all in a folder, with what was not uploaded."""
+  own = _twin(path)
+  for file in [file for file in _own.sent if file.is_relative_to(own)]:
+    del _own.sent[file]
+  if own.is_file():
+    own.unlink()
+  else:
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def remove(path) -> None:
+  """Deletes all objects of a folder."""
+  flush()
+  forget(path)
+  path.rmtree(missing_ok=True)
+
+
+class Lease:
+  """An object that says who is at work, written anew by its holder every BEAT_S.
+
+  Another may take it once it has not changed for DEAD_S, by its own clock, or at once
+  where the holder was a process of this machine that is no more. The one that lost it
+  writes nothing any longer: it is told at its next write, or within two beats.
+  """
+
+  def __init__(self, path):
+    """Takes the lease of a folder; ValueError where another run holds it."""
+    self._path = path
+    bucket, name = _names(path)
+    self._blob = _open(bucket).blob(name)  # with a client for the thread alone
+    self._own = {
+      "run": uuid.uuid4().hex,
+      "host": socket.gethostname(),
+      "process": os.getpid(),
+      "machine": _machine(),
+    }
+    self._lost, self._end, self._lock = False, threading.Event(), threading.Lock()
+    with _told(path):
+      self._take()
+    self._renewed = time.monotonic()
+    _own.lease = self
+    self._beats = threading.Thread(target=self._beat, daemon=True)
+    self._beats.start()
+
+  def check(self) -> None:
+    """ConnectionError where the lease is no longer ours."""
+    if not self._lost and time.monotonic() - self._renewed > 2 * BEAT_S:
+      with _told(self._path):
+        self._renew()
+    if self._lost:
+      raise ConnectionError(
+        f"{self._path.parent}: another run has taken this workdir over, since this one "
+        f"was not heard of for {DEAD_S:.0f} s; nothing more is written"
+      )
+
+  def close(self) -> None:
+    """Uploads what is left and gives the lease back, if it is still ours and the bucket
+    answers."""
+    writes = not (self._lost or _own.silent)
+    try:
+      if writes:
+        flush()
+    finally:
+      self._end.set()
+      self._beats.join()
+      _own.lease = None
+      forget(self._path.parent)
+    if writes:
+      with _told(self._path), contextlib.suppress(_api().PreconditionFailed):
+        self._blob.delete(if_generation_match=self._generation)
+
+  def _take(self) -> None:
+    seen, since = None, time.monotonic()
+    while True:
+      found, generation = self._read()
+      silent = generation == seen and time.monotonic() - since > DEAD_S
+      if found is None or silent or _gone(found):
+        if self._put(generation):
+          return
+      elif seen not in (None, generation):
+        who = f"process {found.get('process')} of {found.get('host')}"
+        raise ValueError(
+          f"{self._path.parent}: another run is at work here, {who}; wait for it, or "
+          "take another --workdir"
+        )
+      elif seen is None:
+        seen = generation
+        print(
+          f"dalign: {self._path.parent}: a run of {found.get('host')} was at work here"
+          f"; waiting up to {DEAD_S:.0f} s for a sign of it",
+          file=sys.stderr,
+        )
+      time.sleep(BEAT_S / 10)
+
+  def _read(self) -> tuple[dict | None, int]:
+    """What the object says, and its generation; or None and 0."""
+    blob = self._blob.bucket.get_blob(self._blob.name)
+    if blob is None:
+      return None, 0
+    try:
+      found = json.loads(blob.download_as_bytes())
+    except (_api().NotFound, ValueError):
+      found = {}
+    return found if isinstance(found, dict) else {}, blob.generation
+
+  def _put(self, generation: int) -> bool:
+    """Writes the object over that generation; False where it has another by now."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    try:
+      self._blob.upload_from_string(
+        json.dumps(self._own),
+        if_generation_match=generation,
+        retry=DEFAULT_RETRY.with_timeout(BEAT_S),
+      )
+    except _api().PreconditionFailed:
+      found, now = self._read()  # the request may have been sent twice, and done once
+      if found is None or found.get("run") != self._own["run"]:
+        return False
+      self._generation = now
+      return True
+    self._generation = self._blob.generation
+    return True
+
+  def _renew(self) -> None:
+    with self._lock:
+      start = time.monotonic()
+      self._lost = self._lost or not self._put(self._generation)
+      self._renewed = start
+
+  def _beat(self) -> None:
+    while not self._end.wait(BEAT_S) and not self._lost:
+      with contextlib.suppress(ConnectionError), _told(self._path):
+        self._renew()
+
+
+class _Own:
+  """What this process holds: twins, when they are to be uploaded, the lease."""
+
+  def __init__(self):
+    self.sent: dict[pathlib.Path, tuple] = {}  # twin -> its stamp as it was uploaded
+    self.due = 0.0
+    self.unordered = False
+    self.silent = False  # whether the bucket did not answer the last upload
+    self.lease: Lease | None = None
+
+  @functools.cached_property
+  def folder(self) -> pathlib.Path:
+    self._made = tempfile.TemporaryDirectory(prefix="dalign-")
+    return pathlib.Path(self._made.name)
+
+  def files(self) -> Iterator[pathlib.Path]:
+    """All twins that are files."""
+    if "folder" in self.__dict__:
+      yield from (path for path in self.folder.rglob("*") if path.is_file())
+
+
+_own = _Own()
+
+
+def _names(path) -> tuple[str, str]:
+  """The bucket, and the name in it."""
+  bucket, _, name = os.fspath(path).removeprefix(SCHEME).partition("/")
+  return bucket, name
+
+
+def _twin(path) -> pathlib.Path:
+  return _own.folder / "/".join(_names(path))
+
+
+def _settle(path) -> None:
+  """Uploads what a twin has, before its object is looked at."""
+  if _twin(path).exists():
+    flush()
+
+
+def _stamp(file: pathlib.Path) -> tuple[int, int]:
+  found = file.stat()
+  return found.st_size, found.st_mtime_ns
+
+
+def _upload(path, content) -> None:
+  """A file's content as an object, from its beginning."""
+  if _own.lease:
+    _own.lease.check()
+  size = content.seek(0, os.SEEK_END)
+  try:
+    with _told(path):
+      _blob(path).upload_from_file(content, rewind=True, size=size)
+  except ConnectionError:
+    _own.silent = True
+    raise
+  _own.silent = False
+
+
+def _blob(path):
+  bucket, name = _names(path)
+  return _bucket(bucket).blob(name)
+
+
+def _open(name: str):
+  """A bucket, with a client of its own; errors as of `reach`."""
+  from google.auth import exceptions as auth
+  from google.cloud import storage
+
+  try:
+    with _told(SCHEME + name):
+      return storage.Client().get_bucket(name)
+  except FileNotFoundError:
+    raise ValueError(f"{SCHEME}{name}: there is no such bucket") from None
+  except ConnectionError as error:
+    cause = error.__cause__
+    if isinstance(cause, auth.TransportError):
+      raise
+    if isinstance(cause, auth.GoogleAuthError):
+      raise ValueError(
+        f"{SCHEME}{name}: wanted credentials of Google Cloud, by `gcloud auth "
+        f"application-default login` or a service account: {_line(cause)}"
+      ) from error
+    if isinstance(cause, (_api().Forbidden, _api().Unauthorized)):
+      raise ValueError(
+        f"{SCHEME}{name}: these credentials may not use it; wanted storage.buckets.get "
+        f"and its objects: {_line(cause)}"
+      ) from error
+    raise
+
+
+_bucket = functools.cache(_open)
+
+
+@functools.cache
+def _prepare() -> None:
+  """Checks for the libraries, and has them ask the bucket itself: gcsfs would keep
+  lists of what was there, and etils take TensorFlow where that is installed."""
+  try:
+    import fsspec.config
+    import gcsfs  # noqa: F401
+    from google.cloud import storage  # noqa: F401
+  except ImportError:
+    raise ValueError(f'{SCHEME} needs more: pip install "dalign[gcs]"') from None
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  os.environ["EPATH_USE_TF"] = "false"
+
+
+@contextlib.contextmanager
+def _told(path) -> Iterator[None]:
+  """Says in one line what Google's client raises."""
+  from google.auth import exceptions as auth
+  from google.cloud.storage import exceptions as storage
+  import requests
+
+  try:
+    yield
+  except _api().NotFound:
+    raise FileNotFoundError(f"{path}: there is no such object") from None
+  except (
+    _api().GoogleAPIError,
+    auth.GoogleAuthError,
+    requests.RequestException,
+    storage.DataCorruption,
+    storage.InvalidResponse,
+  ) as error:
+    raise ConnectionError(f"{path}: {_line(error)}; {_GOES_ON}") from error
+
+
+def _api():
+  from google.api_core import exceptions
+
+  return exceptions
+
+
+def _line(error: BaseException) -> str:
+  return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _machine() -> str:
+  """What tells this machine, and its numbers of processes, from all others; "" where
+  the system does not say."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return ""
+
+
+def _gone(found: dict) -> bool:
+  """Whether a lease is that of a process of this machine that has ended."""
+  if not _machine() or found.get("machine") != _machine():
+    return False
+  try:
+    os.kill(int(found["process"]), 0)
+  except ProcessLookupError:
+    return True
+  except OSError:
+    return False
+  return False
