@@ -50,7 +50,10 @@ setuptools.setup(
     "test": [
       "hypothesis>=6.100,<7",
       "inspect_ai>=0.3.285,<0.4",
+      "ipykernel>=7.4,<8",  # what the notebooks run in
       "lm_eval>=0.4.13,<0.5",
+      "matplotlib>=3.11,<4",
+      "nbclient>=0.11,<0.12",
       "openai>=3.54,<4",
       "peft>=0.21,<0.22",  # reads the adapters that we write
       "pytest>=9,<10",
