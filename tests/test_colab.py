@@ -86,7 +86,7 @@ class Done:
       "JUPYTER_RUNTIME_DIR": str(place / "jupyter"),
     }
     client = nbclient.NotebookClient(
-      notebook, timeout=300, resources={"metadata": {"path": str(COLAB)}}
+      notebook, timeout=1200, resources={"metadata": {"path": str(COLAB)}}
     )
     client.execute(env=env)
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
@@ -182,7 +182,12 @@ def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
         "capability": 0,
         "expected": ("refuse", "comply"),
       },
-      "eval": {"prompts": 6, "helpful": 1, "capability": 0},
+      "eval": {
+        "arms": ("base", "sft", "sft_rl"),
+        "prompts": 6,
+        "helpful": 1,
+        "capability": 0,
+      },
     },
     MAX_NEW=24,
   )
@@ -194,7 +199,7 @@ def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
   for word in ("USER", "BASE", "THOUGHT", "TRAINED"):
     assert len(re.findall(f"^{word} ", done.printed, re.MULTILINE)) == 5
   arms = store.read_json(workdir / "eval" / "summary.json")["arms"]
-  assert list(arms) == ["base", "spec_in_prompt", "sft", "sft_rl"]
+  assert list(arms) == ["base", "sft", "sft_rl"]
   for name, metrics in arms.items():
     shown = ("refuse_disallowed", "comply_allowed")
     assert rates(done.printed, name) == [percent(metrics[m]) for m in shown]

@@ -731,6 +731,21 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
   assert drawn(("refuse", "comply")) == {"refuse", "comply"}
 
 
+def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
+  def step(kind, **changes):
+    cfg = tiny(**{"rl.reward": "rubric"} | changes)
+    some = context.Run(cfg, tmp_path)
+    some.prompts = [p for p in some.prompts if p.kind == kind]
+    return rl_stage._Step(some, None)
+
+  chosen = step("safety", **{"rl.capability": 0}).prompts(3)
+  assert len(chosen) == 8 and {p.kind for p in chosen} == {"safety"}
+  with pytest.raises(ValueError, match="rl.capability: wanted 2 training prompts"):
+    step("safety", **{"rl.capability": 2})
+  with pytest.raises(ValueError, match="wanted 2 or more training prompts of one"):
+    step("helpful")
+
+
 def test_summary_is_what_evals_makes_of_the_rows(workdir):
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
   arms = {arm: rows(workdir / "eval" / f"{arm}.jsonl") for arm in summary["arms"]}
