@@ -215,7 +215,7 @@ def test_a_reward_is_the_same_whatever_the_thought(tmp_path, workdir):
     tmp_path,
     RECIPE="../configs/tiny.py",
     WORKDIR=place,
-    SIZES={},
+    SIZES={"stages": "generate,filter,reward"},  # which are done
     PROMPTS=2,
   )
   assert "FilterQuestion ['prompt', 'thought', 'answer']" in done.printed
@@ -236,8 +236,9 @@ def test_a_reward_is_the_same_whatever_the_thought(tmp_path, workdir):
 
 def test_arms_of_the_policy_world_are_shown_as_they_were_measured(tmp_path):
   workdir = tmp_path / "run"
-  arms = dict(none="base", sft="SFT", sft_rl="SFT + RL", no_thoughts="answers alone")
-  done = Done("04_policy_world", tmp_path, WORKDIR=workdir, SIZES=SMALL, ARMS=arms)
+  arms = dict(none="base", spec_in_prompt="spec in the prompt", sft="SFT")
+  sizes = SMALL | {"eval": SMALL["eval"] | {"budgets": (), "extra": {}}}
+  done = Done("04_policy_world", tmp_path, WORKDIR=workdir, SIZES=sizes, ARMS=arms)
   found = store.read_json(workdir / "eval" / "summary.json")["arms"]
   assert list(found) == list(arms)
   for name, title in arms.items():
