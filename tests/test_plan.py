@@ -190,6 +190,7 @@ def test_every_phase_is_planned(found):
   seconds = sum(row["seconds"] * row["calls"] for row in rows)
   assert found["chip_hours"] == pytest.approx(seconds * 8 / 3600)
   assert found["cost"] == pytest.approx(found["chip_hours"] * 2)
+  assert found["mesh"] == dict(data=4, fsdp=2, tensor=1, sequence=1, expert=1)
 
 
 def test_parts_are_those_of_the_arrays(found):

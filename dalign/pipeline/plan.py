@@ -112,6 +112,7 @@ def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
   and, where one change makes it fit, which."""
   devices, chip = _devices(cfg.plan)
   rows = _rows(cfg, workdir, devices, chip)
+  mesh = sharding.make_mesh(cfg.mesh, devices)
   n = len(devices)
   seconds = [row.seconds * row.calls for row in rows if row.seconds is not None]
   hours = sum(seconds) * n / 3600 if len(seconds) == len(rows) else None
@@ -119,6 +120,7 @@ def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
     "topology": cfg.plan.topology,
     "chip": _chip_name(cfg.plan),
     "chips": n,
+    "mesh": dict(mesh.shape),
     "memory": chip.memory if chip else None,
     "phases": [dataclasses.asdict(row) for row in rows],
     "chip_hours": hours,
@@ -126,7 +128,6 @@ def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
   }
   store.Store(workdir).write_json(workdir / "plan.json", found)
   lines = table(rows, chip)
-  mesh = sharding.make_mesh(cfg.mesh, devices)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if spread := uneven(cfg, parts):
     lines.append(

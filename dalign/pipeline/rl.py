@@ -145,17 +145,18 @@ class _Step:
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
     size = max(1, run.cfg.reward.rows // self.cfg.samples)
-    self.safety = _chunks(run.choose("train", "safety", 10**9, self.cfg.expected), size)
+    safety = run.choose("train", "safety", 10**9, self.cfg.expected)
+    self.safety = _chunks(safety, size)
     self.able = run.choose("train", "capability", 10**9)
     if not self.safety:
       raise ValueError(
-        f"{run.cfg.data.source}: RL wants {size} training prompts of one category or "
-        f"more, of the types rl.expected={self.cfg.expected}, found fewer"
+        f"rl: wanted {size} or more training prompts of one category, of kind safety "
+        f"and of {', '.join(self.cfg.expected)} (config.rl.expected), found fewer"
       )
     if self.cfg.capability and not self.able:
       raise ValueError(
-        f"{run.cfg.data.source} has no training prompt of kind capability: give it "
-        "some, or set rl.capability=0"
+        f"config.rl.capability: wanted {self.cfg.capability} training prompts of kind "
+        "capability a step, found none; add some, or set it to 0"
       )
     temperature = self.cfg.temperature
     self.score = context.Scorer(run, self.cfg.batch, temperature=temperature)
@@ -173,11 +174,8 @@ class _Step:
     count = -(-wanted // size)
     for i in data.visits(len(self.safety), step * count, count, seed=seed):
       chosen += self.safety[i]
-    able = []
-    if cfg.capability:
-      able = data.visits(
-        len(self.able), step * cfg.capability, cfg.capability, seed=seed
-      )
+    at, count = step * cfg.capability, cfg.capability
+    able = data.visits(len(self.able), at, count, seed=seed) if count else []
     return chosen[:wanted] + [self.able[i] for i in able]
 
   def roll(self, params, step: int) -> tuple[list[_Rollout], dict[str, float]]:
