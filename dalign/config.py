@@ -26,11 +26,12 @@ ADDED: Mapping[str, Any] = {
   "eval.max_think": 0,
   "log.writers": ("tensorboard",),
   "log.project": "dalign",
+  "profile.steps": (),
   **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
   **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
   **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
 }
-_WHOLE = ("log",)  # parts of which all keys are among ADDED
+_WHOLE = ("log", "profile")  # parts of which all keys are among ADDED
 
 
 class Halted(RuntimeError):
@@ -820,6 +821,22 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+  """What JAX's profiler traces, for XProf, in WORKDIR/profile/STAGE.
+
+  steps: the first and the last step of each training stage, or () for none.
+  """
+
+  steps: tuple[int, ...]
+
+  def __post_init__(self):
+    if self.steps and not (
+      len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]
+    ):
+      _refuse(self, "steps", "the first and the last step, from 1 on, or ()")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
   """What `--mode=plan` plans for.
 
@@ -859,6 +876,7 @@ class Config:
   eval: EvalConfig
   export: ExportConfig
   log: LogConfig
+  profile: ProfileConfig
   plan: PlanConfig
   ablation: AblationConfig | None
 
