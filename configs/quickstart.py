@@ -228,6 +228,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.export = dict(of="rl", dtype="bfloat16", shard_gb=4.0)
   c.log = dict(writers=("tensorboard",), project="dalign")
+  c.profile = dict(steps=())
   c.plan = dict(topology="", chip="", price=0.0)
   c.ablation = None
   return c

@@ -294,6 +294,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   )
   c.export = dict(of="rl", dtype="float32", shard_gb=4.0)
   c.log = dict(writers=("tensorboard",), project="dalign")
+  c.profile = dict(steps=())
   c.plan = dict(topology="", chip="", price=0.0)
   c.ablation = None if arms is None else ABLATION
   return c

@@ -30,11 +30,12 @@ ADDED: Mapping[str, Any] = {
   "eval.max_think": 0,
   "log.writers": ("tensorboard",),
   "log.project": "dalign",
+  "profile.steps": (),
   **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
   **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
   **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
 }
-_WHOLE = ("log",)  # parts of which all keys are among ADDED
+_WHOLE = ("log", "profile")  # parts of which all keys are among ADDED
 
 
 class Halted(RuntimeError):
@@ -868,6 +869,21 @@ class LogConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig(Checked):
+  """What JAX's profiler traces, for XProf, in WORKDIR/profile/STAGE.
+
+  steps: the first and the last step of each training stage, or () for none.
+  """
+
+  steps: tuple[Count, ...]
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.steps and not (len(self.steps) == 2 and self.steps[0] <= self.steps[1]):
+      _refuse(self, "steps", "the first and the last step, or ()")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig(Checked):
   """What `--mode=plan` plans for.
 
@@ -917,6 +933,7 @@ class Config(Checked):
   eval: EvalConfig
   export: ExportConfig
   log: LogConfig
+  profile: ProfileConfig
   plan: PlanConfig
   ablation: AblationConfig | None
 

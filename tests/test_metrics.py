@@ -7,9 +7,11 @@ own records, MLflow's store with its client.
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from dalign import config as configs
@@ -18,6 +20,7 @@ from dalign import store
 from dalign.metrics import Metrics
 from dalign.pipeline import context
 from tests.helpers import ROOT
+from tests.helpers import run_command
 from tests.helpers import tiny
 
 CONFIG = {"seed": 3, "rl.steps": 20, "eval.arms": ["base", "sft"], "model.random": {}}
@@ -335,19 +338,19 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeyp
     Metrics(tmp_path, to("mlflow", "wandb")).ready()
 
 
-def test_no_stage_depends_on_where_it_is_logged():
+def test_no_stage_depends_on_where_it_is_logged_or_profiled():
   read = {part.split(".")[0] for parts in context.READS.values() for part in parts}
-  assert "log" not in read and "rl" in read
+  assert not {"log", "profile"} & read and "rl" in read
 
 
-def test_an_older_config_has_tensorboard():
+def test_an_older_config_has_tensorboard_and_no_profile():
   values = {
     key: value
     for key, value in configs.to_json(tiny()).items()
-    if not key.startswith("log.")
+    if not key.startswith(("log.", "profile."))
   }
   found = configs.of_json(values)
-  assert found.log == tiny().log
+  assert found.log == tiny().log and found.profile == tiny().profile
 
 
 @pytest.mark.parametrize(
@@ -356,8 +359,52 @@ def test_an_older_config_has_tensorboard():
     {"log.writers": ("csv",)},
     {"log.writers": ("mlflow", "mlflow")},
     {"log.project": ""},
+    {"profile.steps": (2,)},
+    {"profile.steps": (0, 1)},
+    {"profile.steps": (3, 2)},
   ],
 )
-def test_a_bad_log_is_refused(change):
+def test_a_bad_log_or_profile_is_refused(change):
   with pytest.raises(ValueError, match="wanted"):
     tiny(**change)
+
+
+def test_a_stage_is_traced_and_logged_and_makes_the_same(
+  workdir, tmp_path, alone, monkeypatch
+):
+  for stage in ("generate", "filter", "sft", "reward"):
+    shutil.copytree(workdir / stage, tmp_path / "run" / stage)
+  done = run_command(
+    tmp_path / "run",
+    "--config.stages=rl",
+    "--config.profile.steps=(1,1)",
+    "--config.log.project=a project",
+    "--config.log.writers=('tensorboard','wandb','mlflow')",
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  for name in ("rollouts.jsonl", "params.sums.json"):
+    made = (tmp_path / "run" / "rl" / name).read_bytes()
+    assert made == (workdir / "rl" / name).read_bytes()
+  rows = store.read_rows(tmp_path / "run" / "metrics.jsonl")
+  shown = {row["step"]: row["rl/reward"] for row in rows}
+  assert [*shown] == [1, 2]
+  [run] = wandb_runs(tmp_path / "run")
+  assert {s: row["rl/reward"] for s, row in run["steps"].items()} == shown
+  assert run["config"]["rl.steps"] == 2
+  [run] = mlflow_runs(tmp_path / "run")
+  assert dict(run["points"]["rl/reward"]) == shown
+  assert run["run"].data.params["rl.steps"] == "2"
+
+  [trace] = (tmp_path / "run" / "profile" / "rl").rglob("*.xplane.pb")
+  found = [
+    event
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+    for line in plane.lines
+    for event in line.events
+  ]
+  marks = [event for event in found if event.name == "rl"]
+  assert [dict(mark.stats)["step_num"] for mark in marks] == [1]
+  start, end = marks[0].start_ns, marks[0].start_ns + marks[0].duration_ns
+  for program in ("update", "_chunk_fn"):  # of training, of sampling
+    own = [e for e in found if e.name == f"PjitFunction({program})"]
+    assert own and all(start <= e.start_ns < end for e in own)

@@ -1,6 +1,7 @@
 """What the stages of one run share: config, files, model, spec, prompts, progress."""
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import dataclasses
 import functools
 import io
@@ -529,14 +530,19 @@ class Trainer:
       self.state, self.meta = self.saved.restore(latest, program.state)
     self.params = None  # the state holds what is trained, and its updates donate it
     self.step = latest or 0
+    self._since = self.step + 1  # the first step of this go
+    self._trace, self._mark = contextlib.ExitStack(), contextlib.ExitStack()
     self.run.metrics.rewind(self.stage, self.step)
     self._update = program.update
 
   def __enter__(self) -> "Trainer":
+    self._profile()
     return self
 
   def __exit__(self, kind, error, trace) -> None:
     """Saves what a SIGTERM would lose, where one process alone decides that."""
+    self._mark.close()
+    self._trace.close()
     if isinstance(error, stopping.Stopped) and not processes.several():
       self._save()
 
@@ -562,7 +568,23 @@ class Trainer:
     self._check(values, batch)
     named = {f"{self.stage}/{name}": value for name, value in values.items()}
     self.run.metrics.write(self.stage, self.step, named | (extra or {}))
+    self._profile()
     return values
+
+  def _profile(self) -> None:
+    """Between two steps: begins or ends the trace that the config asks for, in which
+    each step is marked, with what leads up to its update."""
+    first, last = self.run.cfg.profile.steps or (0, 0)
+    step = self.step + 1
+    self._mark.close()
+    if not first <= step <= min(last, self.steps):
+      self._trace.close()
+      return
+    if step == max(first, self._since):
+      place = self.run.store.workdir / "profile" / self.stage
+      self._trace.enter_context(jax.profiler.trace(place))
+    mark = jax.profiler.StepTraceAnnotation(self.stage, step_num=step)
+    self._mark.enter_context(mark)
 
   def _check(self, values: dict, batch: dict) -> None:
     """Halts where a number is not finite or the gradient above its limit, and says
@@ -584,6 +606,7 @@ class Trainer:
     with stopping.whole():
       self.step += 1
       self.run.metrics.write(self.stage, self.step, extra)
+      self._profile()
 
   def save(self) -> None:
     """A checkpoint, at every `every` steps and at the end."""
