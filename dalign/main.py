@@ -153,13 +153,14 @@ def _read_config(options: list[str]) -> configs.Config:
 def _sweep(argv: list[str]) -> str:
   """The command lines of a sweep."""
   file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-  points = runpy.run_path(bundled.find(file)).get("sweep")
+  points = runpy.run_path(str(bundled.find(file))).get("sweep")
   if points is None:
     raise ValueError(
       f"{file}: wanted a function sweep() that yields points, found none"
     )
   command = [sys.executable, "-m", "dalign.main"]
-  lines = sweep.lines(points(), argv[1:], command, _WORKDIR.value, _read_config)
+  workdir = _WORKDIR.value or ""
+  lines = sweep.lines(points(), argv[1:], command, workdir, _read_config)
   return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 import uuid
 
 import tqdm
@@ -100,7 +100,7 @@ class TensorBoard:
   def __init__(self, stage: Stage):
     import tensorboardX
 
-    self._hyperparameters = stage.config
+    self._hyperparameters: Mapping[str, Any] | None = stage.config
     self._writer = tensorboardX.SummaryWriter(
       str(buckets.twin(stage.workdir / "tensorboard" / stage.name)),
       purge_step=stage.cut,
@@ -213,9 +213,8 @@ class MLflow:
       if given
       else f"sqlite:///{buckets.twin(stage.workdir / 'mlflow.db')}"
     )
-    self._id, sent = self._find(stage)
-    if self._id is None:
-      self._id = self._create(stage)
+    known, sent = self._find(stage)
+    self._id = self._create(stage) if known is None else known
     for row in stage.rows:
       if row["step"] not in sent:
         self.write(row)
@@ -265,7 +264,7 @@ class MLflow:
   def _experiment(self, name: str) -> str:
     import mlflow
 
-    found = self._client.get_experiment_by_name(name)
+    found: Any = self._client.get_experiment_by_name(name)
     if found is None:
       try:
         return self._client.create_experiment(name)
@@ -285,7 +284,7 @@ class MLflow:
     self._client.set_terminated(self._id)
 
 
-MIRRORS: Mapping[str, Callable[[Stage], Mirror]] = {
+MIRRORS: Mapping[str, Any] = {  # what makes a Mirror of a Stage
   "tensorboard": TensorBoard,
   "wandb": WandB,
   "mlflow": MLflow,
@@ -308,7 +307,7 @@ class Metrics:
     self._mirrors: dict[str, dict[str, Mirror]] = {}  # by stage, by name
     self._lost: set[str] = set()
     self._cut: dict[str, int] = {}
-    self._file = None
+    self._file: BinaryIO | None = None
 
   def ready(self) -> None:
     """ValueError where a mirror's package is missing."""
@@ -323,7 +322,8 @@ class Metrics:
     """Adds {"time": Unix seconds, "stage", "step", **values}; not finite is null."""
     if not processes.first():
       return
-    row = {"time": round(time.time(), 3), "stage": stage, "step": int(step)}
+    row: dict[str, Any] = {"time": round(time.time(), 3), "stage": stage}
+    row["step"] = int(step)
     values = {name: float(value) for name, value in values.items()}
     if taken := row.keys() & values.keys():
       raise ValueError(f"a metric may not be named {sorted(taken)}")

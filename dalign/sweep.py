@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import hashlib
 import re
 import shlex
+from typing import Any
 
 from dalign import config as configs
 
@@ -31,8 +32,10 @@ def lines(
   that make the same.
   """
   kept = _without(args, {"mode", "workdir"})
-  found, before = [], {}
-  for point in points:
+  found: list[str] = []
+  before: dict[str, str] = {}
+  made: Iterable[Any] = points  # by a config file, which may make anything
+  for point in made:
     if not isinstance(point, Mapping) or not all(isinstance(n, str) for n in point):
       raise ValueError(
         f'sweep(): wanted overrides such as {{"seed": 1}}, got {point!r:.80}'

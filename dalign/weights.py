@@ -175,7 +175,7 @@ def origin(path: str) -> dict[str, str | list[str]]:
   except Exception:  # of strangers' files, read for a card alone
     return {}
   keys = ("license", "license_name", "license_link", "language")
-  found = {key: told.get(key) for key in keys}
+  found: dict[str, Any] = {key: told.get(key) for key in keys}
   found["base_model"] = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
   return {key: value for key, value in found.items() if _short(value)}
 
