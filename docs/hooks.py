@@ -2,7 +2,8 @@
 files of configs/, a page a module, and the reference of the config.
 
 MkDocs calls the functions that begin with `on_`, mkdocstrings the extension. Nothing of
-dalign is run but `config.py`, and nothing is copied: pages are made as they are built.
+dalign is run but `config.py` and `explain.py`, and nothing is copied: pages are made as
+they are built.
 """
 
 import ast
@@ -13,6 +14,7 @@ import pathlib
 import posixpath
 import re
 import sys
+import types
 import typing
 
 import griffe
@@ -22,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dalign import config as configs  # noqa: E402  this checkout's, installed or not
+from dalign import explain  # noqa: E402
 
 DOCUMENTS = (
   *("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
@@ -124,7 +127,7 @@ def reference() -> str:
 
 
 def _tables(cls, prefix: str, values):
-  intro, meanings = described(cls)
+  intro, meanings = _escaped(explain.prose(cls)), explain.fields(cls)
   parts = [f"## {prefix.rstrip('.')}" if prefix else "## The run", intro]
   rows, inside = ["| field | type | meaning | quickstart |", "|---|---|---|---|"], []
   for field in dataclasses.fields(cls):
@@ -132,17 +135,16 @@ def _tables(cls, prefix: str, values):
     name = f"{prefix}{field.name}"
     if dataclasses.is_dataclass(kind):
       inside.append((kind, f"{name}."))
-      said = meanings.get(field.name, "")
+      said = _escaped(meanings[field.name])
       anchor = name.replace(".", "")
       rows.append(f"| `{name}` | | {said} [its fields](#{anchor}) | |")
       continue
-    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
     value = values.get(name)
     shown = "" if value is None else f"`{value!r}`".replace("|", "\\|")
     cells = (
       f"`{name}`",
-      kind.replace("typing.", "").replace("|", "or"),
-      meanings.get(field.name, "").replace("|", "\\|"),
+      _kind(field.type),
+      _escaped(meanings[field.name]).replace("|", "\\|"),
       shown,
     )
     rows.append(f"| {' | '.join(cells)} |")
@@ -152,18 +154,18 @@ def _tables(cls, prefix: str, values):
   return parts
 
 
-def described(cls) -> tuple[str, dict[str, str]]:
-  """What a dataclass's docstring says of it, as Markdown, and of its fields."""
-  names = {field.name for field in dataclasses.fields(cls)}
-  meanings, rest = {}, []
-  for line in _joined(inspect.getdoc(cls)):
-    item = ITEM.match(line)
-    if item and set(item[1].split(", ")) <= names:
-      for name in item[1].split(", "):
-        meanings[name] = _escaped(line[item.end() :])
-    else:
-      rest.append(_escaped(line))
-  return "\n".join(rest), meanings
+def _kind(kind) -> str:
+  """A field's type in words."""
+  kind, more = configs.parted(kind)
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if isinstance(kind, types.UnionType):
+    return f"{_kind(inner[0])} or None"
+  if origin is typing.Literal:
+    return "one of " + ", ".join(f"`{one}`" if one else "nothing" for one in inner)
+  if origin is tuple:
+    return f"tuple of {_kind(inner[0])}"
+  name = getattr(kind, "__name__", str(kind))
+  return f"{name}, {more.words}" if isinstance(more, configs.Bounds) else name
 
 
 def _joined(text: str) -> list[str]:
