@@ -48,6 +48,7 @@ EXTRAS["test"] = [
   "nbclient>=0.11,<0.12",
   "peft>=0.21,<0.22",  # reads the adapters that we write
   "pytest>=9,<10",
+  "pytest-xdist>=3.8,<4",
   "ruff==0.17.6",  # another release may format otherwise
   "setuptools>=77,<82",
   "transformers[serving]>=5,<6",  # a server that nobody here wrote

@@ -1,4 +1,4 @@
-"""Seconds on a CPU: the whole pipeline with a tiny random model, for tests.
+"""A minute or some on a CPU: the whole pipeline with a tiny random model, for tests.
 
   python -m dalign.main --config=configs/tiny.py --workdir=runs/tiny
 

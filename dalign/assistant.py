@@ -325,18 +325,21 @@ class Engine:
   def _work(self) -> None:
     """The thread: decodes until it is told to end; an error ends those who wait."""
     here: dict[live.Ask, _Waiting] = {}
-    while True:
+    ended = False
+    while not ended:
+      error: Exception = ConnectionError("nobody answers any more")
       try:
-        if self._decode(here):
-          return
-      except Exception as error:
-        for waiting in here.values():
-          waiting.hear(error)
-        here.clear()
+        self._decode(here)
+        ended = True
+      except Exception as failed:
+        error = failed
+      for waiting in here.values():
+        waiting.hear(error)
+      here.clear()
 
-  def _decode(self, here: dict[live.Ask, "_Waiting"]) -> bool:
-    """Decodes for those who come; True when told to end."""
-    run = self.model.run
+  def _decode(self, here: dict[live.Ask, "_Waiting"]) -> None:
+    """Decodes for those who come, until it is told to end."""
+    run, shapes = self.model.run, self.model.run.cfg.sampler
 
     def come(idle: bool) -> list[live.Ask] | None:
       new: list[live.Ask] = []
@@ -354,7 +357,8 @@ class Engine:
         self.model.weights,
         come,
         key=ops.stream(run.key, "asked"),
-        most=run.cfg.sampler.slots,
+        most=shapes.slots,
+        tokens=shapes.slots * (shapes.prompt_room + self.model.budget),  # as in eval
       )
       for rows in said:
         for heard in rows:
@@ -362,7 +366,6 @@ class Engine:
             del here[heard.ask]
         for ask in [ask for ask in here if ask.gone()]:
           del here[ask]
-    return True
 
   @functools.cached_property
   def _sampler(self) -> sampling.Sampler:

@@ -47,15 +47,18 @@ def run(
   *,
   key: Key,
   most: int,
+  tokens: int,
 ) -> Iterator[list[Heard]]:
   """What every row has, after each chunk of tokens.
 
   `come(idle)` brings those who newly ask, and None to end; where it is told that there
   is nothing else to do it may wait. At most `most` rows are decoded together, and on a
-  mesh always so many. What a row draws depends on key, row id, tokens and temperature
-  alone, as in `Sampler.run`. `weights` is `sampler.prepare(params)`.
+  mesh always so many; and, but for one that is alone, no more than caches of `tokens`
+  tokens in all have room for. Others wait, in the order in which they came. What a row
+  draws depends on key, row id, tokens and temperature alone, as in `Sampler.run`.
+  `weights` is `sampler.prepare(params)`.
   """
-  rows = _Rows(sampler, weights, key, most)
+  rows = _Rows(sampler, weights, key, most, tokens)
   while (new := come(rows.idle())) is not None:
     rows.waiting.extend(new)
     if heard := rows.step():
@@ -65,19 +68,21 @@ def run(
 class _Rows:
   """The slots, who holds them, and who waits for one."""
 
-  def __init__(self, sampler, weights, key, most: int):
-    self._sampler, self._weights, self._most = sampler, weights, most
+  def __init__(self, sampler, weights, key, most: int, tokens: int):
+    self._sampler, self._weights = sampler, weights
+    self._most, self._tokens = most, tokens
     self._none = sampling.Prefixes(kv=(), length_A=np.zeros(1, np.int32))
     self._shape: tuple[int, ...] = (0, 0, 0)
     self._slots: Any = None
     self._held: list[Ask | None] = []
     self.waiting: collections.deque[Ask] = collections.deque()
+    self._next: collections.deque[Ask] = collections.deque()  # who have room
     self._lane = sampling.Lane(
-      sampler, weights.encode, key, (), None, range(0), self.waiting
+      sampler, weights.encode, key, (), None, range(0), self._next
     )
 
   def idle(self) -> bool:
-    return not self.waiting and not any(self._held)
+    return not self.waiting and not self._next and not any(self._held)
 
   def step(self) -> list[Heard]:
     """A chunk of tokens for every row."""
@@ -104,9 +109,10 @@ class _Rows:
 
   def _leave(self) -> None:
     """Gives up the rows of those who are gone."""
-    kept = [ask for ask in self.waiting if not ask.gone()]
-    self.waiting.clear()
-    self.waiting.extend(kept)
+    for queue in (self.waiting, self._next):
+      kept = [ask for ask in queue if not ask.gone()]
+      queue.clear()
+      queue.extend(kept)
     left = [i for i, ask in enumerate(self._held) if ask and ask.gone()]
     if left:
       for i in left:
@@ -115,28 +121,39 @@ class _Rows:
       self._slots = self._slots.replace(active_B=active_B)
 
   def _make_room(self) -> None:
-    """Slots with room for all who are there, as far as there may be."""
-    there = [ask for ask in self._held if ask]
-    wanted: tuple[int, ...] = self._room([*there, *self.waiting])
-    if there:
-      wanted = tuple(map(max, wanted, self._shape))
+    """Lets those in who have room, and has slots with room for all of them."""
+    held = [ask for ask in self._held if ask]
+    there = [*held, *self._next]
+    wanted = self._room(there, held)
+    while self.waiting:
+      more = self._room([*there, self.waiting[0]], held)
+      if there and more[0] * sum(more[1:]) > self._tokens:
+        break
+      wanted = more
+      there.append(self.waiting[0])
+      self._next.append(self.waiting.popleft())
     if wanted == self._shape:
       return
     slots = self._sampler.empty(*wanted)
-    if there:
+    if held:
       slots = self._sampler.grow(self._slots, slots)
     self._held = [*self._held, *[None] * wanted[0]][: wanted[0]]
     self._lane = dataclasses.replace(self._lane, slots=range(wanted[0]))
     self._shape, self._slots = wanted, slots
 
-  def _room(self, asks: list[Ask]) -> tuple[int, int, int]:
-    """Slots, tokens of a prompt and new tokens that these need."""
-    B = min(_doubled(len(asks), 1, 4), self._most)
-    longest = max(len(ask.tokens) - 1 for ask in asks)
+  def _room(self, asks: list[Ask], held: list[Ask]) -> tuple[int, ...]:
+    """Slots, tokens of a prompt and new tokens that these need: no less than there is,
+    where rows are under way."""
+    longest = max((len(ask.tokens) - 1 for ask in asks), default=0)
     step = self._sampler.sampler.prompt_step  # what prompts are padded to
-    P = _doubled(sampling.bucket(longest, step), SHORTEST, 2)
-    S = _doubled(max(ask.max_new for ask in asks), SHORTEST, 2)
-    return self._most if self._sampler.meshed else B, P, S
+    wanted = (
+      self._most
+      if self._sampler.meshed
+      else min(_doubled(len(asks), 1, 4), self._most),
+      _doubled(sampling.bucket(longest, step), SHORTEST, 2),
+      _doubled(max((ask.max_new for ask in asks), default=0), SHORTEST, 2),
+    )
+    return tuple(map(max, wanted, self._shape)) if held else wanted
 
 
 def _doubled(n: int, least: int, times: int) -> int:

@@ -41,7 +41,7 @@ usage: dalign --config=FILE --workdir=FOLDER [--mode=MODE] [--config.NAME=VALUE 
 From a written spec, prompts and a model to a model that reasons over the spec.
 
   --config=FILE[:NAME]       a config file, yours or one that comes with the package:
-                             configs/quickstart.py, configs/tiny.py (seconds),
+                             configs/quickstart.py, configs/tiny.py (a minute),
                              configs/world.py[:ablation], configs/large.py:NAME
   --workdir=FOLDER           where all that comes out lies; the same command again skips
                              what is done and goes on with what is not

@@ -164,6 +164,17 @@ def test_an_error_ends_those_who_wait_and_nobody_after_them(model, monkeypatch):
 
 
 @pytest.mark.slow
+def test_who_still_waits_when_the_engine_ends_is_told(model):
+  row = model.read([Turn(role="user", content="Hi")])
+  with assistant.Engine(model) as engine:
+    said = engine.stream(row, model.continued, max_new=4000, temperature=1.0, seed=3)
+    assert not next(said).finish
+  with pytest.raises(ConnectionError, match="nobody answers"):
+    for _ in said:
+      pass
+
+
+@pytest.mark.slow
 def test_the_command_talks(workdir):
   done = subprocess.run(
     [sys.executable, "-m", "dalign.main", "--mode=chat", f"--workdir={workdir}"],

@@ -81,8 +81,9 @@ def ended(heard) -> dict[int, live.Heard]:
   return last
 
 
-def run(engine, weights, come, most=8):
-  return live.run(engine, weights, come, key=jax.random.key(0), most=most)
+def run(engine, weights, come, most=8, tokens=10**6):
+  key = jax.random.key(0)
+  return live.run(engine, weights, come, key=key, most=most, tokens=tokens)
 
 
 @pytest.mark.parametrize("most", [8, 2])
@@ -131,7 +132,7 @@ def test_one_who_leaves_frees_a_slot_and_changes_no_other(engine, weights):
 
 
 def test_slots_shrink_when_all_have_left(engine, weights):
-  rows = live._Rows(engine, weights, jax.random.key(0), 8)
+  rows = live._Rows(engine, weights, jax.random.key(0), 8, 10**6)
   rows.waiting.extend(asks())
   while not rows.idle():
     rows.step()
@@ -140,6 +141,24 @@ def test_slots_shrink_when_all_have_left(engine, weights):
   (said,) = rows.step()
   assert rows._shape == (1, 128, 64)
   assert said.tokens == in_one_go(engine, weights)[0].tokens[: len(said.tokens)]
+
+
+def test_who_has_no_room_waits(engine, weights):
+  """A row of 139 and 100 tokens takes caches of 384; four short ones 4 * 192."""
+  want = in_one_go(engine, weights)
+  rows = live._Rows(engine, weights, jax.random.key(0), 8, 800)
+  a = asks()
+  rows.waiting.extend([a[0], a[1], a[2], a[3]])
+  got, shapes = {}, []
+  while not rows.idle():
+    got |= {said.ask.row_id: said for said in rows.step()}
+    shapes.append(rows._shape)
+  assert {i: said.tokens for i, said in got.items()} == {i: want[i].tokens for i in got}
+  assert len(got) == 4 and len(set(shapes)) > 1
+  assert all(B * (P + S) <= 800 for B, P, S in shapes)
+  alone = live._Rows(engine, weights, jax.random.key(0), 8, 10)
+  alone.waiting.extend(a[:2])
+  assert [said.ask.row_id for said in alone.step()] == [0]  # and the other waits
 
 
 def test_growing_moves_the_ring_so_that_its_oldest_column_is_the_first(engine):
