@@ -31,7 +31,7 @@ MODES = {
   "probe_judge": "whether the judge of RL can be trusted with it",
   "chat": "talk to a model of the run in WORKDIR, in the terminal",
   "serve": "the same by OpenAI's protocol, on loopback (extra: serve)",
-  "config": "the config, with where each value is from; --describe says what",
+  "config": "the config, and who set each value; --describe says what",
   "schema": "the JSON Schema of configs",
   "sweep": "a command line for each point of the config file's sweep()",
 }

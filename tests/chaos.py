@@ -107,9 +107,10 @@ def arm(kills: Kills, workdir: pathlib.Path, note: pathlib.Path) -> set[str]:
   for name in CALLS:
     setattr(os, name, wrapped(name, getattr(os, name)))
 
+  from dalign import metrics
   from dalign import store
 
-  append, write = store.append_rows, store.Metrics.write
+  append, write = store.append_rows, metrics.Metrics.write
 
   def tear(path, before: int):
     with open(path, "ab") as file:
@@ -131,7 +132,7 @@ def arm(kills: Kills, workdir: pathlib.Path, note: pathlib.Path) -> set[str]:
       lambda: tear(self._path, before),
     )
 
-  store.append_rows, store.Metrics.write = append_rows, write_metrics
+  store.append_rows, metrics.Metrics.write = append_rows, write_metrics
   return seen
 
 

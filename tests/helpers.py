@@ -64,5 +64,5 @@ def command(workdir, *more: str) -> list[str]:
 def run_command(workdir, *more: str) -> subprocess.CompletedProcess:
   """Runs the command to its end."""
   return subprocess.run(
-    command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=300
+    command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900
   )

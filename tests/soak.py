@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from scipy import stats
 
+from dalign import metrics
 from dalign import pipeline
 from dalign import store
 from dalign.pipeline import context
@@ -92,7 +93,7 @@ def _resident() -> int:
 def rl(n: int, workdir: pathlib.Path) -> dict:
   """n steps of RL from the base, by the rubric, with a checkpoint every ten."""
   watch = Watch(workdir)
-  write = store.Metrics.write
+  write = metrics.Metrics.write
 
   def watched(self, stage, step, values):
     write(self, stage, step, values)
@@ -109,11 +110,11 @@ def rl(n: int, workdir: pathlib.Path) -> dict:
     },
     **{"rl.show_every": 10, "rl.batch.rows": 2, "rl.batch.micro": 4},
   }
-  store.Metrics.write = watched
+  metrics.Metrics.write = watched
   try:
     pipeline.run(tiny(**SMALL | changes), workdir)
   finally:
-    store.Metrics.write = write
+    metrics.Metrics.write = write
   return watch.table()
 
 

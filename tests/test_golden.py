@@ -8,7 +8,7 @@ import pytest
 from dalign import config as configs
 from dalign import pipeline
 from dalign import store
-from dalign.harness import Model
+from dalign.assistant import Model
 from dalign.types import Turn
 from tests import golden
 

@@ -20,6 +20,7 @@ from dalign import data
 from dalign import main
 from dalign import report
 from dalign import store
+from dalign.metrics import Metrics
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import examples
@@ -356,7 +357,7 @@ def test_any_metrics_are_read_or_refused_by_line(artefacts, random):
   try:
     line = random.draw(harmed(JSON, lines[at].rstrip())) + b"\n"
     path.write_bytes(b"".join([*lines[:at], line, *lines[at + 1 :]]))
-    said = sound(lambda: store.Metrics(artefacts, tensorboard=False).rewind("rl", 1))
+    said = sound(lambda: Metrics(artefacts, tiny().log).rewind("rl", 1))
     assert said is None or f"{path}:{at + 1}" in said
     assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
   finally:

@@ -131,7 +131,7 @@ def test_the_options_of_the_sweep_are_kept_but_for_mode_and_workdir():
     ([{"seed": "x"}], "seed"),
     ([{"seed": "1"}], "wanted config.seed='1'"),
     ([{"model.path": None}], "wanted config.model.path=None"),
-    ([{"seed": -1}], "Config.seed: wanted 0"),
+    ([{"seed": -1}], "config.seed: wanted 0"),
     ([{"model.path": "a\nb"}], "one line"),
     ([{"seed": 1}, {"seed": 1}], "make the same config"),
     ([{"seed": 0}, {}], "make the same config"),
