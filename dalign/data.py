@@ -142,6 +142,12 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   return prompts if has_split else split(prompts)
 
 
+def file_of(source: str) -> pathlib.Path | None:
+  """The one file that a source of `load` is, or None."""
+  kind, _, rest = source.partition(":")
+  return pathlib.Path(rest) if kind in ("jsonl", "parquet") and rest else None
+
+
 def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Prompt]:
   """The prompts, in order, each with split "train" or "eval".
 

@@ -253,13 +253,21 @@ class Run:
 
   @property
   def sources(self) -> list[pathlib.Path]:
-    """What stages depend on besides each other: the policies, or a world's base."""
+    """What stages depend on besides each other: policies and prompts, or a world's
+    base."""
     if not self.cfg.world:
-      return [self.spec_dir]
+      return [self.spec_dir, *self.prompt_files]
     base = self.store.path("base", "manifest.json")
     if not base.exists():
       raise ValueError(f"{base} is missing: run the base stage first")
     return [base]
+
+  @property
+  def prompt_files(self) -> list[pathlib.Path]:
+    """The file of prompts, where they are one of the user's; samples know its lines by
+    their numbers."""
+    file = data.file_of(self.cfg.data.source)
+    return [file] if file else []
 
   @property
   def spec_dir(self) -> pathlib.Path:
