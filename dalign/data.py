@@ -133,7 +133,9 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   elif kind == "tfds" and all(parts := rest.partition(":")):
     rows = _tfds_rows(parts[0], parts[2], data_dir)
   else:
-    raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}")
+    kind = pathlib.Path(source).suffix.lstrip(".")
+    hint = f"; did you mean '{kind}:{source}'?" if kind in ("jsonl", "parquet") else ""
+    raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
   rows = list(rows)
   prompts = prompts_of(rows, columns, source)
   if not prompts:
@@ -393,7 +395,13 @@ def prompts_of(
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
   for number, (where, row) in enumerate(rows):
-    prompt = _prompt(where, _renamed(where, row, columns), source, number)
+    values = _renamed(where, row, columns)
+    if "expected" not in values:
+      raise ValueError(
+        f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
+        f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
+      )
+    prompt = _prompt(where, values, source, number)
     if prompt.id in seen:
       raise ValueError(f"{where}: id {prompt.id!r} is also that of {seen[prompt.id]}")
     seen[prompt.id] = where

@@ -201,6 +201,14 @@ def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
       run.begin(stage, inputs)
 
 
+def test_a_policy_that_is_wrong_says_where_it_lies(tmp_path):
+  folder = shutil.copytree(ROOT / "specs", tmp_path / "specs")
+  (folder / "privacy.md").write_text("no front matter")
+  run = context.Run(tiny(**{"spec.dir": str(folder)}), tmp_path / "run")
+  with pytest.raises(ValueError, match=f"^{folder}/privacy.md:1: wanted"):
+    _ = run.spec
+
+
 def test_a_killed_run_goes_on_to_the_same_samples(workdir, tmp_path):
   samples = tmp_path / "generate" / "samples.jsonl"
   process = subprocess.Popen(

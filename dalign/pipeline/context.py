@@ -118,7 +118,7 @@ class Run:
     self.key = jax.random.key(cfg.seed)
     self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
     self.thinks = self.think if cfg.think.used else None  # what is trained writes it
-    self.domain = domain.make(cfg, lambda: store.read_spec_files(self.spec_dir))
+    self.domain = domain.make(cfg, self._spec_files)
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
 
   @property
@@ -273,6 +273,12 @@ class Run:
   def spec_dir(self) -> pathlib.Path:
     """The folder of policies: as given, or that which comes with the package."""
     return bundled.find(self.cfg.spec.dir)
+
+  def _spec_files(self) -> dict[str, str]:
+    """Path -> text, so that what is wrong with a policy says where it lies."""
+    folder = self.spec_dir
+    files = store.read_spec_files(folder)
+    return {(folder / name).as_posix(): text for name, text in files.items()}
 
   @functools.cached_property
   def prompts(self) -> list[Prompt]:
