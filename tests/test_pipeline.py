@@ -201,6 +201,20 @@ def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
       run.begin(stage, inputs)
 
 
+def test_a_config_that_is_refused_does_not_stay(tmp_path):
+  """Chat and serve read what stages were made with, not what was tried in vain."""
+  cfg = tiny(stages="generate")
+  run = context.Run(cfg, tmp_path)
+  assert run.begin("generate", run.sources)
+  run.store.finish("generate", {})
+  pipeline.run(cfg, tmp_path)  # done before
+  before = (tmp_path / "config.json").read_bytes()
+  other = tiny(**{"stages": "generate", "think.close": "!"})
+  with pytest.raises(ValueError, match="think.close was"):
+    pipeline.run(other, tmp_path)
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_a_policy_that_is_wrong_says_where_it_lies(tmp_path):
   folder = shutil.copytree(ROOT / "specs", tmp_path / "specs")
   (folder / "privacy.md").write_text("no front matter")

@@ -120,6 +120,7 @@ class Run:
     self.thinks = self.think if cfg.think.used else None  # what is trained writes it
     self.domain = domain.make(cfg, self._spec_files)
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
+    self.opened = False  # whether a stage has begun or gone on
 
   @property
   def has_model(self) -> bool:
@@ -326,6 +327,7 @@ class Run:
     if state == "done":
       say(f"{stage}: done before, skipped")
       return False
+    self.opened = True
     if state == "fresh":
       self.metrics.rewind(stage, -1)
     say(f"{stage}: {'goes on where it stopped' if state == 'resume' else 'starts'}")
