@@ -133,13 +133,21 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   elif kind == "tfds" and all(parts := rest.partition(":")):
     rows = _tfds_rows(parts[0], parts[2], data_dir)
   else:
-    raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}")
+    kind = pathlib.Path(source).suffix.lstrip(".")
+    hint = f"; did you mean '{kind}:{source}'?" if kind in ("jsonl", "parquet") else ""
+    raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
   rows = list(rows)
   prompts = prompts_of(rows, columns, source)
   if not prompts:
     raise ValueError(f"{source}: wanted prompts, found no row")
   has_split = "split" in columns or any("split" in row for _, row in rows)
   return prompts if has_split else split(prompts)
+
+
+def file_of(source: str) -> pathlib.Path | None:
+  """The one file that a source of `load` is, or None."""
+  kind, _, rest = source.partition(":")
+  return pathlib.Path(rest) if kind in ("jsonl", "parquet") and rest else None
 
 
 def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Prompt]:
@@ -387,7 +395,13 @@ def prompts_of(
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
   for number, (where, row) in enumerate(rows):
-    prompt = _prompt(where, _renamed(where, row, columns), source, number)
+    values = _renamed(where, row, columns)
+    if "expected" not in values:
+      raise ValueError(
+        f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
+        f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
+      )
+    prompt = _prompt(where, values, source, number)
     if prompt.id in seen:
       raise ValueError(f"{where}: id {prompt.id!r} is also that of {seen[prompt.id]}")
     seen[prompt.id] = where

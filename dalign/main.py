@@ -1,5 +1,6 @@
 """The command line: flags -> Config -> the chosen stages. The only reader of flags."""
 
+import difflib
 import errno
 import json
 import os
@@ -124,7 +125,8 @@ def _explained(config: configs.Config | None) -> str:
 
 
 def _found(argv: list[str]) -> list[str]:
-  """The arguments, with a config file that is not here as that of the package."""
+  """The arguments, with a config file that is not here as that of the package;
+  ValueError for one that is nowhere."""
   found = []
   for at, given in enumerate(argv):
     front, value = "", given
@@ -134,7 +136,13 @@ def _found(argv: list[str]) -> list[str]:
       found.append(given)
       continue
     file, colon, name = value.partition(":")
-    found.append(f"{front}{bundled.find(file)}{colon}{name}")
+    path = bundled.find(file)
+    if not path.is_file():
+      beside = [str(other) for other in pathlib.Path(file).parent.glob("*.py")]
+      near = difflib.get_close_matches(file, beside, n=1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise ValueError(f"{file!r}: wanted a config file, found none{hint}")
+    found.append(f"{front}{path}{colon}{name}")
   return found
 
 

@@ -360,8 +360,10 @@ class Store:
 
   def _hashes(self, inputs: Iterable[pathlib.Path]) -> dict[str, str]:
     hashes = {}
+    ours = {self.workdir, *self._shared.values()}  # others have manifests of their own
     for folder in {buckets.absolute(path).parent for path in inputs}:
-      check_outputs(folder)
+      if folder.parent in ours:
+        check_outputs(folder)
     for full in map(buckets.absolute, inputs):
       inside = full.is_relative_to(self.workdir)
       # An input from elsewhere may move with its repository; two names tell it apart.

@@ -183,6 +183,46 @@ def test_a_stage_without_its_input_says_which_is_missing(tmp_path):
   assert "run the filter stage first" in done.stderr
 
 
+def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
+  """Samples know lines by number: a new first line would give each another's prompt."""
+  file = tmp_path / "mine" / "prompts.jsonl"
+  row = {"prompt": "How do I sell a lock?", "category": "benign", "expected": "comply"}
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "manifest.json").write_text("{}")  # the user's, not a stage's
+  file.write_text(json.dumps(row))
+  run = context.Run(tiny(**{"data.source": f"jsonl:{file}"}), tmp_path / "run")
+  sources = {"generate": run.sources, "sft": run.prompt_files}
+  for stage, inputs in sources.items():
+    assert run.begin(stage, inputs)
+    run.store.finish(stage, {})
+  file.write_text(json.dumps(row | {"prompt": "new"}) + "\n" + json.dumps(row))
+  for stage, inputs in sources.items():
+    with pytest.raises(ValueError, match=f"{stage} is done, but input mine/prompts"):
+      run.begin(stage, inputs)
+
+
+def test_a_config_that_is_refused_does_not_stay(tmp_path):
+  """Chat and serve read what stages were made with, not what was tried in vain."""
+  cfg = tiny(stages="generate")
+  run = context.Run(cfg, tmp_path)
+  assert run.begin("generate", run.sources)
+  run.store.finish("generate", {})
+  pipeline.run(cfg, tmp_path)  # done before
+  before = (tmp_path / "config.json").read_bytes()
+  other = tiny(**{"stages": "generate", "think.close": "!"})
+  with pytest.raises(ValueError, match="think.close was"):
+    pipeline.run(other, tmp_path)
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_policy_that_is_wrong_says_where_it_lies(tmp_path):
+  folder = shutil.copytree(ROOT / "specs", tmp_path / "specs")
+  (folder / "privacy.md").write_text("no front matter")
+  run = context.Run(tiny(**{"spec.dir": str(folder)}), tmp_path / "run")
+  with pytest.raises(ValueError, match=f"^{folder}/privacy.md:1: wanted"):
+    _ = run.spec
+
+
 def test_a_killed_run_goes_on_to_the_same_samples(workdir, tmp_path):
   samples = tmp_path / "generate" / "samples.jsonl"
   process = subprocess.Popen(

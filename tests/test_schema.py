@@ -249,6 +249,22 @@ def test_errors_of_flags_are_as_they_were(tmp_path):
     assert done.stderr.startswith("dalign: ") and wanted in done.stderr
 
 
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+  (tmp_path / "mine.py").write_text("")
+  done = subprocess.run(
+    [sys.executable, "-m", "dalign.main", f"--config={tmp_path}/mien.py"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  wanted = (
+    f"dalign: '{tmp_path}/mien.py': wanted a config file, found none; did you mean"
+  )
+  assert done.stderr.startswith(wanted) and f"{tmp_path}/mine.py" in done.stderr
+
+
 def test_the_mode_prints_the_schema_without_a_config():
   done = subprocess.run(
     [sys.executable, "-m", "dalign.main", "--mode=schema"],

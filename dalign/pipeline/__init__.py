@@ -11,6 +11,7 @@ import jax
 from dalign import config as configs
 from dalign import processes
 from dalign import report
+from dalign import store
 from dalign.pipeline import ablate
 from dalign.pipeline import base
 from dalign.pipeline import context
@@ -71,13 +72,28 @@ def run_stages(
     jax.set_mesh(here.mesh),
   ):
     written = here.store.workdir / "config.json"
+    before = _read(here, written)
     here.store.write_json(written, configs.to_json(cfg))
     if not written.exists():
       raise ValueError(
         f"{here.store.workdir}: the first process wrote here and this one sees "
         "nothing; wanted a --workdir on a file system that all hosts share"
       )
-    for stage in stages:
-      if stage == "base" and cfg.world is None:
-        continue  # only a world's base is trained here
-      STAGES[stage](here)
+    try:
+      for stage in stages:
+        if stage == "base" and cfg.world is None:
+          continue  # only a world's base is trained here
+        STAGES[stage](here)
+    except ValueError:
+      # Nothing is of this config, and chat and serve want the other. Without others.
+      if before and not here.opened and processes.first():
+        store.write_json(written, before)
+      raise
+
+
+def _read(run: context.Run, path: pathlib.Path) -> dict | None:
+  """The config of the command before, or None."""
+  try:
+    return run.store.read_json(path) if run.store.has(path) else None
+  except ValueError:
+    return None  # and what is damaged is written anew

@@ -118,8 +118,9 @@ class Run:
     self.key = jax.random.key(cfg.seed)
     self.think = text.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
     self.thinks = self.think if cfg.think.used else None  # what is trained writes it
-    self.domain = domain.make(cfg, lambda: store.read_spec_files(self.spec_dir))
+    self.domain = domain.make(cfg, self._spec_files)
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
+    self.opened = False  # whether a stage has begun or gone on
 
   @property
   def has_model(self) -> bool:
@@ -253,18 +254,32 @@ class Run:
 
   @property
   def sources(self) -> list[pathlib.Path]:
-    """What stages depend on besides each other: the policies, or a world's base."""
+    """What stages depend on besides each other: policies and prompts, or a world's
+    base."""
     if not self.cfg.world:
-      return [self.spec_dir]
+      return [self.spec_dir, *self.prompt_files]
     base = self.store.path("base", "manifest.json")
     if not base.exists():
       raise ValueError(f"{base} is missing: run the base stage first")
     return [base]
 
   @property
+  def prompt_files(self) -> list[pathlib.Path]:
+    """The file of prompts, where they are one of the user's; samples know its lines by
+    their numbers."""
+    file = data.file_of(self.cfg.data.source)
+    return [file] if file else []
+
+  @property
   def spec_dir(self) -> pathlib.Path:
     """The folder of policies: as given, or that which comes with the package."""
     return bundled.find(self.cfg.spec.dir)
+
+  def _spec_files(self) -> dict[str, str]:
+    """Path -> text, so that what is wrong with a policy says where it lies."""
+    folder = self.spec_dir
+    files = store.read_spec_files(folder)
+    return {(folder / name).as_posix(): text for name, text in files.items()}
 
   @functools.cached_property
   def prompts(self) -> list[Prompt]:
@@ -312,6 +327,7 @@ class Run:
     if state == "done":
       say(f"{stage}: done before, skipped")
       return False
+    self.opened = True
     if state == "fresh":
       self.metrics.rewind(stage, -1)
     say(f"{stage}: {'goes on where it stopped' if state == 'resume' else 'starts'}")

@@ -57,7 +57,9 @@ def evaluate(run: context.Run) -> None:
   inputs = [*run.sources]
   stages = {ARMS[arm].stage for arm in arms} - {""}
   inputs += [run.store.path(stage, "manifest.json") for stage in stages]
-  if not run.begin("eval", sorted(inputs)):
+  files = (data.file_of(source["source"]) for source in cfg.extra.values())
+  inputs += filter(None, files)
+  if not run.begin("eval", sorted({*inputs})):
     return
   sets = {"": _held_out(run)} | _further(run)
   _check_ids(sets)

@@ -18,7 +18,7 @@ def finetune(run: context.Run) -> None:
   source = run.store.path("filter", "kept.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the filter stage first")
-  if not run.begin("sft", [source]):
+  if not run.begin("sft", [source, *run.prompt_files]):
     return
   rows, dropped = _rows(run, source)
   if not rows:
