@@ -350,7 +350,11 @@ class Metrics:
     rows = store.read_rows(self._path)
     for number, row in enumerate(rows, 1):
       own = isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
-      if not own or any(isinstance(x, float) and x - x for x in row.values()):
+      try:
+        store.line(row)
+      except ValueError:  # of what is not finite
+        own = False
+      if not own:
         raise ValueError(
           f"{self._path}:{number}: wanted a stage, a step and finite numbers, got "
           f"{row!r:.80}"
