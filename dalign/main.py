@@ -268,7 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"dalign: {error}", file=sys.stderr)
     return 1
   except (stopping.Stopped, KeyboardInterrupt):
-    print("dalign: stopped; the same command goes on from here", file=sys.stderr)
+    talks = flags.FLAGS.is_parsed() and _MODE.value in ASKED
+    again = "" if talks else "; the same command goes on from here"
+    print(f"dalign: stopped{again}", file=sys.stderr)
     return 0
   except Exception as error:
     number = getattr(error, "errno", None)

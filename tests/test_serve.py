@@ -43,7 +43,7 @@ def address(workdir):
     running.send_signal(signal.SIGTERM)
     rest = running.communicate(timeout=30)[1]
     assert running.returncode == 0, rest
-    assert "Traceback" not in rest
+    assert rest == "dalign: stopped\n"
   finally:
     running.kill()
     running.wait()
