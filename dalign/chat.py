@@ -95,9 +95,7 @@ class Terminal:
   def _line(self) -> str | None:
     try:
       return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-      return None
-    except KeyboardInterrupt:
+    except (EOFError, KeyboardInterrupt):
       return None
 
   def _reply(self, said: str) -> None:

@@ -239,17 +239,17 @@ class Service:
     """The events of a stream, to the last."""
     frame = self._frame(asked, [], part=True)
     last: dict[int, assistant.Reply] = {}
-    with self.held(asked):
-      try:
+    try:
+      with self.held(asked):
         async for i, reply in self.replies(asked):
           choice = self._part(asked, i, last.get(i), reply)
           last[i] = reply
           yield _event(frame | {"choices": [choice]})
-        if asked.usage:
-          yield _event(frame | {"usage": _usage(last)})
-        yield "data: [DONE]\n\n"
-      except Refused as error:
-        yield _event(refusal(error))
+      if asked.usage:
+        yield _event(frame | {"usage": _usage(last)})
+      yield "data: [DONE]\n\n"
+    except Refused as error:
+      yield _event(refusal(error))
 
   def _part(self, asked: Asked, i: int, last, reply: assistant.Reply) -> dict:
     """What is new of a choice."""
