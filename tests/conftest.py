@@ -2,7 +2,8 @@
 
 All that jax reads once, when it first looks for devices, is set here. Shapes of unlike
 rank are not broadcast: that hides mistakes. Tests compile more than they compute, so
-LLVM is told not to optimise, and what one test has compiled the next need not.
+LLVM is told not to optimise, and what one test has compiled the next need not, in this
+process or another. Commands that tests start compute more: they are not told so.
 """
 
 import atexit
@@ -12,8 +13,12 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _cache = tempfile.mkdtemp(prefix="dalign-tests-")
+  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,15 +29,27 @@ from dalign.config import Compute
 from dalign.config import ModelConfig
 from tests.helpers import run_command
 
-_cache = tempfile.mkdtemp(prefix="dalign-tests-")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if "XLA_FLAGS" not in os.environ:
+  os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  jax.devices()  # reads them
+  del os.environ["XLA_FLAGS"]
 
+# Files of tests that take minutes, as two processes are to take them.
+LONG = (
+  *("pipeline", "plan", "meshes", "families", "processes", "ablation", "site", "colab"),
+  *("limits", "metrics", "rl", "serve", "sampler", "harness"),
+)
 SHARED = pathlib.Path(__file__).parents[1] / ".." / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """What takes long comes first, or one process waits for another at the end."""
+  places = {f"test_{name}": place for place, name in enumerate(LONG)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +111,23 @@ def params(cfg, make_params):
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> pathlib.Path:
-  """A folder in which every stage was run by the command."""
+  """A folder in which every stage was run by the command: once, however many
+  processes run tests, each of which has a copy."""
   folder = tmp_path_factory.mktemp("run")
+  if "PYTEST_XDIST_WORKER" not in os.environ:
+    _run_every_stage(folder)
+    return folder
+  made = folder.parent.parent / "run"
+  with filelock.FileLock(f"{made}.lock"):
+    if not made.exists():
+      draft = made.with_name("draft")
+      shutil.rmtree(draft, ignore_errors=True)
+      _run_every_stage(draft)
+      draft.rename(made)
+  shutil.copytree(made, folder, dirs_exist_ok=True)
+  return folder
+
+
+def _run_every_stage(folder: pathlib.Path) -> None:
   done = run_command(folder)
   assert done.returncode == 0, done.stderr[-3000:]
-  return folder

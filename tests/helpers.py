@@ -8,8 +8,10 @@ import sys
 import types
 
 import hypothesis
+import jax
 
 from dalign import config as configs
+from dalign.pipeline import context
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -47,6 +49,12 @@ def tiny(**changes) -> configs.Config:
   for name, value in changes.items():
     node.update_from_flattened_dict({name: value})
   return configs.build(configs.Config, node.to_dict())
+
+
+def opened(cfg: configs.Config, workdir: pathlib.Path) -> context.Run:
+  """A run in this process on one of its devices: eight on a few cores wait for one
+  another, and what they compute is compared elsewhere."""
+  return context.Run(cfg, workdir, devices=jax.devices()[:1])
 
 
 def command(workdir, *more: str) -> list[str]:

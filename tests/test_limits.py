@@ -19,6 +19,7 @@ from dalign.pipeline import context
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
+from tests.helpers import opened
 from tests.helpers import tiny
 
 OPTIMIZER = tiny().sft.optimizer
@@ -67,13 +68,13 @@ def reinforced(workdir, tmp_path):
   for stage in ("sft", "reward"):
     shutil.copytree(workdir / stage, tmp_path / stage)
   small = {"rl.prompts": 4, "rl.batch.rows": 2, "rl.batch.micro": 4}
-  return lambda **changes: context.Run(tiny(**small, **changes), tmp_path)
+  return lambda **changes: opened(tiny(**small, **changes), tmp_path)
 
 
 def finetune(folder, **changes) -> context.Run:
   small = {"sft.worked": False, "sft.epochs": 3, "sft.batch.rows": 2}
   small |= {"sft.batch.micro": 1, "sft.batch.length": 1024}
-  run = context.Run(tiny(**small, **changes), folder)
+  run = opened(tiny(**small, **changes), folder)
   with jax.set_mesh(run.mesh):
     sft_stage.finetune(run)
   return run

@@ -45,6 +45,7 @@ from dalign.types import Verdict
 from tests.helpers import ROOT
 from tests.helpers import command
 from tests.helpers import config_file
+from tests.helpers import opened
 from tests.helpers import run_command
 from tests.helpers import tiny
 
@@ -190,7 +191,7 @@ def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "manifest.json").write_text("{}")  # the user's, not a stage's
   file.write_text(json.dumps(row))
-  run = context.Run(tiny(**{"data.source": f"jsonl:{file}"}), tmp_path / "run")
+  run = opened(tiny(**{"data.source": f"jsonl:{file}"}), tmp_path / "run")
   sources = {"generate": run.sources, "sft": run.prompt_files}
   for stage, inputs in sources.items():
     assert run.begin(stage, inputs)
@@ -204,7 +205,7 @@ def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
 def test_a_config_that_is_refused_does_not_stay(tmp_path):
   """Chat and serve read what stages were made with, not what was tried in vain."""
   cfg = tiny(stages="generate")
-  run = context.Run(cfg, tmp_path)
+  run = opened(cfg, tmp_path)
   assert run.begin("generate", run.sources)
   run.store.finish("generate", {})
   pipeline.run(cfg, tmp_path)  # done before
@@ -218,7 +219,7 @@ def test_a_config_that_is_refused_does_not_stay(tmp_path):
 def test_a_policy_that_is_wrong_says_where_it_lies(tmp_path):
   folder = shutil.copytree(ROOT / "specs", tmp_path / "specs")
   (folder / "privacy.md").write_text("no front matter")
-  run = context.Run(tiny(**{"spec.dir": str(folder)}), tmp_path / "run")
+  run = opened(tiny(**{"spec.dir": str(folder)}), tmp_path / "run")
   with pytest.raises(ValueError, match=f"^{folder}/privacy.md:1: wanted"):
     _ = run.spec
 
@@ -340,7 +341,7 @@ def test_sigterm_is_not_lost_where_a_library_catches_exceptions(
 @pytest.fixture(scope="module")
 def run(workdir) -> context.Run:
   """The finished run, opened again."""
-  return context.Run(tiny(), workdir)
+  return opened(tiny(), workdir)
 
 
 def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
@@ -593,7 +594,7 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
       "rl.objective.whiten": True,
     }
   )
-  ppo = context.Run(cfg, made)
+  ppo = opened(cfg, made)
   rl_stage.reinforce(ppo)
   trained = ppo.trained_params("rl")
   assert jax.tree.map(np.shape, trained) == jax.tree.map(np.shape, ppo.shapes)
@@ -637,7 +638,7 @@ def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
   shutil.rmtree(made / "eval")
   small = {"sampler.prompt_room": 16, "sampler.prompt_step": 16}
   arms = {"eval.arms": ("sft", "self_refine"), "eval.prompts": 2, "eval.helpful": 0}
-  evaluate_stage.evaluate(context.Run(tiny(**small, **arms), made))
+  evaluate_stage.evaluate(opened(tiny(**small, **arms), made))
   assert len(rows(made / "eval" / "self_refine.jsonl")) == 4
 
 
@@ -700,7 +701,7 @@ def test_parameters_that_changed_are_refused(tmp_path, workdir):
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
   with pytest.raises(ValueError, match="sft/params: .*do its stage again"):
-    context.Run(tiny(), made).trained_params("sft")
+    opened(tiny(), made).trained_params("sft")
 
 
 def test_a_prompt_can_be_put_without_the_chat_template(run):
@@ -732,7 +733,7 @@ def test_a_thought_has_a_budget_of_its_own(tmp_path, workdir):
   shutil.rmtree(made / "eval")
   more = {"eval.arms": ("base", "sft"), "eval.prompts": 4, "eval.max_think": 9}
   budgets = {"eval.max_new": 3, "eval.budgets": (2,)}
-  own = context.Run(tiny(**more, **budgets), made)
+  own = opened(tiny(**more, **budgets), made)
   evaluate_stage.evaluate(own)
   found = {arm: rows(made / "eval" / f"{arm}.jsonl") for arm in ("base", "sft")}
   assert all(len(row["answer"]) <= 3 for row in found["base"])
@@ -757,7 +758,7 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
       "rl.objective.value_weight": 0.1,
     }
   )
-  lora = context.Run(cfg, made)
+  lora = opened(cfg, made)
   with jax.set_mesh(lora.mesh):
     sft_stage.finetune(lora)
     reward_stage.train_reward(lora)
@@ -803,7 +804,7 @@ def test_model_judge_reads_a_score_from_the_base_model(run):
 def test_rl_draws_prompts_of_the_types_asked_for(run):
   def drawn(expected):
     cfg = dataclasses.replace(run.cfg.rl, expected=expected, prompts=60)
-    some = context.Run(dataclasses.replace(run.cfg, rl=cfg), run.store.workdir)
+    some = opened(dataclasses.replace(run.cfg, rl=cfg), run.store.workdir)
     chosen = rl_stage._Step(some, None).prompts(0)
     return {p.expected for p in chosen if p.kind == "safety"}
 
@@ -814,7 +815,7 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
 def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
   def step(kind, **changes):
     cfg = tiny(**{"rl.reward": "rubric"} | changes)
-    some = context.Run(cfg, tmp_path)
+    some = opened(cfg, tmp_path)
     some.prompts = [p for p in some.prompts if p.kind == kind]
     return rl_stage._Step(some, None)
 
@@ -912,7 +913,7 @@ def test_the_judge_of_rl_is_probed_from_the_command_line(tmp_path, workdir):
 )
 def test_a_stage_that_a_limit_stopped_goes_on_with_another(tmp_path, stage, limit):
   for value in (0.3, 1.0):
-    assert context.Run(tiny(**{limit: value}), tmp_path).begin(stage, [])
+    assert opened(tiny(**{limit: value}), tmp_path).begin(stage, [])
 
 
 def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):

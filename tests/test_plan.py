@@ -239,7 +239,7 @@ sizes = dict(cfg.model.random) | dict(
 cfg = configs.changed(cfg, {
   "model": {"random": sizes},
   "compute": {"remat": True, "dtype": "bfloat16"},
-  "sft": {"batch": {"micro": 2, "rows": 8, "length": 512}},
+  "sft": {"batch": {"micro": 2, "rows": 2, "length": 512}},
 })
 run = context.Run(cfg, pathlib.Path(sys.argv[1]))
 
