@@ -259,7 +259,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   while time.monotonic() < deadline and not (tmp_path / "generate").exists():
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=200)
   assert process.returncode == 0, err
   assert err.strip().splitlines()[-1].startswith("dalign: stopped")
 
