@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import signal
+import sys
 
 
 class Stopped(BaseException):
@@ -14,8 +15,19 @@ _held, _asked = 0, False
 
 
 def listen() -> None:
-  """Has SIGTERM raise Stopped in the main thread, at once or when `whole` ends."""
+  """Has SIGTERM raise Stopped in the main thread, at once or when `whole` ends.
+  A finalizer in which it comes ends without it: it is raised again after that."""
   signal.signal(signal.SIGTERM, _stop)
+  signal.signal(signal.SIGALRM, _stop)
+  ignored = sys.unraisablehook
+
+  def again(unraisable) -> None:
+    if issubclass(unraisable.exc_type, Stopped):
+      signal.setitimer(signal.ITIMER_REAL, 0.01)  # when the finalizer is left
+    else:
+      ignored(unraisable)
+
+  sys.unraisablehook = again
 
 
 def _stop(*_) -> None:

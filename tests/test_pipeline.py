@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import types
 
@@ -336,6 +337,31 @@ def test_sigterm_is_not_lost_where_a_library_catches_exceptions(
   finally:
     signal.signal(signal.SIGTERM, before)
   assert code == 0 and "stopped" in capsys.readouterr().err
+
+
+IN_A_FINALIZER = """
+import os, signal, time
+from dalign import stopping
+
+class Last:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+      pass
+
+stopping.listen()
+try:
+  Last()
+  time.sleep(30)
+except stopping.Stopped:
+  print("stopped")
+"""
+
+
+def test_sigterm_is_not_lost_in_a_finalizer():
+  """Where Python ignores exceptions, this one with all others."""
+  code = [sys.executable, "-c", IN_A_FINALIZER]
+  assert subprocess.check_output(code, cwd=ROOT, text=True) == "stopped\n"
 
 
 @pytest.fixture(scope="module")
