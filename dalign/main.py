@@ -292,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> None:
   """The console script."""
   code = main()
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late to stop anything
+  for number in (signal.SIGTERM, signal.SIGALRM):  # too late to stop anything
+    signal.signal(number, signal.SIG_IGN)
   if "jax" not in sys.modules:
     sys.exit(code)
   from dalign import processes

@@ -377,7 +377,7 @@ def test_a_stage_is_traced_and_logged_and_makes_the_same(
   done = run_command(
     tmp_path / "run",
     "--config.stages=rl",
-    "--config.profile.steps=(2,2)",
+    "--config.profile.steps=(1,1)",
     "--config.log.project=a project",
     "--config.log.writers=('tensorboard','wandb','mlflow')",
   )
@@ -403,8 +403,8 @@ def test_a_stage_is_traced_and_logged_and_makes_the_same(
     for event in line.events
   ]
   marks = [event for event in found if event.name == "rl"]
-  assert [dict(mark.stats)["step_num"] for mark in marks] == [2]
+  assert [dict(mark.stats)["step_num"] for mark in marks] == [1]
   start, end = marks[0].start_ns, marks[0].start_ns + marks[0].duration_ns
-  for program in ("score", "_chunk_fn"):  # of what is trained on, of sampling
+  for program in ("update", "_chunk_fn"):  # of training, of sampling
     own = [e for e in found if e.name == f"PjitFunction({program})"]
     assert own and all(start <= e.start_ns < end for e in own)
