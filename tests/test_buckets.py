@@ -408,17 +408,22 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
   """All stages, killed in generate, and in sft within a save; to the bit."""
   place = buckets.place(f"gs://bucket/{workdir.name}")
   samples = place / "generate" / "samples.jsonl"
+  whole = command(place)
+  # Uploads so often that the first holds a part of the samples, however fast they are.
+  code = "from dalign import buckets, main; buckets.LATE_S = 0.1; main.run()"
+  often = [sys.executable, "-c", code, *whole[3:]]
 
-  def dalign():
+  def dalign(argv):
     return subprocess.Popen(
-      command(place), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-      text=True,
-    )  # fmt: skip
+      argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
 
-  until(dalign(), lambda: samples.exists() and store.read_rows(samples))
+  until(dalign(often), lambda: samples.exists() and store.read_rows(samples))
   before = len(store.read_rows(samples))
-  until(dalign(), lambda: any("sft/checkpoints/" in name for name in objects(place)))
-  said = dalign().communicate(timeout=1500)[1]
+  until(
+    dalign(whole), lambda: any("sft/checkpoints/" in name for name in objects(place))
+  )
+  said = dalign(whole).communicate(timeout=1500)[1]
   assert "dalign: generate: done before, skipped" in said
   assert "dalign: sft: goes on where it stopped" in said
   copy = tmp_path / workdir.name
