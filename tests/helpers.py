@@ -9,11 +9,17 @@ import types
 
 import hypothesis
 import jax
+import pytest
 
 from dalign import config as configs
 from dalign.pipeline import context
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+# Of tests that take long, so that all others take a quarter of an hour on two cores.
+long = pytest.mark.skipif(
+  not os.environ.get("DALIGN_LONG"), reason="long: set DALIGN_LONG=1"
+)
 
 
 def clean_environment() -> dict[str, str]:

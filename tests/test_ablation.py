@@ -20,6 +20,7 @@ from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
 from tests.helpers import config_file
+from tests.helpers import long
 
 SMALL = {
   "model": {
@@ -98,6 +99,7 @@ def manifest(place, stage):
   return json.loads((place / stage / "manifest.json").read_text())
 
 
+@long
 def test_arms_share_what_they_do_not_change(folder):
   seed = folder / "seed-3"
   stages = {p.name: {s.name for s in p.iterdir() if s.is_dir()} for p in seed.iterdir()}
@@ -114,6 +116,7 @@ def test_arms_share_what_they_do_not_change(folder):
     assert manifest(seed / arm, "eval")["seed"] == 3
 
 
+@long
 def test_the_summary_has_every_arm_with_what_was_measured_of_it(folder):
   summary = json.loads((folder / "eval" / "summary.json").read_text())
   assert set(summary["arms"]) == set(ARMS)
@@ -176,6 +179,7 @@ def test_sets_and_categories_stand_in_the_summary(tmp_path):
   assert (rifle["mean"], rifle["n"]) == (pytest.approx(0.3), 4)
 
 
+@long
 def test_a_second_run_does_nothing_anew(folder, capsys):
   before = (folder / "eval" / "summary.json").read_bytes()
   pipeline.run(config(ARMS), folder)
@@ -184,6 +188,7 @@ def test_a_second_run_does_nothing_anew(folder, capsys):
   assert "starts" not in said and said.count("done before") > 10
 
 
+@long
 def test_revised_answers_begin_with_drafts_that_saw_no_spec(folder):
   place = folder / "seed-3" / "constitutional" / "generate"
   drafts = [json.loads(line) for line in (place / "drafts.jsonl").open()]
@@ -191,6 +196,7 @@ def test_revised_answers_begin_with_drafts_that_saw_no_spec(folder):
   assert {d["prompt_id"] for d in drafts} == {s["prompt_id"] for s in samples}
 
 
+@long
 def test_a_reward_model_learns_of_drafts_where_it_is_to(folder, tmp_path):
   shared = folder / "seed-3" / "shared"
   done = dict.fromkeys(("base", "generate", "filter"), shared)
@@ -235,6 +241,7 @@ def test_intervals_over_seeds_are_students():
 # --- The judge that writes its grades ---
 
 
+@long
 def test_a_sampled_judge_reads_grades_and_knows_answers(tmp_path):
   run = context.Run(config(), tmp_path)
   pipeline.base.learn(run)

@@ -15,6 +15,7 @@ from benchmarks import works
 from benchmarks.peers import dalign as ours
 from dalign import vocab
 from dalign import weights
+from tests.helpers import long
 
 SHAPE = roofline.Model(
   layers=2, width=8, heads=4, kv_heads=2, head_dim=2, ffw=16, vocab=32
@@ -140,6 +141,7 @@ def test_slots_and_static_batches_decode_the_same(tiny, capsys):
   assert len(slots["seconds"]) == len(slots["first_token_s"]) == 1
 
 
+@long
 def test_a_training_and_an_rl_step_give_their_times(tiny, capsys):
   train = works.Train(about="", batch=2, length=16, remat=True)
   assert len(tiny(capsys, train, "--repeats", "2")["seconds"]) == 2

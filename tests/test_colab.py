@@ -21,6 +21,7 @@ from dalign import vocab
 from dalign import weights
 from dalign.config import ModelConfig
 from tests.helpers import ROOT
+from tests.helpers import long
 from tests.test_ablation import SMALL
 
 COLAB = ROOT / "colab"
@@ -138,6 +139,7 @@ def test_functions_of_notebooks_are_short(path):
       assert not isinstance(node, ast.ClassDef), "classes are the library's"
 
 
+@long
 def test_the_sample_notebook_answers_with_and_without_the_spec(tmp_path):
   model = tmp_path / "model"
   weights.save_hf(
@@ -166,6 +168,7 @@ def percent(cell: dict) -> int:
   return int(f"{100 * cell['mean']:.0f}")
 
 
+@long
 def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
   workdir = tmp_path / "run"
   done = Done(
@@ -207,6 +210,7 @@ def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
   assert (workdir / "report.html").exists()
 
 
+@long
 def test_a_reward_is_the_same_whatever_the_thought(tmp_path, workdir):
   place = tmp_path / "run"
   shutil.copytree(workdir, place)
@@ -234,6 +238,7 @@ def test_a_reward_is_the_same_whatever_the_thought(tmp_path, workdir):
     )
 
 
+@long
 def test_arms_of_the_policy_world_are_shown_as_they_were_measured(tmp_path):
   workdir = tmp_path / "run"
   arms = dict(none="base", spec_in_prompt="spec in the prompt", sft="SFT")
@@ -249,6 +254,7 @@ def test_arms_of_the_policy_world_are_shown_as_they_were_measured(tmp_path):
   assert len(done.figures) == 1
 
 
+@long
 def test_a_checkpoint_is_planned_and_the_command_says_what_was_changed(tmp_path):
   model, workdir = tmp_path / "tiny", tmp_path / "run"
   weights.save_hf(

@@ -22,6 +22,7 @@ from dalign.config import LoRAConfig
 from dalign.config import SamplerConfig
 from dalign.sampler import Request
 from dalign.sampler import Sampler
+from tests.helpers import long
 
 torch = pytest.importorskip("torch", reason="transformers computes with torch")
 transformers = pytest.importorskip("transformers")
@@ -101,6 +102,12 @@ CASES = {
 # One case a family, for what takes long or hangs on nothing that the others change.
 FAMILIES = [*{kind: name for name, (kind, _) in reversed(CASES.items())}.values()]
 every_family = pytest.mark.parametrize("case", FAMILIES, indirect=True)
+OFTEN = ("llama", "gemma3", "gpt_oss")  # between them most of what a cache has to know
+long_families = pytest.mark.parametrize(
+  "case",
+  [pytest.param(name, marks=[] if name in OFTEN else [long]) for name in FAMILIES],
+  indirect=True,
+)
 ROWS = [np.random.default_rng(7).integers(3, 259, n).tolist() for n in (40, 17, 1)]
 
 
@@ -189,7 +196,7 @@ def test_packed_rows_are_those_alone(case, compute):
     np.testing.assert_allclose(got[b, start : start + size], want[i, :size], atol=1e-5)
 
 
-@every_family
+@long_families
 def test_greedy_tokens_through_the_cache_are_those_of_transformers(case, compute):
   """64 steps in slots beside others, behind a shared prefix and without one. The
   shortest prompt begins where another ended, so that its tokens go round the ring."""

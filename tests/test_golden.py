@@ -11,6 +11,7 @@ from dalign import store
 from dalign.assistant import Model
 from dalign.types import Turn
 from tests import golden
+from tests.helpers import long
 
 ARCHIVES = sorted(golden.FOLDER.glob("*.tar.xz"))
 
@@ -40,6 +41,7 @@ def test_every_stage_counts_as_done(runs, capsys):
   assert page.count("not run yet") == 1  # that is, the judge was not probed
 
 
+@long
 def test_rl_goes_on_from_its_checkpoint(runs, capsys):
   cut = runs / "cut"
   pipeline.run(config(cut, stages="rl"), cut)

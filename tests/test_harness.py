@@ -23,6 +23,7 @@ from dalign.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
+from tests.helpers import long
 from tests.helpers import tiny
 
 PAIRS = [  # prompts and what may follow
@@ -155,7 +156,7 @@ doc_to_text: "{{{{question}}}}"
 """
 
 
-@pytest.mark.slow
+@long
 def test_the_harness_runs_its_tasks_on_a_checkpoint(workdir, tmp_path):
   data = tmp_path / "rows.jsonl"
   rows = [

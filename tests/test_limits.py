@@ -19,6 +19,7 @@ from dalign.pipeline import context
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
+from tests.helpers import long
 from tests.helpers import opened
 from tests.helpers import tiny
 
@@ -101,6 +102,7 @@ def test_a_gradient_above_stop_norm_halts_and_the_run_goes_on_without(filtered):
     assert not same(found, run.base_params())
 
 
+@long
 def test_a_stage_whose_steps_are_all_skipped_ends_where_it_started(filtered):
   run = finetune(filtered, **{"sft.optimizer.skip_norm": 1e-6})
   with jax.set_mesh(run.mesh):
@@ -124,6 +126,7 @@ def test_a_loss_that_is_not_finite_halts_before_anything_is_kept(filtered, monke
   assert not (filtered / "sft" / "params").exists()
 
 
+@long
 def test_a_reward_that_is_not_finite_halts_rl(reinforced, monkeypatch):
   run, load = reinforced(), scoring.load_reward_model
   monkeypatch.setattr(
@@ -137,6 +140,7 @@ def test_a_reward_that_is_not_finite_halts_rl(reinforced, monkeypatch):
     assert scoring.NOT_FINITE in kept["unscored"] and len(kept["answer"]) == 16
 
 
+@long
 def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
   sample = rl_stage._Step._sample
 
@@ -153,6 +157,7 @@ def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
   assert checkpoints.Checkpoints(run.store.path("rl", "checkpoints")).latest() is None
 
 
+@long
 def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkeypatch):
   read = rl_stage._read
 

@@ -19,6 +19,7 @@ from dalign.config import OptimizerConfig
 from dalign.config import SamplerConfig
 from dalign.sampler import Request
 from dalign.sampler import Sampler
+from tests.helpers import long
 
 DENSE = ModelConfig(
   vocab=96,
@@ -168,7 +169,12 @@ def alone(compute):
 
 
 @pytest.mark.parametrize(
-  "name, sizes", MESHES, ids=["-".join([n, *s]) for n, s in MESHES]
+  "name, sizes",
+  [
+    # Those of three axes have every axis.
+    pytest.param(n, s, id="-".join([n, *s]), marks=[long] if len(s) < 3 else [])
+    for n, s in MESHES
+  ],
 )
 def test_a_mesh_gives_the_numbers_of_one_device(name, sizes, alone, compute):
   cfg, mesh = MODELS[name], mesh_of(**sizes)

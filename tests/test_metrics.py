@@ -20,6 +20,7 @@ from dalign import store
 from dalign.metrics import Metrics
 from dalign.pipeline import context
 from tests.helpers import ROOT
+from tests.helpers import long
 from tests.helpers import run_command
 from tests.helpers import tiny
 
@@ -369,6 +370,7 @@ def test_a_bad_log_or_profile_is_refused(change):
     tiny(**change)
 
 
+@long
 def test_a_stage_is_traced_and_logged_and_makes_the_same(
   workdir, tmp_path, alone, monkeypatch
 ):

@@ -46,6 +46,7 @@ from dalign.types import Verdict
 from tests.helpers import ROOT
 from tests.helpers import command
 from tests.helpers import config_file
+from tests.helpers import long
 from tests.helpers import opened
 from tests.helpers import run_command
 from tests.helpers import tiny
@@ -225,6 +226,7 @@ def test_a_policy_that_is_wrong_says_where_it_lies(tmp_path):
     _ = run.spec
 
 
+@long
 def test_a_killed_run_goes_on_to_the_same_samples(workdir, tmp_path):
   samples = tmp_path / "generate" / "samples.jsonl"
   process = subprocess.Popen(
@@ -265,6 +267,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
   assert err.strip().splitlines()[-1].startswith("dalign: stopped")
 
 
+@long
 def test_sigterm_in_training_saves_the_last_step_within_half_a_minute(tmp_path):
   """Wherever checkpoints are due; the run then goes on without a gap or a repeat."""
   more = ("--config.stages=rl", "--config.rl.start=base", "--config.rl.reward=rubric")
@@ -607,6 +610,7 @@ def test_groups_without_a_difference_are_sampled_again(run):
   assert asked[0] == 10  # each step has rounds of its own
 
 
+@long
 def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
   made = tmp_path / "run"
   shutil.copytree(workdir, made)
@@ -658,6 +662,7 @@ def test_thought_and_answer_are_cut_apart(run, written, kept):
   assert got.finish == ("length" if kept else "stop")
 
 
+@long
 def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
   made = tmp_path / "run"
   shutil.copytree(workdir, made)
@@ -689,6 +694,7 @@ def test_an_artefact_that_changed_is_refused(tmp_path, workdir, name, stage):
   assert f"{name}: changed since stage {name.split('/')[0]} was done" in done.stderr
 
 
+@long
 def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, workdir):
   small = resource.RLIMIT_FSIZE, (20_000, 20_000)  # bytes of any file
   done = subprocess.run(
@@ -770,6 +776,7 @@ def test_a_thought_has_a_budget_of_its_own(tmp_path, workdir):
     assert len(row["answer"]) <= 3
 
 
+@long
 def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
   """In SFT, reward model and RL (with a value head), each beside the base's own."""
   made = tmp_path / "run"
@@ -862,6 +869,7 @@ def test_summary_is_what_evals_makes_of_the_rows(workdir):
       assert cell == summary["arms"][arm][metric], (arm, metric)
 
 
+@long
 def test_a_model_alone_is_measured_on_a_suite(tmp_path):
   row = dict(category="privacy", split="eval")
   sets = {
@@ -921,6 +929,7 @@ def test_a_model_alone_is_measured_on_a_suite(tmp_path):
   assert said["strongreject_worst"].startswith("strongreject in 2 disguises")
 
 
+@long
 def test_the_judge_of_rl_is_probed_from_the_command_line(tmp_path, workdir):
   done = run_command(tmp_path, "--mode=probe_judge", "--config.rl.reward=rubric")
   assert done.returncode == 0, done.stderr[-3000:]

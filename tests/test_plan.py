@@ -22,6 +22,7 @@ from dalign.pipeline import context
 from dalign.pipeline import plan
 from tests.helpers import ROOT
 from tests.helpers import config_file
+from tests.helpers import long
 from tests.test_pipeline import tiny
 
 PHASES = [
@@ -269,6 +270,7 @@ print("real", live + resident("VmHWM") - idle, "planned", planned)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@long
 def test_memory_is_what_a_run_takes(tmp_path):
   done = python("-c", TRUTH, str(tmp_path), JAX_NUM_CPU_DEVICES="1")
   assert done.returncode == 0, done.stderr[-2000:]
@@ -276,6 +278,7 @@ def test_memory_is_what_a_run_takes(tmp_path):
   assert float(planned) == pytest.approx(float(real), rel=0.1), done.stdout
 
 
+@long
 def test_what_does_not_fit_is_said_with_a_cure(tmp_path, monkeypatch):
   of_sft = {"stages": "sft", "plan.chip": "small", "sft.batch.length": 1024}
   smallest = {"compute.remat": True, "sft.batch.rows": 1, "mesh.data": 8}

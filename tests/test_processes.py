@@ -15,6 +15,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from tests.helpers import ROOT
+from tests.helpers import long
 
 SMALL = (
   "--config.stages=generate,filter,sft,rl,export",
@@ -109,6 +110,7 @@ def alone(tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
+@long
 def test_two_processes_have_the_numbers_of_one(alone, tmp_path):
   both = tmp_path / "run"
   codes = end(start(both, *MESH, count=2, devices=4), 500)
@@ -141,6 +143,7 @@ def same_numbers(one, other, stages) -> None:
       np.testing.assert_allclose(value, other[key][name], rtol=1e-5, atol=1e-5)
 
 
+@long
 def test_one_that_dies_ends_the_other_and_another_mesh_goes_on(alone, tmp_path):
   workdir = tmp_path / "run"
   for stage in ("generate", "filter"):

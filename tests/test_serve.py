@@ -22,6 +22,7 @@ from dalign import serve
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
+from tests.helpers import long
 
 pytestmark = pytest.mark.slow
 QUESTION = [{"role": "user", "content": "Is the sky blue?"}]
@@ -302,6 +303,7 @@ generation_kwargs: {{until: ["zz"], max_gen_toks: 16, temperature: 0.0}}
 """
 
 
+@long
 def test_lm_eval_asks_it_as_any_such_server(
   address, name, model, tmp_path, monkeypatch
 ):

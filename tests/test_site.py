@@ -27,6 +27,7 @@ from dalign.config import to_json
 from tests import test_processes
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
+from tests.helpers import long
 from tests.helpers import tiny
 
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -189,6 +190,7 @@ def test_every_flag_that_is_spoken_of_makes_a_config(desk):
   assert {line: error for line, error in zip(lines, said, strict=True) if error} == {}
 
 
+@long
 def test_what_pages_say_runs(desk, workdir):
   """All of them in the order of the navigation: one may go on from another. The first
   run is the one that all tests share, which the same command made."""
@@ -234,6 +236,7 @@ def free_port() -> int:
 # Many hosts.
 
 
+@long
 def test_the_command_of_a_cluster_runs_as_two_processes(desk):
   """The words of the page that srun is given, but for the config's size, with the
   variables that it sets. (That the address is found otherwise, the page itself tries.)
