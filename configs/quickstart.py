@@ -2,7 +2,7 @@
 
   python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any Llama-family directory instead: --config.model.path=DIR
+Another model, of a family that README.md names: --config.model.path=DIR
 """
 
 import importlib.util

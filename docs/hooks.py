@@ -144,7 +144,7 @@ def _tables(cls, prefix: str, values):
     cells = (
       f"`{name}`",
       _kind(field.type),
-      _escaped(meanings[field.name]).replace("|", "\\|"),
+      _escaped(meanings[field.name]),
       shown,
     )
     rows.append(f"| {' | '.join(cells)} |")
@@ -196,9 +196,9 @@ def as_markdown(text: str, names: set[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-  """Text without the marks of HTML and Markdown, but for code."""
+  """Text without the marks of HTML, Markdown and its tables, but for code."""
   parts = re.split(r"(`[^`]*`)", text)
-  parts[::2] = [re.sub(r"([*\[\]_])", r"\\\1", p) for p in parts[::2]]
+  parts[::2] = [re.sub(r"([*\[\]_|])", r"\\\1", p) for p in parts[::2]]
   parts[::2] = [p.replace("<", "&lt;") for p in parts[::2]]
   return "".join(parts)
 

@@ -22,6 +22,8 @@ import pytest
 import yaml
 
 import dalign
+from dalign import explain
+from dalign.config import Config
 from dalign.config import flat
 from dalign.config import to_json
 from tests import test_processes
@@ -345,6 +347,10 @@ def test_the_site_holds_what_the_repository_does(site):
     assert f"{name} {kind} {meaning}".strip() in said("config.html")
   missing = [name for name in flat(tiny()) if f" {name} " not in said("config.html")]
   assert [name for name in missing if not name.startswith("model.random")] == []
+  sections = {name.partition(".")[0] for name in flat(tiny()) if "." in name}
+  for name, text in explain.fields(Config).items():
+    row = f"{text} its fields" if name in sections else text
+    assert " ".join(row.replace("`", "").split()) in said("config.html")
   assert "Share of thoughts that cite a clause which is in no policy." in said(
     "evaluation.html"
   )
