@@ -194,6 +194,11 @@ def test_every_phase_is_planned(found):
   assert found["mesh"] == dict(data=4, fsdp=2, tensor=1, sequence=1, expert=1)
 
 
+def test_a_price_is_said_where_one_is_known():
+  assert plan.bill(8, 0.0061, 0.0) == "8 chips; at least 0.006 chip-hours"
+  assert plan.bill(8, 1.5, 2.0).endswith("at least 1.500 chip-hours, 3.00 at 2.0 each")
+
+
 def test_parts_are_those_of_the_arrays(found):
   """Parameters and moments over fsdp, the caches of the sampler over rows."""
   cfg = tiny()

@@ -135,8 +135,7 @@ def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
       + ", ".join(spread)
     )
   if hours is not None:
-    cost = f"{hours * cfg.plan.price:.2f} at {cfg.plan.price} each"
-    lines.append(f"{n} chips; at least {hours:.2f} chip-hours, {cost}")
+    lines.append(bill(n, hours, cfg.plan.price))
   if processes.first():
     print("\n".join(lines))
   too_large = [row for row in rows if row.fits is False]
@@ -495,6 +494,12 @@ def table(rows: list[Row], chip: Chip | None) -> list[str]:
   if unread:
     lines.append(f"kernels that are not counted: {', '.join(unread)}")
   return lines
+
+
+def bill(chips: int, hours: float, price: float) -> str:
+  """What a plan costs, in a line: without money where an hour's price is 0."""
+  cost = f", {hours * price:.2f} at {price} each" if price else ""
+  return f"{chips} chips; at least {hours:.3f} chip-hours{cost}"
 
 
 def uneven(cfg: configs.Config, parts: int) -> list[str]:
