@@ -156,6 +156,7 @@ doc_to_text: "{{{{question}}}}"
 """
 
 
+@pytest.mark.slow
 @long
 def test_the_harness_runs_its_tasks_on_a_checkpoint(workdir, tmp_path):
   data = tmp_path / "rows.jsonl"
