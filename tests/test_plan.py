@@ -232,7 +232,7 @@ def test_operations_are_those_of_the_model(found):
 
 
 TRUTH = """
-import ctypes, dataclasses, pathlib, sys
+import ctypes, dataclasses, pathlib, sys, time
 import jax, numpy as np
 from dalign import config as configs, sft
 from dalign.pipeline import context, plan
@@ -266,6 +266,7 @@ with jax.set_mesh(run.mesh):
   batch["ends_BT"][:] = cfg.sft.batch.length
   for _ in range(2):
     trainer.update(batch, 2)
+  time.sleep(2)  # a step's numbers are there before its program has freed its memory
   ctypes.CDLL(None).malloc_trim(0)
   live, idle = sum(x.nbytes for x in jax.live_arrays()), resident("VmRSS")
   open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
@@ -277,10 +278,11 @@ print("real", live + resident("VmHWM") - idle, "planned", planned)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @long
 def test_memory_is_what_a_run_takes(tmp_path):
-  done = python("-c", TRUTH, str(tmp_path), JAX_NUM_CPU_DEVICES="1")
+  env = {"JAX_NUM_CPU_DEVICES": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed at once
+  done = python("-c", TRUTH, str(tmp_path), **env)
   assert done.returncode == 0, done.stderr[-2000:]
   _, real, _, planned = done.stdout.split()[-4:]
-  assert float(planned) == pytest.approx(float(real), rel=0.1), done.stdout
+  assert float(planned) == pytest.approx(float(real), rel=0.05), done.stdout
 
 
 @long
