@@ -22,7 +22,7 @@ from dalign import buckets
 from dalign import figures
 from dalign import store
 
-STAGES = ("generate", "filter", "sft", "reward", "rl", "eval")
+STAGES = ("base", "generate", "filter", "sft", "reward", "rl", "eval")
 CORE = (  # the columns of the first table, in this order; other metrics follow it
   "refuse_disallowed",
   "comply_allowed",
@@ -87,8 +87,8 @@ Json = Any  # what json.loads returns
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """Writes WORKDIR/report.html from the artefacts there are, and returns its path.
 
-  A part whose artefact is missing says "not run yet". Raises ValueError where WORKDIR
-  is no folder or an artefact cannot be read.
+  A part whose artefact is missing says "not run yet", and a stage where the config asks
+  for it. Raises ValueError where WORKDIR is no folder or an artefact cannot be read.
   """
   workdir = buckets.place(workdir)
   if not workdir.is_dir():
@@ -112,8 +112,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 def _whole(workdir: pathlib.Path) -> str:
   """The page of a folder."""
   summary = _read_json(workdir / "eval" / "summary.json")
-  manifests = {s: store.read_manifest(workdir / s / "manifest.json") for s in STAGES}
   config = _read_json(workdir / "config.json")
+  manifests = _manifests(workdir, _asked(config))
   probe = _read_json(workdir / "probe.json")
   curves = _curves(workdir / "metrics.jsonl")
   samples, rollouts = _samples(workdir, summary), _rollouts(workdir)
@@ -125,7 +125,7 @@ def _whole(workdir: pathlib.Path) -> str:
     stages=_stage_strip(manifests),
     results=_results(summary),
     judge=_judge(probe),
-    filter=_filter(manifests["filter"]),
+    filter=_filter(manifests.get("filter")),
     curves=_curve_figures(curves),
     methods=_methods(manifests, summary, config),
     provenance=_provenance(manifests, config),
@@ -153,6 +153,20 @@ def _read_json(path: pathlib.Path) -> Json:
   if not isinstance(value, dict):
     raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
   return value if path.is_file() else None
+
+
+def _asked(config: Json) -> tuple[str, ...]:
+  """The stages that a config asks for: but a world's, none trains a base."""
+  config = config or {}
+  stages = STAGES if "world.spec" in config else STAGES[1:]
+  names = [name.strip() for name in config.get("stages", "all").split(",")]
+  return tuple(stage for stage in stages if names == ["all"] or stage in names)
+
+
+def _manifests(workdir: pathlib.Path, asked: tuple[str, ...]) -> dict[str, Json]:
+  """Manifests of the stages that were run, and None for others that are asked for."""
+  found = {s: store.read_manifest(workdir / s / "manifest.json") for s in STAGES}
+  return {stage: found[stage] for stage in STAGES if found[stage] or stage in asked}
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict]:
@@ -542,7 +556,7 @@ def _methods(manifests: dict, summary: Json, config: Json) -> str:
   settings = [
     [said, f"{file}: {key}", figures.text(value)]
     for said, file, key in SETTINGS
-    if (value := (files[file] or {}).get(key)) not in (None, "", [], {})
+    if (value := (files.get(file) or {}).get(key)) not in (None, "", [], {})
   ]
   inputs = [
     [stage, figures.text(path), figures.text(digest)]

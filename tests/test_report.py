@@ -568,6 +568,25 @@ def test_nothing_is_missing_from_a_whole_run(run):
   assert "not run yet" not in run[1].text
 
 
+def test_a_stage_that_nobody_asked_for_is_not_missing(tmp_path):
+  workdir = build_run(tmp_path)
+  for stage in ("base", "filter", "reward"):
+    shutil.rmtree(workdir / stage)
+  path = workdir / "config.json"
+  config = json.loads(path.read_text())
+  for stages, more, missing in (
+    ("all", {}, ["filter", "reward"]),
+    ("all", {"world.spec": 0}, ["base", "filter", "reward"]),
+    ("base, generate,filter,sft,rl", {}, ["filter"]),
+    ("generate,rl", {"world.spec": 0}, []),
+  ):
+    _dump(path, config | {"stages": stages} | more)
+    page = report.write_report(workdir).read_text(encoding="utf-8")
+    strip = re.findall(r"<li class=\"(done)?\"><b>(\w+)</b>", page)
+    assert [stage for done, stage in strip if not done] == missing
+    assert [stage for done, stage in strip if done] == ["generate", "sft", "rl", "eval"]
+
+
 def test_hostile_text_stays_text(tmp_path, run):
   """Every text of every artefact is hostile, and no tag or attribute comes of it."""
   for text in HOSTILE:
