@@ -201,11 +201,11 @@ def test_no_server_is_one_error(serve, client):
 
 
 def test_a_slow_server_is_not_waited_for(serve, client):
-  server = serve(lambda body: time.sleep(1.0) or echo(body))
+  server = serve(lambda body: time.sleep(10.0) or echo(body))
   start = time.monotonic()
   with pytest.raises(ConnectionError, match="timed out"):
     client(server.port, retries=0, timeout=0.2).chat(requests(2))
-  assert time.monotonic() - start < 0.9
+  assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
