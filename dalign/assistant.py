@@ -7,8 +7,10 @@ in the eval stage: a trained one's think block is opened for it.
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import queue
@@ -16,6 +18,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalign import buckets
 from dalign import compose
@@ -35,18 +38,30 @@ from dalign.types import Turn
 
 STAGES = ("base", "sft", "rl")
 LINE = 128  # scored rows are in lines of a multiple of so many tokens
+LIKELIEST = 5  # tokens that are known of each place of a row, as in OpenAI's protocol
+SOME = 256  # rows that are scored together at the most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
   """What the model has said of a reply so far. `finish` is "" while more is to come,
-  then "stop" or "length"; counts are of tokens, forced ones among those read."""
+  then "stop" or "length"; `tokens` are those that it drew, and those read are counted,
+  forced ones among them."""
 
   thought: str
   answer: str
   finish: str
   tokens_in: int
-  tokens_out: int
+  tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+  """A token after those before it: its log-probability in nats at temperature 1, and
+  the likeliest tokens there with theirs, best first."""
+
+  logp: float
+  likeliest: tuple[tuple[int, float], ...]
 
 
 def finished(workdir: pathlib.Path) -> str:
@@ -85,7 +100,7 @@ class Model:
     self.run = context.Run(cfg, place)
     self.stage = stage
     self._asked: collections.Counter = collections.Counter()
-    self._scorers: dict[int, context.Scorer] = {}
+    self._scorers: dict[tuple[Callable, int], context.Scorer] = {}
     if stage != "base":
       self.run.trained(stage)
 
@@ -194,17 +209,40 @@ class Model:
   ) -> list[tuple[float, bool]]:
     """For each row the log-probability in nats of its tokens from its start, at least
     1, onward, at temperature 1, and whether each of them is the likeliest."""
+    found = self._numbers(_stats, rows, starts)
+    return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
+
+  def likeliest(self, rows: Sequence[Sequence[int]]) -> list[list[Scored]]:
+    """For each row what each of its tokens but the first is worth, and what would have
+    been likelier there."""
+
+    def read(x: np.ndarray) -> Scored:
+      logp, (best, ids) = x[0], x[1:].reshape(2, LIKELIEST).tolist()
+      return Scored(
+        logp=float(logp), likeliest=tuple(zip(map(int, ids), best, strict=True))
+      )
+
+    found = self._numbers(_likeliest, rows, [1] * len(rows))
+    return [[*map(read, row)] for row in found]
+
+  def _numbers(self, make: Callable, rows, starts) -> list[np.ndarray]:
+    """Of each row the numbers of its tokens from its start onward, by the `score` of a
+    context.Scorer that `make(cfg=, compute=)` makes."""
     if not rows:
       return []
-    longest = max(map(len, rows))
     own = self.run.cfg.sft.batch
-    length = max(own.length, sampling.bucket(longest, LINE))
-    if length not in self._scorers:
-      shape = dataclasses.replace(own, length=length)
-      self._scorers[length] = self._scorer(shape)
+    length = max(own.length, sampling.bucket(max(map(len, rows)), LINE))
+    if (make, length) not in self._scorers:
+      compute = dataclasses.replace(self.run.cfg.compute, remat=False)
+      self._scorers[make, length] = context.Scorer(
+        self.run,
+        dataclasses.replace(own, length=length),
+        score=make(cfg=self.run.arch, compute=compute),
+      )
     with jax.set_mesh(self.run.mesh):
-      found = self._scorers[length](self._params, list(map(list, rows)), list(starts))
-    return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
+      return self._scorers[make, length](
+        self._params, list(map(list, rows)), list(starts)
+      )
 
   @functools.cached_property
   def _params(self):
@@ -218,25 +256,48 @@ class Model:
     with jax.set_mesh(self.run.mesh):
       return self.run.sampler.prepare(self._params)
 
-  def _scorer(self, shape: configs.BatchConfig) -> context.Scorer:
-    compute = dataclasses.replace(self.run.cfg.compute, remat=False)
 
-    def score(params, batch):
-      """[B, T, 2]: of each wanted token its logp, and whether it is the likeliest."""
-      wanted_BT = batch["wanted_BT"][:, 1:]
-      stats = decoder.target_stats(
-        params, batch, wanted_BT, cfg=self.run.arch, compute=compute
-      )
-      both_BT2 = jnp.stack([stats.logp, stats.hit], axis=-1)
-      return jnp.pad(both_BT2, ((0, 0), (1, 0), (0, 0)))
+def _stats(*, cfg, compute):
+  """[B, T, 2]: of each wanted token its logp, and whether it is the likeliest."""
 
-    return context.Scorer(self.run, shape, score=score)
+  def score(params, batch):
+    wanted_BT = batch["wanted_BT"][:, 1:]
+    stats = decoder.target_stats(params, batch, wanted_BT, cfg=cfg, compute=compute)
+    both_BT2 = jnp.stack([stats.logp, stats.hit], axis=-1)
+    return jnp.pad(both_BT2, ((0, 0), (1, 0), (0, 0)))
+
+  return score
+
+
+def _likeliest(*, cfg, compute):
+  """[B, T, 1 + 2 LIKELIEST]: of each token its logp, then those of the likeliest there,
+  then their ids, which float32 holds up to 2^24."""
+
+  def score(params, batch):
+    hidden_BTD = decoder.hidden(params, batch, cfg=cfg, compute=compute)
+    B, T, D = hidden_BTD.shape
+    targets_BT = jnp.roll(batch["tokens_BT"], -1, axis=1)
+
+    def one(part):
+      hidden_CD, targets_C = part
+      logits_CV = decoder.logits(params, hidden_CD, cfg=cfg, compute=compute)
+      logp_CV = jax.nn.log_softmax(logits_CV.astype(jnp.float32))
+      own_C1 = jnp.take_along_axis(logp_CV, targets_C[:, None], axis=1)
+      best_CK, ids_CK = jax.lax.top_k(logp_CV, LIKELIEST)
+      return jnp.concatenate([own_C1, best_CK, ids_CK.astype(jnp.float32)], axis=1)
+
+    C = math.gcd(T, LINE)  # never logits of all tokens at once
+    parts = hidden_BTD.reshape(-1, C, D), targets_BT.reshape(-1, C)
+    found_BTN = jax.lax.map(one, parts).reshape(B, T, -1)
+    return jnp.pad(found_BTN[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+  return score
 
 
 class Engine:
   """Answers those who ask a model at any time, many at once, word by word.
 
-  One thread decodes for all of them; use it `with`, which ends the thread.
+  One thread decodes for all of them and one scores; use it `with`, which ends both.
   """
 
   def __init__(self, model: Model):
@@ -246,16 +307,25 @@ class Engine:
     self.model = model
     self._asked = 0
     self._come: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-    self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+    self._rows: queue.SimpleQueue[tuple[Sequence[int], futures.Future] | None] = (
+      queue.SimpleQueue()
+    )
+    self._threads = [
+      threading.Thread(target=work, name=name, daemon=True)
+      for name, work in (("decoder", self._work), ("scorer", self._score))
+    ]
 
   def __enter__(self) -> "Engine":
     _ = self.model.weights  # before anybody waits for them
-    self._thread.start()
+    for thread in self._threads:
+      thread.start()
     return self
 
   def __exit__(self, *_) -> None:
     self._come.put(None)
-    self._thread.join()
+    self._rows.put(None)
+    for thread in self._threads:
+      thread.join()
 
   def room(self, row: Sequence[int]) -> int:
     """Tokens that may follow a row; ValueError where there is room for none."""
@@ -321,6 +391,31 @@ class Engine:
           return
     finally:
       leave()
+
+  def score(self, row: Sequence[int]) -> futures.Future[list[Scored]]:
+    """What each token of a row but the first is worth, once it is known: rows that come
+    while others are scored are scored together."""
+    future: futures.Future[list[Scored]] = futures.Future()
+    self._rows.put((row, future))
+    return future
+
+  def _score(self) -> None:
+    """The thread that scores, until it is told to end."""
+    ended = False
+    while not ended:
+      come = [self._rows.get()]
+      while len(come) < SOME and not self._rows.empty():
+        come.append(self._rows.get())
+      ended = None in come
+      here = [one for one in come if one and one[1].set_running_or_notify_cancel()]
+      try:
+        found = self.model.likeliest([row for row, _ in here])
+      except Exception as error:
+        for _, future in here:
+          future.set_exception(error)
+        continue
+      for (_, future), scored in zip(here, found, strict=True):
+        future.set_result(scored)
 
   def _work(self) -> None:
     """The thread: decodes until it is told to end; an error ends those who wait."""
@@ -418,7 +513,7 @@ def _reply(said: live.Heard, thought: str, answer: str) -> Reply:
     answer=answer,
     finish=said.finish,
     tokens_in=len(said.ask.tokens),
-    tokens_out=len(said.tokens),
+    tokens=said.tokens,
   )
 
 

@@ -2,9 +2,11 @@
 
   python -m dalign.main --mode=serve --workdir=runs/quickstart --port=8000
 
-The thought is in a field of its own, `reasoning_content`, as in vLLM and SGLang. What a
-client asks for and cannot have is refused, not passed over. On loopback anybody on the
-machine may ask; on another address only who sends the key in $DALIGN_API_KEY.
+The thought is in a field of its own, `reasoning_content`, as in vLLM and SGLang. Plain
+text is continued by /v1/completions, which tells log-probabilities where it is asked
+to, those of the prompt among them (`echo`), at temperature 1. What a client asks for
+and cannot have is refused, not passed over. On loopback anybody on the machine may ask;
+on another address only who sends the key in $DALIGN_API_KEY.
 """
 
 import asyncio
@@ -15,6 +17,7 @@ import difflib
 import functools
 import hmac
 import ipaddress
+import itertools
 import json
 import os
 import pathlib
@@ -28,6 +31,7 @@ from dalign import assistant
 from dalign import config as configs
 from dalign import live
 from dalign import store
+from dalign import text
 from dalign.types import Turn
 
 KEY = "DALIGN_API_KEY"
@@ -42,7 +46,7 @@ READ = {
   "stop",
 }
 OF_CHATS = READ | {"messages", "max_completion_tokens"}
-OF_TEXTS = READ | {"prompt"}
+OF_TEXTS = READ | {"prompt", "logprobs", "echo"}
 # What asks for no more than is done anyway.
 NEUTRAL: Mapping[str, tuple] = {
   "top_p": (1,),
@@ -72,8 +76,9 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-  """A request, checked: the tokens to continue, how their reply is read, and the
-  settings of `assistant.Engine.ask`."""
+  """A request, checked: the tokens to continue, how their reply is read, the text that
+  is said before it, how many likeliest tokens are told of each (None: no numbers), and
+  the settings of `assistant.Engine.ask`."""
 
   row: tuple[int, ...]
   read: Callable[[live.Heard], assistant.Reply]
@@ -81,6 +86,8 @@ class Asked:
   n: int
   stream: bool
   usage: bool  # at the end of a stream
+  echo: str | None
+  logprobs: int | None
   how: Mapping[str, Any]
 
 
@@ -121,9 +128,11 @@ class Service:
     if chat:
       turns = _turns(said.get("messages"))
       row, read = model.read(turns), lambda heard: model.heard(turns, heard)
-      default = model.budget
+      default, echo, logprobs = model.budget, None, None
     else:
-      row, read, default = self._row(said.get("prompt")), model.continued, None
+      row, written = self._row(said.get("prompt"))
+      read, default = model.continued, None
+      echo, logprobs = written if _flag(said, "echo") else None, _logprobs(said)
     try:
       room = self.engine.room(row)
     except ValueError as error:
@@ -134,20 +143,27 @@ class Service:
     wanted = _number(
       said, longest, int, 1, room, min(default or COMPLETION_TOKENS, room)
     )
-    heat = model.run.cfg.eval.temperature
+    heat, stream = model.run.cfg.eval.temperature, _flag(said, "stream")
+    if stream and (echo is not None or logprobs is not None):
+      raise Refused("echo and logprobs come whole: leave stream out", param="stream")
+    stops = _stops(said.get("stop", []))
+    if stops and logprobs is not None:
+      raise Refused("stop cannot be had with logprobs: leave it out", param="stop")
     options = said.get("stream_options", {})
     return Asked(
       row=row,
       read=read,
       chat=chat,
       n=_number(said, "n", int, 1, model.run.cfg.sampler.slots, 1),
-      stream=_flag(said, "stream"),
+      stream=stream,
       usage=isinstance(options, dict) and _flag(options, "include_usage"),
+      echo=echo,
+      logprobs=logprobs,
       how=dict(
         max_new=wanted,
         temperature=_number(said, "temperature", float, 0, 2, heat),
         seed=_number(said, "seed", int, -(2**63), 2**63, None),
-        stops=_stops(said.get("stop", [])),
+        stops=stops,
       ),
     )
 
@@ -167,8 +183,8 @@ class Service:
         "model",
       )
 
-  def _row(self, prompt) -> tuple[int, ...]:
-    """The tokens of a prompt that is a text, or tokens already."""
+  def _row(self, prompt) -> tuple[tuple[int, ...], str]:
+    """The tokens and the text of a prompt that is either."""
     tok = self.engine.model.run.tok
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
       prompt = prompt[0]
@@ -179,7 +195,7 @@ class Service:
     whole = isinstance(row, list) and row
     if not whole or not all(type(i) is int and 0 <= i < tok.vocab_size for i in row):
       raise Refused("wanted one text, or the ids of its tokens", param="prompt")
-    return tuple(row)
+    return tuple(row), prompt if isinstance(prompt, str) else tok.decode(row)
 
   @contextlib.contextmanager
   def held(self, asked: Asked):
@@ -225,13 +241,48 @@ class Service:
     last: dict[int, assistant.Reply] = {}
     async for i, reply in self.replies(asked):
       last[i] = reply
-    choices = [self._choice(asked, i, last[i]) for i in sorted(last)]
+    numbers = await asyncio.gather(
+      *(self._numbers(asked, last[i].tokens) for i in sorted(last))
+    )
+    choices = [
+      self._choice(asked, i, last[i], of)
+      for i, of in zip(sorted(last), numbers, strict=True)
+    ]
     return self._frame(asked, choices) | {"usage": _usage(last)}
 
-  def _choice(self, asked: Asked, i: int, reply: assistant.Reply) -> dict:
-    said: dict = {"index": i, "finish_reason": reply.finish, "logprobs": None}
+  async def _numbers(self, asked: Asked, drawn: tuple[int, ...]) -> dict | None:
+    """The `logprobs` of a choice, as /v1/completions has them: at temperature 1, and of
+    a row's first token none."""
+    if asked.logprobs is None:
+      return None
+    row, tok = (*asked.row, *drawn), self.engine.model.run.tok
+    try:
+      scored = await asyncio.wrap_future(self.engine.score(row))
+    except Exception as error:
+      raise Refused(f"{type(error).__name__}: {error}", 500) from None
+    texts = [tok.decode([i]) for i in row]
+    tokens = [_name(tok, i) for i in row]
+    logps = [None, *(own.logp for own in scored)]
+    tops: list[dict[str, float] | None] = [None]
+    for token, own in zip(tokens[1:], scored, strict=True):
+      top: dict[str, float] = {}
+      for i, logp in own.likeliest[: asked.logprobs]:
+        top.setdefault(_name(tok, i), logp)
+      tops.append(({token: own.logp} | top) if top else None)
+    ends = [0, *itertools.accumulate(map(len, texts))]
+    found: dict[str, list] = {
+      "tokens": tokens,
+      "token_logprobs": logps,
+      "top_logprobs": tops,
+      "text_offset": ends[:-1],
+    }
+    start = len(asked.row) if asked.echo is None else 0
+    return {name: values[start:] for name, values in found.items()}
+
+  def _choice(self, asked: Asked, i: int, reply: assistant.Reply, numbers) -> dict:
+    said: dict = {"index": i, "finish_reason": reply.finish, "logprobs": numbers}
     if not asked.chat:
-      return said | {"text": reply.answer}
+      return said | {"text": (asked.echo or "") + reply.answer}
     message = {"role": "assistant", "content": reply.answer}
     return said | {"message": message | {"reasoning_content": reply.thought or None}}
 
@@ -324,6 +375,20 @@ def _flag(said: dict, name: str) -> bool:
   return value
 
 
+def _name(tok: text.Tokenizer, i: int) -> str:
+  """A token's text; of one that is none, a control token or a part of a character, the
+  vocabulary's word."""
+  said = tok.decode([i])
+  return said if said and "\ufffd" not in said else tok.backend.id_to_token(i) or said
+
+
+def _logprobs(said: dict) -> int | None:
+  """How many likeliest tokens of each a request asks for, or None."""
+  if said.get("logprobs") is False:
+    return None
+  return _number(said, "logprobs", int, 0, assistant.LIKELIEST, None)
+
+
 def _stops(stop) -> tuple[str, ...]:
   stops = [stop] if isinstance(stop, str) else stop
   if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
@@ -333,7 +398,7 @@ def _stops(stop) -> tuple[str, ...]:
 
 def _usage(last: Mapping[int, assistant.Reply]) -> dict:
   read = max(reply.tokens_in for reply in last.values())
-  written = sum(reply.tokens_out for reply in last.values())
+  written = sum(len(reply.tokens) for reply in last.values())
   return {
     "prompt_tokens": read,
     "completion_tokens": written,

@@ -14,11 +14,15 @@ import inspect_ai
 from inspect_ai import dataset
 from inspect_ai import solver
 import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.models import openai_completions
+import numpy as np
 import openai
 import pytest
 
 from dalign import assistant
 from dalign import serve
+from dalign.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
@@ -147,6 +151,69 @@ def test_an_answer_ends_before_a_stop(client, name):
   assert write().choices[0].text == whole
 
 
+@pytest.fixture(scope="module")
+def write(client, name):
+  def written(prompt, **how):
+    how = {"model": name, "prompt": prompt, "temperature": 0.0} | how
+    return client.completions.create(**how).choices
+
+  return written
+
+
+def test_tokens_are_told_what_they_were_worth(write, model):
+  (choice,) = write("The sky is blue", max_tokens=4, echo=True, logprobs=2)
+  row = model.run.tok.document("The sky is blue")
+  (drawn,) = model._complete([row], max_new=4, temperature=0.0, seed=0)
+  whole, found = [*row, *drawn.tokens], choice.logprobs
+  assert choice.text == "The sky is blue" + model.run.tok.decode(drawn.tokens)
+  assert len(found.tokens) == len(whole) and "".join(found.tokens[1:4]) in choice.text
+  assert [choice.text[at:][:1] for at in found.text_offset[1:4]] == [
+    token[:1] for token in found.tokens[1:4]
+  ]
+  assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+  for at in (1, len(row), len(whole) - 1):  # from there to the end
+    ((logp, likeliest),) = model.scores([whole], [at])
+    assert sum(found.token_logprobs[at:]) == pytest.approx(logp, abs=1e-3)
+    own = zip(found.token_logprobs[at:], found.top_logprobs[at:], strict=True)
+    assert all(logp == max(top.values()) for logp, top in own) == likeliest
+  assert {len(top) for top in found.top_logprobs[1:]} == {2, 3}  # with its own
+  (alone,) = write("The sky is blue", max_tokens=4, logprobs=2)
+  assert alone.text == choice.text.removeprefix("The sky is blue")
+  assert alone.logprobs.token_logprobs == found.token_logprobs[len(row) :]
+  assert alone.logprobs.top_logprobs == found.top_logprobs[len(row) :]
+  (echoed,) = write(row, max_tokens=4, echo=True)
+  assert echoed.text == choice.text and echoed.logprobs is None
+
+
+def test_rows_that_are_scored_together_are_scored_as_alone(write):
+  asks = [f"The {'very ' * i}blue sky" for i in range(5)]
+  how = dict(max_tokens=1, echo=True, logprobs=0)
+  alone = [write(prompt, **how) for prompt in asks]
+  with concurrent.futures.ThreadPoolExecutor(5) as threads:
+    together = [*threads.map(lambda prompt: write(prompt, **how), asks)]
+  for (one,), (other,) in zip(alone, together, strict=True):
+    assert one.text == other.text and one.logprobs.top_logprobs[1] is None
+    np.testing.assert_allclose(
+      one.logprobs.token_logprobs[1:], other.logprobs.token_logprobs[1:], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+  "change, wanted",
+  [
+    ({"logprobs": 6}, "a whole number in 0 to 5"),
+    ({"logprobs": True}, "a whole number in 0 to 5"),
+    ({"echo": 1}, "true or false"),
+    ({"logprobs": 1, "stream": True}, "leave stream out"),
+    ({"echo": True, "stream": True}, "leave stream out"),
+    ({"logprobs": 1, "stop": "."}, "stop cannot be had with logprobs"),
+  ],
+)
+def test_numbers_that_cannot_be_had_are_refused(address, name, change, wanted):
+  body = json.dumps({"model": name, "prompt": "The sky"} | change).encode()
+  assert_refused(address, body, 400, wanted, path="/completions")
+
+
 def test_a_client_that_leaves_takes_its_rows_along(ask, address):
   stream = ask(stream=True, temperature=1.0, max_tokens=2000, n=4)
   next(stream)
@@ -188,9 +255,9 @@ def post(address, body: bytes, path="/chat/completions", **headers):
     return json.load(reply)
 
 
-def assert_refused(address, body, status, wanted, **headers):
+def assert_refused(address, body, status, wanted, **how):
   with pytest.raises(urllib.error.HTTPError) as caught:
-    post(address, body, **headers)
+    post(address, body, **how)
   assert caught.value.code == status
   assert wanted in json.load(caught.value)["error"]["message"]
 
@@ -288,6 +355,25 @@ def test_inspect_asks_it_as_any_such_server(address, name, model, tmp_path):
   message = log.samples[0].output.message
   assert own.thought in str(message.content)
   assert message.text == own.answer
+
+
+def test_lm_evals_log_likelihoods_are_those_of_the_harness(address, name, workdir):
+  theirs = openai_completions.LocalCompletionsAPI(
+    model=name,
+    base_url=f"{address}/completions",
+    tokenizer=str(workdir / "export" / "model"),
+    tokenizer_backend="huggingface",
+    num_concurrent=3,
+  )
+  ours = lm_eval_model.DalignLM(workdir=workdir, stage="sft")
+  pairs = [("The sky is", " blue"), ("The sky is", " green, some"), ("Two and", " two")]
+  requests = [
+    Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
+    for i, pair in enumerate(pairs)
+  ]
+  got, wanted = theirs.loglikelihood(requests), ours.loglikelihood(requests)
+  np.testing.assert_allclose([x for x, _ in got], [x for x, _ in wanted], atol=2e-3)
+  assert [hit for _, hit in got] == [hit for _, hit in wanted]
 
 
 TASK = """
