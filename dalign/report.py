@@ -19,6 +19,7 @@ import re
 from typing import Any
 
 from dalign import buckets
+from dalign import config as configs
 from dalign import figures
 from dalign import store
 
@@ -158,9 +159,8 @@ def _read_json(path: pathlib.Path) -> Json:
 def _asked(config: Json) -> tuple[str, ...]:
   """The stages that a config asks for: but a world's, none trains a base."""
   config = config or {}
-  stages = STAGES if "world.spec" in config else STAGES[1:]
-  names = [name.strip() for name in config.get("stages", "all").split(",")]
-  return tuple(stage for stage in stages if names == ["all"] or stage in names)
+  asked = configs.chosen_stages(config.get("stages", "all"))
+  return asked if "world.spec" in config else tuple(s for s in asked if s != "base")
 
 
 def _manifests(workdir: pathlib.Path, asked: tuple[str, ...]) -> dict[str, Json]:

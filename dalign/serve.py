@@ -260,24 +260,25 @@ class Service:
       scored = await asyncio.wrap_future(self.engine.score(row))
     except Exception as error:
       raise Refused(f"{type(error).__name__}: {error}", 500) from None
-    texts = [tok.decode([i]) for i in row]
-    tokens = [_name(tok, i) for i in row]
-    logps = [None, *(own.logp for own in scored)]
-    tops: list[dict[str, float] | None] = [None]
-    for token, own in zip(tokens[1:], scored, strict=True):
-      top: dict[str, float] = {}
+
+    def top(token: str, own: assistant.Scored) -> dict[str, float] | None:
+      found: dict[str, float] = {}
       for i, logp in own.likeliest[: asked.logprobs]:
-        top.setdefault(_name(tok, i), logp)
-      tops.append(({token: own.logp} | top) if top else None)
-    ends = [0, *itertools.accumulate(map(len, texts))]
-    found: dict[str, list] = {
-      "tokens": tokens,
-      "token_logprobs": logps,
-      "top_logprobs": tops,
-      "text_offset": ends[:-1],
-    }
+        found.setdefault(_name(tok, i), logp)
+      return {token: own.logp} | found if found else None
+
     start = len(asked.row) if asked.echo is None else 0
-    return {name: values[start:] for name, values in found.items()}
+    ends = itertools.accumulate((len(tok.decode([i])) for i in row), initial=0)
+    tokens = [_name(tok, i) for i in row[start:]]
+    worth = [None, *scored][start:]
+    return {
+      "tokens": tokens,
+      "token_logprobs": [own and own.logp for own in worth],
+      "top_logprobs": [
+        own and top(token, own) for token, own in zip(tokens, worth, strict=True)
+      ],
+      "text_offset": [*ends][start:-1],
+    }
 
   def _choice(self, asked: Asked, i: int, reply: assistant.Reply, numbers) -> dict:
     said: dict = {"index": i, "finish_reason": reply.finish, "logprobs": numbers}

@@ -113,15 +113,18 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
 
 
 BEGUN = "mkdir -p runs/quickstart/generate; echo x > runs/quickstart/generate/x.jsonl"
+SAMPLED = BEGUN.replace("x.jsonl", "samples.jsonl")
+FAILS = 'case "$*" in *quickstart*) exit 3;; esac'
 SLOW = 'case $1 in --*) shift 2; exec "$@";; esac; shift; "$@"; exit 124'
 
 
 @pytest.mark.parametrize(
   ("does", "code"),
   [
-    (dict(python=BEGUN.replace("x.jsonl", "samples.jsonl"), timeout=SLOW), 0),
+    (dict(python=SAMPLED, timeout=SLOW), 0),
     (dict(python=BEGUN, timeout=SLOW), 1),  # too slow to show anything
-    (dict(python='case "$*" in *quickstart*) exit 3;; esac'), 3),
+    (dict(python=f"{SAMPLED}; {FAILS}", timeout=SLOW), 1),  # no way to stop
+    (dict(python=FAILS), 3),
     (dict(python=BEGUN), 1),  # no report
   ],
 )
