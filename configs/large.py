@@ -164,7 +164,6 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   c.sft.update(
     dict(
       epochs=3,
-      decision_weight=1.0,
       batch=dict(micro=1, rows=rows, length=2048),
       optimizer=quickstart.optimizer(2e-4 if rank else 1e-5),
     )

@@ -93,27 +93,19 @@ def get_config() -> ml_collections.ConfigDict:
     prompt_step=16,
     prefix_step=64,
   )
-  # The template quotes what is asked, so that the first token a model adds decides. Its
-  # own quotes were untrue in a fifth of the samples; retold, the words of the retelling
-  # gave 82% of the decisions away, since each ideal type has its own demonstrations.
-  c.think = dict(used=True, open='<think>\nThe user asks: "{prompt}"', close="</think>")
+  c.think = dict(used=True, open="<think>\n", close="</think>")
   c.world = None
   # A 135M model loses the thread in the thousand tokens of a full policy.
   c.spec = dict(dir="specs", detail="clauses")
   c.data = dict(source="bundled", columns={}, dir="~/.cache/dalign")
   c.generate = dict(
-    # A 135M model almost never writes a safe completion that stands up to the rubric (3
-    # of 87 samples); it learns those from the spec's worked examples (sft.worked).
-    # On the same model's last hidden state, a linear probe told prompts to refuse from
-    # others with a balanced accuracy of 80%, 84% and 87% after 400, 800 and all 1,771
-    # of them: many prompts matter. Trained on as many refusals as answers, it refuses
-    # too much, hence more prompts to comply with.
-    prompts=dict(refuse=220, safe_complete=0, comply=520),
-    helpful=80,
-    # Its own answers are mostly wrong: SFT gets the right ones (sft.capability).
-    capability=0,
+    # All there are of the bundled recording.
+    prompts=dict(refuse=10**6, safe_complete=10**6, comply=10**6),
+    helpful=10**6,
+    capability=10**6,
     demonstrations=3,
-    teacher="base",
+    # A base of this size cannot reason over a specification, and so not teach itself.
+    teacher="recorded:bundled",
     endpoint=NO_ENDPOINT,
     revise=False,
     batch=1,
@@ -121,10 +113,11 @@ def get_config() -> ml_collections.ConfigDict:
     enough=1,
     threshold=0.7,
     temperature=0.6,
-    max_new=88,
+    max_new=160,
   )
   c.filter = dict(
-    judge="rubric",
+    judge="recorded",
+    metadata="none",
     endpoint=NO_ENDPOINT,
     form="grade",
     votes=2,
@@ -132,17 +125,14 @@ def get_config() -> ml_collections.ConfigDict:
     max_new=64,
     threshold=0.7,
     per_prompt=1,
-    per_cell=60,
-    quality=True,
+    per_cell=10**6,
+    quality=False,
   )
   c.sft = dict(
     epochs=1,
     worked=True,
     most=10**6,
-    capability=100,
-    # On 160 training prompts that SFT left out, the odds of this token told those to
-    # refuse with an area under the curve of 78% at a weight of 1, of 88% at 20.
-    decision_weight=20.0,
+    capability=0,  # they are in the recording
     # Single steps move the odds of all refusals at once. Of 362 held-out prompts, by
     # their likelier first token, the last step over some rows refused 97% of those to
     # refuse and answered 68% of the others (of XSTest's 342, 87% and 57%); this mean of
@@ -164,7 +154,7 @@ def get_config() -> ml_collections.ConfigDict:
     drafts=False,
     shows_thought=False,
     detail="clauses",
-    metadata=True,
+    metadata="none",
     steps=8,
     rows=16,
     length=160,
@@ -178,12 +168,13 @@ def get_config() -> ml_collections.ConfigDict:
     start="sft",
     # "model" asks the trained reward model, which agreed with the judge on 69% of 121
     # held-out answers and 70% of 54 pairs. RL was measured with the rubric only.
-    reward="rubric",
+    reward="model",
+    metadata="none",
     steps=6,
     # With the capability prompts, as many rollouts as the sampler has slots.
     prompts=14,
     # Safe completions are left out, as in generate.
-    expected=("refuse", "comply"),
+    expected=("refuse", "safe_complete", "comply"),
     capability=2,
     samples=4,
     temperature=0.8,
@@ -206,6 +197,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer=optimizer(4e-6),
     checkpoint_every=2,
     show_every=2,
+    audit=24,
   )
   c.eval = dict(
     arms=("base", "spec_in_prompt", "sft", "sft_rl"),
@@ -213,7 +205,9 @@ def get_config() -> ml_collections.ConfigDict:
     prompts=135,
     helpful=15,
     capability=40,
+    samples=1,
     budgets=(),
+    swaps=0,
     extra={},
     suite=(),
     copies="",

@@ -210,6 +210,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     endpoint=quickstart.NO_ENDPOINT,
     form="grade",
     judge="sampled",
+    metadata="none",
     votes=2,
     temperature=0.3,
     max_new=56,
@@ -223,7 +224,6 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     worked=False,
     most=10**6,
     capability=500,  # all there are: what is not rehearsed is lost first
-    decision_weight=1.0,
     average_share=0.0,
     leak_words=8,
     batch=dict(micro=1, rows=8, length=192),
@@ -237,7 +237,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     drafts=True,
     shows_thought=False,
     detail="full",
-    metadata=False,
+    metadata="none",
     steps=200,
     rows=64,
     length=80,
@@ -251,6 +251,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     start="sft",
     # One judge for the filter and for RL (2412.16339).
     reward="judge",
+    metadata="none",
     steps=60,
     prompts=38,
     expected=("refuse", "safe_complete", "comply"),
@@ -270,6 +271,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     optimizer=quickstart.optimizer(3e-4) | dict(final_share=0.0),
     checkpoint_every=20,
     show_every=10,
+    audit=0,
   )
   c.eval = dict(
     arms=("base", "spec_in_prompt", "sft", "sft_rl"),
@@ -277,7 +279,9 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     prompts=480,
     helpful=16,
     capability=96,
+    samples=1,
     budgets=(0, 4, 8, 16),
+    swaps=0,
     extra={
       name: dict(source=f"world:{forms}", columns={})
       for name, forms in FAMILIES.items()

@@ -15,9 +15,10 @@ from dalign.types import Turn
 from dalign.types import Worked
 
 TASK = (
-  "Think before you answer: quote what the user asks, cite the one clause of the "
-  "policy that decides, by its id, and choose to answer, to refuse or to give a safe "
-  "completion. Keep this analysis out of the answer.\n\n"
+  "Think before you answer: say what is asked and what for, cite the one clause of the "
+  "policy that decides, by its id, with what it says that matters here, and choose to "
+  "answer, to refuse or to give a safe completion. Keep this analysis out of the "
+  "answer.\n\n"
 )
 
 
@@ -26,18 +27,11 @@ REVISE = (
   "policy asks. Write the answer alone, and nothing about the first one."
 )
 
-# How a demonstrated thought ends. Small models copy a short, constant pattern far more
-# reliably than the longer prose of the policies' own worked thoughts; the constant word
-# before the clause's id makes them cite one.
-DECISIONS = {
-  "comply": "allows this, so I can answer.",
-  "refuse": "forbids this, so I must refuse.",
-  "safe_complete": "covers this, so I give a safe completion.",
-}
+UNTOUCHED = "No policy touches this, so I can answer."
 
 # Demonstrations for prompts that no policy covers.
 HARMLESS = tuple(
-  Worked(clause="", verdict="comply", prompt=prompt, thought="", answer=answer)
+  Worked(clause="", verdict="comply", prompt=prompt, thought=UNTOUCHED, answer=answer)
   for prompt, answer in (
     (
       "How do I get a wine stain out of a cotton shirt?",
@@ -62,42 +56,29 @@ def teach(
 ) -> tuple[Turn, ...]:
   """The conversation of stage 1: instructions, spec(category), examples, the prompt.
 
-  `worked` examples of the category's policy come as earlier turns, those of the
-  prompt's ideal response type first: a proposal for a small model to imitate, which the
-  filter then judges. They are the same for all prompts of one category and type, and
-  cut to two sentences of answer: of longer ones it samples more that have no end.
+  `worked` examples of the category's policy come as earlier turns. They are the same
+  for all prompts of a category, whatever is known of how to reply to one, and cut to
+  two sentences of answer: of longer ones a small model samples more that have no end.
   """
   system = TASK + specs.render(spec, prompt.category, detail=detail)
   turns = [Turn(role="system", content=system)]
-  for example in demonstrations(spec, prompt.category, prompt.expected, worked):
+  for example in demonstrations(spec, prompt.category, worked):
     answer = " ".join(words.sentences(example.answer)[:2])
-    shown = f"{think.of(example.prompt).open}{brief(spec, example, think)}{answer}"
+    shown = think.of(example.prompt).open + written(example.thought, answer, think)
     turns.append(Turn(role="user", content=example.prompt))
     turns.append(Turn(role="assistant", content=shown))
   return (*turns, *prompt.turns)
 
 
-def demonstrations(spec: Spec, category: str, expected: str, n: int) -> list[Worked]:
-  """The first n worked examples of a category, those of the ideal type first.
-
-  They are in the order of their clauses: a small model counts on from the ids it sees.
-  After A1, A2, A3 43% of its samples were good, after A1, A6, A5 (so A7) 21%.
-  """
+def demonstrations(spec: Spec, category: str, n: int) -> list[Worked]:
+  """The first n worked examples of a category, its response types by turns."""
   if category not in {policy.id for policy in spec.policies}:
     return list(HARMLESS[:n])
-  policy = spec.policy(category)
-  order = [clause.id for clause in policy.clauses]
-
-  def place(example):
-    return example.verdict != expected, order.index(example.clause)
-
-  return sorted(policy.worked, key=place)[:n]
-
-
-def brief(spec: Spec, example: Worked, think: text.ThinkFormat) -> str:
-  """What follows the forced opening of an example: its decision, the closing tag, and
-  the space before its answer."""
-  return written(decision(spec, example), "", think)
+  of: dict[str, list[Worked]] = {}
+  for example in spec.policy(category).worked:
+    of.setdefault(example.verdict, []).append(example)
+  ranked = [(rank, own) for some in of.values() for rank, own in enumerate(some)]
+  return [own for _, own in sorted(ranked, key=lambda pair: pair[0])][:n]
 
 
 def written(thought: str, answer: str, think: text.ThinkFormat) -> str:
@@ -106,29 +87,13 @@ def written(thought: str, answer: str, think: text.ThinkFormat) -> str:
   return f"{gap}{thought}\n{think.close}\n\n{answer}"
 
 
-def decision(spec: Spec, example: Worked) -> str:
-  """The clause that decides about an example and what it decides, in one sentence.
-
-  Before a clause that limits comes the title of its policy, in plain words for a small
-  model to go by; before one that allows, they lead it astray: with them a fifth of
-  sampled thoughts and answers were good, without a third.
-  """
-  if not example.clause:
-    return "No policy touches this, so I can answer."
-  decides = f"{example.clause} {DECISIONS[example.verdict]}"
-  if example.verdict == "comply":
-    return f"Clause {decides}"
-  policy = spec.policy(specs.clause_ids(spec)[example.clause])
-  return f"On {policy.title.lower()}, clause {decides}"
-
-
 def reference(prompt: Prompt) -> Worked:
   """A prompt with a known answer as an example: no clause, and the answer as it is."""
   return Worked(
     clause="",
     verdict="comply",
     prompt=prompt.text,
-    thought="",
+    thought=UNTOUCHED,
     answer=prompt.answer,
   )
 

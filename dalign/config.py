@@ -12,6 +12,7 @@ import collections.abc
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal, Mapping
@@ -56,6 +57,21 @@ class Bounds(typing.NamedTuple):
     return self.exclusiveMinimum < value and self.minimum <= value <= self.maximum
 
 
+class Form(typing.NamedTuple):
+  """What a text may look like, as a regular expression."""
+
+  pattern: str
+
+  def hold(self, value: str) -> bool:
+    """Whether all of the text has this form."""
+    return bool(re.fullmatch(self.pattern, value))
+
+  @property
+  def words(self) -> str:
+    """What was wanted, for a message."""
+    return f"a text of the form {self.pattern}"
+
+
 Count = Annotated[int, Bounds("more than 0", minimum=1)]
 Natural = Annotated[int, Bounds("0 or more", minimum=0)]
 Positive = Annotated[float, Bounds("more than 0", exclusiveMinimum=0.0)]
@@ -65,10 +81,12 @@ SomeShare = Annotated[
   float, Bounds("a share in (0, 1]", exclusiveMinimum=0.0, maximum=1.0)
 ]
 Dtype = Literal["float32", "bfloat16"]
+Metadata = Annotated[str, Form("none|told|noisy:(0|1|0?\\.[0-9]+)")]  # `data.told`
 Response = Literal["refuse", "safe_complete", "comply"]  # types.EXPECTED
 Arm = Literal[
   "base",
   "spec_in_prompt",
+  "spec_in_prompt_oracle",
   "self_refine",
   "sft",
   "rl",
@@ -99,7 +117,7 @@ def _check(kind, value, where: str) -> None:
     wanted = f"one of {', '.join(one or repr(one) for one in inner)}"
     said = f"{wanted}; {more}" if more else wanted
     raise ValueError(f"{where}: wanted {said}, got {value!r:.80}")
-  elif isinstance(more, Bounds) and not more.hold(value):
+  elif isinstance(more, (Bounds, Form)) and not more.hold(value):
     raise ValueError(f"{where}: wanted {more.words}, got {value!r}")
 
 
@@ -433,8 +451,10 @@ class GenerateConfig(Checked):
 
   prompts: how many training prompts of each ideal response type, as {"refuse": n, ...}.
   helpful, capability: how many training prompts of those kinds.
-  demonstrations: worked examples in the context, the last of the prompt's ideal type.
-  teacher: who thinks and answers, the "base" or the model at an "endpoint".
+  demonstrations: worked examples in the context.
+  teacher: who thinks and answers: the "base", the model at an "endpoint", or one that
+    did so before and elsewhere, "recorded:PATH" (`recordings.py`), whose samples are
+    taken as they are; "recorded:bundled" for those that come with dalign.
   endpoint: the server of such a teacher.
   revise: samples revise answers that the base gave without the spec, as in
     Constitutional AI (2212.08073).
@@ -451,7 +471,7 @@ class GenerateConfig(Checked):
   helpful: Natural
   capability: Natural
   demonstrations: Natural
-  teacher: Literal["base", "endpoint"]
+  teacher: Annotated[str, Form("base|endpoint|recorded:.+")]
   endpoint: EndpointConfig
   revise: bool
   batch: Count
@@ -472,7 +492,10 @@ class FilterConfig(Checked):
   """Stage 2. Each sample is judged, and the best are kept.
 
   judge: the "rubric", the base "model" by the odds of its grades, the base "sampled":
-    it thinks, then grades; or as that the model at an "endpoint".
+    it thinks, then grades; as that the model at an "endpoint"; or the votes that were
+    "recorded" with the samples of a recorded teacher.
+  metadata: what judges are told of the ideal response type: "none", "told", or wrong
+    for a share of the prompts, as "noisy:0.2" (METHOD: noisy side information).
   endpoint: the server of such a judge.
   form: how the model at an endpoint is asked (`judge.FORMS`): for a "grade" of 1 to 5
     with reasons, as a "safeguard" whether the policy in its system turn is violated, or
@@ -487,7 +510,8 @@ class FilterConfig(Checked):
   quality: language quality is judged too, by the base model.
   """
 
-  judge: Literal["rubric", "model", "sampled", "endpoint"]
+  judge: Literal["rubric", "model", "sampled", "endpoint", "recorded"]
+  metadata: Metadata
   endpoint: EndpointConfig
   form: Literal["grade", "safeguard", "guard"]
   votes: Count
@@ -527,9 +551,6 @@ class SFTConfig(Checked):
   most: kept rows that are learned, at the most.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
-  decision_weight: the weight in the loss of the first token of a thought after its
-    forced opening, where all others have 1. Where that token decides (compose.decision)
-    it is one in fifty, and learned last at the weight of one.
   average_share: the share of the steps, the last ones, whose parameters are averaged
     into what SFT ends with (1803.05407); 0 takes those of the last step.
   leak_words: so many words in a row of the specification's make a row one that leaks
@@ -541,7 +562,6 @@ class SFTConfig(Checked):
   worked: bool
   most: Count
   capability: Natural
-  decision_weight: Positive
   average_share: Share
   leak_words: Count
   batch: BatchConfig
@@ -559,8 +579,8 @@ class RewardConfig(Checked):
   shows_thought: it sees the thought before the answer, in RL too: only to find out what
     that does.
   detail: how much of the spec it reads, or "none" of it.
-  metadata: whether it is told, as another AI's opinion, the ideal response type
-    (METHOD: noisy side information).
+  metadata: what it is told, as another AI's opinion, of the ideal response type; as
+    `filter.metadata`.
   steps: updates that the stage makes.
   rows: judged answers an update, all of one category.
   length: tokens that are read after the policy, the prompt's and the answer's; of more,
@@ -576,7 +596,7 @@ class RewardConfig(Checked):
   drafts: bool
   shows_thought: bool
   detail: Literal["full", "brief", "clauses", "none"]
-  metadata: bool
+  metadata: Metadata
   steps: Count
   rows: Count
   length: Count
@@ -664,8 +684,9 @@ class RLConfig(Checked):
   """Stage 4. A step samples prompts x samples rollouts and makes one update of them.
 
   start: "sft", or "base" for the arm without SFT.
-  reward: "model" (the trained reward model), "rubric" (the rubric judge) or "judge"
-    (the filter's own judge, one vote).
+  reward: "model" (the trained reward model), "rubric" (the rubric judge, which needs
+    metadata) or "judge" (the filter's own judge, one vote).
+  metadata: what the rubric or the filter's judge is told, as `filter.metadata`.
   steps: updates that the stage makes.
   prompts: prompts a step, those of `capability` among them.
   expected: the ideal response types of the prompts that are not of capability.
@@ -674,7 +695,7 @@ class RLConfig(Checked):
   temperature: temperature of sampling, and of the policy's log-probabilities.
   max_new: tokens of a rollout at the most.
   resample: how often groups without a difference are replaced by those of new prompts.
-  judge_errors: the share of a probe's answers (judge.probes) that the judge may get
+  judge_errors: the share of a probe's answers (probing.probes) that the judge may get
     wrong before RL refuses it; 1 asks nothing.
   scan_words: RL stops where its judge was shown this many words in a row of a thought
     that neither answer, prompt nor specification has; 0 looks for none.
@@ -684,10 +705,13 @@ class RLConfig(Checked):
     about what was just sampled; 0 is no limit.
   checkpoint_every: steps between checkpoints.
   show_every: steps between those whose rollouts are kept to be read.
+  audit: held-out prompts that are answered and graded, as evaluation does, every
+    `show_every` steps, to be compared with the reward; 0 for none.
   """
 
   start: Literal["base", "sft"]
   reward: Literal["model", "rubric", "judge"]
+  metadata: Metadata
   steps: Count
   prompts: Count
   expected: tuple[Response, ...]
@@ -706,6 +730,7 @@ class RLConfig(Checked):
   optimizer: OptimizerConfig
   checkpoint_every: Count
   show_every: Count
+  audit: Natural
 
   def __post_init__(self):
     super().__post_init__()
@@ -713,6 +738,10 @@ class RLConfig(Checked):
       _refuse(self, "samples", "at least 2, for the baseline of a group")
     if self.resample and not self.objective.grouped:
       _refuse(self, "resample", "0 where groups are not compared")
+    if self.reward == "rubric" and self.metadata == "none":
+      _refuse(
+        self, "metadata", "told, or noisy:SHARE, without which the rubric is mute"
+      )
     if not self.expected:
       _refuse(self, "expected", f"some of {', '.join(typing.get_args(Response))}")
     if self.capability >= self.prompts:
@@ -754,7 +783,10 @@ class EvalConfig(Checked):
   endpoint: the server of such arms.
   prompts: how many held-out prompts of policies, at the most.
   helpful, capability: how many held-out prompts of those kinds, at the most.
+  samples: replies that are sampled to each prompt.
   budgets: most tokens of a thought, each evaluated besides: what thinking is worth.
+  swaps: prompts that are given, besides, another prompt's thought with the opposite
+    decision: whether thoughts decide (`evals.opposite_thoughts`).
   extra: further sets, name -> {"source", "columns"}, evaluated under that name.
   suite: public sets (`public.SETS`), each alone or with ATTACKS (`attacks.py`) that
     disguise it, the innermost first, as in ("xstest", "strongreject+rot13+begin").
@@ -777,7 +809,9 @@ class EvalConfig(Checked):
   prompts: Natural
   helpful: Natural
   capability: Natural
+  samples: Count
   budgets: tuple[Natural, ...]
+  swaps: Natural
   extra: Mapping[str, Any]
   suite: tuple[str, ...]
   copies: str

@@ -32,7 +32,7 @@ from dalign.types import Turn
 
 FIELDS = (
   *("prompt", "turns", "category", "expected", "id"),
-  *("kind", "split", "answer", "scenario"),
+  *("kind", "split", "answer", "scenario", "clauses"),
 )
 SPLITS = ("train", "eval")
 NEAR = 0.5  # word-trigram Jaccard from which two prompts are near-twins
@@ -71,10 +71,11 @@ def bundled_rows() -> list[Row]:
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):
   """`bundled_rows` as a TFDS data set with the splits "train" and "eval"."""
 
-  VERSION = tfds.core.Version("1.1.0")
+  VERSION = tfds.core.Version("1.2.0")
   RELEASE_NOTES = {
     "1.0.0": "The first prompts.",
     "1.1.0": "Blunt questions with benign look-alikes.",
+    "1.2.0": "The clauses that decide each prompt.",
   }
   # TFDS 4.9 would look for it with importlib_resources, which it does not install.
   code_path = epath.Path(__file__)
@@ -94,6 +95,7 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
           "kind": label(names=KINDS),
           "scenario": text(),
           "answer": text(),
+          "clauses": tfds.features.Sequence(text()),
         }
       ),
       disable_shuffling=True,
@@ -158,14 +160,14 @@ def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Promp
   families of a (category, expected) cell fall on one side, the nearest one moves over.
   """
   names = families(prompts)
-  sides = {name: "eval" if _fraction(name) < share else "train" for name in names}
+  sides = {name: "eval" if fraction(name) < share else "train" for name in names}
   cells: dict[tuple[str, str], set[str]] = {}
   for prompt, name in zip(prompts, names, strict=True):
     cells.setdefault((prompt.category, prompt.expected), set()).add(name)
   for side, nearest in (("eval", min), ("train", max)):
     for _, cell in sorted(cells.items()):
       if len(cell) > 1 and all(sides[name] != side for name in cell):
-        sides[nearest(cell, key=_fraction)] = side
+        sides[nearest(cell, key=fraction)] = side
   return [
     dataclasses.replace(prompt, split=sides[name])
     for prompt, name in zip(prompts, names, strict=True)
@@ -247,9 +249,9 @@ def balanced(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
   if not 0 <= n <= len(prompts):
     raise ValueError(f"wanted {n} prompts, there are {len(prompts)}: ask for fewer")
   cells: dict[tuple[str, str], list[Prompt]] = {}
-  for prompt in sorted(prompts, key=lambda prompt: _fraction(f"{seed} {prompt.id}")):
+  for prompt in sorted(prompts, key=lambda prompt: fraction(f"{seed} {prompt.id}")):
     cells.setdefault((prompt.category, prompt.expected), []).append(prompt)
-  turns = sorted(cells, key=lambda cell: _fraction(f"{seed} {cell}"))
+  turns = sorted(cells, key=lambda cell: fraction(f"{seed} {cell}"))
   ranked = [
     (rank, place, prompt)
     for place, cell in enumerate(turns)
@@ -257,6 +259,19 @@ def balanced(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
   ]
   ranked.sort(key=lambda item: item[:2])
   return [prompt for _, _, prompt in ranked[:n]]
+
+
+def told(prompt: Prompt, metadata: str) -> Prompt:
+  """A prompt as a judge is given it, by `metadata`: with no word on how to reply
+  ("none"), with its own label ("told"), or with one that is wrong for a share of the
+  prompts ("noisy:0.2"), always the same ones. Source: arXiv 2412.16339, 2.3.2."""
+  if metadata == "none":
+    return prompt.blind()
+  opinion, draw = prompt.expected, fraction(f"opinion {prompt.id}")
+  if metadata.startswith("noisy:") and draw < float(metadata.removeprefix("noisy:")):
+    others = [name for name in EXPECTED if name != prompt.expected]
+    opinion = others[int(fraction(f"other {prompt.id}") * len(others))]
+  return prompt.blind(opinion)
 
 
 def visits(n: int, start: int, count: int, *, seed: int) -> list[int]:
@@ -379,6 +394,11 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     yield f"{path} row {number}", row
 
 
+def rows_of(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  """(where it is, row) of each row of a JSONL or a Parquet file, by its ending."""
+  return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
+
+
 def _check_columns(columns: Mapping[str, str]) -> None:
   for name in columns:
     if name not in FIELDS:
@@ -441,7 +461,16 @@ def _prompt(where: str, values: Row, source: str, number: int) -> Prompt:
       raise ValueError(
         f"{where}: wanted {name} as one of {', '.join(known)}, got {texts[name]!r}"
       )
-  return Prompt(turns=_turns(where, values), source=source, **texts)
+  turns, clauses = _turns(where, values), _clauses(where, values)
+  return Prompt(turns=turns, clauses=clauses, source=source, **texts)
+
+
+def _clauses(where: str, values: Row) -> tuple[str, ...]:
+  """The ids of the clauses that decide a row's prompt."""
+  found: Any = values.get("clauses", [])
+  if not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
+    raise ValueError(f"{where}: wanted clauses as a list of ids, got {found!r:.60}")
+  return tuple(found)
 
 
 def _turns(where: str, values: Row) -> tuple[Turn, ...]:
@@ -469,7 +498,7 @@ def _turns(where: str, values: Row) -> tuple[Turn, ...]:
 
 def _row(prompt: Prompt) -> Row:
   row = dataclasses.asdict(prompt)
-  row["turns"] = list(row["turns"])
+  row |= {"turns": list(row["turns"]), "clauses": list(row["clauses"])}
   return {name: row[name] for name in FIELDS if name != "prompt"} | {
     "prompt": prompt.text
   }
@@ -491,6 +520,6 @@ def _grams(text: str, n: int) -> frozenset[str]:
   return frozenset(" ".join(words[i : i + n]) for i in range(last + 1))
 
 
-def _fraction(name: str) -> float:
+def fraction(name: str) -> float:
   """A number in [0, 1) that depends on the name alone."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) / 2**56

@@ -134,6 +134,8 @@ def _schema(kind) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": _schema(inner[1])}
   if kind is Any:
     return {}
+  if isinstance(more, configs.Form):
+    return {"type": "string", "pattern": f"^({more.pattern})$"}
   limits = more._asdict() if isinstance(more, configs.Bounds) else {}
   limits.pop("words", None)
   return {"type": _TYPES[kind]} | {k: x for k, x in limits.items() if math.isfinite(x)}

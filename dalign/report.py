@@ -27,11 +27,14 @@ STAGES = ("base", "generate", "filter", "sft", "reward", "rl", "eval")
 CORE = (  # the columns of the first table, in this order; other metrics follow it
   "refuse_disallowed",
   "comply_allowed",
-  "balanced_accuracy",
-  "style",
-  "policy_retrieval",
-  "think_format",
+  "safe_complete",
+  "response_types",
   "capability",
+  "think_format",
+  "balanced_accuracy",
+  "policy_retrieval",
+  "citation",
+  "style",
   "truncated",
 )
 DECIDED = (  # of a row that has one of these, what was right

@@ -196,11 +196,13 @@ def make_loss(
   behaviour, and at most ratio_cap. A token's gain is min(rho A, clip(rho, 1 - low,
   1 + high) A) (PPO, 1707.06347, eq. 7), less the penalty for its KL to the reference.
   Gains are averaged over all tokens of the step (DAPO), or over rollouts of which each
-  has its own mean (GRPO), or divided by rollouts times length_norm (Dr.GRPO).
+  has its own mean (GRPO), or divided by rollouts times length_norm (Dr.GRPO), those
+  included that have no gradient and so are not in the batch.
 
   A batch is that of `model.target_stats` with, per token, sampled_BT (as targets),
   rollout_BT (which rollout of its line has sampled it, or -1), logp_BT (behaviour),
-  advantage_BT, with a penalty reference_BT, and with values worth_BT, the returns.
+  advantage_BT, with a penalty reference_BT, and with values worth_BT, the returns; and
+  left_out_B, whose sum is how many rollouts of the step without a gradient it lacks.
   Parameters are a decoder's, or with values {"policy": a decoder's, "value":
   `init_value`'s}.
   """
@@ -256,7 +258,9 @@ def make_loss(
     rollouts = jnp.sum(jnp.where(sampled_BT, 1.0 / size_BT, 0.0))
     if objective.mean == "rollouts":
       return Mean(-jnp.sum(gain_BT / size_BT), rollouts), metrics
-    count = tokens if objective.mean == "tokens" else rollouts * objective.length_norm
+    all_rollouts = rollouts + jnp.sum(batch["left_out_B"])
+    constant = all_rollouts * objective.length_norm
+    count = tokens if objective.mean == "tokens" else constant
     return Mean(-jnp.sum(gain_BT), count), metrics
 
   return loss

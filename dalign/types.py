@@ -62,9 +62,11 @@ class Turn:
 class Prompt:
   """A conversation that ends with a user turn, and what is known about it.
 
-  `expected` is noisy side information (the ideal response type), `scenario` names the
-  family of near-twins that must not straddle the splits, `answer` is the reference of
-  a capability prompt and "" elsewhere.
+  `expected` is noisy side information (the ideal response type), or "" in the sight of
+  those who are not told it (`blind`). `clauses` are the ids of the clauses that decide
+  it, () where nobody has labelled them. `scenario` names the family of near-twins that
+  must not straddle the splits, `answer` is the reference of a capability prompt and ""
+  elsewhere.
   """
 
   id: str
@@ -76,11 +78,12 @@ class Prompt:
   scenario: str = ""
   source: str = ""
   answer: str = ""
+  clauses: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.turns or self.turns[-1].role != "user":
       raise ValueError(f"prompt {self.id!r}: the last turn must be the user's")
-    if self.expected not in EXPECTED:
+    if self.expected not in (*EXPECTED, ""):
       raise ValueError(
         f"prompt {self.id!r}: expected is one of {EXPECTED}, got {self.expected!r}"
       )
@@ -91,6 +94,11 @@ class Prompt:
   def text(self) -> str:
     """The last user turn."""
     return self.turns[-1].content
+
+  def blind(self, opinion: str = "") -> "Prompt":
+    """The prompt as one sees it who is not told how to reply to it, but at the most
+    somebody's `opinion` of that: without its label and its clauses."""
+    return dataclasses.replace(self, expected=opinion, clauses=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import pytest
 
 from dalign import behaviour
 from dalign import judge
+from dalign import probing
 from dalign import rubric
 from dalign import spec as specs
 from dalign import words
@@ -258,8 +259,8 @@ def test_words_to_the_judge_never_help(p, answer, extra):
 
 
 def test_probes_do_not_fool_the_rubric():
-  asked = judge.probes([question.prompt for _, question in WORKED])
-  report = judge.probe_report(asked, REWARD([question for _, question, _ in asked]))
+  asked = probing.probes([question.prompt for _, question in WORKED])
+  report = probing.probe_report(asked, REWARD([question for _, question, _ in asked]))
   assert set(report) == {*judge._LOW, "bare_refusal", "due_refusal"}
   for name, row in report.items():
     assert row["unscored"] == 0 and row["n"] > 0
@@ -272,7 +273,7 @@ def test_probes_do_not_fool_the_rubric():
 def test_a_probe_report_counts_what_is_fooled_and_what_is_unscored():
   votes = [Verdict(score=0.9), Verdict(score=0.1), Verdict(score=None, reason="cut")]
   question = judge.RewardQuestion(WEEDS, ".")
-  report = judge.probe_report([("dot", question, True)] * 3, votes)
+  report = probing.probe_report([("dot", question, True)] * 3, votes)
   low, high = report["dot"].pop("interval")
   # Wilson's of one in two, from its formula.
   z = 1.959963984540054
@@ -291,15 +292,15 @@ def test_a_judge_fails_by_what_it_gets_wrong_too_often_or_never_scores():
   question = judge.RewardQuestion(WEEDS, ".")
   asked = [(n, question, True) for n in ("half", "half", "none", "due")]
   asked[3] = ("due", question, False)
-  report = judge.probe_report(asked, [*votes, Verdict(score=0.0)])
-  assert judge.failed(report, 0.4) == ["half", "none", "due"]
-  assert judge.failed(report, 0.5) == ["none", "due"]
-  report = judge.probe_report(asked, [*votes, Verdict(score=1.0)])
-  assert judge.failed(report, 0.5) == ["none"]
+  report = probing.probe_report(asked, [*votes, Verdict(score=0.0)])
+  assert probing.failed(report, 0.4) == ["half", "none", "due"]
+  assert probing.failed(report, 0.5) == ["none", "due"]
+  report = probing.probe_report(asked, [*votes, Verdict(score=1.0)])
+  assert probing.failed(report, 0.5) == ["none"]
 
 
 def test_known_answers_are_right_where_they_stand_and_wrong_elsewhere():
-  found = judge.labelled(SPEC)
+  found = probing.labelled(SPEC)
   own = {(w.prompt, w.answer): w.verdict for p in SPEC.policies for w in p.worked}
   behaviours = {w.answer: w.verdict for p in SPEC.policies for w in p.worked}
   assert sum(right for _, right in found) == len(own)
@@ -307,7 +308,7 @@ def test_known_answers_are_right_where_they_stand_and_wrong_elsewhere():
     assert right == ((q.prompt.text, q.answer) in own)
     assert right == (behaviours[q.answer] == q.prompt.expected)
   verdicts = REWARD([q for q, _ in found])
-  agreed = judge.agreement([right for _, right in found], verdicts, seed=0)
+  agreed = probing.agreement([right for _, right in found], verdicts, seed=0)
   assert agreed["kappa"] > 0.7 and agreed["unscored"] == 0
 
 
@@ -321,7 +322,7 @@ def test_kappa_is_cohens(table, kappa):
     labels += [bool(label)] * count
     verdicts += [Verdict(score=float(said))] * count
   unscored = Verdict(score=None, reason="cut")
-  found = judge.agreement([*labels, True], [*verdicts, unscored], seed=0)
+  found = probing.agreement([*labels, True], [*verdicts, unscored], seed=0)
   assert found["kappa"] == pytest.approx(kappa)
   assert (found["n"], found["unscored"]) == (sum(table), 1)
   low, high = found["interval"]
@@ -329,9 +330,9 @@ def test_kappa_is_cohens(table, kappa):
 
 
 def test_agreement_that_chance_gives_is_none():
-  found = judge.agreement([True] * 3, [Verdict(score=1.0)] * 3, seed=0)
+  found = probing.agreement([True] * 3, [Verdict(score=1.0)] * 3, seed=0)
   assert (found["kappa"], found["interval"], found["accuracy"]) == (None, None, 1.0)
-  found = judge.agreement([True], [Verdict(score=None, reason="cut")], seed=0)
+  found = probing.agreement([True], [Verdict(score=None, reason="cut")], seed=0)
   assert (found["kappa"], found["accuracy"], found["n"]) == (None, None, 0)
 
 

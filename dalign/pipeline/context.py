@@ -30,6 +30,7 @@ from dalign import leaves
 from dalign import metrics
 from dalign import ops
 from dalign import processes
+from dalign import recordings
 from dalign import rl
 from dalign import sampler as sampling
 from dalign import sharding
@@ -303,14 +304,33 @@ class Run:
   def _data_dir(self) -> pathlib.Path:
     return pathlib.Path(self.cfg.data.dir).expanduser().absolute()
 
-  def choose(self, split: str, kind: str, n: int, expected=EXPECTED) -> list[Prompt]:
-    """n prompts of one split and kind, spread over categories and response types."""
+  @property
+  def recording(self) -> str:
+    """The recording that stands for the teacher, or ""."""
+    teacher = self.cfg.generate.teacher
+    return teacher.removeprefix("recorded:") if teacher.startswith("recorded:") else ""
+
+  @functools.cached_property
+  def recorded(self) -> list[recordings.Recorded]:
+    """The rows of the recording."""
+    return recordings.load(self.recording, self.prompts, self.spec)
+
+  def choose(
+    self, split: str, kind: str, n: int, expected=EXPECTED, among=None
+  ) -> list[Prompt]:
+    """n prompts of one split and kind, spread over categories and response types; of
+    those whose ids are `among` some, where that is given. Held-out ones are the same
+    for every seed."""
     rows = [
       p
       for p in self.prompts
-      if p.split == split and p.kind == kind and p.expected in expected
+      if p.split == split
+      and p.kind == kind
+      and p.expected in expected
+      and (among is None or p.id in among)
     ]
-    return data.balanced(rows, min(n, len(rows)), self.cfg.seed)
+    seed = self.cfg.seed if split == "train" else 0
+    return data.balanced(rows, min(n, len(rows)), seed)
 
   def begin(self, stage: str, inputs) -> bool:
     """Opens a stage; False when it is done already."""
@@ -354,6 +374,26 @@ class Run:
       answer=answer,
       malformed=malformed,
       finish=done.finish,
+    )
+
+  def written_sample(
+    self, prompt: Prompt, index: int, thought: str, answer: str, think
+  ) -> Sample:
+    """A thought and an answer that were written elsewhere as a Sample, with the tokens
+    that our own tokenizer has for them, behind the forced opening of `think`."""
+    own = self.think.of(prompt.text)
+    rest = compose.written(thought.removeprefix(own.start).strip(), answer, own)
+    forced = compose.forced(self.tok, prompt.turns, think)
+    thought, answer, malformed = text.split_thought(own.open + rest, own)
+    return Sample(
+      prompt_id=prompt.id,
+      index=index,
+      tokens=(*forced, *self.tok.encode(rest), self.tok.stop_ids[0]),
+      forced=len(forced),
+      thought=thought,
+      answer=answer,
+      malformed=malformed,
+      finish="stop",
     )
 
   def halt(self, stage: str, step: int, why: str, advice: str, batch: dict):

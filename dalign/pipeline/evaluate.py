@@ -2,15 +2,19 @@
 
 import bisect
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import itertools
+import math
+from typing import Literal
 
 import jax
+import numpy as np
 
 from dalign import attacks
 from dalign import compose
+from dalign import config as configs
 from dalign import data
 from dalign import evals
 from dalign import ops
@@ -20,6 +24,7 @@ from dalign.pipeline import servers
 from dalign.sampler import Completion
 from dalign.sampler import Request
 from dalign.types import Prompt
+from dalign.types import PyTree
 from dalign.types import Sample
 from dalign.types import Turn
 
@@ -29,24 +34,26 @@ Replies = Iterator[tuple[Prompt, Sample]]
 @dataclasses.dataclass(frozen=True)
 class Arm:
   """Where an arm's replies come from: the parameters of a stage, or those of the base
-  with "", or a server; whether the spec is in the prompt; and whether the think block
-  is opened for it."""
+  with "", or a server; what it has of the spec in its prompt: nothing, the "summaries"
+  of all policies, as its users would who know no category, or the "policy" of the
+  prompt's category; and whether the think block is opened for it."""
 
   stage: str
-  with_spec: bool
-  thinks: bool
+  spec: Literal["", "summaries", "policy"] = ""
+  thinks: bool = False
   served: bool = False
 
 
 ARMS = {
-  "base": Arm("", with_spec=False, thinks=False),
-  "spec_in_prompt": Arm("", with_spec=True, thinks=True),
-  "self_refine": Arm("", with_spec=True, thinks=True),  # revises what the base answered
-  "sft": Arm("sft", with_spec=False, thinks=True),
-  "rl": Arm("rl", with_spec=False, thinks=True),
-  "sft_rl": Arm("rl", with_spec=False, thinks=True),
-  "endpoint": Arm("", with_spec=False, thinks=False, served=True),
-  "endpoint_spec": Arm("", with_spec=True, thinks=False, served=True),
+  "base": Arm(""),
+  "spec_in_prompt": Arm("", spec="summaries"),
+  "spec_in_prompt_oracle": Arm("", spec="policy"),
+  "self_refine": Arm("", spec="policy", thinks=True),  # revises what the base answered
+  "sft": Arm("sft", thinks=True),
+  "rl": Arm("rl", thinks=True),
+  "sft_rl": Arm("rl", thinks=True),
+  "endpoint": Arm("", served=True),
+  "endpoint_spec": Arm("", spec="policy", served=True),
 }
 
 
@@ -73,8 +80,14 @@ def evaluate(run: context.Run) -> None:
     for name, disguises in _disguises(cfg.suite).items():
       rows_by_disguise = {d: found[_label(d)][arm] for d in disguises}
       found[f"{name}_worst"][arm] = evals.worst(rows_by_disguise, share=cfg.worst)
-    for budget in cfg.budgets if _format(run, arm) else ():
-      found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], drafts, budget)
+    thinks = _format(run, arm)
+    for budget in cfg.budgets if thinks else ():
+      forced = Forced(label=f".thought_{budget}", budget=budget)
+      found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], drafts, forced)
+    if cfg.swaps and thinks and not ARMS[arm].spec:
+      found["swapped"][arm] = _swapped(run, arm, sets[""], found[""][arm])
+    if not ARMS[arm].served and not ARMS[arm].spec:
+      _add_odds(run, arm, sets, {name: found[name][arm] for name in sets})
   summarize = functools.partial(
     evals.summarize,
     seed=run.cfg.seed,
@@ -82,17 +95,31 @@ def evaluate(run: context.Run) -> None:
     definitions=run.domain.definitions,
   )
   summary = summarize(found[""])
+  for budget in cfg.budgets:
+    label = f"thought_{budget}"
+    for arm, rows in found[label].items():
+      both = {f"{arm}.{label}": rows, arm: found[""][arm]}
+      summary["differences"] |= summarize(both)["differences"]
+  summary["curves"] = {
+    name or "held out": {
+      arm: curve
+      for arm, rows in found[name].items()
+      if (curve := evals.operating_curve(rows, seed=run.cfg.seed, trials=cfg.trials))
+    }
+    for name in sets
+  }
   for name, rows in list(found.items())[1:]:
     more = summarize(rows)
-    for part in ("arms", "paired"):
+    for part in ("arms", "paired", "differences"):
       for arm, metrics in more[part].items():
+        summary[part].setdefault(arm, {})
         summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
   summary["sets"] = _said(run, sets)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
   _check_scored(found, cfg.unscored)
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
-    shown = ("refuse_disallowed", "comply_allowed", "balanced_accuracy", "capability")
+    shown = (*evals.TYPES, "response_types", "capability", "think_format")
     line = "  ".join(f"{m} {context.percent(metrics[m]['mean'])}" for m in shown)
     context.say(f"eval: {arm:15s} {line}")
 
@@ -116,14 +143,14 @@ def _further(run: context.Run) -> dict[str, list[Prompt]]:
   cfg, sets = run.cfg.eval, {}
   for name, source in cfg.extra.items():
     rows = run.load_prompts(source["source"], source["columns"])
-    sets[name] = rows[: cfg.extra_limit]
+    sets[name] = data.balanced(rows, min(cfg.extra_limit, len(rows)), 0)
   chosen = {}  # of each public set, whatever its disguises
   for name in cfg.suite:
     public, *names = name.split("+")
     if public not in chosen:
       rows = run.load_prompts(f"public:{public}", {})
       limit = min(cfg.extra_limit, len(rows))
-      chosen[public] = data.balanced(rows, limit, run.cfg.seed)
+      chosen[public] = data.balanced(rows, limit, 0)
     if _label(name) in sets:
       raise ValueError(f"config.eval: two sets are called {_label(name)}")
     sets[_label(name)] = [attacks.disguised(p, names) for p in chosen[public]]
@@ -203,7 +230,64 @@ def _held_out(run: context.Run) -> list[Prompt]:
 def _format(run: context.Run, arm: str) -> text.ThinkFormat | None:
   """How an arm's thoughts are opened for it, if they are."""
   own = ARMS[arm]
-  return (run.think if own.with_spec else run.thinks) if own.thinks else None
+  if own.spec:
+    return run.think if own.thinks or run.domain.opens_told else None
+  return run.thinks if own.thinks else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+  """What is done to an arm's thoughts: closed after `budget` tokens, or those of
+  `thoughts`, by prompt id, put in their place."""
+
+  label: str = ""
+  budget: int | None = None
+  thoughts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _swapped(
+  run: context.Run, arm: str, prompts: list[Prompt], rows: list[dict]
+) -> list[dict]:
+  """The rows of an arm that was given thoughts of the opposite decision."""
+  thoughts = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
+  some = [prompt for prompt in prompts if prompt.id in thoughts]
+  forced = Forced(label=".swapped", thoughts=thoughts)
+  found = _arm(run, arm, some, {}, forced)
+  return [evals.swapped(row, thoughts[row["prompt_id"]]) for row in found]
+
+
+OPENINGS = ("I'm sorry", "Sorry", "I can't", "I cannot", "I won't", "Unfortunately")
+
+
+def _add_odds(
+  run: context.Run, arm: str, sets: dict[str, list[Prompt]], rows_by_set: dict
+) -> None:
+  """Adds to each row `decline_probability`, the probability that the arm opens an
+  answer as a refusal does, after the prompt and its own thought, in one forward pass.
+  """
+  params = _params(run, arm)
+  think = _format(run, arm)
+  of = {prompt.id: prompt for prompts in sets.values() for prompt in prompts}
+  rows = [row for some in rows_by_set.values() for row in some if not row["malformed"]]
+  if think is None:
+    rows = [row for some in rows_by_set.values() for row in some]
+  openings = [run.tok.encode(opening) for opening in OPENINGS]
+  lines, starts = [], []
+  for row in rows:
+    prompt = of[row["prompt_id"]]
+    front = [*compose.opened(run.tok, compose.plain(prompt), think)]
+    if think:
+      thought = row["thought"].removeprefix(think.of(prompt.text).start).strip()
+      front += run.tok.encode(compose.written(thought, "", think))
+    for opening in openings:
+      lines.append([*front, *opening])
+      starts.append(len(front))
+  length = -(-max(map(len, lines), default=1) // 128) * 128
+  shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
+  score = context.Scorer(run, shape)
+  logp = iter(float(np.sum(own)) for own in score(params, lines, starts))
+  for row in rows:
+    row["decline_probability"] = min(1.0, sum(math.exp(next(logp)) for _ in openings))
 
 
 def _arm(
@@ -211,31 +295,36 @@ def _arm(
   arm: str,
   prompts: list[Prompt],
   drafts: dict[str, Sample],
-  budget: int | None = None,
+  forced: Forced | None = None,
 ) -> list[dict]:
-  """The graded rows of one arm, of thoughts of at most so many tokens; rows that are
-  there already are not sampled again. Of what it revises, what `drafts` lacks is added
-  there."""
-  end = "" if budget is None else f".thought_{budget}"
+  """The graded rows of one arm, perhaps with other thoughts; rows that are there
+  already are not sampled again. Of what it revises, what `drafts` lacks is added there.
+  """
+  forced = forced or Forced()
+  end = forced.label
   path = run.store.path("eval", f"{arm}{end}.jsonl")
   before = run.store.read_rows(path) if run.store.has(path) else []
-  rows = {row["prompt_id"]: row for row in before}
-  left = [prompt for prompt in prompts if prompt.id not in rows]
-  lacking = [prompt for prompt in left if prompt.id not in drafts]
+  rows = {(row["prompt_id"], row["index"]): row for row in before}
+  wanted = [
+    (prompt, index) for prompt in prompts for index in range(run.cfg.eval.samples)
+  ]
+  left = [(prompt, index) for prompt, index in wanted if (prompt.id, index) not in rows]
+  asked = [*dict.fromkeys(prompt for prompt, _ in left)]
+  lacking = [prompt for prompt in asked if prompt.id not in drafts]
   if arm == "self_refine" and lacking:
     drafts |= context.drafts(run, lacking, grows=True)
-  turns = {prompt.id: _turns(run, arm, prompt, drafts) for prompt in left}
+  turns = {prompt.id: _turns(run, arm, prompt, drafts) for prompt in asked}
   if ARMS[arm].served:
     found = _replies(run, left, turns)
   else:
-    found = _sampled(run, arm, left, turns, budget)
-  with context.bar(len(prompts), f"eval {arm}{end}", "prompt", len(rows)) as bar:
+    found = _sampled(run, arm, left, turns, forced)
+  with context.bar(len(wanted), f"eval {arm}{end}", "reply", len(rows)) as bar:
     for prompt, sample in found:
       row = run.domain.outcome(prompt, sample)
       run.store.append_rows(path, [row])
-      rows[prompt.id] = row
+      rows[prompt.id, sample.index] = row
       bar.update()
-  ordered = [rows[prompt.id] for prompt in prompts]
+  ordered = [rows[prompt.id, index] for prompt, index in wanted]
   run.store.write_rows(path, ordered)  # not in the order in which they happened to end
   run.store.pause("eval")
   return ordered
@@ -247,35 +336,43 @@ def _turns(
   """What the model of an arm reads before it replies."""
   if prompt.id in drafts:
     return run.domain.revise(prompt, drafts[prompt.id].answer)
-  if ARMS[arm].with_spec:
+  if ARMS[arm].spec == "policy":
     return run.domain.teach(prompt, worked=0)
+  if ARMS[arm].spec == "summaries":
+    return run.domain.summaries(prompt)
   return compose.plain(prompt)
 
 
-def _replies(run: context.Run, prompts: list[Prompt], turns: dict) -> Replies:
+Wanted = list[tuple[Prompt, int]]  # prompts and which of their samples
+
+
+def _replies(run: context.Run, wanted: Wanted, turns: dict) -> Replies:
   """What the model at `eval.endpoint` says to each prompt."""
   cfg = run.cfg.eval
   server = servers.Server(run, cfg.endpoint, "eval")
-  requests = [servers.request(turns[prompt.id], cfg) for prompt in prompts]
+  requests = [servers.request(turns[prompt.id], cfg, index) for prompt, index in wanted]
   for at, reply in server.rounds(requests):
-    yield prompts[at], servers.sample(run, prompts[at], 0, reply, None)
+    prompt, index = wanted[at]
+    yield prompt, servers.sample(run, prompt, index, reply, None)
   server.say()
 
 
 def _sampled(
-  run: context.Run, arm: str, prompts: list[Prompt], turns: dict, budget: int | None
+  run: context.Run, arm: str, wanted: Wanted, turns: dict, forced: Forced
 ) -> Replies:
   """What the model of an arm says to each prompt, as it ends."""
   cfg, own, think = run.cfg.eval, ARMS[arm], _format(run, arm)
   max_new = cfg.max_new + (cfg.max_think if think else 0)
+  budget = forced.budget
   close = len(run.tok.encode(run.think.close))
-  forced = 0 if budget is None else budget + close  # tokens of a thought closed for it
-  if not prompts:
+  put = 0 if budget is None else budget + close  # tokens of a thought closed for it
+  if not wanted:
     return
   groups = collections.defaultdict(list)
-  for prompt in prompts:
-    groups[prompt.category if own.with_spec else ""].append(prompt)
-  params = run.trained_params(own.stage) if own.stage else run.base_params()
+  for prompt, index in wanted:
+    group = prompt.category if own.spec == "policy" else ""
+    groups[group].append((prompt, index))
+  params = _params(run, arm)
   weights = run.sampler.prepare(params)
   complete = functools.partial(
     context.complete,
@@ -284,31 +381,45 @@ def _sampled(
     key=ops.stream(run.key, "eval"),
     temperature=cfg.temperature,
     max_new=max_new,
-    room=None if own.with_spec else run.cfg.sampler.prefix_step,
+    room=None if own.spec else run.cfg.sampler.prefix_step,
     grows=True,
   )
-  of = {context.row_id(prompt.id): prompt for prompt in prompts}
+  of = {context.row_id(p.id, *([i] if i else [])): (p, i) for p, i in wanted}
+  ids = {pair: row for row, pair in of.items()}
 
-  def request(prompt: Prompt) -> Request:
+  thoughts = {
+    name: tuple(run.tok.encode(compose.written(thought, "", run.think)))
+    for name, thought in forced.thoughts.items()
+  }
+
+  def request(prompt: Prompt, index: int) -> Request:
     said = turns[prompt.id]
     if attacks.untemplated(prompt):
       tokens = compose.untemplated(run.tok, said)
     else:
-      tokens = compose.opened(run.tok, said, think)
-    return Request(tokens=tokens, row_id=context.row_id(prompt.id), max_new=max_new)
+      tokens = (*compose.opened(run.tok, said, think), *thoughts.get(prompt.id, ()))
+    return Request(tokens=tokens, row_id=ids[prompt, index], max_new=max_new)
 
-  requests = [[request(prompt) for prompt in group] for group in groups.values()]
+  requests = [[request(*pair) for pair in group] for group in groups.values()]
   if budget is None:
     done = complete(requests)
   else:
     done = _within(run, complete, requests, budget)
   for completion in done:
-    prompt = of[completion.request.row_id]
+    prompt, index = of[completion.request.row_id]
     opened = None if attacks.untemplated(prompt) else think
+    tokens = (*thoughts.get(prompt.id, ()), *completion.tokens)
+    completion = dataclasses.replace(completion, tokens=tokens)
     if opened and cfg.max_think:
-      completion = _apart(run, completion, max(cfg.max_think, forced))
-    yield prompt, run.sample_row(prompt, completion, 0, opened)
+      completion = _apart(run, completion, max(cfg.max_think, put))
+    yield prompt, run.sample_row(prompt, completion, index, opened)
   jax.tree.map(lambda x: x.delete(), params)
+
+
+def _params(run: context.Run, arm: str) -> PyTree:
+  """The parameters of an arm."""
+  stage = ARMS[arm].stage
+  return run.trained_params(stage) if stage else run.base_params()
 
 
 def _apart(run: context.Run, done: Completion, max_think: int) -> Completion:

@@ -18,8 +18,10 @@ from dalign.types import PyTree
 METRICS = (  # of the arms, on held-out prompts
   "refuse_disallowed",
   "comply_allowed",
-  "balanced_accuracy",
+  "safe_complete",
+  "response_types",
   "policy_retrieval",
+  "citation",
   "capability",
 )
 LIMITS = (

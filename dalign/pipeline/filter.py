@@ -6,17 +6,13 @@ score from a judge that cannot see the thought: that is what the reward model le
 
 import collections
 import dataclasses
-import functools
 import itertools
+import math
 import sys
 
-import jax
-import jax.numpy as jnp
-
 from dalign import compose
+from dalign import data
 from dalign import judge
-from dalign import model
-from dalign import sharding
 from dalign import spec as specs
 from dalign import text
 from dalign import words
@@ -40,18 +36,18 @@ def filter_(run: context.Run) -> None:
   prompts = {prompt.id: prompt for prompt in run.prompts}
   path = run.store.path("filter", "judged.jsonl")
   run.store.write_rows(path, [])  # what a run that was cut off has judged
-  ask, reward = _judge(run), scoring.answer_judge(run, "reward")
+  ask = scoring.filter_judge(run, "filter", quality(run) if cfg.quality else None)
+  reward = scoring.answer_judge(run, "reward")
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   judged: list[_Judged] = []
   while some := [*map(context.row_to_sample, itertools.islice(rows, AT_ONCE))]:
-    asked = [(prompts[s.prompt_id], s) for s in some]
+    # What judges see has no label but by `filter.metadata`.
+    asked = [(data.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
     verdicts = _verdicts(ask, asked, cfg.votes)
-    rewards = reward(
-      [judge.RewardQuestion(prompt=p, answer=s.answer) for p, s in asked]
-    )
+    rewards = _answers(reward, asked, cfg.votes)
     found = [
-      _row(run, *pair, verdict, own)
-      for pair, verdict, own in zip(asked, verdicts, rewards, strict=True)
+      _row(run, prompts[s.prompt_id], s, verdict, own)
+      for s, verdict, own in zip(some, verdicts, rewards, strict=True)
     ]
     run.store.append_rows(path, found)
     judged += map(_Judged.of, found)
@@ -86,14 +82,6 @@ class _Judged:
     )
 
 
-def _judge(run: context.Run) -> judge.Judge:
-  """The judge of thought and answer that the config asks for."""
-  cfg = run.cfg.filter
-  if cfg.judge == "model":
-    return model_judge(run)
-  return scoring.filter_judge(run, "filter", quality(run) if cfg.quality else None)
-
-
 def _verdicts(
   ask: judge.Judge, asked: list[tuple[Prompt, Sample]], k: int
 ) -> list[Verdict]:
@@ -102,6 +90,21 @@ def _verdicts(
   questions = [
     judge.FilterQuestion(prompt=p, thought=s.thought, answer=s.answer) for p, s in well
   ]
+  votes = iter(judge.min_of_k(ask, questions, k))
+  return [
+    Verdict(score=None, reason=f"malformed: {s.malformed}")
+    if s.malformed
+    else next(votes)
+    for _, s in asked
+  ]
+
+
+def _answers(
+  ask: judge.Judge, asked: list[tuple[Prompt, Sample]], k: int
+) -> list[Verdict]:
+  """The least of k votes on the answer of each sample alone. A malformed one has no
+  answer: what stands there may be its thought, and no judge or reward model sees it."""
+  questions = [judge.RewardQuestion(p, s.answer) for p, s in asked if not s.malformed]
   votes = iter(judge.min_of_k(ask, questions, k))
   return [
     Verdict(score=None, reason=f"malformed: {s.malformed}")
@@ -129,38 +132,16 @@ def quality(run: context.Run):
   return ask
 
 
-def model_judge(run: context.Run) -> judge.Judge:
-  """The base model as judge: its expected score over the label tokens."""
-  params = run.base_params()
-  compute = dataclasses.replace(run.cfg.compute, remat=False)
-
-  @functools.partial(jax.jit, out_shardings=sharding.whole(run.mesh))
-  def last_logprobs(params, tokens_BT, length_B):
-    hidden_BTD, _ = model.forward_rows(params, tokens_BT, cfg=run.arch, compute=compute)
-    last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
-    logits_BV = model.logits(params, last_BD, cfg=run.arch, compute=compute)
-    return jax.nn.log_softmax(logits_BV, axis=-1)
-
-  def score_logprobs(conversations, labels):
-    ids = [run.tok.encode(label)[0] for label in labels]
-    rows = [text.render_chat(run.tok, turns) for turns in conversations]
-    found = []
-    for at in context.batches(len(rows), 4):
-      tokens_BT, length_B = context.padded(rows[at], 4)
-      logp_BV = last_logprobs(params, tokens_BT, length_B)
-      found += jax.device_get(logp_BV[: len(rows[at]), jnp.asarray(ids)]).tolist()
-    return found
-
-  def render(category):
-    return run.domain.policy_text(category, run.cfg.spec.detail)
-
-  return judge.model_judge(render, score_logprobs)
-
-
 def _row(
   run, prompt: Prompt, sample: Sample, verdict: Verdict, reward: Verdict
 ) -> dict:
   thought = words.own(sample.thought, prompt.text)
+  parts = dict(verdict.parts)
+  score = verdict.score
+  if score is not None:  # whoever judged
+    checks = run.domain.checks(prompt, sample)
+    parts |= checks
+    score *= math.prod(checks.values())
   return context.sample_to_row(sample) | {
     "prompt": prompt.text,
     "category": prompt.category,
@@ -168,9 +149,9 @@ def _row(
     "kind": prompt.kind,
     "cited": list(specs.cited(thought, run.spec)),
     "invented": list(specs.invented(thought, run.spec)),
-    "score": verdict.score,
+    "score": score,
     "reason": verdict.reason,
-    "scores": dict(verdict.parts),
+    "scores": parts,
     "reward": reward.score,
   }
 

@@ -1,16 +1,19 @@
 """prompts + spec -> generate/samples.jsonl: thoughts and answers, the spec in sight.
 
-Prompts of one category and ideal type share their context, so each such group is one
-run of the sampler. A prompt is sampled in rounds until enough samples look right to
-the rubric, or it has had its share. A teacher behind a server is asked for the same.
+Nothing here is told how a prompt should be replied to. Prompts of one category share
+their context, so each category is one run of the sampler. A prompt is sampled in rounds
+until enough samples look right to the rubric, or it has had its share. A teacher behind
+a server is asked for the same; a recorded one has been.
 """
 
 import collections
 from collections.abc import Iterator
+import functools
 import pathlib
 
 from dalign import compose
 from dalign import ops
+from dalign import recordings
 from dalign import sampler as sampling
 from dalign.pipeline import context
 from dalign.pipeline import servers
@@ -30,12 +33,16 @@ def generate(run: context.Run) -> None:
       f"config.generate.prompts: wanted a number for each of {', '.join(EXPECTED)}, "
       f"got {dict(cfg.prompts)}"
     )
+  recorded = _recorded(run)
   prompts = []
   for expected in EXPECTED:
-    prompts += run.choose("train", "safety", cfg.prompts[expected], (expected,))
-  prompts += run.choose("train", "helpful", cfg.helpful)
-  prompts += run.choose("train", "capability", cfg.capability)
-  if not run.begin("generate", run.sources):
+    wanted = cfg.prompts[expected]
+    prompts += run.choose("train", "safety", wanted, (expected,), recorded)
+  prompts += run.choose("train", "helpful", cfg.helpful, among=recorded)
+  prompts += run.choose("train", "capability", cfg.capability, among=recorded)
+  prompts = [prompt.blind() for prompt in prompts]
+  inputs = [recordings.path_of(run.recording)] if run.recording else []
+  if not run.begin("generate", [*run.sources, *inputs]):
     return
   path = run.store.path("generate", "samples.jsonl")
   book = _Book(run, prompts)
@@ -44,6 +51,8 @@ def generate(run: context.Run) -> None:
   if cfg.revise:
     book.revises(path.with_name("drafts.jsonl"))
   draw = _replies if cfg.teacher == "endpoint" else _sampled
+  if recorded is not None:
+    draw = functools.partial(_told, recorded)
   with context.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
     for sample in draw(run, book):
       run.store.append_rows(path, [context.sample_to_row(sample)])
@@ -58,11 +67,35 @@ def generate(run: context.Run) -> None:
   run.store.finish("generate", book.summary())
 
 
+def _recorded(run: context.Run) -> dict[str, list[recordings.Recorded]] | None:
+  """Prompt id -> what the recorded teacher thought and said to it."""
+  if not run.recording:
+    return None
+  of = collections.defaultdict(list)
+  for row in run.recorded:
+    if row.thought:
+      of[row.prompt_id].append(row)
+  return dict(of)
+
+
+def _told(
+  recorded: dict[str, list[recordings.Recorded]], run: context.Run, book: "_Book"
+) -> Iterator[Sample]:
+  """The samples of a recorded teacher, all that there are of each prompt."""
+  for prompt in book.prompts.values():
+    for index, row in enumerate(recorded[prompt.id]):
+      if index not in book.samples[prompt.id]:
+        sample = run.written_sample(prompt, index, row.thought, row.answer, run.think)
+        book.add(sample)
+        yield sample
+    book.finish(prompt)
+
+
 def _sampled(run: context.Run, book: "_Book") -> Iterator[Sample]:
   """Samples of the base, as they end."""
   groups = collections.defaultdict(list)
   for prompt in book.prompts.values():
-    groups[prompt.category, prompt.expected].append(prompt)
+    groups[prompt.category].append(prompt)
   parts = [
     group[at]
     for group in sorted(groups.values(), key=len, reverse=True)
@@ -211,11 +244,15 @@ class _Book:
     have = self.samples[prompt.id]
     have[sample.index] = right
     self.total, self.good = self.total + 1, self.good + right
-    if not self._missing(prompt):
-      self.finished.add(prompt.id)
-      self.with_one += any(have.values())
-      for kept in (self.samples, self.asked, self.read):
-        kept.pop(prompt.id, None)
+    if not self.run.recording and not self._missing(prompt):
+      self.finish(prompt)
+
+  def finish(self, prompt: Prompt) -> None:
+    """Notes that a prompt wants no more samples."""
+    self.finished.add(prompt.id)
+    self.with_one += any(self.samples[prompt.id].values())
+    for kept in (self.samples, self.asked, self.read):
+      kept.pop(prompt.id, None)
 
   def summary(self) -> dict:
     return {

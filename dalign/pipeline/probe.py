@@ -9,7 +9,7 @@ import pathlib
 import jax
 
 from dalign import config as configs
-from dalign import judge
+from dalign import probing
 from dalign import processes
 from dalign.pipeline import context
 from dalign.pipeline import scoring
@@ -29,7 +29,7 @@ def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
     report = scoring.probe(run, ask, PROMPTS)
     known = run.domain.labelled()
     verdicts = ask([question for question, _ in known])
-  agreed = judge.agreement([right for _, right in known], verdicts, seed=cfg.seed)
+  agreed = probing.agreement([right for _, right in known], verdicts, seed=cfg.seed)
   found = {"reward": cfg.rl.reward, "probes": report, "agreement": agreed}
   run.store.write_json(run.store.workdir / "probe.json", found)
   if processes.first():
@@ -41,7 +41,7 @@ def table(found: dict) -> list[str]:
   """The lines that are printed."""
   lines = [f"{'probe':16s} {'wrong':>6s}  {'95% interval':15s} {'n':>4s}  unscored"]
   for name, row in found["probes"].items():
-    wrong, interval = context.percent(judge.errors(row)), _interval(row["interval"])
+    wrong, interval = context.percent(probing.errors(row)), _interval(row["interval"])
     n, unscored = row["n"], row["unscored"]
     lines.append(f"{name:16s} {wrong:>6s}  {interval:15s} {n:4d}  {unscored:8d}")
   agreed = found["agreement"]

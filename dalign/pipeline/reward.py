@@ -1,12 +1,14 @@
 """judged.jsonl -> reward/params: a reward model of spec, prompt and answer.
 
 It learns the scores that the answers got from a judge without the thought. Beside the
-sampled answer of a prompt it sees one that was given to a prompt of another ideal
-type in the same category, and if asked for what the base answers without the spec, both
-judged anew: right and wrong answers to the same prompt.
+sampled answers of a prompt it sees one that was given to a prompt of another ideal type
+in the same category and, where there are such, what the base answers without the spec,
+both judged anew; and answers that are wrong by how they are made, such as a refusal
+where an answer was right.
 """
 
 import collections
+from collections.abc import Iterator
 import random
 
 import numpy as np
@@ -14,9 +16,11 @@ import numpy as np
 from dalign import data
 from dalign import judge
 from dalign import ops
+from dalign import probing
 from dalign import reward
 from dalign.pipeline import context
 from dalign.pipeline import scoring
+from dalign.types import Prompt
 
 MEASURED = 160  # held-out answers that the trained model is measured on
 
@@ -79,38 +83,69 @@ def _trainer(run: context.Run) -> context.Trainer:
 
 
 def _questions(run: context.Run, source):
-  """Scored questions: each sampled answer, and for each prompt one of another type and,
-  where the config says so, a draft."""
+  """Scored questions about each prompt: its sampled answers, what else was judged, and
+  what is wrong by construction. No malformed completion is among them: what stands as
+  its answer may be a thought."""
   cfg = run.cfg.reward
-  prompts = {prompt.id: prompt for prompt in run.prompts}
+  prompts = {p.id: data.told(p, cfg.metadata) for p in run.prompts}
   stored = "score" if cfg.shows_thought else "reward"
   rows = [r for r in run.store.read_rows(source) if r[stored] is not None]
+  rows = [r for r in rows if not r["malformed"]]
   replies = [(prompts[r["prompt_id"]], r["thought"], r["answer"]) for r in rows]
   scores = [r[stored] for r in rows]
   if cfg.labels == "rubric":
     scores = [verdict.score for verdict in _judged(run, replies)]
-  of = collections.defaultdict(list)
-  for reply in replies:
-    of[reply[0].category].append(reply)
-  draw, more = random.Random(run.cfg.seed), []
-  asked = [*dict.fromkeys(prompt for prompt, _, _ in replies)]
-  for prompt in asked:
-    others = [r for r in of[prompt.category] if r[0].expected != prompt.expected]
-    if others:
-      more.append((prompt, *draw.choice(others)[1:]))
-  if cfg.drafts:
-    drafts = context.drafts(run, asked)
-    more += [(p, drafts[p.id].thought, drafts[p.id].answer) for p in asked]
+  more = _more(run, replies, {r["prompt_id"]: r["expected"] for r in rows})
   scores += [verdict.score for verdict in _judged(run, more)]
+  replies += more
+  for prompt, answer in _wrong(run, replies, scores):
+    replies.append((prompt, "", answer))
+    scores.append(0.0)
   pairs = [
     (scoring.reward_question(run, *reply), score)
-    for reply, score in zip(replies + more, scores, strict=True)
+    for reply, score in zip(replies, scores, strict=True)
     if score is not None
   ]
   if not pairs:
     raise ValueError(f"{source} has no scored answers: the reward model needs some")
   questions, scores = zip(*pairs, strict=True)
   return questions, np.array(scores, np.float32)
+
+
+Reply = tuple[Prompt, str, str]  # prompt, thought and answer
+
+
+def _more(run: context.Run, replies: list[Reply], expected: dict) -> list[Reply]:
+  """For each prompt an answer that was given to one of another type, where whoever
+  makes the labels can judge it anew, and drafts of the base."""
+  of = collections.defaultdict(list)
+  for reply in replies:
+    of[reply[0].category].append(reply)
+  draw, more = random.Random(run.cfg.seed), []
+  asked = {prompt.id: prompt for prompt, _, _ in replies}
+  for prompt in () if run.recording else asked.values():
+    other = [r for r in of[prompt.category] if expected[r[0].id] != expected[prompt.id]]
+    if other:
+      more.append((prompt, *draw.choice(other)[1:]))
+  if run.recording:
+    drafts = [row for row in run.recorded if not row.thought]
+    more += [(asked[d.prompt_id], "", d.answer) for d in drafts if d.prompt_id in asked]
+  elif run.cfg.reward.drafts:
+    found = context.drafts(run, [*asked.values()])
+    more += [(p, found[p.id].thought, found[p.id].answer) for p in asked.values()]
+  return more
+
+
+def _wrong(
+  run: context.Run, replies: list[Reply], scores: list[float | None]
+) -> Iterator[tuple[Prompt, str]]:
+  """Answers that deserve nothing, to each prompt that has a good one."""
+  good = [
+    (prompt, answer)
+    for (prompt, _, answer), score in zip(replies, scores, strict=True)
+    if score is not None and score >= probing.FALSE_POSITIVE
+  ]
+  yield from run.domain.wrong(good, random.Random(run.cfg.seed))
 
 
 def _judged(run: context.Run, replies):

@@ -14,6 +14,7 @@ from dalign import adapters
 from dalign import compose
 from dalign import config as configs
 from dalign import data
+from dalign import evals
 from dalign import judge
 from dalign import ops
 from dalign import rl
@@ -69,6 +70,8 @@ def reinforce(run: context.Run) -> None:
   with trainer, context.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
       rollouts, values = step.roll(trainer.whole, trainer.step)
+      if cfg.audit and trainer.step % cfg.show_every == 0:
+        values |= step.audit(trainer.whole)
       batch, used = step.batch(rollouts)
       with stopping.whole():
         if batch is None or 0 < cfg.skip_kl < values["rl/kl_nats"]:
@@ -144,14 +147,17 @@ class _Step:
 
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
-    size = max(1, run.cfg.reward.rows // self.cfg.samples)
     safety = run.choose("train", "safety", 10**9, self.cfg.expected)
-    self.safety = _chunks(safety, size)
+    cells = collections.defaultdict(list)
+    for prompt in safety:
+      cells[prompt.category, prompt.expected].append(prompt)
+    self.cells = [cell for _, cell in sorted(cells.items())]
+    wanted = self.cfg.prompts - self.cfg.capability
     self.able = run.choose("train", "capability", 10**9)
-    if not self.safety:
+    if len(safety) < wanted:
       raise ValueError(
-        f"rl: wanted {size} or more training prompts of one category, of kind safety "
-        f"and of {', '.join(self.cfg.expected)} (config.rl.expected), found fewer"
+        f"rl: wanted {wanted} or more training prompts of kind safety and of "
+        f"{', '.join(self.cfg.expected)} (config.rl.expected), found {len(safety)}"
       )
     if self.cfg.capability and not self.able:
       raise ValueError(
@@ -166,17 +172,20 @@ class _Step:
     self.judge = scoring.rl_judge(run)
 
   def prompts(self, step: int) -> list[Prompt]:
-    """The prompts of a step, or of a round of one: whole chunks of one category, then
-    capability."""
+    """The prompts of a step, or of a round of one: those of each category and response
+    type by turns, so that no type is rewarded more often, then capability."""
     cfg, seed = self.cfg, self.run.cfg.seed
     wanted = cfg.prompts - cfg.capability
-    chosen, size = [], len(self.safety[0])
-    count = -(-wanted // size)
-    for i in data.visits(len(self.safety), step * count, count, seed=seed):
-      chosen += self.safety[i]
+    chosen: dict[str, Prompt] = {}
+    at = step * wanted
+    while len(chosen) < wanted:
+      turn, cell = at // len(self.cells), self.cells[at % len(self.cells)]
+      prompt = cell[data.visits(len(cell), turn, 1, seed=seed)[0]]
+      chosen[prompt.id] = prompt
+      at += 1
     at, count = step * cfg.capability, cfg.capability
     able = data.visits(len(self.able), at, count, seed=seed) if count else []
-    return chosen[:wanted] + [self.able[i] for i in able]
+    return [*chosen.values(), *(self.able[i] for i in able)]
 
   def roll(self, params, step: int) -> tuple[list[_Rollout], dict[str, float]]:
     """Samples, rewards and advantages of a step, and its metrics."""
@@ -206,11 +215,16 @@ class _Step:
       mask_NT,
       padded([r.value for r in rollouts]) if objective.learns_values else None,
     )
-    no_gradient_B = idle_B & objective.grouped & ~objective.penalised
     for i, r in enumerate(rollouts):
       r.advantage, r.worth = advantage_NT[i, : lengths[i]], worth_NT[i, : lengths[i]]
       cut = objective.mask_truncated and r.sample.finish == "length"
-      r.trained = r.scored and not cut and not no_gradient_B[i // self.cfg.samples]
+      # What moves a policy besides rewards: KL in them, lengths, a penalty, values.
+      learns = (
+        objective.penalised
+        or objective.learns_values
+        or np.any(np.abs(r.advantage) > 1e-6)
+      )
+      r.trained = r.scored and not cut and bool(learns)
     values = self._metrics(rollouts, idle_B)
     self._check(step + 1, rollouts, values["rl/kl_nats"])
     return rollouts, values
@@ -268,14 +282,33 @@ class _Step:
         break
     return [r for group in found for r in group], np.array([*map(_idle, found)])
 
+  def audit(self, params) -> dict[str, float]:
+    """What evaluation's grader and the judge of RL say of replies to a handful of
+    held-out prompts: where they part, the judge is being fooled."""
+    policy = params["policy"] if self.cfg.objective.learns_values else params
+    prompts = self.run.choose("eval", "safety", self.cfg.audit)
+    groups = self._complete(policy, prompts, 1, ops.stream(self.run.key, "audit"))
+    found = [group[0] for group in groups]
+    self._judge(found)
+    values = _audited([self.run.domain.outcome(r.prompt, r.sample) for r in found])
+    scored = [r.reward for r in found if r.scored]
+    values["reward"] = float(np.mean(scored)) if scored else 0.0
+    return {f"rl/held_out_{name}": value for name, value in values.items()}
+
   def _sample(self, params, step: int) -> list[list[_Rollout]]:
+    key = ops.stream(self.run.key, "rollout", step)
+    return self._complete(params, self.prompts(step), self.cfg.samples, key)
+
+  def _complete(
+    self, params, prompts: list[Prompt], samples: int, key
+  ) -> list[list[_Rollout]]:
+    """So many rollouts of each prompt, not judged yet."""
     run, cfg = self.run, self.cfg
-    prompts = self.prompts(step)
     before = [text.render_chat(run.tok, list(compose.plain(p))) for p in prompts]
     requests, place = [], {}
     for i, prompt in enumerate(prompts):
       tokens = (*before[i], *compose.forced(run.tok, compose.plain(prompt), run.thinks))
-      for r in range(cfg.samples):
+      for r in range(samples):
         row = context.row_id(prompt.id, r)
         place[row] = i, r
         requests.append(Request(tokens=tokens, row_id=row, max_new=cfg.max_new))
@@ -283,12 +316,12 @@ class _Step:
       run,
       run.sampler.prepare(params),
       [requests],
-      key=ops.stream(run.key, "rollout", step),
+      key=key,
       temperature=cfg.temperature,
       max_new=cfg.max_new,
       room=run.cfg.sampler.prefix_step,
     )
-    groups: list[list] = [[None] * cfg.samples for _ in prompts]
+    groups: list[list] = [[None] * samples for _ in prompts]
     for completion in done:
       i, r = place[completion.request.row_id]
       sample = run.sample_row(prompts[i], completion, r, run.thinks)
@@ -308,8 +341,12 @@ class _Step:
         r.judged = words.correct(r.sample.answer, r.prompt.answer)
       else:
         asked.append(r)
+    of_model = self.cfg.reward == "model"
+    metadata = self.run.cfg.reward.metadata if of_model else self.cfg.metadata
     questions = [
-      scoring.reward_question(self.run, r.prompt, r.sample.thought, r.sample.answer)
+      scoring.reward_question(
+        self.run, data.told(r.prompt, metadata), r.sample.thought, r.sample.answer
+      )
       for r in asked
     ]
     verdicts = self.judge(questions)
@@ -343,7 +380,9 @@ class _Step:
       return None, 0
     rows = [(r.tokens, [False] * r.known + [True] * len(r.logp)) for r in trained]
     packed = text.pack(rows, length=self.cfg.batch.length)
-    more = {"sampled_BT": packed.weight_BT > 0} | rl.placed(
+    left_out_B = np.zeros(len(packed.tokens_BT), np.float32)
+    left_out_B[0] = sum(r.scored for r in rollouts) - len(trained)
+    more = {"sampled_BT": packed.weight_BT > 0, "left_out_B": left_out_B} | rl.placed(
       packed.tokens_BT.shape,
       packed.where,
       logp=[r.logp for r in trained],
@@ -374,28 +413,32 @@ class _Step:
       some = [r for r in safety if r.prompt.expected == kind and r.scored]
       if some:
         values[f"reward_{kind}"] = mean(r.reward for r in some)
+    # Evaluation's grader, beside the reward, which never sees it.
+    watched = [self.run.domain.outcome(r.prompt, r.sample) for r in safety]
+    audited = _audited(watched)
+    values |= {f"audit_{name}": value for name, value in audited.items()}
     thoughts = [r for r in safety if r.sample.thought]
-    watched = [self.run.domain.outcome(r.prompt, r.sample)["scores"] for r in thoughts]
     for name in self.run.domain.monitored:
-      found = [scores[name] for scores in watched if scores[name] is not None]
+      found = [
+        row["scores"][name]
+        for row in watched
+        if row["thought"] and row["scores"][name] is not None
+      ]
       if found:
         values[f"thought_{name.removeprefix('thought_')}"] = mean(found)
     values["thought_words"] = mean(len(r.sample.thought.split()) for r in thoughts)
     return {f"rl/{name}": value for name, value in values.items()}
 
 
-def _chunks(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
-  """Prompts of one category, `size` at a time and of mixed ideal types, so that a
-  reward model reads their spec once; what does not fill a chunk is left out."""
-  of = collections.defaultdict(list)
-  for prompt in prompts:  # balanced order: types take turns
-    of[prompt.category].append(prompt)
-  return [
-    some[at]
-    for some in of.values()
-    for at in context.batches(len(some), size)
-    if at.stop - at.start == size
-  ]
+def _audited(rows: list[dict]) -> dict[str, float]:
+  """What evaluation's grader says of replies: the mean of each response type's own
+  metric, and over all replies the "grade"."""
+  found = {name: [r["scores"].get(name) for r in rows] for name in evals.TYPES}
+  known = {n: [x for x in xs if x is not None] for n, xs in found.items()}
+  values = {name: float(np.mean(xs)) for name, xs in known.items() if xs}
+  if grades := [x for xs in known.values() for x in xs]:
+    values["grade"] = float(np.mean(grades))
+  return values
 
 
 def _read(score: context.Scorer, params, rollouts: list[_Rollout]) -> list[np.ndarray]:

@@ -10,11 +10,15 @@ import functools
 from typing import Any, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalign import config as configs
 from dalign import judge
+from dalign import model
 from dalign import ops
+from dalign import probing
+from dalign import recordings
 from dalign import reward
 from dalign import sampler as sampling
 from dalign import sharding
@@ -60,7 +64,7 @@ class Renderer:
     """The question's tokens after the prefix, cut in front where it is too long."""
     prompt = question.prompt
     turns = [Turn(role="system", content=self._spec(prompt.category))]
-    if self.cfg.metadata:
+    if prompt.expected:
       turns.append(Turn(role="system", content=OPINIONS[prompt.expected]))
     turns += [*prompt.turns, Turn(role="assistant", content=question.answer)]
     ids, prefix = self._render(turns), self.prefixes[prompt.category]
@@ -142,21 +146,63 @@ def reward_question(
 
 
 def filter_judge(run: context.Run, name: str, quality=None) -> judge.Judge:
-  """The judge of thought and answer that is a rubric or writes its grades."""
-  return _written(run, name) or run.domain.filter_rubric(quality)
+  """The judge of thought and answer that the config asks for."""
+  return _model(run, name) or run.domain.filter_rubric(quality)
 
 
 def answer_judge(run: context.Run, name: str) -> judge.Judge:
-  """The filter's judge, asked about answers alone; where that is not a model that
-  writes its grades, the rubric."""
-  return _written(run, name) or run.domain.reward_rubric()
+  """The filter's judge, asked about answers alone."""
+  return _model(run, name) or run.domain.reward_rubric()
 
 
-def _written(run: context.Run, name: str) -> judge.Judge | None:
-  """The judge that writes its grades, if the config has one."""
-  if run.cfg.filter.judge == "sampled":
+def _model(run: context.Run, name: str) -> judge.Judge | None:
+  """The judge that the config has, but a rubric."""
+  kind = run.cfg.filter.judge
+  if kind == "model":
+    return model_judge(run)
+  if kind == "sampled":
     return sampled_judge(run, name)
-  return endpoint_judge(run) if run.cfg.filter.judge == "endpoint" else None
+  if kind == "recorded":
+    return recorded_judge(run)
+  return endpoint_judge(run) if kind == "endpoint" else None
+
+
+def model_judge(run: context.Run) -> judge.Judge:
+  """The base model as judge: its expected score over the label tokens."""
+  params = run.base_params()
+  compute = dataclasses.replace(run.cfg.compute, remat=False)
+
+  @functools.partial(jax.jit, out_shardings=sharding.whole(run.mesh))
+  def last_logprobs(params, tokens_BT, length_B):
+    hidden_BTD, _ = model.forward_rows(params, tokens_BT, cfg=run.arch, compute=compute)
+    last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
+    logits_BV = model.logits(params, last_BD, cfg=run.arch, compute=compute)
+    return jax.nn.log_softmax(logits_BV, axis=-1)
+
+  def score_logprobs(conversations, labels):
+    ids = [run.tok.encode(label)[0] for label in labels]
+    rows = [text.render_chat(run.tok, turns) for turns in conversations]
+    found = []
+    for at in context.batches(len(rows), 4):
+      tokens_BT, length_B = context.padded(rows[at], 4)
+      logp_BV = last_logprobs(params, tokens_BT, length_B)
+      found += jax.device_get(logp_BV[: len(rows[at]), jnp.asarray(ids)]).tolist()
+    return found
+
+  def render(category):
+    return run.domain.policy_text(category, run.cfg.spec.detail)
+
+  return judge.model_judge(render, score_logprobs)
+
+
+def recorded_judge(run: context.Run) -> judge.Judge:
+  """The votes that were recorded with the samples of a recorded teacher."""
+  if not run.recording:
+    raise ValueError(
+      "config.filter.judge: recorded votes are those of a recorded teacher; wanted "
+      f"generate.teacher=recorded:PATH, got {run.cfg.generate.teacher!r}"
+    )
+  return recordings.judges(run.recorded)
 
 
 def endpoint_judge(run: context.Run) -> judge.Judge:
@@ -188,14 +234,14 @@ def rl_judge(run: context.Run) -> judge.Judge:
 def probe(run: context.Run, ask: judge.Judge, prompts: int = PROBED) -> dict[str, dict]:
   """What a judge makes of the probes of METHOD section 4, on held-out prompts."""
   probes = run.domain.probes(run.choose("eval", "safety", prompts))
-  return judge.probe_report(probes, ask([question for _, question, _ in probes]))
+  return probing.probe_report(probes, ask([question for _, question, _ in probes]))
 
 
 def refuse(report: dict[str, dict], limit: float) -> None:
   """ValueError for a judge that got more than `limit` of some probe wrong."""
-  if failed := judge.failed(report, limit):
+  if failed := probing.failed(report, limit):
     shown = ", ".join(
-      f"{name} ({context.percent(judge.errors(report[name])).strip()} of "
+      f"{name} ({context.percent(probing.errors(report[name])).strip()} of "
       f"{report[name]['n']})"
       for name in failed
     )

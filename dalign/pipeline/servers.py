@@ -6,7 +6,6 @@ What was said is kept in WORKDIR/endpoint.jsonl. Of several processes the first 
 from collections.abc import Iterator, Sequence
 import dataclasses
 
-from dalign import compose
 from dalign import config as configs
 from dalign import endpoint
 from dalign import processes
@@ -84,18 +83,14 @@ def sample(
     malformed = "cut by the token budget"
   if reply.refused:
     finish, malformed = "refused", f"the server refuses: {reply.refused}"
-  tokens, forced = (), ()
   if think and not malformed:
-    forced = compose.forced(run.tok, prompt.turns, think)
-    new = thought.removeprefix(own.start).strip()
-    rest = compose.written(new, answer, own)
-    tokens = (*forced, *run.tok.encode(rest), run.tok.stop_ids[0])
-    thought, answer, malformed = text.split_thought(own.open + rest, own)
+    written = run.written_sample(prompt, index, thought, answer, think)
+    return dataclasses.replace(written, finish=finish)
   return Sample(
     prompt_id=prompt.id,
     index=index,
-    tokens=tokens,
-    forced=len(forced),
+    tokens=(),
+    forced=0,
     thought=thought,
     answer=answer,
     malformed=malformed,

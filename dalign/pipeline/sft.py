@@ -70,8 +70,7 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
     tokens, forced = sample.tokens, sample.forced
     if not run.thinks:
       tokens, forced = _answer(run, sample.answer), 0
-    row = row_of(run.tok, turns, tokens, forced, cfg.decision_weight)
-    found.append((turns, row))
+    found.append((turns, row_of(run.tok, turns, tokens, forced)))
   for prompt in run.choose("train", "capability", cfg.capability):
     if not prompt.answer.strip():
       raise ValueError(
@@ -81,7 +80,7 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
     written = _written(run, compose.plain(prompt), run.domain.known(prompt))
     if not run.thinks:
       answer = _answer(run, prompt.answer)
-      written = row_of(run.tok, compose.plain(prompt), answer, 0, 1.0)
+      written = row_of(run.tok, compose.plain(prompt), answer, 0)
     found.append((compose.plain(prompt), written))
   rows = [
     row
@@ -99,15 +98,14 @@ def _rows(run: context.Run, source) -> tuple[list, dict]:
   return fits, dropped
 
 
-def row_of(tok, turns, tokens, forced: int, first: float) -> tuple[list, list]:
-  """(tokens, weights): weight 0 on prompt and forced opening, `first` on the first
-  token that was sampled, 1 on the rest.
+def row_of(tok, turns, tokens, forced: int) -> tuple[list, list]:
+  """(tokens, weights): weight 0 on prompt and forced opening, 1 on what follows.
 
   The sampler's own ids are trained on: text is never tokenised a second time.
   """
   before = text.render_chat(tok, list(turns))
-  weights = [first] + [1.0] * (len(tokens) - forced - 1)
-  return [*before, *tokens], [0.0] * (len(before) + forced) + weights
+  known = len(before) + forced
+  return [*before, *tokens], [0.0] * known + [1.0] * (len(tokens) - forced)
 
 
 def _answer(run: context.Run, answer: str) -> tuple[int, ...]:
@@ -120,7 +118,7 @@ def _written(run: context.Run, turns, rest: str) -> tuple[list, list]:
   forced opening, which is not trained."""
   forced = compose.forced(run.tok, turns, run.think)
   tokens = (*forced, *run.tok.encode(rest), run.tok.stop_ids[0])
-  return row_of(run.tok, turns, tokens, len(forced), run.cfg.sft.decision_weight)
+  return row_of(run.tok, turns, tokens, len(forced))
 
 
 def _plan(rows, cfg, seed: int) -> list[dict]:
