@@ -265,8 +265,8 @@ def test_a_name_of_several_lines_is_told_in_one():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -(10**400)])
 def test_numbers_of_configs_are_finite(value):
-  bad = changed(NODE, ("sft", "decision_weight"), value)
-  with pytest.raises(ValueError, match="sft.decision_weight: wanted a finite number"):
+  bad = changed(NODE, ("sft", "average_share"), value)
+  with pytest.raises(ValueError, match="sft.average_share: wanted a finite number"):
     configs.build(configs.Config, bad)
 
 

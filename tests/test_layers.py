@@ -28,6 +28,7 @@ EDGES = {
   "metrics",
   "checkpoints",
   "data",
+  "recordings",
   "public",
   "endpoint",
   "ggufs",
@@ -58,6 +59,7 @@ ALLOWED = {
   "judge": {"json"},  # what a judge writes
   "world": {"random"},  # always of a seed
   "lessons": {"random"},
+  "domain": {"random"},
   "stopping": {"sys"},  # whose hook sees what Python ignores
 }
 

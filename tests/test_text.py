@@ -392,8 +392,8 @@ def test_words_of_its_own_must_follow_a_quoted_prompt():
 )
 def test_a_demonstrated_thought_follows_its_opening(open_, gap):
   think = text.ThinkFormat(open=open_, close="</t>")
-  rest = compose.brief(None, compose.HARMLESS[1], think)
-  assert rest == f"{gap}No policy touches this, so I can answer.\n</t>\n\n"
+  rest = compose.written("No policy touches this, so I can answer.", "17.", think)
+  assert rest == f"{gap}No policy touches this, so I can answer.\n</t>\n\n17."
 
 
 @hypothesis.given(HOSTILE, st.sampled_from(["</think>", "=", "</t>"]))
