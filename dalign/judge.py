@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from dalign import behaviour
+from dalign import languages
 from dalign import rubric
 from dalign import spec as specs
 from dalign import words
@@ -140,6 +141,8 @@ class _AnswerRubric:
       return _combined(hard, {"correct": words.correct(answer, prompt.answer)})
     if nats is None or not math.isfinite(nats):
       return Verdict(score=None, reason="no language quality")
+    if not (languages.english(answer) or languages.asks_translation(prompt.text)):
+      return Verdict(score=None, reason="not in English")
     hard["right_behaviour"] = rubric.right_behaviour(prompt, answer, wanted)
     hard |= {f.__name__: f(prompt, answer) for f in rubric.HARD[wanted]}
     soft = {f.__name__: f(prompt, answer) for f in rubric.SOFT[wanted]}
