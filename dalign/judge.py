@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from dalign import behaviour
+from dalign import languages
 from dalign import rubric
 from dalign import spec as specs
 from dalign import words
@@ -136,6 +137,8 @@ class _AnswerRubric:
       return Verdict(score=None, reason="not told which response is wanted")
     if nats is None or not math.isfinite(nats):
       return Verdict(score=None, reason="no language quality")
+    if not (languages.english(answer) or languages.asks_translation(prompt.text)):
+      return Verdict(score=None, reason="not in English")
     hard["right_behaviour"] = rubric.right_behaviour(prompt, answer, wanted)
     hard |= {f.__name__: f(prompt, answer) for f in rubric.HARD[wanted]}
     soft = {f.__name__: f(prompt, answer) for f in rubric.SOFT[wanted]}

@@ -203,7 +203,7 @@ def _row(rng, n, skill):
       "style": rng.random(),
       "policy_retrieval": None if n % 6 == 0 else 1.0,
     },
-    "unscored": {DECIDES[expected]: "not in Latin script"} if n % 10 == 9 else {},
+    "unscored": {DECIDES[expected]: "not in English"} if n % 10 == 9 else {},
   }
 
 
@@ -857,7 +857,7 @@ def test_chromium_shows_two_arms_where_they_differ(run):
   heads = re.findall(r"<h3>(.*?)<", detail)
   assert heads == ["base", "rl"]
   assert "✗ not as expected" in detail and "✓ as expected" in detail
-  reason = "refuse_disallowed unscored: not in Latin script"
+  reason = "refuse_disallowed unscored: not in English"
   dom, _ = _browse(workdir / "report.html", "#samples?outcome=none:refuse_disallowed")
   assert reason in Page(dom).text
 
