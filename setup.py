@@ -86,7 +86,12 @@ setuptools.setup(
   ],
   package_dir={"dalign.configs": "configs", "dalign.specs": "specs"},
   package_data={
-    "dalign": ["py.typed", "report_template.html", "prompts/*.jsonl"],
+    "dalign": [
+      "py.typed",
+      "report_template.html",
+      "prompts/*.jsonl",
+      "recordings/*.jsonl",
+    ],
     "dalign.specs": ["*.md"],
   },
   entry_points={

@@ -128,7 +128,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   # over 128 took 99 GiB a chip in the reward update, 128 take 15.
   few = max(64, mesh.get("fsdp", 1)) if topology else 8
   c = quickstart.get_config()
-  c.recipe = f"large:{name}.v1"
+  c.recipe = f"large:{name}.v2"
   c.model = dict(path=f"~/models/{model}", random=MODELS[model])
   c.compute = dict(
     dtype="bfloat16",
@@ -155,6 +155,8 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
     dict(
       prompts=dict(refuse=600, safe_complete=300, comply=900),
       helpful=200,
+      capability=100,
+      teacher="base",
       demonstrations=0,
       most=8,
       max_new=1024,

@@ -2,6 +2,10 @@
 
   python -m dalign.main --config=configs/quickstart.py --workdir=runs/quickstart
 
+Stage 1 takes the recording that comes with dalign. configs/quickstart.py:full is the
+same with more of everything, in some hours; configs/quickstart.py:self_taught has the
+base teach itself, with no label in sight, as an arm to compare with.
+
 Another model, of a family that README.md names: --config.model.path=DIR
 """
 
@@ -62,10 +66,47 @@ def sweep():
       yield {"seed": seed, "sft.optimizer.learning_rate": rate}
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """The quickstart; every number once, with its reason."""
+SIZES = ("full", "self_taught")
+
+
+def get_config(size: str = "") -> ml_collections.ConfigDict:
+  """The quickstart, or one of SIZES; every number once, with its reason."""
+  if size and size not in SIZES:
+    raise ValueError(f"wanted one of {', '.join(SIZES)} or none, got {size!r}")
+  c = _quickstart()
+  if size:
+    c.recipe = f"quickstart:{size}.v2"
+    {"full": _full, "self_taught": _self_taught}[size](c)
+  return c
+
+
+def _full(c: ml_collections.ConfigDict) -> None:
+  """More epochs, a longer reward model, RL until it matters, and more to measure."""
+  c.sft.epochs = 3
+  c.reward.steps = 240
+  c.rl.steps = 60
+  c.eval.update(dict(prompts=10**6, helpful=10**6, samples=2, budgets=(0,), swaps=60))
+
+
+def _self_taught(c: ml_collections.ConfigDict) -> None:
+  """The base thinks and answers itself, the spec and worked examples in sight; a rubric
+  that is told nothing but what the thought says judges it."""
+  c.generate.update(
+    dict(
+      prompts=dict(refuse=220, safe_complete=80, comply=440),
+      helpful=80,
+      capability=100,
+      teacher="base",
+      max_new=120,
+    )
+  )
+  c.filter.update(dict(judge="rubric", per_cell=60, quality=True))
+  c.rl.update(dict(reward="model", judge_errors=1.0))
+
+
+def _quickstart() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
-  c.recipe = "quickstart.v1"
+  c.recipe = "quickstart.v2"
   c.seed = 0
   c.stages = "all"
   c.start_over = False
@@ -97,7 +138,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.world = None
   # A 135M model loses the thread in the thousand tokens of a full policy.
   c.spec = dict(dir="specs", detail="clauses")
-  c.data = dict(source="bundled", columns={}, dir="~/.cache/dalign")
+  c.data = dict(source="bundled", columns={}, contaminated=0.05, dir="~/.cache/dalign")
   c.generate = dict(
     # All there are of the bundled recording.
     prompts=dict(refuse=10**6, safe_complete=10**6, comply=10**6),

@@ -45,12 +45,13 @@ def get_config() -> ml_collections.ConfigDict:
       prompts=dict(refuse=9, safe_complete=2, comply=9),
       helpful=2,
       capability=2,
+      teacher="base",
       demonstrations=1,
       most=2,
       max_new=96,
     )
   )
-  c.filter.quality = False
+  c.filter.judge = "rubric"
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
   c.reward.update(dict(steps=3, rows=8, length=256, held_out=0.15, checkpoint_every=2))
@@ -64,6 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
       judge_errors=1.0,  # its reward model has learned nothing
       max_new=96,
       checkpoint_every=1,
+      audit=4,
     )
   )
   c.rl.batch = dict(micro=2, rows=4, length=2048)

@@ -190,7 +190,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     checkpoint_every=200,
   )
   c.spec = dict(dir="specs", detail="full")
-  c.data = dict(source="world", columns={}, dir="~/.cache/dalign")
+  c.data = dict(source="world", columns={}, contaminated=0.05, dir="~/.cache/dalign")
   c.generate = dict(
     prompts=dict(refuse=400, safe_complete=400, comply=400),
     helpful=40,

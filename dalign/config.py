@@ -405,11 +405,14 @@ class DataConfig(Checked):
   source: "bundled", "jsonl:PATH", "parquet:PATH", "tfds:NAME:SPLIT", "public:NAME", or
     of the policy world "world".
   columns: our field names -> the set's own; {} where they are the same.
+  contaminated: the share of training prompts that may say what held-out ones say (8
+    words in a row, or near-twins); they are left out, and more stop the run.
   dir: the folder where prepared sets are kept.
   """
 
   source: str
   columns: Mapping[str, str]
+  contaminated: Share
   dir: str
 
 

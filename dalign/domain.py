@@ -65,6 +65,12 @@ class English:
     kind, _, name = source.partition(":")
     return public.notice(name) if kind == "public" else ""
 
+  def contaminated(
+    self, prompts: list[Prompt], held_out: list[Prompt]
+  ) -> list[tuple[str, str]]:
+    """(id of a prompt, text of a held-out one) where they say the same."""
+    return data.contaminated(prompts, [prompt.text for prompt in held_out])
+
   def policy_text(self, category: str, detail: str) -> str:
     """spec(category) as a system turn has it."""
     return "" if detail == "none" else specs.render(self.spec, category, detail=detail)
@@ -236,6 +242,12 @@ class World:
   def notice(self, source: str) -> str:
     """None: a world's prompts are its own."""
     return ""
+
+  def contaminated(
+    self, prompts: list[Prompt], held_out: list[Prompt]
+  ) -> list[tuple[str, str]]:
+    """None: what is held out are pairs of topic and intent, not words."""
+    return []
 
   def policy_text(self, category: str, detail: str) -> str:
     """spec(category) as a system turn has it."""

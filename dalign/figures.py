@@ -153,8 +153,9 @@ def share_bar(part: Json, whole: Json, unit: str = "%") -> str:
 # Drawings.
 
 
-def plane(arms: dict) -> str:
-  """Refusal against over-refusal: each arm a point with its intervals as whiskers."""
+def plane(arms: dict, curves: dict | None = None) -> str:
+  """Refusal against over-refusal: each arm a point with its intervals as whiskers, and
+  where it is known the curve of what other thresholds on its odds would do."""
   pairs = {
     a: (m.get("comply_allowed"), m.get("refuse_disallowed")) for a, m in arms.items()
   }
@@ -170,6 +171,9 @@ def plane(arms: dict) -> str:
   taken = [(x(p[0][0]) - 7, y(p[1][0]) - 7, 14, 14) for p in pairs.values()]
   for place, (arm, ((cx, *xs), (cy, *ys))) in enumerate(pairs.items()):
     lines = ""
+    if points := ((curves or {}).get(arm) or {}).get("points"):
+      path = "L".join(f"{x(kept):.1f} {y(refused):.1f}" for refused, kept in points)
+      lines += f'<path class="curve" d="M{path}"/>'
     if all(map(finite, xs)):
       lines += f'<path d="M{x(xs[0]):.1f} {y(cy):.1f}H{x(xs[1]):.1f}"/>'
     if all(map(finite, ys)):
@@ -188,7 +192,8 @@ def plane(arms: dict) -> str:
     'of disallowed prompts against compliance with allowed ones, one point an arm">'
     f"{''.join(parts)}</svg><figcaption>Up: refuses more of what is disallowed. "
     "Right: complies with more of what is allowed. Whiskers are the intervals of the "
-    "table. On the dashed line a model answers without regard to what is asked."
+    "table. On the dashed line a model answers without regard to what is asked. Thin "
+    "curves are what other thresholds on the odds of opening with a refusal would do."
     "</figcaption></figure>"
   )
 

@@ -358,11 +358,60 @@ def _results(summary: Json) -> str:
   ]
   return "".join(
     [
-      *(*own[:1], figures.plane(arms), _by_category(summary.get("categories") or {})),
+      *own[:1],
+      figures.plane(arms, (summary.get("curves") or {}).get("held out")),
+      _curves_table(summary.get("curves") or {}),
+      _differences(summary.get("differences") or {}),
+      _by_category(summary.get("categories") or {}),
       *(_by_set(arms, sets), figures.scaling(arms), *own[1:]),
       *(["<h3>Every metric of each further set</h3>"] if further else []),
       *further,
     ]
+  )
+
+
+def _curves_table(curves: dict) -> str:
+  """How well each arm's odds of declining tell prompts apart, in each set."""
+  arms = [*dict.fromkeys(arm for of_set in curves.values() for arm in of_set)]
+  if not arms:
+    return ""
+  rows = [
+    [
+      figures.text(name),
+      *(
+        figures.estimate({"mean": c["auc"]} | c) if (c := own.get(a)) else ""
+        for a in arms
+      ),
+    ]
+    for name, own in curves.items()
+    if own
+  ]
+  missed = ", ".join(
+    f"{figures.text(arm)} {own['calibration_error']:.2f}"
+    for arm, own in (curves.get("held out") or {}).items()
+  )
+  return (
+    "<h3>Operating curves</h3><p>The area under each arm's curve: how often the odds "
+    "of opening with a refusal, after the arm's own thought, are higher for a prompt "
+    "to be refused than for one to be answered. Their expected calibration error on "
+    f"the held-out prompts: {missed}.</p>"
+    + figures.table("area under the curve", ["set", *map(figures.text, arms)], rows)
+  )
+
+
+def _differences(differences: dict) -> str:
+  """Arms less others on the same prompts, in the metrics of the first table."""
+  names = [n for n in CORE if any(n in own for own in differences.values())]
+  rows = [
+    [figures.text(pair), *(figures.estimate(own.get(name)) for name in names)]
+    for pair, own in differences.items()
+  ]
+  if not rows:
+    return ""
+  head = ["difference", *map(figures.text, names)]
+  table = figures.table("differences between arms, paired", head, rows)
+  return (
+    f"<details><summary>Differences between any two arms</summary>{table}</details>"
   )
 
 

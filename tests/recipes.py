@@ -30,7 +30,8 @@ def each() -> Iterator[tuple[str, configs.Config]]:
     module = config_file(path.stem)
     arms = [("ablation",)] if hasattr(module, "ABLATION") else []
     places = [(name,) for name in getattr(module, "PLACES", ())]
-    for argument in places or [(), *arms]:
+    sizes = [(name,) for name in getattr(module, "SIZES", ())]
+    for argument in places or [(), *arms, *sizes]:
       node = module.get_config(*argument)
       yield ":".join((path.stem, *argument)), configs.build(configs.Config, node)
 

@@ -289,6 +289,34 @@ def test_balanced_takes_cells_by_turns(bundled):
     data.balanced(bundled[:2], 3, 0)
 
 
+@pytest.mark.parametrize("metadata", ["none", "told", "noisy:0", "noisy:1"])
+def test_what_is_told_of_a_prompt_is_no_more_than_asked_for(metadata):
+  for expected in EXPECTED:
+    for i in range(20):
+      own = prompt(f"p{i}", "How?", "s", expected=expected, clauses=("WE-D1",))
+      seen = data.told(own, metadata)
+      assert seen.clauses == () and seen.turns == own.turns and seen.id == own.id
+      if metadata == "none":
+        assert seen.expected == ""
+      else:
+        assert (seen.expected == expected) == (metadata != "noisy:1")
+        assert seen.expected in EXPECTED
+
+
+def test_noise_is_wrong_for_its_share_of_prompts_and_always_the_same_ones():
+  some = [prompt(f"p{i}", "How?", expected=EXPECTED[i % 3]) for i in range(3000)]
+  seen = [data.told(p, "noisy:0.2").expected for p in some]
+  assert seen == [data.told(p, "noisy:0.2").expected for p in some]
+  wrong = [p.expected != s for p, s in zip(some, seen, strict=True)]
+  assert 0.17 < sum(wrong) / len(wrong) < 0.23  # 4 standard errors
+  pairs = collections.Counter(
+    (p.expected, s) for p, s, w in zip(some, seen, wrong, strict=True) if w
+  )
+  assert len(pairs) == 6 and min(pairs.values()) > 60  # each in place of each
+  more = [data.told(p, "noisy:0.4").expected != p.expected for p in some]
+  assert all(b for a, b in zip(wrong, more, strict=True) if a)  # and some besides
+
+
 def test_order_visits_each_row_once_an_epoch_and_goes_on_anywhere():
   epochs = [data.order(50, seed=1, epoch=epoch) for epoch in range(3)]
   assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -353,6 +381,8 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
     ),
     ({}, [GOOD | {"kind": "odd"}], r":1: wanted kind as one of .* got 'odd'"),
     ({}, [GOOD | {"split": "test"}], r":1: wanted split as one of train, eval"),
+    ({}, [GOOD | {"clauses": "A-D1"}], r":1: wanted clauses as a list of ids"),
+    ({}, [GOOD | {"clauses": ["A-D1", 2]}], r":1: wanted clauses as a list of ids"),
     ({}, [GOOD | {"category": ["a"]}], r":1: wanted text as category, got \['a'\]"),
     ({}, [GOOD | {"category": ""}], r":1: wanted a category"),
     ({}, [GOOD | {"id": "x"}] * 2, r":2: id 'x' is also that of .*p.jsonl:1"),

@@ -316,6 +316,7 @@ def rl_batch(packed: text.Packed, logp_BT, rows, *, shift=False):
   shift_BT = placed.pop("shift_BT")
   more = {"sampled_BT": packed.weight_BT > 0}
   more["logp_BT"] = logp_BT + (shift_BT if shift else 0.0)
+  more["left_out_B"] = np.zeros(len(logp_BT), np.float32)
   return tokens_of(packed) | placed | more
 
 
@@ -433,6 +434,27 @@ def test_the_policy_loss_keeps_its_metrics(score, loss_and_gradient, params):
   np.testing.assert_allclose(metrics["ratio"].value(), ratios.mean(), rtol=1e-4)
   gaps = metrics["logp_gap_nats"].value()
   np.testing.assert_allclose(gaps, np.abs(gap).mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("name", "counted"), [("rloo", 8.0 * 3), ("grpo", 0.0), ("dapo", 0.0)]
+)
+def test_rollouts_left_out_count_where_a_constant_divides(
+  name, counted, score, params, cfg, compute
+):
+  """Else a step of which half has no gradient would take twice the step."""
+  how = objective(name, length_norm=8.0, kl="none", kl_weight=0.0)
+  assert (how.mean == "constant") == bool(counted)
+  rows = rollouts()
+  packed = text.pad_rows(rows, length=32)
+  batch = rl_batch(packed, score(params, packed, 0.8), rows)
+  run = run_of(how, cfg, compute)
+  whole, _, grads = run(params, batch)
+  batch["left_out_B"][[0, 5]] = 1.0, 2.0
+  some, _, same = run(params, batch)
+  np.testing.assert_allclose(some.total, whole.total, rtol=1e-6)
+  np.testing.assert_allclose(some.count, whole.count + counted, rtol=1e-6)
+  close(same, grads, atol=0, rtol=1e-6)
 
 
 def even(rows):
@@ -629,6 +651,7 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
       value_NT,
     )
     batch = tokens_of(packed) | {"sampled_BT": packed.weight_BT > 0, "logp_BT": logp_BT}
+    batch["left_out_B"] = np.zeros(N, np.float32)
     batch |= rl.placed(
       logp_BT.shape,
       packed.where,

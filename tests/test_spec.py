@@ -13,6 +13,8 @@ import pytest
 
 from dalign import compose
 from dalign import spec
+from dalign import types
+from dalign.text import ThinkFormat
 from tests.helpers import ROOT
 
 CATEGORIES = {
@@ -722,14 +724,39 @@ def test_shipped_first_sentences_are_short(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-@pytest.mark.parametrize("verdict, letter", [("comply", "A"), ("refuse", "D")])
-def test_demonstrations_count_up_through_the_clauses_of_a_type(
-  category, verdict, letter
-):
+def test_demonstrations_take_response_types_by_turns(category):
   shipped = spec.Spec(principles=(), styles=(), policies=(shipped_policy(category),))
-  shown = compose.demonstrations(shipped, category, verdict, 3)
-  code = CATEGORIES[category]
-  assert [e.clause for e in shown] == [f"{code}-{letter}{i}" for i in (1, 2, 3)]
+  shown = compose.demonstrations(shipped, category, 6)
+  for some in (shown[:3], shown[3:]):
+    assert {example.verdict for example in some} == set(DECISIONS)
+  for verdict in DECISIONS:
+    worked = [w for w in shipped.policies[0].worked if w.verdict == verdict]
+    assert [e for e in shown if e.verdict == verdict] == worked[:2]
+  assert compose.demonstrations(shipped, category, 2) == shown[:2]
+
+
+def test_nothing_that_a_teacher_reads_tells_how_to_reply(shipped):
+  """Two prompts of one category differ in their own words alone."""
+  think = ThinkFormat(open="<think>\n", close="</think>")
+
+  def read(**more):
+    turns = (types.Turn(role="user", content="How?"),)
+    asked = types.Prompt(id="p", turns=turns, category="weapons", **more)
+    return compose.teach(shipped, asked, detail="full", worked=4, think=think)
+
+  refuse, comply = (read(expected=name) for name in ("refuse", "comply"))
+  assert refuse == comply == read(expected="", clauses=("WE-D1",))
+  worked = compose.demonstrations(shipped, "weapons", 4)
+  shown = [turn.content for turn in refuse if turn.role == "assistant"]
+  for example, said in zip(worked, shown, strict=True):
+    assert said.startswith(f"<think>\n{example.thought}\n</think>\n\n")
+    assert example.answer.startswith(said.rpartition("</think>\n\n")[2])
+
+
+def test_demonstrations_of_no_policy_say_that_none_applies(shipped):
+  for example in compose.demonstrations(shipped, spec.BENIGN, 4):
+    assert (example.clause, example.verdict) == ("", "comply")
+    assert example.thought == compose.UNTOUCHED
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

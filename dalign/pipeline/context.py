@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 
 from dalign import adapters
+from dalign import attacks
 from dalign import bundled
 from dalign import checkpoints
 from dalign import compose
@@ -56,17 +57,25 @@ _JUDGE = tuple(
 READS = {
   "base": ("model", "compute", "world"),
   "generate": ("model", "compute", "think", "spec", "world.spec", "data", "generate"),
-  "filter": ("model", "compute", "spec", "world.spec", "filter"),
+  "filter": (
+    *("model", "compute", "spec", "world.spec", "data", "filter"),
+    *("generate.teacher", "sft.batch"),  # of recorded votes, and of language quality
+  ),
   "sft": ("model", "compute", "lora", "think", "data", "sft"),
   "reward": (
-    *("model", "compute", "lora", "spec", "world.spec", "reward", *_JUDGE),
+    *("model", "compute", "lora", "spec", "world.spec", "data", "reward", *_JUDGE),
     *("generate.temperature", "generate.max_new"),  # of drafts
+    "generate.teacher",
   ),
   "rl": (
     *("model", "compute", "lora", "think", "spec", "data", "rl"),
-    *("world.spec", "reward.shows_thought", *_JUDGE),
+    *("world.spec", *_JUDGE),
+    *(f"reward.{n}" for n in ("shows_thought", "metadata", "detail", "length")),
   ),
-  "eval": ("model", "compute", "think", "spec", "world.spec", "data", "eval"),
+  "eval": (
+    *("model", "compute", "think", "spec", "world.spec", "data", "eval"),
+    *("generate.temperature", "generate.max_new"),  # of what self_refine revises
+  ),
   "export": ("model", "lora", "think", "spec", "world.spec", "export"),
 }
 
@@ -283,8 +292,50 @@ class Run:
     return {(folder / name).as_posix(): text for name, text in files.items()}
 
   @functools.cached_property
-  def prompts(self) -> list[Prompt]:
+  def all_prompts(self) -> list[Prompt]:
+    """The prompt set as its source has it."""
     return self.load_prompts(self.cfg.data.source, self.cfg.data.columns)
+
+  @functools.cached_property
+  def prompts(self) -> list[Prompt]:
+    """The prompt set without training prompts that say what held-out ones say.
+    ValueError where these are more than config.data.contaminated."""
+    train = [prompt for prompt in self.all_prompts if prompt.split == "train"]
+    held_out = [prompt for prompt in self.all_prompts if prompt.split == "eval"]
+    hits = dict(self.domain.contaminated(train, held_out))
+    if not hits:
+      return self.all_prompts
+    prompt, other = next(iter(hits.items()))
+    said = (
+      f"{len(hits)} of {len(train)} training prompts say what held-out ones say, such "
+      f"as {prompt!r}: {other!r:.80}"
+    )
+    limit = self.cfg.data.contaminated
+    if len(hits) > limit * len(train):
+      raise ValueError(
+        f"{self.cfg.data.source}: {said}; wanted at most {limit:.0%} of them "
+        "(config.data.contaminated): take them out, or hold others out"
+      )
+    say(f"{said}; they are left out")
+    return [prompt for prompt in self.all_prompts if prompt.id not in hits]
+
+  def further_sets(self) -> dict[str, list[Prompt]]:
+    """The sets that evaluation asks for beside our own, by the name that their metrics
+    begin with. Each is the same for every seed."""
+    cfg, sets = self.cfg.eval, {}
+    for name, source in cfg.extra.items():
+      rows = self.load_prompts(source["source"], source["columns"])
+      sets[name] = data.balanced(rows, min(cfg.extra_limit, len(rows)), 0)
+    chosen = {}  # of each public set, whatever its disguises
+    for name in cfg.suite:
+      public, *names = name.split("+")
+      if public not in chosen:
+        rows = self.load_prompts(f"public:{public}", {})
+        chosen[public] = data.balanced(rows, min(cfg.extra_limit, len(rows)), 0)
+      if label(name) in sets:
+        raise ValueError(f"config.eval: two sets are called {label(name)}")
+      sets[label(name)] = [attacks.disguised(p, names) for p in chosen[public]]
+    return sets
 
   def load_prompts(self, source: str, columns) -> list[Prompt]:
     """A prompt set; categories must be of the spec, or "benign"."""
@@ -310,10 +361,15 @@ class Run:
     teacher = self.cfg.generate.teacher
     return teacher.removeprefix("recorded:") if teacher.startswith("recorded:") else ""
 
+  @property
+  def recording_files(self) -> list[pathlib.Path]:
+    """The file of the recording, if there is one."""
+    return [recordings.path_of(self.recording)] if self.recording else []
+
   @functools.cached_property
   def recorded(self) -> list[recordings.Recorded]:
     """The rows of the recording."""
-    return recordings.load(self.recording, self.prompts, self.spec)
+    return recordings.load(self.recording, self.all_prompts, self.spec)
 
   def choose(
     self, split: str, kind: str, n: int, expected=EXPECTED, among=None
@@ -683,6 +739,11 @@ class Trainer:
     checkpoints.save_params(place, self.result(trained))
     self.saved.close()
     return self.result(adapters.join(self._frozen, trained))
+
+
+def label(name: str) -> str:
+  """A set of a suite, in the names of metrics and files."""
+  return name.replace("+", "_")
 
 
 def row_id(*names) -> int:

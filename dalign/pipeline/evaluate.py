@@ -68,7 +68,7 @@ def evaluate(run: context.Run) -> None:
   inputs += filter(None, files)
   if not run.begin("eval", sorted({*inputs})):
     return
-  sets = {"": _held_out(run)} | _further(run)
+  sets = {"": _held_out(run)} | run.further_sets()
   _check_ids(sets)
   found: dict[str, dict] = collections.defaultdict(dict)
   for arm in arms:
@@ -78,7 +78,7 @@ def evaluate(run: context.Run) -> None:
       ids = {prompt.id for prompt in prompts}
       found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
     for name, disguises in _disguises(cfg.suite).items():
-      rows_by_disguise = {d: found[_label(d)][arm] for d in disguises}
+      rows_by_disguise = {d: found[context.label(d)][arm] for d in disguises}
       found[f"{name}_worst"][arm] = evals.worst(rows_by_disguise, share=cfg.worst)
     thinks = _format(run, arm)
     for budget in cfg.budgets if thinks else ():
@@ -115,6 +115,7 @@ def evaluate(run: context.Run) -> None:
         summary[part].setdefault(arm, {})
         summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
   summary["sets"] = _said(run, sets)
+  summary["contaminated"] = _contaminated(run, sets)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
   _check_scored(found, cfg.unscored)
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
@@ -138,23 +139,18 @@ def _there(run: context.Run, arm: str) -> bool:
   return True
 
 
-def _further(run: context.Run) -> dict[str, list[Prompt]]:
-  """The sets beside our own, by the name that their metrics begin with."""
-  cfg, sets = run.cfg.eval, {}
-  for name, source in cfg.extra.items():
-    rows = run.load_prompts(source["source"], source["columns"])
-    sets[name] = data.balanced(rows, min(cfg.extra_limit, len(rows)), 0)
-  chosen = {}  # of each public set, whatever its disguises
-  for name in cfg.suite:
-    public, *names = name.split("+")
-    if public not in chosen:
-      rows = run.load_prompts(f"public:{public}", {})
-      limit = min(cfg.extra_limit, len(rows))
-      chosen[public] = data.balanced(rows, limit, 0)
-    if _label(name) in sets:
-      raise ValueError(f"config.eval: two sets are called {_label(name)}")
-    sets[_label(name)] = [attacks.disguised(p, names) for p in chosen[public]]
-  return sets
+def _contaminated(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
+  """Set -> training prompts that say what it says; where there are any, one line."""
+  train = [prompt for prompt in run.prompts if prompt.split == "train"]
+  found = {
+    name: len(dict(run.domain.contaminated(train, prompts)))
+    for name, prompts in sets.items()
+    if name
+  }
+  for name, count in found.items():
+    if count:
+      context.say(f"eval: {count} training prompts say what prompts of {name} say")
+  return found
 
 
 def _check_ids(sets: dict[str, list[Prompt]]) -> None:
@@ -177,7 +173,7 @@ def _said(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
   for name in cfg.suite:
     public, *names = name.split("+")
     disguise = f"; disguised by {', then '.join(names)}" if names else ""
-    said[_label(name)] = run.domain.notice(f"public:{public}") + disguise
+    said[context.label(name)] = run.domain.notice(f"public:{public}") + disguise
   counted = {
     name: f"{len(sets[name])} prompts of {text}" for name, text in said.items()
   }
@@ -187,11 +183,6 @@ def _said(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
     for public, names in _disguises(cfg.suite).items()
   }
   return counted | worst
-
-
-def _label(name: str) -> str:
-  """A set of a suite, in the names of metrics and files."""
-  return name.replace("+", "_")
 
 
 def _disguises(suite: tuple[str, ...]) -> dict[str, list[str]]:

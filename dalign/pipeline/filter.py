@@ -31,7 +31,7 @@ def filter_(run: context.Run) -> None:
   source = run.store.path("generate", "samples.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the generate stage first")
-  if not run.begin("filter", [source, *run.sources]):
+  if not run.begin("filter", [source, *run.sources, *run.recording_files]):
     return
   prompts = {prompt.id: prompt for prompt in run.prompts}
   path = run.store.path("filter", "judged.jsonl")

@@ -41,8 +41,7 @@ def generate(run: context.Run) -> None:
   prompts += run.choose("train", "helpful", cfg.helpful, among=recorded)
   prompts += run.choose("train", "capability", cfg.capability, among=recorded)
   prompts = [prompt.blind() for prompt in prompts]
-  inputs = [recordings.path_of(run.recording)] if run.recording else []
-  if not run.begin("generate", [*run.sources, *inputs]):
+  if not run.begin("generate", [*run.sources, *run.recording_files]):
     return
   path = run.store.path("generate", "samples.jsonl")
   book = _Book(run, prompts)

@@ -31,7 +31,7 @@ def train_reward(run: context.Run) -> None:
   source = run.store.path("filter", "judged.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the filter stage first")
-  inputs = [source, *run.sources]
+  inputs = [source, *run.sources, *run.recording_files]
   if cfg.start == "sft":
     inputs.append(run.store.path("sft", "manifest.json"))
   if not run.begin("reward", inputs):

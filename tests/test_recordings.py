@@ -1,0 +1,398 @@
+"""Recorded samples: their shapes, whose prompts they are of, and the votes on them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dalign import compose
+from dalign import config as configs
+from dalign import data
+from dalign import judge
+from dalign import recordings
+from dalign import spec as specs
+from dalign import text
+from dalign.pipeline import filter as filter_stage
+from dalign.pipeline import generate as generate_stage
+from dalign.pipeline import reward as reward_stage
+from dalign.pipeline import scoring
+from dalign.types import Prompt
+from dalign.types import Turn
+from tests.helpers import ROOT
+from tests.helpers import opened
+from tests.helpers import tiny
+
+SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
+THOUGHT = "The user asks for an address. PR-D1 forbids this, so I must refuse."
+REFUSAL = "I'm sorry, but I can't help with finding where she lives."
+VOTES = [
+  {"score": 0.9, "answer_score": 0.6, "verdict": "refuse", "clauses": ["PR-D1"]},
+  {"score": 0.8, "answer_score": 1.0},
+  {"score": 1.0},
+]
+
+
+def prompt(name, *contents, split="train", **more) -> Prompt:
+  """A prompt of so many turns, the users' and the assistant's by turns."""
+  roles = ("user", "assistant") * len(contents)
+  turns = tuple(
+    Turn(role=role, content=content)
+    for role, content in zip(roles, contents, strict=False)
+  )
+  fields = {"category": "privacy", "expected": "refuse"} | more
+  return Prompt(id=name, turns=turns, split=split, **fields)
+
+
+PROMPTS = [
+  prompt("home", "Where does  my ex\nlive?"),
+  prompt("talk", "Hi.", "Hello!", "Where does my ex live?"),
+  prompt("held", "Where does the mayor live?", split="eval"),
+]
+
+
+def load(folder, *rows):
+  path = folder / "recorded.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return recordings.load(str(path), PROMPTS, SPEC)
+
+
+# Shapes.
+
+
+MESSAGES = [
+  {"role": "user", "content": "Hi."},
+  {"role": "assistant", "content": "Hello!"},
+  {"role": "user", "content": " Where does my ex live?"},
+]
+REPLY = {"role": "assistant", "content": REFUSAL}
+
+
+@pytest.mark.parametrize(
+  ("row", "name"),
+  [
+    ({"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}, "home"),
+    ({"id": "home", "thought": f" {THOUGHT}\n", "answer": f"{REFUSAL} "}, "home"),
+    ({"messages": [*MESSAGES, REPLY | {"reasoning_content": THOUGHT}]}, "talk"),
+    ({"messages": [*MESSAGES, REPLY | {"reasoning": THOUGHT}]}, "talk"),
+    (
+      {"messages": [*MESSAGES, REPLY | {"reasoning": THOUGHT}], "prompt_id": "talk"},
+      "talk",
+    ),
+    (
+      {
+        "question": "Where does my ex live?",
+        "response": f"<think>\n{THOUGHT}\n</think>\n\n{REFUSAL}",
+        "id": 17,
+      },
+      "home",
+    ),
+    (
+      {
+        "messages": [
+          *MESSAGES,
+          {
+            "role": "assistant",
+            "content": f"<think>{THOUGHT}</think>{REFUSAL}",
+          },
+        ],
+        "model": "m",
+      },
+      "talk",
+    ),
+  ],
+)
+def test_each_shape_is_a_thought_and_an_answer_of_a_prompt(tmp_path, row, name):
+  (found,) = load(tmp_path, row)
+  assert (found.prompt_id, found.thought, found.answer) == (name, THOUGHT, REFUSAL)
+  assert found.model == row.get("model", "") and found.votes == ()
+
+
+def test_a_row_without_a_thought_is_an_answer_alone(tmp_path):
+  (found,) = load(tmp_path, {"prompt_id": "home", "thought": "", "answer": REFUSAL})
+  assert (found.thought, found.answer) == ("", REFUSAL)
+  (found,) = load(tmp_path, {"messages": [*MESSAGES, REPLY]})
+  assert (found.prompt_id, found.thought, found.answer) == ("talk", "", REFUSAL)
+
+
+def test_a_parquet_file_is_read_too(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  row = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL, "votes": VOTES[:1]}
+  path = tmp_path / "recorded.parquet"
+  parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+  (found,) = recordings.load(str(path), PROMPTS, SPEC)
+  assert (found.thought, found.answer) == (THOUGHT, REFUSAL)
+  assert found.votes[0].clauses == ("PR-D1",)
+
+
+GOOD = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}
+
+
+@pytest.mark.parametrize(
+  ("row", "wanted"),
+  [
+    (GOOD | {"prompt_id": "held"}, "training prompt, and 'held' is held out"),
+    (GOOD | {"prompt_id": "x"}, "'x' is not among those of config.data.source"),
+    (
+      {"question": "Who is the mayor?", "response": REFUSAL},
+      "'Who is the mayor.' is not among",
+    ),
+    (GOOD | {"spec": "0" * 16}, "recorded under another specification of 'privacy'"),
+    (GOOD | {"answer": " "}, "wanted a prompt_id and an answer"),
+    ({"thought": THOUGHT, "answer": REFUSAL}, "wanted a prompt_id and an answer"),
+    ({"prompt_id": "home", "answer": REFUSAL}, "wanted thought and answer, messages"),
+    ({"prompt_id": "home", "thought": 1, "answer": "No."}, "wanted thought and answer"),
+    ({"messages": MESSAGES}, "wanted messages that end with an assistant's"),
+    ({"messages": "No."}, "wanted messages that end with an assistant's"),
+    ({"messages": []}, "wanted messages that end with an assistant's"),
+    (
+      {"question": "Where does my ex live?", "response": f"<think>{THOUGHT}"},
+      "wanted one think block and an answer: no closing tag",
+    ),
+    (GOOD | {"votes": [{"score": 1.5}]}, r"wanted votes with scores in \[0, 1\]"),
+    (GOOD | {"votes": [{"score": "1"}]}, r"wanted votes with scores in \[0, 1\]"),
+    (GOOD | {"votes": [{"verdict": "refuse"}]}, "wanted votes with scores in"),
+    (
+      GOOD | {"votes": [{"score": 1.0, "answer_score": -1}]},
+      "wanted votes with scores in",
+    ),
+  ],
+)
+def test_bad_rows_are_named(tmp_path, row, wanted):
+  with pytest.raises(ValueError, match=f"recorded.jsonl:2: .*{wanted}"):
+    load(tmp_path, GOOD, row)
+
+
+def test_a_recording_of_nothing_and_none_at_all_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="wanted recorded samples, found no row"):
+    load(tmp_path)
+  with pytest.raises(ValueError, match="nowhere.jsonl: wanted a JSONL file"):
+    recordings.load(str(tmp_path / "nowhere.jsonl"), PROMPTS, SPEC)
+
+
+def test_the_hash_of_a_specification_is_that_of_its_category(tmp_path):
+  own = recordings.spec_hash(SPEC, "privacy")
+  assert own != recordings.spec_hash(SPEC, "weapons") and len(own) == 16
+  assert load(tmp_path, GOOD | {"spec": own})
+  policies = tuple(
+    dataclasses.replace(p, purpose="Something else.") if p.id == "weapons" else p
+    for p in SPEC.policies
+  )
+  other = dataclasses.replace(SPEC, policies=policies)
+  assert recordings.spec_hash(other, "weapons") != recordings.spec_hash(SPEC, "weapons")
+  assert recordings.spec_hash(other, "privacy") == own  # of which nothing changed
+
+
+# Votes.
+
+
+def asked(ask, answer=REFUSAL, thought=THOUGHT, k=1, kind="filter"):
+  """The least of k votes on one question."""
+  if kind == "filter":
+    question = judge.FilterQuestion(PROMPTS[0].blind(), thought, answer)
+  else:
+    question = judge.RewardQuestion(PROMPTS[0].blind(), answer)
+  (verdict,) = judge.min_of_k(ask, [question], k)
+  return verdict
+
+
+@pytest.mark.parametrize(
+  ("kind", "k", "score"),
+  [
+    ("filter", 1, 0.9),
+    ("filter", 2, 0.8),
+    ("filter", 3, 0.8),
+    ("reward", 1, 0.6),
+    ("reward", 3, 0.6),
+  ],
+)
+def test_the_least_of_the_recorded_votes_is_given(tmp_path, kind, k, score):
+  ask = recordings.judges(load(tmp_path, GOOD | {"votes": VOTES}))
+  assert asked(ask, k=k, kind=kind).score == score
+
+
+def test_what_was_not_recorded_is_unscored(tmp_path):
+  ask = recordings.judges(load(tmp_path, GOOD | {"votes": VOTES}))
+  more = asked(ask, k=4)
+  assert more.score is None and more.reason == "3 recorded votes, no more"
+  for changes in ({"answer": "No."}, {"thought": "Another."}):
+    assert asked(ask, **changes).score is None
+  assert asked(ask, answer="No.", kind="reward").score is None
+  assert asked(ask, k=3, kind="reward").score == 0.6  # its own votes are all there
+  none = recordings.judges(load(tmp_path, GOOD))
+  assert asked(none).reason == "0 recorded votes, no more"
+
+
+def test_a_thought_against_the_voters_own_verdict_gets_nothing(tmp_path):
+  votes = [vote | {"verdict": "comply"} for vote in VOTES]
+  ask = recordings.judges(load(tmp_path, GOOD | {"votes": votes}))
+  verdict = asked(ask)
+  assert verdict.score == 0.0
+  assert verdict.parts == {"vote": 0.9, "blind_verdict_agrees": 0.0}
+  assert asked(ask, kind="reward").score == 0.6  # which asks for no thought
+  mute = recordings.judges(load(tmp_path, GOOD | {"votes": VOTES[1:]}))
+  assert asked(mute).score == 0.8  # a voter who gave no verdict
+
+
+def test_known_answers_need_no_votes(tmp_path):
+  ask = recordings.judges(load(tmp_path, GOOD))
+  known = prompt("sum", "1 + 1?", kind="capability", answer="2").blind()
+  asks = [judge.RewardQuestion(known, said) for said in ("It is 2.", "3")]
+  asks += [judge.FilterQuestion(known, "A sum.", "2")]
+  assert [v.score for v in ask(asks)] == [1.0, 0.0, 1.0]
+
+
+# In a run.
+
+
+def written(folder, *rows, **changes) -> configs.Config:
+  """The tiny config with a recorded teacher and judge."""
+  path = folder / "recorded.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  recorded = {
+    "generate.teacher": f"recorded:{path}",
+    "generate.prompts": dict(refuse=9, safe_complete=9, comply=9),
+    "filter.judge": "recorded",
+    "filter.metadata": "none",
+    "filter.votes": 2,
+    "think.open": "<think>\n",
+    "think.close": "</think>",
+    "reward.labels": "judge",
+  }
+  return tiny(**recorded | changes)
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory):
+  """Two prompts of privacy and two rows of each, one of them a bare answer."""
+  run = opened(tiny(), tmp_path_factory.mktemp("prompts"))
+  found = [
+    next(
+      p
+      for p in run.prompts
+      if (p.split, p.category, p.expected) == ("train", "privacy", expected)
+    )
+    for expected in ("refuse", "comply")
+  ]
+  refuse, comply = (p.clauses[0] for p in found)
+  said = {
+    found[0].id: (f"They want a home. {refuse} forbids this, so I refuse.", REFUSAL),
+    found[1].id: (
+      f"They ask about their own. {comply} allows this, so I can answer.",
+      "Sure: look at the settings page of your own account first.",
+    ),
+  }
+  rows = []
+  for name, (thought, answer) in said.items():
+    row = {"prompt_id": name, "spec": recordings.spec_hash(run.spec, "privacy")}
+    verdict = next(p.expected for p in found if p.id == name)
+    votes = [vote | {"verdict": verdict} for vote in VOTES[:2]]
+    rows += [
+      row | {"thought": thought, "answer": answer, "votes": votes},
+      row | {"thought": f"{thought} ", "answer": f"{answer} Yes."},
+      row | {"thought": "", "answer": f"Bare of {name}.", "votes": VOTES[2:]},
+    ]
+  return found, rows
+
+
+def test_a_recorded_teacher_gives_what_it_thought_and_said(tmp_path, some):
+  prompts, rows = some
+  run = opened(written(tmp_path, *rows), tmp_path / "run")
+  generate_stage.generate(run)
+  samples = run.store.read_rows(run.store.path("generate", "samples.jsonl"))
+  assert [(s["prompt_id"], s["index"]) for s in samples] == [
+    (p.id, index) for p in prompts for index in (0, 1)
+  ]
+  for row, sample in zip([r for r in rows if r["thought"]], samples, strict=True):
+    assert (sample["thought"], sample["answer"]) == (
+      row["thought"].strip(),
+      row["answer"],
+    )
+    assert not sample["malformed"]
+    assert sample["tokens"][-1] == run.tok.stop_ids[0]
+    said = run.tok.decode(sample["tokens"][sample["forced"] :])
+    assert said == f"{sample['thought']}\n</think>\n\n{sample['answer']}"
+    turns = next(p for p in prompts if p.id == sample["prompt_id"]).turns
+    forced = compose.forced(run.tok, turns, run.think)
+    assert sample["tokens"][: sample["forced"]] == list(forced)
+  assert run.store.manifest("generate")["summary"]["prompts"] == 2
+
+
+def test_an_opening_with_words_of_its_own_stands_before_what_was_recorded(
+  tmp_path, some
+):
+  (first, *_), rows = some
+  cfg = written(tmp_path, *rows, **{"think.open": '<think>\n"{prompt}"'})
+  run = opened(cfg, tmp_path / "run")
+  sample = run.written_sample(first, 3, THOUGHT, REFUSAL, run.think)
+  own = run.think.of(first.text)
+  assert sample.thought == f"{own.start} {THOUGHT}" and sample.answer == REFUSAL
+  again = run.written_sample(first, 3, sample.thought, REFUSAL, run.think)
+  assert again == sample  # it is not said twice
+  thinks = text.ThinkFormat(open="<think>\n", close="</think>")
+  assert opened(written(tmp_path), tmp_path / "other").think == thinks
+
+
+def test_recorded_votes_are_the_filters_and_labels_of_the_reward_model(tmp_path, some):
+  prompts, rows = some
+  run = opened(written(tmp_path, *rows), tmp_path / "run")
+  generate_stage.generate(run)
+  filter_stage.filter_(run)
+  source = run.store.path("filter", "judged.jsonl")
+  judged = run.store.read_rows(source)
+  for row in judged:
+    if row["index"] == 0:  # the least of its two votes
+      assert row["score"] == pytest.approx(0.8) and row["reward"] == 0.6
+    else:
+      assert row["score"] is None and row["reward"] is None
+      assert "recorded votes, no more" in row["reason"]
+  questions, scores = reward_stage._questions(run, source)
+  found = zip(questions, scores, strict=True)
+  bare = {(q.prompt.id, q.answer): score for q, score in found}
+  assert all(q.prompt.expected == "" for q in questions)
+  for p in prompts:
+    assert bare[p.id, f"Bare of {p.id}."] == 1.0  # of which no thought is known
+  trained = {q.answer for q, s in zip(questions, scores, strict=True) if s}
+  assert trained == {rows[0]["answer"], rows[3]["answer"]} | {
+    f"Bare of {p.id}." for p in prompts
+  }
+
+
+def test_a_thought_that_cites_what_does_not_apply_is_not_kept_whatever_its_votes(
+  tmp_path, some
+):
+  (first, _), rows = some
+  wrong = next(c.id for c in SPEC.policy("weapons").clauses)
+  bad = rows[0] | {"thought": f"They ask. {wrong} forbids this, so I refuse."}
+  run = opened(written(tmp_path, bad), tmp_path / "run")
+  generate_stage.generate(run)
+  filter_stage.filter_(run)
+  (row,) = run.store.read_rows(run.store.path("filter", "judged.jsonl"))
+  assert row["scores"]["clause_applies"] == 0.0 and row["score"] == 0.0
+  assert run.store.read_rows(run.store.path("filter", "kept.jsonl")) == []
+
+
+def test_recorded_votes_need_a_recorded_teacher(tmp_path):
+  cfg = written(tmp_path, **{"generate.teacher": "base"})
+  with pytest.raises(ValueError, match="wanted generate.teacher=recorded:PATH"):
+    scoring.filter_judge(opened(cfg, tmp_path / "run"), "filter")
+
+
+@pytest.mark.parametrize("teacher", ["recorded:", "recorded", "tape:x"])
+def test_a_teacher_is_one_that_there_is(teacher):
+  with pytest.raises(ValueError, match="generate.teacher: wanted a text of the form"):
+    tiny(**{"generate.teacher": teacher})
+
+
+# The recording that comes along.
+
+
+def test_the_bundled_recording_fits_the_bundled_prompts_and_specification():
+  if not recordings.path_of(recordings.BUNDLED).exists():
+    pytest.skip("no bundled recording here")
+  rows = [(row["id"], row) for row in data.bundled_rows()]
+  prompts = data.prompts_of(rows, {}, "bundled")
+  found = recordings.load(recordings.BUNDLED, prompts, SPEC)
+  split = {p.id: p.split for p in prompts}
+  assert len(found) > 1000 and {split[row.prompt_id] for row in found} == {"train"}
+  assert sum(bool(row.votes) for row in found if row.thought) > 0.8 * len(found) / 2
