@@ -174,70 +174,54 @@ def _quickstart() -> ml_collections.ConfigDict:
     worked=True,
     most=10**6,
     capability=0,  # they are in the recording
-    # Single steps move the odds of all refusals at once. Of 362 held-out prompts, by
-    # their likelier first token, the last step over some rows refused 97% of those to
-    # refuse and answered 68% of the others (of XSTest's 342, 87% and 57%); this mean of
-    # the last 30% of the steps, over the same rows, 84% and 81% (64% and 80%).
+    # Single steps move the odds of all refusals at once.
     average_share=0.3,
     leak_words=8,
-    # Lines of 256 tokens: over longer packed lines attention costs most of a step. 119
-    # steps of 4 lines took as long as 60 of 8 over the same 937 rows, and the odds told
-    # 362 held-out prompts apart with an area of 94%, not 90% (XSTest's 342: 82%, not
-    # 79%). With 8 lines, a learning rate of 4e-4, and one of 1e-4 with a weight of 40,
-    # did worse than this one on both.
-    batch=dict(micro=1, rows=4, length=256),
+    # Rows have some 140 tokens of their own: lines of 512 hold three or four of them.
+    batch=dict(micro=1, rows=2, length=512),
     optimizer=optimizer(2e-4),
     checkpoint_every=20,
   )
   c.reward = dict(
     start="sft",
     labels="judge",
-    drafts=False,
+    drafts=False,  # they are in the recording
     shows_thought=False,
     detail="clauses",
     metadata="none",
-    steps=8,
-    rows=16,
-    length=160,
-    held_out=0.06,
+    steps=60,
+    rows=24,
+    length=224,
+    held_out=0.1,
     point_weight=1.0,
     pair_weight=1.0,
-    optimizer=optimizer(2e-4),
+    optimizer=optimizer(1e-4),
     checkpoint_every=20,
   )
   c.rl = dict(
     start="sft",
-    # "model" asks the trained reward model, which agreed with the judge on 69% of 121
-    # held-out answers and 70% of 54 pairs. RL was measured with the rubric only.
     reward="model",
     metadata="none",
-    steps=6,
+    steps=12,
     # With the capability prompts, as many rollouts as the sampler has slots.
-    prompts=14,
-    # Safe completions are left out, as in generate.
+    prompts=16,
     expected=("refuse", "safe_complete", "comply"),
     capability=2,
     samples=4,
     temperature=0.8,
-    max_new=88,
+    max_new=160,
     resample=0,
-    # Of 45 held-out prompts (seeds 0 to 4) filler fools the rubric on 4 to 11%, and no
-    # other probe does on any; RL asks about 9, of which this lets 3 go wrong.
     judge_errors=0.4,
     scan_words=8,  # as sft.leak_words
     skip_kl=0.0,
-    # Here at most 0.06, in the policy world's arms, over three seeds, at most 2.0.
     stop_kl=50.0,
     # At most 0.006 here, of rounding.
     stop_gap=0.1,
     objective=algorithms.of("rloo"),
-    batch=dict(micro=6, rows=8, length=256),
-    # A step has too few rollouts for Adam to go far: at 2e-5, four steps took the share
-    # of allowed prompts that are answered from 72% to 64%; at 4e-6, eight took it from
-    # 72% to 75%, with refusals 2 points fewer both times.
-    optimizer=optimizer(4e-6),
-    checkpoint_every=2,
-    show_every=2,
+    batch=dict(micro=11, rows=6, length=320),
+    optimizer=optimizer(1e-5),
+    checkpoint_every=3,
+    show_every=3,
     audit=24,
   )
   c.eval = dict(
@@ -258,7 +242,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     # Greedy, models of this size fall into loops; the same for every arm.
     temperature=0.5,
     max_think=0,  # thought and answer share max_new, as in stages 1 and 3
-    max_new=88,
+    max_new=192,
     trials=1000,
   )
   c.export = dict(of="rl", dtype="bfloat16", shard_gb=4.0)

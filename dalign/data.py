@@ -47,7 +47,7 @@ def bundled_rows() -> list[Row]:
   """The prompts that come with dalign, as rows with every field of `FIELDS`.
 
   A file <category>.jsonl holds one category; capability.jsonl belongs to "benign", and
-  rows of authored.jsonl name theirs. Ids are <category>-<scenario>-<k> where a row has
+  rows of authored.jsonl and rare_clauses.jsonl name theirs. Ids are <category>-<scenario>-<k> where a row has
   none. Splits are those of `split`.
   """
   rows: list[tuple[str, Row]] = []
@@ -82,7 +82,7 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     text, label = tfds.features.Text, tfds.features.ClassLabel
-    shared = {"authored", "capability"}  # files of several categories, or of another's
+    shared = {"authored", "rare_clauses", "capability"}  # of several, or of another
     categories = sorted({path.stem for path in _bundled_files()} - shared)
     return self.dataset_info_from_configs(
       description="Prompts to train and measure refusing, safe-completing, complying.",

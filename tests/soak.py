@@ -102,6 +102,7 @@ def rl(n: int, workdir: pathlib.Path) -> dict:
 
   changes = {
     **{"stages": "rl", "rl.start": "base", "rl.reward": "rubric", "rl.steps": n},
+    **{"rl.metadata": "told"},
     **{
       "rl.prompts": 4,
       "rl.capability": 1,

@@ -54,6 +54,7 @@ SMALL = {
   "reward": {"steps": 2, "rows": 8, "checkpoint_every": 1},
   "rl": {
     "reward": "rubric",
+    "metadata": "told",
     "steps": 1,
     "prompts": 5,
     "capability": 1,

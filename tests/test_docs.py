@@ -43,10 +43,6 @@ def fenced(text: str, first: str) -> list[str]:
   return block.splitlines()
 
 
-def test_the_readme_is_short():
-  assert len(README.splitlines()) <= 120
-
-
 def test_the_readmes_first_screen_has_the_two_commands():
   first = [line for line in README.splitlines()[:25] if line.startswith("pip ")]
   assert first == COMMANDS

@@ -1,5 +1,6 @@
 """The whole pipeline on the tiny config: artefacts, resuming, errors, blindness."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -35,6 +36,7 @@ from dalign.pipeline import context
 from dalign.pipeline import evaluate as evaluate_stage
 from dalign.pipeline import export as export_stage
 from dalign.pipeline import filter as filter_stage
+from dalign.pipeline import generate as generate_stage
 from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
@@ -83,8 +85,13 @@ def test_every_stage_leaves_its_artefacts(workdir):
     assert manifest["finished"], stage
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
   assert set(summary["arms"]) == {"base", "spec_in_prompt", "sft", "sft_rl"}
+  arms = ["base", "spec_in_prompt", "sft", "sft_rl"]
+  pairs = {f"{b} - {a}" for i, b in enumerate(arms) for a in arms[:i]}
+  assert set(summary["differences"]) == pairs
+  assert set(summary["curves"]) == {"held out"}
   for metrics in summary["arms"].values():
     assert {"refuse_disallowed", "comply_allowed", "balanced_accuracy"} <= set(metrics)
+    assert {"safe_complete", "response_types", "citation"} <= set(metrics)
     assert {"policy_retrieval", "think_format", "capability"} <= set(metrics)
   steps = [r for r in rows(workdir / "metrics.jsonl") if r["stage"] == "rl"]
   watched = {"rl/thought_words", "rl/thought_fabricated", "rl/thought_agrees"}
@@ -164,6 +171,8 @@ def test_the_same_command_again_does_nothing(workdir):
     ("--config.stages=generat", "did you mean 'generate'"),
     ("--config.rl.samples=1", "at least 2"),
     ("--config.rl.expected=('refuse','answer')", "wanted one of refuse"),
+    ("--config.rl.reward=rubric", "without which the rubric is mute"),
+    ("--config.filter.metadata=noisy:2", "wanted a text of the form none|told|noisy:"),
     ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
     ("--config.compute.attention=splash", "splash runs on a tpu"),
     ("--config.seed=7", "seed"),
@@ -271,6 +280,7 @@ def test_sigterm_saves_and_exits_0(tmp_path):
 def test_sigterm_in_training_saves_the_last_step_within_half_a_minute(tmp_path):
   """Wherever checkpoints are due; the run then goes on without a gap or a repeat."""
   more = ("--config.stages=rl", "--config.rl.start=base", "--config.rl.reward=rubric")
+  more += ("--config.rl.metadata=told",)
   more += ("--config.rl.prompts=4", "--config.rl.max_new=16", "--config.rl.steps=5000")
   more += ("--config.rl.checkpoint_every=5000", "--config.rl.show_every=1")
   saved = []
@@ -376,11 +386,10 @@ def run(workdir) -> context.Run:
 def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
   index = specs.leak_index(run.spec, 8)
   found, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
-  decides = run.cfg.sft.decision_weight
-  assert found and dropped["leaked"] == 0 and decides != 1.0
+  assert found and dropped["leaked"] == 0
   for tokens, weights in found:
     first = next(i for i, weight in enumerate(weights) if weight)
-    assert weights[first:] == [decides] + [1.0] * (len(tokens) - first - 1)
+    assert weights == [0.0] * first + [1.0] * (len(tokens) - first)
     before = run.tok.decode(tokens[:first])
     assert not specs.leaks(before, index, 8)
     asked = before.rpartition("user\n")[2].partition("assistant\n")
@@ -526,9 +535,8 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
     scoring, "reward_question", lambda run, p, t, a: question(run, p, t, f"{t} {a}")
   )
   for reward in ("model", "rubric", "judge"):
-    monkeypatch.setattr(
-      run, "cfg", configs.changed(run.cfg, {"rl": {"reward": reward}})
-    )
+    of_it = {"rl": {"reward": reward, "metadata": "told"}}
+    monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, of_it))
     with pytest.raises(RuntimeError, match="the owl"):
       judged("No.")
   off = {"rl": {"scan_words": 0}}
@@ -576,6 +584,8 @@ def test_rl_trains_sampled_tokens_only(run):
   rollout.reference, rollout.worth = np.array([-1.5, -2.5, -3.5]), np.zeros(3)
   batch, used = step.batch([rollout])
   assert used == 1
+  left_out_B = batch.pop("left_out_B")
+  assert left_out_B.shape == batch["tokens_BT"].shape[:2] and left_out_B.sum() == 0
   line = {name: np.asarray(x)[0, 0, :9] for name, x in batch.items()}
   assert line["tokens_BT"].tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 0]
   assert line["sampled_BT"].tolist() == [False] * 5 + [True] * 3 + [False]
@@ -619,6 +629,7 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
     **{
       "rl.steps": 2,
       "rl.reward": "rubric",
+      "rl.metadata": "told",
       "rl.objective.advantages": "gae",
       "rl.objective.value_weight": 0.1,
       "rl.objective.whiten": True,
@@ -751,7 +762,8 @@ def test_a_prompt_can_be_put_without_the_chat_template(run):
   turns = {p.id: p.turns for p in (plain, bare)}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(context, "complete", complete)
-    found = dict(evaluate_stage._sampled(run, "sft", [plain, bare], turns, None))
+    wanted, forced = [(plain, 0), (bare, 0)], evaluate_stage.Forced()
+    found = dict(evaluate_stage._sampled(run, "sft", wanted, turns, forced))
   read, raw = (run.tok.decode(request.tokens) for request in seen)
   assert raw.endswith(f"{plain.text}\n\n") and run.think.tag in read
   controls = set(run.tok.special.values()) - {run.tok.bos_id}
@@ -819,7 +831,7 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
 
 def test_model_judge_reads_a_score_from_the_base_model(run):
   prompt = next(p for p in run.prompts if p.kind == "safety")
-  ask = filter_stage.model_judge(run)
+  ask = scoring.model_judge(run)
   questions = [
     judge.FilterQuestion(prompt=prompt, thought="The user asks.", answer=answer)
     for answer in ("I can't help with that.", "Here is how.", "No.")
@@ -847,7 +859,7 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
 
 def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
   def step(kind, **changes):
-    cfg = tiny(**{"rl.reward": "rubric"} | changes)
+    cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | changes)
     some = opened(cfg, tmp_path)
     some.prompts = [p for p in some.prompts if p.kind == kind]
     return rl_stage._Step(some, None)
@@ -856,7 +868,7 @@ def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
   assert len(chosen) == 8 and {p.kind for p in chosen} == {"safety"}
   with pytest.raises(ValueError, match="rl.capability: wanted 2 training prompts"):
     step("safety", **{"rl.capability": 2})
-  with pytest.raises(ValueError, match="wanted 2 or more training prompts of one"):
+  with pytest.raises(ValueError, match="wanted 7 or more training prompts of kind sa"):
     step("helpful")
 
 
@@ -931,7 +943,8 @@ def test_a_model_alone_is_measured_on_a_suite(tmp_path):
 
 @long
 def test_the_judge_of_rl_is_probed_from_the_command_line(tmp_path, workdir):
-  done = run_command(tmp_path, "--mode=probe_judge", "--config.rl.reward=rubric")
+  rubric = "--config.rl.reward=rubric", "--config.rl.metadata=told"
+  done = run_command(tmp_path, "--mode=probe_judge", *rubric)
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads((tmp_path / "probe.json").read_text())
   assert found["probes"]["empty"]["false_positive_rate"] == 0.0
@@ -953,13 +966,377 @@ def test_a_stage_that_a_limit_stopped_goes_on_with_another(tmp_path, stage, limi
 
 def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
   kind = judge.Judge(lambda qs: [Verdict(score=1.0)] * len(qs), deterministic=True)
-  right = run.domain.reward_rubric()
+  probes = run.domain.probes(run.choose("eval", "safety", scoring.PROBED))
+  good = {(q.prompt.id, q.answer) for _, q, low in probes if not low}
+  right = judge.Judge(
+    lambda qs: [Verdict(score=float((q.prompt.id, q.answer) in good)) for q in qs], True
+  )
   rl_stage._admit(run, kind)  # the tiny config asks nothing
   cfg = configs.changed(run.cfg, {"rl": {"judge_errors": 0.4}})
   monkeypatch.setattr(run, "cfg", cfg)
   with pytest.raises(ValueError, match="empty .*--config.rl.judge_errors=1.0"):
     rl_stage._admit(run, kind)
   rl_stage._admit(run, right)
+  with pytest.raises(ValueError, match="probes: filler .*restated .*padding .*options"):
+    rl_stage._admit(run, run.domain.reward_rubric())  # it reads words of the prompt
+
+
+# --- Who is told what ---
+
+
+def told_of(cfg, workdir, monkeypatch):
+  """A run whose judges keep what they are asked and find all of it good."""
+  own, asked = opened(cfg, workdir), []
+
+  def ask(questions):
+    asked.extend(questions)
+    return [Verdict(score=1.0)] * len(questions)
+
+  found = judge.Judge(ask, deterministic=True)
+  for name in ("filter_judge", "answer_judge"):
+    monkeypatch.setattr(scoring, name, lambda *_: found)
+  return own, asked
+
+
+def labelled(own, n: int) -> list:
+  """Training prompts of one category, of all response types and with known clauses."""
+  some = [p for p in own.choose("train", "safety", 10**9) if p.category == "privacy"]
+  return some[:n]
+
+
+def written(own, prompts) -> list[dict]:
+  """Two samples of each prompt, of which the second is malformed."""
+  found = []
+  for prompt in prompts:
+    for index, answer in enumerate((f"Answer to {prompt.id}.", "A thought alone.")):
+      thought = f"Clause {prompt.clauses[0]} allows this, so I can answer."
+      sample = own.written_sample(prompt, index, thought, answer, own.think)
+      more = {"malformed": "no closing tag", "thought": ""} if index else {}
+      found.append(context.sample_to_row(sample) | more)
+  return found
+
+
+def opinions(prompts, metadata: str) -> list[bool | None]:
+  """Of each prompt whether what is said of it is right, or None: what tests expect."""
+  return [{"none": None, "told": True, "noisy:1": False}[metadata]] * len(prompts)
+
+
+def seen(own, questions) -> list[bool | None]:
+  """Of each question whether the label that it has is right, or None without one."""
+  labels = {p.id: p.expected for p in own.prompts}
+  return [
+    labels[q.prompt.id] == q.prompt.expected if q.prompt.expected else None
+    for q in questions
+  ]
+
+
+def test_no_teacher_is_told_how_to_reply(tmp_path, monkeypatch):
+  own, found = opened(tiny(), tmp_path), []
+
+  def sampled(own, book):
+    found.extend(book.prompts.values())
+    return iter(())
+
+  monkeypatch.setattr(generate_stage, "_sampled", sampled)
+  generate_stage.generate(own)
+  labels = {p.id: p for p in own.prompts}
+  assert {(p.expected, p.clauses) for p in found} == {("", ())}
+  counts = collections.Counter(
+    labels[p.id].expected for p in found if p.kind == "safety"
+  )
+  assert dict(counts) == dict(own.cfg.generate.prompts)
+  assert any(labels[p.id].clauses for p in found)  # which were there to be told
+
+
+@pytest.mark.parametrize("metadata", ["none", "told", "noisy:1"])
+def test_judges_of_the_filter_are_told_what_the_config_says(
+  tmp_path, monkeypatch, metadata
+):
+  cfg = tiny(**{"filter.metadata": metadata, "filter.votes": 1})
+  own, asked = told_of(cfg, tmp_path, monkeypatch)
+  prompts = labelled(own, 6)
+  own.store.write_rows(
+    own.store.path("generate", "samples.jsonl"), written(own, prompts)
+  )
+  filter_stage.filter_(own)
+  kinds = collections.Counter(type(q).__name__ for q in asked)
+  assert kinds == {"FilterQuestion": 6, "RewardQuestion": 6}  # malformed ones cost none
+  assert seen(own, asked) == opinions(asked, metadata)
+  assert all(q.prompt.clauses == () for q in asked)
+  rows_ = own.store.read_rows(own.store.path("filter", "judged.jsonl"))
+  for row in rows_:
+    assert (row["reward"] is None) == bool(row["malformed"])
+    assert row["expected"] in ("refuse", "safe_complete", "comply")  # for the report
+
+
+@pytest.mark.parametrize("metadata", ["none", "told", "noisy:1"])
+def test_the_reward_model_is_told_its_own_and_reads_no_malformed_answer(
+  tmp_path, monkeypatch, metadata
+):
+  cfg = tiny(**{"reward.metadata": metadata})
+  own, _ = told_of(cfg, tmp_path, monkeypatch)
+  prompts = labelled(own, 6)
+  assert len({p.expected for p in prompts}) > 1  # so that some get others' answers
+  rows_ = written(own, prompts)
+  for row in rows_:
+    of = next(p for p in prompts if p.id == row["prompt_id"])
+    row |= {"score": 0.9, "reward": 0.9, "expected": of.expected}
+  source = own.store.path("filter", "judged.jsonl")
+  own.store.write_rows(source, rows_)
+  questions, scores = reward_stage._questions(own, source)
+  assert "A thought alone." not in {q.answer for q in questions}
+  assert {q.prompt.id for q in questions} == {p.id for p in prompts}
+  assert seen(own, questions) == opinions(questions, metadata)
+  # Besides its own each has one that was given to another type, and two wrong ones.
+  assert len(questions) > 3 * len(prompts) and 0.0 in scores and 1.0 in scores
+  for question, score in zip(questions, scores, strict=True):
+    if question.answer == f"Answer to {question.prompt.id}.":
+      assert score == np.float32(0.9)
+
+
+@pytest.mark.parametrize("metadata", ["none", "told", "noisy:1"])
+@pytest.mark.parametrize("reward", ["model", "judge"])
+def test_the_judge_of_rl_is_told_what_its_own_part_of_the_config_says(
+  tmp_path, metadata, reward
+):
+  other = "told" if metadata == "none" else "none"
+  parts = ("reward", "rl") if reward == "model" else ("rl", "reward")
+  given = {
+    f"{name}.metadata": x for name, x in zip(parts, (metadata, other), strict=True)
+  }
+  own = opened(tiny(**{"rl.reward": reward} | given), tmp_path)
+  step, asked = rl_stage._Step.__new__(rl_stage._Step), []
+
+  def ask(questions):
+    asked.extend(questions)
+    return [Verdict(score=1.0)] * len(questions)
+
+  step.run, step.cfg, step.judge = own, own.cfg.rl, ask
+  prompts = labelled(own, 4)
+  samples = map(context.row_to_sample, written(own, prompts)[::2])
+  step._judge(
+    [
+      rl_stage._Rollout(prompt, sample, [], (0.0,))
+      for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+  )
+  assert len(asked) == 4 and seen(own, asked) == opinions(asked, metadata)
+
+
+def test_one_judge_grades_for_the_filter_and_for_rl(tmp_path, monkeypatch):
+  own = opened(tiny(**{"filter.judge": "model", "rl.reward": "judge"}), tmp_path)
+  found = object()
+  monkeypatch.setattr(scoring, "model_judge", lambda run: found)
+  assert scoring.filter_judge(own, "filter") is found
+  assert scoring.answer_judge(own, "reward") is scoring.rl_judge(own) is found
+
+
+# --- What RL trains on ---
+
+
+def rolled(tmp_path, rewards, kls, lengths, **changes):
+  """The rollouts of a group with such rewards, KL and lengths, after a step, and the
+  step."""
+  cfg = tiny(**{"rl.samples": len(rewards), "rl.scan_words": 0} | changes)
+  own = opened(cfg, tmp_path)
+  step = rl_stage._Step.__new__(rl_stage._Step)
+  step.run, step.cfg, step.start = own, own.cfg.rl, None
+  prompt = labelled(own, 1)[0]
+  plain = written(own, [prompt])[0]
+  group = []
+  for reward, length in zip(rewards, lengths, strict=True):
+    sample = context.row_to_sample(plain | {"tokens": [7] * length, "forced": 0})
+    group.append(rl_stage._Rollout(prompt, sample, [3, 4], (-1.0,) * length))
+    group[-1].judged = reward
+  idle = np.array([len({*rewards}) == 1])
+  step._different = lambda policy, at: (group, idle)
+  step.score = lambda params, rows, starts: [
+    np.full(n, -1.0 - kl / n) for n, kl in zip(lengths, kls, strict=True)
+  ]
+  rollouts, _ = step.roll(None, 0)
+  assert [r.kl for r in rollouts] == pytest.approx(kls)
+  return step, rollouts
+
+
+KL = {"rl.objective.kl": "reward", "rl.objective.kl_weight": 0.1}
+NO_KL = {"rl.objective.kl": "none", "rl.objective.kl_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+  ("rewards", "kls", "lengths", "changes", "trained"),
+  [
+    ([0.5, 0.5], [1.0, 1.0], [9, 9], KL, [False, False]),
+    ([0.5, 0.5], [1.0, 3.0], [9, 9], KL, [True, True]),
+    ([0.5, 0.5], [1.0, 3.0], [9, 9], NO_KL, [False, False]),
+    (  # a penalty for what is long, of one of the two
+      [0.5, 0.5],
+      [1.0, 1.0],
+      [4, 10],
+      NO_KL | {"rl.max_new": 10, "rl.objective.overlong": 5},
+      [True, True],
+    ),
+    ([0.2, 0.4], [1.0, 1.0], [9, 9], NO_KL, [True, True]),
+    ([0.2, 0.4], [3.0, 5.0], [9, 9], KL, [False, False]),  # which make each other good
+    ([0.2, 0.3, 0.4], [1.0] * 3, [9, 9, 9], NO_KL, [True, False, True]),  # the mean one
+    (
+      [0.5, 0.5],
+      [1.0, 1.0],
+      [9, 9],
+      {"rl.objective.kl": "k3", "rl.objective.kl_weight": 0.1},
+      [True, True],
+    ),
+  ],
+)
+def test_a_rollout_is_trained_where_something_moves_it(
+  tmp_path, rewards, kls, lengths, changes, trained
+):
+  step, rollouts = rolled(tmp_path, rewards, kls, lengths, **changes)
+  assert [r.trained for r in rollouts] == trained
+  batch, used = step.batch(rollouts)
+  assert used == sum(trained)
+  if used:
+    assert batch["left_out_B"].sum() == len(rewards) - used
+    assert batch["left_out_B"].shape == batch["tokens_BT"].shape[:2]
+  else:
+    assert batch is None
+
+
+def test_an_unscored_rollout_is_not_counted_as_left_out(tmp_path):
+  step, rollouts = rolled(tmp_path, [0.2, 0.3, 0.4], [1.0] * 3, [9, 9, 9], **NO_KL)
+  rollouts[1].unscored = "no verdict"
+  batch, used = step.batch(rollouts)
+  assert used == 2 and batch["left_out_B"].sum() == 0
+
+
+def test_steps_of_rl_take_categories_and_types_by_turns(tmp_path):
+  sizes = {"rl.prompts": 7, "rl.capability": 1}
+  cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | sizes)
+  step = rl_stage._Step(opened(cfg, tmp_path), None)
+  seen_, count = [], collections.Counter()
+  for at in range(2 * len(step.cells)):
+    chosen = step.prompts(at)
+    assert len({p.id for p in chosen}) == 7
+    assert [p.kind for p in chosen] == ["safety"] * 6 + ["capability"]
+    some = [(p.category, p.expected) for p in chosen[:6]]
+    assert len({*some}) == 6
+    count.update(some)
+    seen_ += [p.id for p in chosen[:6]]
+  assert len(count) == len(step.cells) == 27 and {*count.values()} == {12}
+  assert len({*seen_}) > 0.9 * len(seen_)  # and each cell its prompts by turns
+  again = rl_stage._Step(opened(cfg, tmp_path), None)
+  assert [p.id for p in again.prompts(5)] == [p.id for p in step.prompts(5)]
+
+
+# --- What evaluation asks ---
+
+
+def test_held_out_prompts_are_the_same_for_every_seed(tmp_path):
+  first, second = (opened(tiny(seed=seed), tmp_path / str(seed)) for seed in (0, 1))
+  for kind in ("safety", "helpful", "capability"):
+    one, other = (own.choose("eval", kind, 9) for own in (first, second))
+    assert one == other and len(one) == 9
+    one, other = (own.choose("train", kind, 9) for own in (first, second))
+    assert one != other
+  assert evaluate_stage._held_out(first) == evaluate_stage._held_out(second)
+
+
+def echo(texts, asked):
+  """In place of `context.complete`: each request gets the next of some texts."""
+
+  def complete(own, weights, groups, **more):
+    for request in (r for group in groups for r in group):
+      asked.append(request)
+      tokens = tuple(own.tok.encode(texts[len(asked) % len(texts)]))
+      logp = (0.0,) * len(tokens)
+      yield Completion(request=request, tokens=tokens, logp=logp, finish="stop")
+
+  return complete
+
+
+def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatch):
+  own, asked = opened(tiny(**{"eval.samples": 2}), tmp_path), []
+  monkeypatch.setattr(context, "complete", echo(["No.", "Yes.", "So."], asked))
+  prompts = own.choose("eval", "safety", 5)
+  found = evaluate_stage._arm(own, "base", prompts, {})
+  assert [(row["prompt_id"], row["index"]) for row in found] == [
+    (p.id, index) for p in prompts for index in (0, 1)
+  ]
+  assert len({r.row_id for r in asked}) == len(asked) == 10  # each draws its own
+  assert len({row["answer"] for row in found}) == 3
+  path = own.store.path("eval", "base.jsonl")
+  assert own.store.read_rows(path) == found
+  own.store.write_rows(path, found[:3] + found[6:])
+  again = evaluate_stage._arm(own, "base", prompts, {})
+  assert len(asked) == 13  # of what was there none is sampled again
+  assert [r["prompt_id"] for r in again] == [r["prompt_id"] for r in found]
+  cells = evals.summarize({"base": found}, seed=0)["arms"]["base"]
+  assert cells["think_format"]["n"] == 10
+
+
+def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
+  changes = {"think.open": "<think>\n", "think.close": "</think>", "eval.swaps": 9}
+  own, asked = opened(tiny(**changes), tmp_path), []
+  monkeypatch.setattr(context, "complete", echo(["I can't help with that."], asked))
+  monkeypatch.setattr(evaluate_stage, "_params", lambda run, arm: run.base_params())
+  prompts = [p for p in own.choose("eval", "safety", 60) if p.category == "privacy"]
+  prompts = [p for p in prompts if p.expected != "safe_complete"][:4]
+  thoughts = ["This is fine, so I can answer.", "This is bad, so I must refuse."]
+  rows_ = [
+    {"prompt_id": p.id, "thought": thoughts[i % 2], "index": 0, "kind": p.kind}
+    | {"category": p.category, "expected": p.expected}
+    for i, p in enumerate(prompts)
+  ]
+  found = evaluate_stage._swapped(own, "sft", prompts, rows_)
+  assert len(found) == len(asked) == len(prompts) > 1
+  of = {p.id: p for p in prompts}
+  for row, request, before in zip(found, asked, rows_, strict=True):
+    put = next(t for t in thoughts if t != before["thought"])
+    front = compose.opened(own.tok, of[row["prompt_id"]].turns, own.think)
+    given = own.tok.decode(request.tokens[len(front) :])
+    assert request.tokens[: len(front)] == tuple(front)
+    assert given == f"{put}\n</think>\n\n"
+    assert row["thought"] == put and row["answer"] == "I can't help with that."
+    scored = {n: s for n, s in row["scores"].items() if s is not None}
+    assert scored == {"swap_followed": float("refuse" in put)}
+  assert own.store.has(own.store.path("eval", "sft.swapped.jsonl"))
+
+
+def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
+  tmp_path, monkeypatch
+):
+  changes = {"think.open": "<think>\nThe user", "think.close": "</think>"}
+  own, read = opened(tiny(**changes), tmp_path), []
+
+  class Scorer:
+    def __init__(self, run, shape):
+      self.length = shape.length
+
+    def __call__(self, params, lines, starts):
+      assert max(map(len, lines)) <= self.length
+      read.extend(zip(lines, starts, strict=True))
+      return [
+        np.full(len(line) - start, -0.7)
+        for line, start in zip(lines, starts, strict=True)
+      ]
+
+  monkeypatch.setattr(context, "Scorer", Scorer)
+  monkeypatch.setattr(evaluate_stage, "_params", lambda run, arm: run.base_params())
+  (prompt,) = own.choose("eval", "safety", 1)
+  row = {"prompt_id": prompt.id, "malformed": "", "thought": "The user asks. So no."}
+  bad = row | {"malformed": "no closing tag"}
+  sets, openings = {"": [prompt]}, evaluate_stage.OPENINGS
+  evaluate_stage._add_odds(own, "sft", sets, {"": [row, bad]})
+  assert "decline_probability" not in bad and len(read) == len(openings)
+  want = sum(np.exp(-0.7 * len(own.tok.encode(said))) for said in openings)
+  assert row["decline_probability"] == pytest.approx(min(1.0, want))
+  for (line, start), opening in zip(read, openings, strict=True):
+    assert own.tok.decode(line[start:]) == opening
+    front = own.tok.decode(line[:start])
+    assert front.endswith("<think>\nThe user asks. So no.\n</think>\n\n")
+  read.clear()
+  evaluate_stage._add_odds(own, "base", sets, {"": [bad]})  # which has no thoughts
+  assert len(read) == len(openings) and 0 < bad["decline_probability"] <= 1
+  assert "<think>" not in own.tok.decode(read[0][0])
 
 
 def test_prompts_of_one_id_in_two_sets_are_refused(run):

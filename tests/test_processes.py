@@ -31,6 +31,7 @@ SMALL = (
   "--config.sft.capability=0",
   "--config.sft.checkpoint_every=1",
   "--config.rl.reward=rubric",
+  "--config.rl.metadata=told",
   "--config.rl.prompts=4",
   "--config.rl.samples=2",
   "--config.rl.max_new=8",

@@ -106,7 +106,9 @@ def test_a_run_goes_on_when_its_server_is_back(model, port, tmp_path):
     "--config.filter.votes=1",
     "--config.eval.arms=('endpoint',)",
     *("--config.generate.prompts.refuse=2", "--config.generate.prompts.comply=2"),
-    *("--config.generate.helpful=0", "--config.generate.most=1"),
+    "--config.generate.prompts.safe_complete=0",
+    *("--config.generate.helpful=0", "--config.generate.capability=0"),
+    "--config.generate.most=1",
     *(
       "--config.eval.prompts=2",
       "--config.eval.helpful=0",
@@ -151,7 +153,7 @@ def test_a_run_goes_on_when_its_server_is_back(model, port, tmp_path):
   assert len({row["key"] for row in after}) == len(after)
   samples = store.read_rows(run / "generate" / "samples.jsonl")
   judged = [row for row in samples if not row["malformed"]]
-  asked_of_answers = len(samples)  # RL's kind of question, of every sample
+  asked_of_answers = len(judged)  # RL's kind of question, of what has an answer
   rows = store.read_rows(run / "eval" / "endpoint.jsonl")
   assert (len(samples), len(rows)) == (4, 3)
   assert len(after) == len(samples) + len(judged) + asked_of_answers + len(rows)

@@ -55,7 +55,7 @@ SMALL = {  # what is said, and what is run
   c.generate.update(most=1, max_new=16)
   c.sft.batch.length = 512
   c.reward.steps = c.rl.steps = 1
-  c.rl.update(reward="rubric", max_new=16, prompts=4)
+  c.rl.update(reward="rubric", metadata="told", max_new=16, prompts=4)
   c.rl.batch = dict(micro=4, rows=4, length=512)
   c.eval.arms = ("base", "sft_rl")
   return c
