@@ -175,6 +175,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     most=10**6,
     capability=0,  # they are in the recording
     # Single steps move the odds of all refusals at once.
+    clause_weight=1.0,
     average_share=0.3,
     leak_words=8,
     # Rows have some 140 tokens of their own: lines of 512 hold three or four of them.

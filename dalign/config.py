@@ -554,6 +554,7 @@ class SFTConfig(Checked):
   most: kept rows that are learned, at the most.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
+  clause_weight: the weight in the loss of tokens of clause ids, where others have 1.
   average_share: the share of the steps, the last ones, whose parameters are averaged
     into what SFT ends with (1803.05407); 0 takes those of the last step.
   leak_words: so many words in a row of the specification's make a row one that leaks
@@ -565,6 +566,7 @@ class SFTConfig(Checked):
   worked: bool
   most: Count
   capability: Natural
+  clause_weight: Positive
   average_share: Share
   leak_words: Count
   batch: BatchConfig

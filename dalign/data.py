@@ -47,8 +47,8 @@ def bundled_rows() -> list[Row]:
   """The prompts that come with dalign, as rows with every field of `FIELDS`.
 
   A file <category>.jsonl holds one category; capability.jsonl belongs to "benign", and
-  rows of authored.jsonl and rare_clauses.jsonl name theirs. Ids are <category>-<scenario>-<k> where a row has
-  none. Splits are those of `split`.
+  rows of authored.jsonl and rare_clauses.jsonl name theirs. Ids are
+  <category>-<scenario>-<k> where a row has none. Splits are those of `split`.
   """
   rows: list[tuple[str, Row]] = []
   counts: dict[str, int] = {}

@@ -175,7 +175,7 @@ def test_lines_fit_a_terminal_and_say_what_is_other():
   first, *lines = said(
     "--mode=config", "--config=configs/quickstart.py", "--config.rl.steps=3"
   )
-  assert first == "# recipe: quickstart.v1; changed: rl.steps"
+  assert first == "# recipe: quickstart.v2; changed: rl.steps"
   assert len(lines) == len([*explain.values(tiny())]) - 10 + 1  # tiny's model.random
   assert all(len(line) <= explain.WIDTH for line in lines)
   assert [line for line in lines if line.startswith("rl.steps=3  ")][0].endswith(

@@ -1035,6 +1035,7 @@ def test_no_teacher_is_told_how_to_reply(tmp_path, monkeypatch):
 
   def sampled(own, book):
     found.extend(book.prompts.values())
+    own.store.write_rows(own.store.path("generate", "samples.jsonl"), [])
     return iter(())
 
   monkeypatch.setattr(generate_stage, "_sampled", sampled)
@@ -1193,9 +1194,11 @@ def test_a_rollout_is_trained_where_something_moves_it(
   step, rollouts = rolled(tmp_path, rewards, kls, lengths, **changes)
   assert [r.trained for r in rollouts] == trained
   batch, used = step.batch(rollouts)
-  assert used == sum(trained)
+  assert bool(used) == any(trained)
   if used:
-    assert batch["left_out_B"].sum() == len(rewards) - used
+    sampled = sum(n for n, moved in zip(lengths, trained, strict=True) if moved)
+    assert batch["sampled_BT"].sum() == sampled
+    assert batch["left_out_B"].sum() == len(rewards) - sum(trained)
     assert batch["left_out_B"].shape == batch["tokens_BT"].shape[:2]
   else:
     assert batch is None
@@ -1203,9 +1206,9 @@ def test_a_rollout_is_trained_where_something_moves_it(
 
 def test_an_unscored_rollout_is_not_counted_as_left_out(tmp_path):
   step, rollouts = rolled(tmp_path, [0.2, 0.3, 0.4], [1.0] * 3, [9, 9, 9], **NO_KL)
+  assert step.batch(rollouts)[0]["left_out_B"].sum() == 1
   rollouts[1].unscored = "no verdict"
-  batch, used = step.batch(rollouts)
-  assert used == 2 and batch["left_out_B"].sum() == 0
+  assert step.batch(rollouts)[0]["left_out_B"].sum() == 0
 
 
 def test_steps_of_rl_take_categories_and_types_by_turns(tmp_path):
@@ -1257,6 +1260,7 @@ def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatc
   own, asked = opened(tiny(**{"eval.samples": 2}), tmp_path), []
   monkeypatch.setattr(context, "complete", echo(["No.", "Yes.", "So."], asked))
   prompts = own.choose("eval", "safety", 5)
+  assert own.begin("eval", [])
   found = evaluate_stage._arm(own, "base", prompts, {})
   assert [(row["prompt_id"], row["index"]) for row in found] == [
     (p.id, index) for p in prompts for index in (0, 1)
@@ -1286,6 +1290,7 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
     | {"category": p.category, "expected": p.expected}
     for i, p in enumerate(prompts)
   ]
+  assert own.begin("eval", [])
   found = evaluate_stage._swapped(own, "sft", prompts, rows_)
   assert len(found) == len(asked) == len(prompts) > 1
   of = {p.id: p for p in prompts}

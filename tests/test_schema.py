@@ -174,7 +174,7 @@ def test_a_run_in_json_is_its_recipe_but_for_what_it_says(tmp_path):
   done = ran(file, "--config.rl.temperature=0.5", "--config.seed=4")
   assert (done.returncode, done.stderr) == (0, "")
   first, *lines = done.stdout.splitlines()
-  assert first == "# recipe: quickstart.v1; changed: 7 values"
+  assert first == "# recipe: quickstart.v2; changed: 7 values"
   found = dict(line.split("=", 1) for line in lines)
   said = {name: found[name].split() for name in found}
   assert said["rl.steps"] == ["3", "mine.json:5"]
@@ -185,7 +185,7 @@ def test_a_run_in_json_is_its_recipe_but_for_what_it_says(tmp_path):
   assert said["data.columns.id"] == ["name", "mine.json:10"]
   assert said["seed"] == ["4", "--config.seed=4"]
   assert said["rl.batch.micro"][1].startswith(f"{ROOT}/configs/quickstart.py:")
-  assert said["generate.prompts.comply"][0] == "520"
+  assert said["generate.prompts.comply"][0] == "1000000"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ READS = {
     *("model", "compute", "spec", "world.spec", "data", "filter"),
     *("generate.teacher", "sft.batch"),  # of recorded votes, and of language quality
   ),
-  "sft": ("model", "compute", "lora", "think", "data", "sft"),
+  "sft": ("model", "compute", "lora", "think", "spec", "world.spec", "data", "sft"),
   "reward": (
     *("model", "compute", "lora", "spec", "world.spec", "data", "reward", *_JUDGE),
     *("generate.temperature", "generate.max_new"),  # of drafts
