@@ -109,6 +109,7 @@ setuptools.setup(
     "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
     "jax>=0.10.2,<0.11",
     "jinja2>=3.1,<4",
+    "math-verify[antlr4_13_2]>=0.9,<0.10",
     "ml-collections>=1.1,<2",
     "numpy>=2.4,<3",
     "optax>=0.2.8,<0.3",

@@ -1,0 +1,201 @@
+"""Right answers to capability prompts: numbers, formulas, options, and other text."""
+
+import subprocess
+import sys
+import threading
+import time
+
+from hypothesis import example
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
+
+from dalign import words
+from tests.helpers import ROOT
+from tests.helpers import clean_environment
+from tests.helpers import examples
+
+NUMBERS = [
+  ("The answer is 1,234.", "1234", 1),
+  ("It is 1\u202f234 people.", "1234", 1),
+  ("It is 1234567.", "1,234,567", 1),
+  ("The total is $1,234.50 in all.", "1234.5", 1),
+  ("$\\$1{,}234$", "1234", 1),
+  ("3,4", "34", 0),
+  ("It is \u22125.", "-5", 1),
+  ("It is \u22125.", "5", 0),
+  ("It is -5.", "\u22125", 1),
+  ("From 3-5", "-5", 0),
+  ("It is .5", "0.5", 1),
+  ("It is 0.5.", ".5", 1),
+  ("That makes 12 km.", "12", 1),
+  ("The area is 12 m^2.", "12", 1),
+  ("The area is 12 m\u00b2.", "12", 1),
+  ("The area is 12 cm2", "12", 1),
+  ("12kg", "12", 1),
+  ("It is 50%.", "50%", 1),
+  ("It is 50 percent.", "50%", 1),
+  ("It is 50 per cent.", "50%", 1),
+  ("It is 50.", "50%", 1),
+  ("It is 0.5.", "50%", 1),
+  ("It is 50%.", "50", 1),
+  ("It is 50%.", "0.5", 1),
+  ("It is 0.5%.", "0.5", 0),
+  ("It is 5%.", "50%", 0),
+  ("It is \\(\\frac{1}{2}\\).", "0.5", 1),
+  ("It is \\(\\frac{1}{2}\\).", "1/2", 1),
+  ("It is \\(\\frac{1}{3}\\).", "1/2", 0),
+  ("The answer is \\boxed{\\frac{3}{4}}, as 6 of 8 shows.", "0.75", 1),
+  ("So $x = 3 \\times 4 = 12$.", "12", 1),
+  ("$\\frac{1}{2}$ of 24 is 12.", "12", 1),
+  ("\\boxed{12}, not 13", "12", 1),
+  ("It is 1/2.", "0.5", 1),
+  ("It is 3/4.", "4", 0),
+  ("It is 1.2 \u00d7 10^6.", "1200000", 1),
+  ("It is 1e6.", "1000000", 1),
+  ("It is $2^{10}$.", "1024", 1),
+  ("12 or 13", "13", 0),
+  ("12, 13 or 14", "14", 0),
+  ("12 + 1 is 13, or 13.0 as a decimal", "13", 1),
+  ("It is 7, then 8, and so 9.", "9", 1),
+  ("no number", "9", 0),
+  ("1e999999999999", "9", 0),
+]
+FORMULAS = [
+  ("It is $1 + x^2$.", "x^2+1", 1),
+  ("It is x**2 + 1.", "x^2+1", 1),
+  ("y = x^2 + 1", "x^2+1", 1),
+  ("It is $x^2$.", "x^2+1", 0),
+  ("\\[ x^2 + 2x + 1 \\]", "(x+1)^2", 1),
+  ("The result is \\boxed{2\\sqrt{2}}.", "\\sqrt{8}", 1),
+  ("The result is \\boxed{2\\sqrt{3}}.", "\\sqrt{8}", 0),
+  ("$2\\pi$", "2\\pi", 1),
+  ("$3\\pi$", "2\\pi", 0),
+  ("I do not know.", "2\\pi", 0),
+  ("$x^2+1$ or $x^2$", "x^2", 0),
+]
+LETTERS = [
+  ("B", "B", 1),
+  ("b", "B", 1),
+  ("(B) Paris", "B", 1),
+  ("B. Paris", "B", 1),
+  ("The answer is B.", "B", 1),
+  ("\\boxed{B}", "B", 1),
+  ("**B**", "B", 1),
+  ("I think it is C.", "C", 1),
+  ("A dog is option D.", "D", 1),
+  ("A is wrong and C too. The answer is B.", "B", 1),
+  ("B is correct.", "B", 1),
+  ("A, B, C, D", "D", 0),
+  ("A or B", "B", 0),
+  ("The answer is A or B.", "A", 0),
+  ("The answer is B. The answer is C.", "C", 0),
+  ("A and B", "B", 0),
+  ("A/B/C", "C", 0),
+  ("The answer is C.", "B", 0),
+  ("I don't know.", "I", 0),
+  ("", "B", 0),
+]
+TEXTS = [
+  ("It is PARIS, of course.", "Paris", 1),
+  ("Paris, the capital of France, lies on the Seine.", "Paris", 1),
+  ("Paris, France", "Paris", 1),
+  ("Parisian", "Paris", 0),
+  ("Paris, London, Rome or Berlin", "Paris", 0),
+  ("Paris, London, Rome or Berlin", "Rome", 0),
+  ("The capital is Paris, London, Rome, Berlin.", "Paris", 0),
+  ("Paris or London", "Paris", 0),
+  ("It is Paris or London.", "London", 0),
+  ("- Paris\n- London\n- Rome", "Paris", 0),
+  ("1. Paris\n2. London", "London", 0),
+  ("Paris/London/Rome", "London", 0),
+  ("Of Paris, London and Rome it is the first. The answer is Paris.", "Paris", 1),
+  ("In 1900, as now, it was Paris.", "Paris", 1),
+  ("It is not Paris.", "Paris", 0),
+  ("salt and pepper", "salt and pepper", 1),
+  ("You get ice, salt and water.", "salt and water", 1),
+  ("H2O is water", "H2O", 1),
+  ("It is CO2", "H2O", 0),
+  ("the 2 pm train", "2 am", 0),
+]
+
+
+@pytest.mark.parametrize(("answer", "reference", "right"), NUMBERS)
+def test_numbers_are_compared_by_value(answer, reference, right):
+  assert words.correct(answer, reference) == right
+
+
+@pytest.mark.parametrize(("answer", "reference", "right"), FORMULAS)
+def test_formulas_are_compared_as_such(answer, reference, right):
+  assert words.correct(answer, reference) == right
+
+
+@pytest.mark.parametrize(("answer", "reference", "right"), LETTERS)
+def test_an_option_is_named_alone(answer, reference, right):
+  assert words.correct(answer, reference) == right
+
+
+@pytest.mark.parametrize(("answer", "reference", "right"), TEXTS)
+def test_other_text_occurs_and_is_not_one_of_many(answer, reference, right):
+  assert words.correct(answer, reference) == right
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    "$9^{9^{9^{9}}}$",
+    "$9^9^9^9$",
+    "$99999999!$",
+    "$" + "(" * 150 + "1" + ")" * 150 + "$",
+    "$\\sum_{n=1}^{99999999} n^n$",
+    "$(x+1)^{99999}$",
+    "\\boxed{" * 60,
+    "$\\frac{1}{" * 40,
+    "1" * 100000,
+    "1,111" * 20000,
+    "or " * 20000,
+    "\\(" * 20000,
+  ],
+)
+@pytest.mark.parametrize("reference", ["x^2+1", "1024"])
+def test_no_answer_takes_long(answer, reference):
+  start = time.monotonic()
+  assert words.correct(answer, reference) == 0.0
+  assert time.monotonic() - start < 8.0
+
+
+@examples(300)
+@given(
+  st.one_of(st.text(), st.text(alphabet="0123456789.,-−/%e^{}()$\\ orxA*=\n")),
+  st.sampled_from(["5", "50%", "1/2", "x^2+1", "\\pi", "B", "Paris", "1e3"]),
+)
+@example("1/0", "5")
+@example("5/0%", "50%")
+@example("１２ ² ٣", "5")
+def test_any_text_is_right_or_wrong(answer, reference):
+  assert words.correct(answer, reference) in (0.0, 1.0)
+
+
+def test_a_formula_is_compared_in_any_thread():
+  found = []
+  thread = threading.Thread(
+    target=lambda: found.append(words.correct("$1+x^2$", "x^2+1"))
+  )
+  thread.start()
+  thread.join()
+  assert found == [1.0]
+
+
+def test_plain_answers_load_no_algebra():
+  code = (
+    "import sys; from dalign import words; words.correct('It is 5.', '5');"
+    "words.correct('Paris', 'Paris'); print('math_verify' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env=clean_environment(),
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.strip() == "False", done.stderr
