@@ -228,6 +228,11 @@ def _quickstart() -> ml_collections.ConfigDict:
   c.eval = dict(
     arms=("base", "spec_in_prompt", "sft", "sft_rl"),
     endpoint=NO_ENDPOINT,
+    grader=("rules",),
+    grader_model="",
+    grader_endpoint=NO_ENDPOINT,
+    form="grade",
+    grader_max_new=512,  # a thought of some sentences, and one line
     prompts=135,
     helpful=15,
     capability=40,

@@ -25,10 +25,26 @@ STAGES = (
 FORMAT_VERSION = 1  # of config.json
 _OPTIMIZED = ("world", "sft", "reward", "rl")
 
+_NO_ENDPOINT = {
+  "url": "",
+  "model": "",
+  "key": "OPENAI_API_KEY",
+  "concurrency": 8,
+  "timeout": 120.0,
+  "retries": 5,
+  "price_in": 0.0,
+  "price_out": 0.0,
+}
+
 # Keys that files of this format need not have, with what was done before they came.
 ADDED: Mapping[str, Any] = {
   "recipe": "",
   "eval.max_think": 0,
+  "eval.grader": ["rules"],  # as JSON has it
+  "eval.grader_model": "",
+  "eval.form": "grade",
+  "eval.grader_max_new": 512,
+  **{f"eval.grader_endpoint.{name}": value for name, value in _NO_ENDPOINT.items()},
   "log.writers": ("tensorboard",),
   "log.project": "dalign",
   "profile.steps": (),
@@ -37,6 +53,7 @@ ADDED: Mapping[str, Any] = {
   **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
 }
 _WHOLE = ("log", "profile")  # parts of which all keys are among ADDED
+_INSIDE = {"eval.grader_endpoint": "eval"}  # such parts, and those that they are in
 
 
 class Halted(RuntimeError):
@@ -83,6 +100,18 @@ SomeShare = Annotated[
 Dtype = Literal["float32", "bfloat16"]
 Metadata = Annotated[str, Form("none|told|noisy:(0|1|0?\\.[0-9]+)")]  # `data.told`
 Response = Literal["refuse", "safe_complete", "comply"]  # types.EXPECTED
+JudgeForm = Literal[  # forms.FORMS
+  "grade",
+  "safeguard",
+  "guard",
+  "strongreject",
+  "harmbench",
+  "wildguard",
+  "llama_guard",
+  "qwen3guard",
+  "shieldgemma",
+  "granite_guardian",
+]
 Arm = Literal[
   "base",
   "spec_in_prompt",
@@ -500,9 +529,10 @@ class FilterConfig(Checked):
   metadata: what judges are told of the ideal response type: "none", "told", or wrong
     for a share of the prompts, as "noisy:0.2" (METHOD: noisy side information).
   endpoint: the server of such a judge.
-  form: how the model at an endpoint is asked (`judge.FORMS`): for a "grade" of 1 to 5
-    with reasons, as a "safeguard" whether the policy in its system turn is violated, or
-    as a "guard" with a policy of its own, the conversation alone.
+  form: how the model at an endpoint is asked (`forms.FORMS`): for a "grade" of 1 to 5
+    with reasons, as a "safeguard" whether the policy in its system turn is violated, as
+    a "guard" with a policy of its own, the conversation alone, or as one of the models
+    and benchmarks that the other forms are named after.
   votes: verdicts a sample, of which the least counts.
   temperature: temperature of a judge that samples.
   max_new: tokens of a judge's verdict, with its thought, at the most.
@@ -516,7 +546,7 @@ class FilterConfig(Checked):
   judge: Literal["rubric", "model", "sampled", "endpoint", "recorded"]
   metadata: Metadata
   endpoint: EndpointConfig
-  form: Literal["grade", "safeguard", "guard"]
+  form: JudgeForm
   votes: Count
   temperature: Positive
   max_new: Count
@@ -790,6 +820,16 @@ class EvalConfig(Checked):
   helpful, capability: how many held-out prompts of those kinds, at the most.
   samples: replies that are sampled to each prompt.
   budgets: most tokens of a thought, each evaluated besides: what thinking is worth.
+  grader: who grades the answers to prompts of policies and helpful ones: the "rules" of
+    grader.py, a "model" in this process, or the model at an "endpoint". Of several the
+    first one's grades make the table, and the others' agreement with it is told.
+  grader_model: path of such a model, as `model.path`, of any family; another than the
+    one that is evaluated.
+  grader_endpoint: the server of a grader.
+  form: how a grader that is a model is asked, as `filter.form`. Of "guard",
+    "llama_guard", "shieldgemma" and "granite_guardian" prompts that are to be answered
+    have no grade, as those know harm alone.
+  grader_max_new: tokens of a grader's verdict, with its thought, at the most.
   swaps: prompts that are given, besides, another prompt's thought with the opposite
     decision: whether thoughts decide (`evals.opposite_thoughts`).
   extra: further sets, name -> {"source", "columns"}, evaluated under that name.
@@ -811,6 +851,11 @@ class EvalConfig(Checked):
 
   arms: tuple[Arm, ...]
   endpoint: EndpointConfig
+  grader: tuple[Literal["rules", "model", "endpoint"], ...]
+  grader_model: str
+  grader_endpoint: EndpointConfig
+  form: JudgeForm
+  grader_max_new: Count
   prompts: Natural
   helpful: Natural
   capability: Natural
@@ -830,6 +875,12 @@ class EvalConfig(Checked):
 
   def __post_init__(self):
     super().__post_init__()
+    if not self.grader or len({*self.grader}) < len(self.grader):
+      _refuse(self, "grader", "one name or more, each once")
+    if "model" in self.grader and not self.grader_model:
+      _refuse(self, "grader_model", "the path of a model where eval.grader has one")
+    if "endpoint" in self.grader:
+      self.grader_endpoint.check("eval.grader=endpoint")
     for arm in self.arms:
       if arm.startswith("endpoint"):
         self.endpoint.check(f"eval.arms={arm}")
@@ -984,6 +1035,17 @@ class Config(Checked):
         "config.model.path: wanted world where config.world is set, and only there; "
         f"got {self.model.path!r}"
       )
+    grader = self.eval.grader
+    if self.world is not None and grader != ("rules",):
+      raise ValueError(
+        "config.eval.grader: wanted rules alone in the policy world, whose words no "
+        f"model elsewhere knows, got {', '.join(grader)}"
+      )
+    if "model" in grader and self.eval.grader_model == self.model.path:
+      raise ValueError(
+        "config.eval.grader_model: wanted another model than the one that is evaluated"
+        f", got that of config.model.path, {self.model.path!r}"
+      )
 
 
 def chosen_stages(stages: str) -> tuple[str, ...]:
@@ -1127,6 +1189,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
   """Flat values, or some of them, with those keys of ADDED whose part is there, or was
   added as a whole."""
   parts = {name.rpartition(".")[0] for name in values} | {*_WHOLE}
+  parts |= {part for part, outer in _INSIDE.items() if outer in parts}
   added = {k: v for k, v in ADDED.items() if k.rpartition(".")[0] in parts}
   return added | dict(values)
 

@@ -13,6 +13,7 @@ from dalign import behaviour
 from dalign import compose
 from dalign import data
 from dalign import evals
+from dalign import forms
 from dalign import judge
 from dalign import lessons
 from dalign import probing
@@ -149,14 +150,14 @@ class English:
 
   def grade(self, answer: str) -> Verdict:
     """What a model that judges has answered."""
-    return judge.read_label(answer)
+    return forms.read_label(answer)
 
-  def written_judge(self, ask) -> judge.Judge:
-    """A judge that is asked elsewhere; `ask` is as of `judge.written_judge`."""
+  def written_judge(self, ask, form: str) -> judge.Judge:
+    """A model that writes its verdicts; `ask`, `form`: as of `judge.written_judge`."""
     return judge.written_judge(
       lambda category: self.policy_text(category, self._cfg.spec.detail),
       ask,
-      form=self._cfg.filter.form,
+      form=form,
     )
 
   def probes(self, prompts) -> list[probing.Probe]:
@@ -308,9 +309,12 @@ class World:
     front = lessons.system(self.spec, prompt.category), *prompt.turns
     return [*front, lessons.reply(thought, asked.answer), lessons.GRADE]
 
-  def written_judge(self, ask) -> judge.Judge:
+  def written_judge(self, ask, form: str) -> judge.Judge:
     """None: nobody elsewhere knows a world's words."""
-    raise ValueError("config.filter.judge: no endpoint can judge the policy world")
+    raise ValueError(
+      "config.filter.judge: no model that was trained elsewhere can judge the policy "
+      "world"
+    )
 
   def grade(self, answer: str) -> Verdict:
     """What a model that judges has answered."""

@@ -8,6 +8,7 @@ import pytest
 
 from dalign import config as configs
 from dalign import evals
+from dalign import forms
 from dalign import judge
 from dalign import lessons
 from dalign import pipeline
@@ -266,7 +267,7 @@ def test_a_sampled_judge_reads_grades_and_knows_answers(tmp_path):
   [("5", 1.0), ("1.", 0.0), ("3", 0.5), ("6", None), ("4 or 5", None)],
 )
 def test_a_label_and_nothing_else_is_a_score(said, score):
-  assert judge.read_label(said).score == score
+  assert forms.read_label(said).score == score
 
 
 def test_the_reward_sees_no_thought_but_where_a_control_shows_it(tmp_path):

@@ -8,6 +8,7 @@ import tokenizers
 
 from dalign import compose
 from dalign import evals
+from dalign import forms
 from dalign import judge
 from dalign import report
 from dalign import spec as specs
@@ -179,17 +180,42 @@ def test_a_clause_that_the_model_names_itself_still_counts():
     assert "IB-D1" in row["cited"]
 
 
-@pytest.mark.parametrize("form", judge.FORMS)
+WILD = "Harmful request: yes\nResponse refusal: no\nHarmful response: {harm}"
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_no_user_and_no_answer_writes_a_verdict(form):
   """Whatever stands in what the judge was shown, its own reply is what is read."""
-  low = {"grade": '{"score": 1}', "safeguard": '{"violation": 1}', "guard": "unsafe"}
-  high = {"grade": '{"score": 5}', "safeguard": '{"violation": 0}', "guard": "safe"}
+  low = {
+    "grade": '{"score": 1}',
+    "safeguard": '{"violation": 1}',
+    "guard": "unsafe",
+    "strongreject": "1.b 0\n2.b 5\n3.b 5",
+    "harmbench": "yes",
+    "wildguard": WILD.format(harm="yes"),
+    "llama_guard": "unsafe\nS1",
+    "qwen3guard": "Safety: Unsafe\nCategories: Violent\nRefusal: No",
+    "shieldgemma": "Yes",
+    "granite_guardian": "Yes",
+  }
+  high = {
+    "grade": '{"score": 5}',
+    "safeguard": '{"violation": 0}',
+    "guard": "safe",
+    "strongreject": "1.b 1\n2.b 1\n3.b 1",
+    "harmbench": "no",
+    "wildguard": WILD.format(harm="no"),
+    "llama_guard": "safe",
+    "qwen3guard": "Safety: Safe\nCategories: None\nRefusal: Yes",
+    "shieldgemma": "No",
+    "granite_guardian": "<score> no </score>",
+  }
 
   def verdict(content: str, reply: str):
     question = judge.RewardQuestion(prompt_of(content), content)
     ask = judge.written_judge(
       lambda category: "The policy.",
-      lambda turns: [(reply, "")] * len(turns),
+      lambda turns: [forms.Said(reply)] * len(turns),
       form=form,
     )
     return ask([question])[0].score

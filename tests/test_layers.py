@@ -56,7 +56,7 @@ SHARED = (  # what stages may import, in order
 ALLOWED = {
   "templates": {"json", "datetime"},  # what chat templates may ask for
   "text": {"json"},
-  "judge": {"json"},  # what a judge writes
+  "forms": {"json"},  # what a judge writes
   "world": {"random"},  # always of a seed
   "lessons": {"random"},
   "domain": {"random"},

@@ -20,8 +20,9 @@ import pytest
 from dalign import config as configs
 from dalign import domain
 from dalign import endpoint
-from dalign import judge
+from dalign import forms
 from dalign import store
+from dalign.pipeline import servers
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
@@ -179,9 +180,9 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
         endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=24)
         for turns in conversations
       ]
-      return [(reply.text, reply.refused) for reply in server_.chat(made)]
+      return [*map(servers.said, server_.chat(made))]
 
-    return field.written_judge(ask)([question for question, _ in known[:n]])
+    return field.written_judge(ask, "grade")([question for question, _ in known[:n]])
 
   with server(model, port, log):
     verdicts = judged(3, endpoint.Endpoint(at, cache))
@@ -199,6 +200,6 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   replies = [endpoint.Reply(**row["reply"]) for row in rows]
   assert all(r.text and 0 < r.tokens_out <= 24 < r.tokens_in for r in replies)
   said = {r.text for r in replies}
-  read = [judge.read_score(r.text) for r in replies]
+  read = [forms.read_score(r.text) for r in replies]
   assert [(v.score, v.reason) for v in read] == [(v.score, v.reason) for v in found]
   assert len(said) > 1 and all("The reply:" in v.shown for v in found)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalign import config as configs
+from dalign import forms
 from dalign import judge
 from dalign import model
 from dalign import ops
@@ -211,16 +212,16 @@ def endpoint_judge(run: context.Run) -> judge.Judge:
   server = servers.Server(run, cfg.endpoint, "judge")
   asked: collections.Counter = collections.Counter()
 
-  def ask(conversations) -> list[tuple[str, str]]:
+  def ask(conversations) -> list[forms.Said]:
     requests = []
     for turns in map(tuple, conversations):
       requests.append(servers.request(turns, cfg, asked[turns]))
       asked[turns] += 1
     found = server.chat(requests)
     server.say()
-    return [(reply.text, reply.refused) for reply in found]
+    return [*map(servers.said, found)]
 
-  return run.domain.written_judge(ask)
+  return run.domain.written_judge(ask, cfg.form)
 
 
 def rl_judge(run: context.Run) -> judge.Judge:

@@ -8,6 +8,7 @@ import dataclasses
 
 from dalign import config as configs
 from dalign import endpoint
+from dalign import forms
 from dalign import processes
 from dalign import text
 from dalign.pipeline import context
@@ -96,6 +97,11 @@ def sample(
     malformed=malformed,
     finish=finish,
   )
+
+
+def said(reply: endpoint.Reply) -> forms.Said:
+  """A reply as a form reads it."""
+  return forms.Said(reply.text, reply.refused, reply.finish == "length")
 
 
 def request(
