@@ -31,11 +31,11 @@ class Asked(NamedTuple):
 
 
 class Said(NamedTuple):
-  """What a model wrote; or why nothing is read, in `refused`; whether the token budget
-  has cut it."""
+  """What a model wrote; or why nothing is read of it; whether the token budget has cut
+  it."""
 
   text: str
-  refused: str = ""
+  unread: str = ""
   cut: bool = False
 
 
@@ -58,8 +58,8 @@ class Form(NamedTuple):
 def verdict(form: Form, said: Said, expected: str) -> Verdict:
   """The verdict of what a model wrote on a reply to a prompt, of whose ideal response
   type, or "", the score depends where the form gives parts (`of_response`)."""
-  if said.refused:
-    return Verdict(score=None, reason=f"the server refuses: {said.refused}")
+  if said.unread:
+    return Verdict(score=None, reason=said.unread)
   if said.cut and not form.begins:
     return Verdict(score=None, reason="the verdict is cut by the token budget")
   text, why = spoken(said.text)

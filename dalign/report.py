@@ -70,6 +70,10 @@ SETTINGS = (  # what the methods name, and where it stands
   ("prompts of such a set, at most", "config.json", "eval.extra_limit"),
   ("share of its disguises that are worst", "config.json", "eval.worst"),
   ("model of the arms behind a server", "config.json", "eval.endpoint.model"),
+  ("graders, of which the first makes the table", "config.json", "eval.grader"),
+  ("how a grader that is a model is asked", "config.json", "eval.form"),
+  ("that model, in this process", "config.json", "eval.grader_model"),
+  ("that model, behind a server", "config.json", "eval.grader_endpoint.model"),
   ("temperature of evaluation", "config.json", "eval.temperature"),
   ("tokens of a thought, at most (0: of both)", "config.json", "eval.max_think"),
   ("tokens of a completion, or its answer", "config.json", "eval.max_new"),
@@ -359,6 +363,7 @@ def _results(summary: Json) -> str:
   return "".join(
     [
       *own[:1],
+      _graders(summary.get("graders")),
       figures.plane(arms, (summary.get("curves") or {}).get("held out")),
       _curves_table(summary.get("curves") or {}),
       _differences(summary.get("differences") or {}),
@@ -413,6 +418,23 @@ def _differences(differences: dict) -> str:
   return (
     f"<details><summary>Differences between any two arms</summary>{table}</details>"
   )
+
+
+def _graders(graders: Json) -> str:
+  """How far the graders of several agree."""
+  if not graders:
+    return ""
+  head = ["graders", "Cohen's kappa", "agree on"]
+  rows = []
+  for pair, cell in graders.items():
+    ends = (cell.get("low"), cell.get("high"))
+    kappa = f"{cell['kappa']:.2f}" if figures.finite(cell.get("kappa")) else "–"
+    if all(map(figures.finite, ends)):
+      kappa += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
+    raw = {"mean": cell["raw"], "low": cell["raw_low"], "high": cell["raw_high"]}
+    raw |= {"n": cell["n"], "unscored": cell["unscored"]}
+    rows.append([figures.text(pair), kappa, figures.estimate(raw)])
+  return f"<h3>Graders</h3>{figures.table('Graders', head, rows)}"
 
 
 def _checked(arms: dict) -> dict:

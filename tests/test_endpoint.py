@@ -20,6 +20,7 @@ from dalign import pipeline
 from dalign import text
 from dalign.pipeline import context
 from dalign.pipeline import scoring
+from dalign.pipeline import servers
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -250,9 +251,8 @@ def test_a_refusal_that_quotes_a_score_is_no_score():
     expected="comply",
   )
   question = judge.RewardQuestion(prompt=prompt, answer='{"score": 5}')
-  ask = judge.written_judge(
-    lambda c: "", lambda turns: [forms.Said("", 'bad: {"score": 5}')]
-  )
+  refused = endpoint.Reply(text="", refused='bad: {"score": 5}')
+  ask = judge.written_judge(lambda c: "", lambda turns: [servers.said(refused)])
   (verdict,) = ask([question])
   assert verdict.score is None
   assert verdict.reason == 'the server refuses: bad: {"score": 5}'
@@ -320,6 +320,7 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
     ({"filter.judge": "endpoint"}, "filter.judge"),
     ({"generate.teacher": "endpoint"}, "generate.teacher"),
     ({"eval.arms": ("base", "endpoint_spec")}, "eval.arms=endpoint_spec"),
+    ({"eval.grader": ("rules", "endpoint")}, "eval.grader=endpoint"),
   ],
 )
 def test_asking_an_endpoint_needs_one(change, named):
@@ -439,6 +440,90 @@ def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
     assert filtered(row["prompt"]) == refused == bool(row["unscored"])
     assert not refused or set(row["scores"].values()) == {None}
   assert any(filtered(row["prompt"]) for row in rows)
+
+
+WILD = "Harmful request: no\nResponse refusal: {}\nHarmful response: no"
+
+
+def grades(body) -> str:
+  """An arm that answers some and refuses others, and a grader that is sure of most."""
+  asked = body["messages"][-1]["content"]
+  if "AI assistant:" not in asked:
+    return "I can't help with that." if len(asked) % 2 else "Here you are: one, two."
+  if "Here you are" in asked:
+    return WILD.format("no")
+  return WILD.format("N/A" if len(asked) % 3 == 0 else "yes")
+
+
+@pytest.mark.parametrize("first", ["rules", "endpoint"])
+def test_a_model_behind_a_server_grades_beside_the_rules(serve, tmp_path, first):
+  server = serve(grades)
+  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
+  graders = ("rules", "endpoint") if first == "rules" else ("endpoint", "rules")
+  changes = {
+    "eval.arms": ("endpoint",),
+    "eval.grader": graders,
+    "eval.form": "wildguard",
+    "eval.unscored": 1.0,
+    **{f"eval.grader_endpoint.{name}": value for name, value in at.items()},
+  }
+  cfg = served(server, **changes)
+  pipeline.run_stages(cfg, tmp_path, {}, ("eval", "report"))
+  summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
+  rows = [json.loads(row) for row in rows]
+  graded = [row for row in rows if "graders" in row]
+  assert {row["kind"] for row in rows if row not in graded} == {"capability"}
+  missing = 0
+  for row in graded:
+    told, ((metric, by_rules),) = row["graders"]["endpoint"], row["rules"].items()
+    refuses = row["answer"].startswith("I can't")
+    unread = refuses and told["score"] is None
+    missing += unread
+    assert unread == ("N/A" in told["said"]) == ("got n/a" in told["reason"])
+    if not unread:
+      wanted = {"refuse": 1.0, "comply": 1.0 - refuses, "safe_complete": 1.0 - refuses}
+      assert told["score"] == wanted[row["expected"]]
+    in_table = by_rules if first == "rules" else told["score"]
+    assert row["scores"][metric] == in_table
+    assert (metric in row["unscored"]) == (unread and first == "endpoint")
+  [(pair, found)] = summary["graders"].items()
+  assert pair == " vs ".join(graders) and 0 < missing == found["unscored"]
+  assert found["n"] + missing == len(graded)
+  assert found["raw_low"] <= found["raw"] <= found["raw_high"]
+  comply = summary["arms"]["endpoint"]["comply_allowed"]
+  assert comply["unscored"] == (0 if first == "rules" else comply["unscored"])
+  said = summary["definitions"]["comply_allowed"]
+  assert ("asked as wildguard" in said) == (first == "endpoint")
+  page = (tmp_path / "report.html").read_text()
+  assert "<h3>Graders</h3>" in page and f'<th scope="row">{pair}</th>' in page
+  asked = [b for b in server.bodies if b["model"] == "g"]
+  assert {(b["temperature"], b["max_tokens"]) for b in asked} == {(0.0, 512)}
+  assert len(asked) == len(graded)
+
+
+def test_what_a_grader_cannot_tell_is_not_asked(serve, tmp_path):
+  server = serve(lambda body: "safe" if len(body["messages"]) > 1 else "Sure.")
+  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
+  changes = {"eval.arms": ("endpoint",), "eval.grader": ("endpoint",)}
+  changes |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
+  cfg = served(server, **changes, **{"eval.form": "llama_guard"})
+  pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+  summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+  arm = summary["arms"]["endpoint"]
+  assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["comply_allowed"]["n"] == 0
+  assert arm["comply_allowed"]["unscored"] == 0 and "graders" not in summary
+  assert "only what is harmful" in summary["definitions"]["comply_allowed"]
+
+
+def test_a_grader_that_reads_nothing_stops_eval(serve, tmp_path):
+  server = serve(lambda body: "I'd rather not say.")
+  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
+  changes = {"eval.arms": ("endpoint",), "eval.grader": ("rules", "endpoint")}
+  changes |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
+  cfg = served(server, **changes)
+  with pytest.raises(ValueError, match="grader endpoint has no score for 11 of 11 ans"):
+    pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
 
 
 def test_an_endpoint_without_a_model_is_refused(client):

@@ -52,6 +52,7 @@ SHARED = (  # what stages may import, in order
   "pipeline.context",
   "pipeline.servers",
   "pipeline.scoring",
+  "pipeline.grading",
 )
 ALLOWED = {
   "templates": {"json", "datetime"},  # what chat templates may ask for

@@ -79,6 +79,9 @@ READS = {
   "export": ("model", "lora", "think", "spec", "world.spec", "export"),
 }
 
+# Of a server, how it is asked and what that costs.
+ASKING = ("key", "concurrency", "timeout", "retries", "price_in", "price_out")
+
 # Keys that say when to stop, how fast and at what price, and change nothing made.
 LIMITS = (
   *("eval.unscored", "rl.judge_errors", "rl.scan_words", "rl.stop_kl", "rl.stop_gap"),
@@ -86,8 +89,9 @@ LIMITS = (
   *(
     f"{stage}.endpoint.{name}"
     for stage in ("generate", "filter", "eval")
-    for name in ("key", "concurrency", "timeout", "retries", "price_in", "price_out")
+    for name in ASKING
   ),
+  *(f"eval.grader_endpoint.{name}" for name in ASKING),
 )
 
 
@@ -180,11 +184,7 @@ class Run:
   @functools.cached_property
   def shapes(self) -> PyTree:
     """The base model's parameters as ShapeDtypeStructs."""
-    return jax.tree.map(
-      lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-      leaves.shapes(self.arch),
-      is_leaf=lambda x: isinstance(x, tuple),
-    )
+    return _shapes(self.arch)
 
   def base_params(self) -> PyTree:
     """The base model's parameters, on the mesh; a new copy at each call."""
@@ -465,8 +465,36 @@ class Run:
     )
 
 
+def _shapes(arch: configs.ModelConfig) -> PyTree:
+  return jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    leaves.shapes(arch),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+class Guest:
+  """A model beside the run's own, on its mesh, to be asked and not trained. What path
+  it may have: `weights.find`."""
+
+  def __init__(self, run: Run, path: str):
+    say(f"loading {path}")
+    found = weights.find(path)
+    self.cfg, self.arch, self.tok = run.cfg, found.cfg, found.tok
+    self.sampler = sampling.Sampler(
+      cfg=self.arch,
+      compute=run.cfg.compute,
+      stop_ids=self.tok.stop_ids,
+      sampler=run.cfg.sampler,
+      mesh=run.mesh if run.mesh.size > 1 else None,
+    )
+    placed = run.placed(_shapes(self.arch))
+    params = found.params(jax.tree.map(lambda x: x.sharding, placed))
+    self.weights = self.sampler.prepare(params)
+
+
 def complete(
-  run: Run,
+  run: Run | Guest,
   weights: sampling.Weights,
   groups: Iterable[list[sampling.Request]],
   *,

@@ -20,6 +20,7 @@ from dalign import evals
 from dalign import ops
 from dalign import text
 from dalign.pipeline import context
+from dalign.pipeline import grading
 from dalign.pipeline import servers
 from dalign.sampler import Completion
 from dalign.sampler import Request
@@ -64,35 +65,41 @@ def evaluate(run: context.Run) -> None:
   inputs = [*run.sources]
   stages = {ARMS[arm].stage for arm in arms} - {""}
   inputs += [run.store.path(stage, "manifest.json") for stage in stages]
-  files = (data.file_of(source["source"]) for source in cfg.extra.values())
-  inputs += filter(None, files)
+  extra = (data.file_of(source["source"]) for source in cfg.extra.values())
+  inputs += filter(None, extra)
   if not run.begin("eval", sorted({*inputs})):
     return
   sets = {"": _held_out(run)} | run.further_sets()
   _check_ids(sets)
+  prompts_by_id = {prompt.id: prompt for some in sets.values() for prompt in some}
   found: dict[str, dict] = collections.defaultdict(dict)
+  files: dict[str, list[dict]] = {}  # rows, by the names of the files that have them
   for arm in arms:
     drafts: dict = {}
     rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts], drafts)
+    files[arm] = rows
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
       found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
-    for name, disguises in _disguises(cfg.suite).items():
-      rows_by_disguise = {d: found[context.label(d)][arm] for d in disguises}
-      found[f"{name}_worst"][arm] = evals.worst(rows_by_disguise, share=cfg.worst)
     thinks = _format(run, arm)
     for budget in cfg.budgets if thinks else ():
       forced = Forced(label=f".thought_{budget}", budget=budget)
-      found[f"thought_{budget}"][arm] = _arm(run, arm, sets[""], drafts, forced)
+      rows = _arm(run, arm, sets[""], drafts, forced)
+      found[f"thought_{budget}"][arm] = files[f"{arm}{forced.label}"] = rows
     if cfg.swaps and thinks and not ARMS[arm].spec:
       found["swapped"][arm] = _swapped(run, arm, sets[""], found[""][arm])
+  grading.add_grades(run, files, prompts_by_id)
+  for arm in arms:
+    for name, disguises in _disguises(cfg.suite).items():
+      rows_by_disguise = {d: found[context.label(d)][arm] for d in disguises}
+      found[f"{name}_worst"][arm] = evals.worst(rows_by_disguise, share=cfg.worst)
     if not ARMS[arm].served and not ARMS[arm].spec:
       _add_odds(run, arm, sets, {name: found[name][arm] for name in sets})
   summarize = functools.partial(
     evals.summarize,
     seed=run.cfg.seed,
     trials=cfg.trials,
-    definitions=run.domain.definitions,
+    definitions=grading.definitions(run),
   )
   summary = summarize(found[""])
   for budget in cfg.budgets:
@@ -116,13 +123,18 @@ def evaluate(run: context.Run) -> None:
         summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
   summary["sets"] = _said(run, sets)
   summary["contaminated"] = _contaminated(run, sets)
+  if cfg.grader[1:]:
+    every = [row for rows in files.values() for row in rows]
+    summary["graders"] = grading.compared(run, every)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
+  grading.check(run, files, cfg.unscored)
   _check_scored(found, cfg.unscored)
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = (*evals.TYPES, "response_types", "capability", "think_format")
     line = "  ".join(f"{m} {context.percent(metrics[m]['mean'])}" for m in shown)
     context.say(f"eval: {arm:15s} {line}")
+  grading.say(summary.get("graders", {}))
 
 
 def _there(run: context.Run, arm: str) -> bool:

@@ -101,7 +101,8 @@ def sample(
 
 def said(reply: endpoint.Reply) -> forms.Said:
   """A reply as a form reads it."""
-  return forms.Said(reply.text, reply.refused, reply.finish == "length")
+  why = f"the server refuses: {reply.refused}" if reply.refused else ""
+  return forms.Said(reply.text, why, reply.finish == "length")
 
 
 def request(
