@@ -230,7 +230,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     endpoint=NO_ENDPOINT,
     grader=("rules",),
     grader_model="",
-    grader_endpoint=NO_ENDPOINT,
+    grader_endpoint=dict(NO_ENDPOINT),  # or a flag would change both
     form="grade",
     grader_max_new=512,  # a thought of some sentences, and one line
     prompts=135,
