@@ -89,8 +89,8 @@ def _full(c: ml_collections.ConfigDict) -> None:
 
 
 def _self_taught(c: ml_collections.ConfigDict) -> None:
-  """The base thinks and answers itself, the spec and worked examples in sight; a rubric
-  that is told nothing but what the thought says judges it."""
+  """The base thinks and answers itself, the spec and worked examples in sight and no
+  label; a rubric, which is told the label, judges it."""
   c.generate.update(
     dict(
       prompts=dict(refuse=220, safe_complete=80, comply=440),
@@ -100,7 +100,7 @@ def _self_taught(c: ml_collections.ConfigDict) -> None:
       max_new=120,
     )
   )
-  c.filter.update(dict(judge="rubric", per_cell=60, quality=True))
+  c.filter.update(dict(judge="rubric", metadata="told", per_cell=60, quality=True))
   c.rl.update(dict(reward="model", judge_errors=1.0))
 
 

@@ -12,8 +12,9 @@ import pathlib
 import ml_collections
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """The quickstart's config, small."""
+def get_config(size: str = "") -> ml_collections.ConfigDict:
+  """The quickstart's config, small, whatever the size that is asked for."""
+  del size
   path = pathlib.Path(__file__).with_name("quickstart.py")
   module = importlib.util.spec_from_file_location("quickstart", path)
   quickstart = importlib.util.module_from_spec(module)
@@ -47,11 +48,11 @@ def get_config() -> ml_collections.ConfigDict:
       capability=2,
       teacher="base",
       demonstrations=1,
-      most=2,
-      max_new=96,
+      most=4,
+      max_new=256,
     )
   )
-  c.filter.judge = "rubric"
+  c.filter.update(dict(judge="rubric", metadata="told"))
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
   c.reward.update(dict(steps=3, rows=8, length=256, held_out=0.15, checkpoint_every=2))

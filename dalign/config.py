@@ -1030,6 +1030,16 @@ class Config(Checked):
   def __post_init__(self):
     super().__post_init__()
     chosen_stages(self.stages)
+    if self.filter.judge == "recorded" and self.rl.reward == "judge":
+      raise ValueError(
+        "config.rl.reward: wanted model, or rubric with metadata, as nobody has "
+        "recorded votes on what RL samples (filter.judge=recorded); got judge"
+      )
+    if self.reward.labels == "rubric" and self.reward.metadata == "none":
+      raise ValueError(
+        "config.reward.metadata: wanted told, or noisy:SHARE, without which the rubric "
+        "gives the reward model no labels; got none"
+      )
     if (self.world is None) == (self.model.path == "world"):
       raise ValueError(
         "config.model.path: wanted world where config.world is set, and only there; "

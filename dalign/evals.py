@@ -296,7 +296,8 @@ def opposite_thoughts(rows: Sequence[Mapping], n: int) -> dict[str, str]:
   decided = [
     (row, decision)
     for row in rows
-    if not row["index"] and (decision := grader.decides(row["thought"]))
+    if not (row["index"] or row["malformed"])
+    and (decision := grader.decides(row["thought"]))
   ]
   found: dict[str, str] = {}
   for at, (row, decision) in enumerate(decided):

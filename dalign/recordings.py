@@ -109,30 +109,30 @@ def judges(rows: Iterable[Recorded]) -> judge.Judge:
   in another verdict than the voter's own, given blind, gets 0. Known answers are
   compared. Unscored: what was not recorded, and more votes than were.
   """
-  votes: dict[tuple[str, str], tuple[Vote, ...]] = {}
+  recorded: dict[tuple[str, str], list[Recorded]] = {}
   for row in rows:
-    votes[row.prompt_id, f"{row.thought}\0{row.answer}"] = row.votes
-    votes[row.prompt_id, row.answer] = row.votes
-  asked: dict[Any, int] = {}
+    recorded.setdefault((row.prompt_id, row.answer), []).append(row)
+  asked: dict[tuple[str, str, str], int] = {}
 
   def verdict(question: judge.Question) -> Verdict:
     prompt = question.prompt
     if prompt.kind == "capability":
       return Verdict(score=words.correct(question.answer, prompt.answer))
     thinks = isinstance(question, judge.FilterQuestion)
-    own, ends = question.answer, ""
-    if isinstance(question, judge.FilterQuestion):
-      own = f"{question.thought}\0{question.answer}"
-      ends = behaviour.verdict(question.thought)
-    key = prompt.id, own
+    thought = question.thought if isinstance(question, judge.FilterQuestion) else ""
+    key = prompt.id, thought, question.answer
     draw = asked[key] = asked.get(key, -1) + 1
-    have = votes.get(key, ())
+    # Its thought may stand behind words that the think format puts in front.
+    same = recorded.get((prompt.id, question.answer), [])
+    have = next(
+      (r.votes for r in same if thought.endswith(r.thought) or not thinks), ()
+    )
     if draw >= len(have):
       return Verdict(score=None, reason=f"{len(have)} recorded votes, no more")
     vote = have[draw]
     if not thinks:
       return Verdict(score=vote.answer_score)
-    agrees = float(vote.verdict in ("", ends))
+    agrees = float(vote.verdict in ("", behaviour.verdict(thought)))
     parts = {"vote": vote.score, "blind_verdict_agrees": agrees}
     return Verdict(score=vote.score * agrees, parts=parts)
 
@@ -157,10 +157,13 @@ def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
     if malformed:
       raise ValueError(f"{where}: wanted one think block and an answer: {malformed}")
   name = row.get("prompt_id", row.get("id"))
-  if turns and name not in said.values():
-    name = said.get(_said(turns), name or " / ".join(map(str, turns))[:60])
+  if turns and (known := said.get(_said(turns))):
+    name = known
   if not isinstance(name, str) or not answer.strip():
-    raise ValueError(f"{where}: wanted a prompt_id and an answer, got {row!r:.80}")
+    raise ValueError(
+      f"{where}: wanted a prompt_id, or the words of a prompt of config.data.source, "
+      f"and an answer, got {row!r:.80}"
+    )
   return Recorded(
     prompt_id=name,
     thought=thought.strip(),
@@ -185,11 +188,16 @@ def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
 
 
 def _votes(where: str, votes: Any) -> Iterator[Vote]:
+  wanted = f"{where}: wanted votes, each with scores in [0, 1] and a list of clauses"
+  if not isinstance(votes, (list, tuple)):
+    raise ValueError(f"{wanted}, got {votes!r:.80}")
   for vote in votes:
+    if not isinstance(vote, Mapping):
+      raise ValueError(f"{wanted}, got {vote!r:.80}")
     scores = [vote.get("score"), vote.get("answer_score", vote.get("score"))]
-    for score in scores:
-      if not isinstance(score, (int, float)) or not 0 <= score <= 1:
-        raise ValueError(f"{where}: wanted votes with scores in [0, 1], got {vote!r}")
+    numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
+    if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
+      raise ValueError(f"{wanted}, got {vote!r:.80}")
     yield Vote(
       score=float(scores[0]),
       answer_score=float(scores[1]),

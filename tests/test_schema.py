@@ -18,6 +18,7 @@ SCHEMA = json.loads(json.dumps(explain.schema(configs.Config)))
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
 ALL = {
   "quickstart": (),
+  **{f"quickstart:{name}": (name,) for name in config_file("quickstart").SIZES},
   "tiny": (),
   "world": (),
   "world:ablation": ("ablation",),
@@ -217,7 +218,12 @@ def test_an_error_names_the_file_and_the_key(tmp_path, text, wanted):
 
 def test_a_version_of_a_recipe_can_be_asked_for(tmp_path):
   file = tmp_path / "mine.json"
-  for said in ("large:qwen3_8b.v1", "world:ablation.v1"):
+  large = config_file("large").get_config().recipe
+  ablation = config_file("world").get_config("ablation").recipe
+  assert large.startswith("large:qwen3_8b.v") and ablation.startswith(
+    "world:ablation.v"
+  )
+  for said in (large, ablation):
     file.write_text(json.dumps({"recipe": said}))
     assert config_file("from_json").get_config(str(file)).recipe == said
 

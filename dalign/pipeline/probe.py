@@ -9,6 +9,8 @@ import pathlib
 import jax
 
 from dalign import config as configs
+from dalign import data
+from dalign import judge
 from dalign import probing
 from dalign import processes
 from dalign.pipeline import context
@@ -26,9 +28,12 @@ def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
   run = context.Run(cfg, workdir)
   with jax.set_mesh(run.mesh):
     ask = scoring.rl_judge(run)
-    report = scoring.probe(run, ask, PROMPTS)
+    told = scoring.metadata(run)
+    report = scoring.probe(run, ask, told, PROMPTS)
     known = run.domain.labelled()
-    verdicts = ask([question for question, _ in known])
+    prompts = [data.told(question.prompt, told) for question, _ in known]
+    pairs = zip(prompts, known, strict=True)
+    verdicts = ask([judge.RewardQuestion(p, q.answer) for p, (q, _) in pairs])
   agreed = probing.agreement([right for _, right in known], verdicts, seed=cfg.seed)
   found = {"reward": cfg.rl.reward, "probes": report, "agreement": agreed}
   run.store.write_json(run.store.workdir / "probe.json", found)

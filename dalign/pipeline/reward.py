@@ -39,7 +39,13 @@ def train_reward(run: context.Run) -> None:
   questions, scores = _questions(run, source)
   held = _held_out(questions, cfg.held_out)
   renderer = scoring.Renderer(run)
-  plan = _plan(run, [i for i, h in enumerate(held) if not h], questions)
+  learned = [i for i, h in enumerate(held) if not h]
+  if not learned:
+    raise ValueError(
+      f"{source} has scored answers to one prompt alone, which is held out: the reward "
+      "model needs more"
+    )
+  plan = _plan(run, learned, questions)
   trainer = _trainer(run)
   with trainer, context.bar(cfg.steps, "reward", "step", trainer.step) as bar:
     for step in range(trainer.step, cfg.steps):
@@ -107,7 +113,10 @@ def _questions(run: context.Run, source):
     if score is not None
   ]
   if not pairs:
-    raise ValueError(f"{source} has no scored answers: the reward model needs some")
+    raise ValueError(
+      f"{source} has no scored answers, and the reward model needs some: all were "
+      "malformed, or their judge gave none (a rubric needs filter.metadata=told)"
+    )
   questions, scores = zip(*pairs, strict=True)
   return questions, np.array(scores, np.float32)
 
@@ -228,5 +237,5 @@ def _measure(run: context.Run, ask, questions, scores, held) -> dict:
   return {
     "questions": len(questions),
     "held_out": reward.agreement(predicted, scores[some], ids),
-    "probes": scoring.probe(run, ask),
+    "probes": scoring.probe(run, ask, run.cfg.reward.metadata),
   }

@@ -96,7 +96,7 @@ def _admit(run: context.Run, ask: judge.Judge) -> None:
   """Refuses a judge that errs on probes."""
   limit = run.cfg.rl.judge_errors
   if limit < 1:
-    scoring.refuse(scoring.probe(run, ask), limit)
+    scoring.refuse(scoring.probe(run, ask, scoring.metadata(run)), limit)
 
 
 @dataclasses.dataclass
@@ -341,8 +341,7 @@ class _Step:
         r.judged = words.correct(r.sample.answer, r.prompt.answer)
       else:
         asked.append(r)
-    of_model = self.cfg.reward == "model"
-    metadata = self.run.cfg.reward.metadata if of_model else self.cfg.metadata
+    metadata = scoring.metadata(self.run)
     questions = [
       scoring.reward_question(
         self.run, data.told(r.prompt, metadata), r.sample.thought, r.sample.answer

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalign import config as configs
+from dalign import data
 from dalign import forms
 from dalign import judge
 from dalign import model
@@ -232,9 +233,20 @@ def rl_judge(run: context.Run) -> judge.Judge:
   return answer_judge(run, "rl") if kind == "judge" else run.domain.reward_rubric()
 
 
-def probe(run: context.Run, ask: judge.Judge, prompts: int = PROBED) -> dict[str, dict]:
-  """What a judge makes of the probes of METHOD section 4, on held-out prompts."""
-  probes = run.domain.probes(run.choose("eval", "safety", prompts))
+def metadata(run: context.Run) -> str:
+  """What the judge of RL is told of the ideal response type."""
+  return (run.cfg.reward if run.cfg.rl.reward == "model" else run.cfg.rl).metadata
+
+
+def probe(
+  run: context.Run, ask: judge.Judge, told: str, prompts: int = PROBED
+) -> dict[str, dict]:
+  """What a judge makes of the probes of METHOD section 4, on held-out prompts of which
+  it is `told` as metadata says."""
+  probes = [
+    (name, dataclasses.replace(asked, prompt=data.told(asked.prompt, told)), low)
+    for name, asked, low in run.domain.probes(run.choose("eval", "safety", prompts))
+  ]
   return probing.probe_report(probes, ask([question for _, question, _ in probes]))
 
 
