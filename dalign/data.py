@@ -38,6 +38,7 @@ SPLITS = ("train", "eval")
 NEAR = 0.5  # word-trigram Jaccard from which two prompts are near-twins
 EVAL_SHARE = 0.2  # of the scenarios
 _FOLDER = pathlib.Path(__file__).parent / "prompts"
+_REFERENCES = pathlib.Path(__file__).parent / "recordings/references.jsonl"
 _SOURCES = "'bundled', 'tfds:NAME:SPLIT', 'jsonl:PATH' or 'parquet:PATH'"
 
 Row = dict[str, object]
@@ -66,6 +67,15 @@ def bundled_rows() -> list[Row]:
       rows.append((where, named | row))
   prompts = split(prompts_of(rows, {}, "bundled"))
   return [_row(prompt) for prompt in prompts]
+
+
+def references() -> dict[str, str]:
+  """Prompt id -> a good answer, of the bundled prompts of the split "eval".
+
+  They were written for grading, and nothing is trained on them.
+  """
+  rows = _json_lines(_REFERENCES)
+  return {str(row["prompt_id"]): str(row["answer"]) for _, row in rows}
 
 
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):

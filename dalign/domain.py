@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 import functools
 import random
 
+from dalign import answered
 from dalign import behaviour
 from dalign import compose
 from dalign import data
+from dalign import encoder
 from dalign import evals
 from dalign import forms
 from dalign import judge
@@ -35,7 +37,6 @@ from dalign.types import Worked
 class English:
   """Policies in English, as specs/README.md has them."""
 
-  definitions = evals.DEFINITIONS
   # How an answer that refuses opens.
   openings = ("I'm sorry", "Sorry", "I can't", "I cannot", "I won't", "Unfortunately")
   opens_told = (
@@ -53,6 +54,17 @@ class English:
   def spec(self) -> Spec:
     """The specification."""
     return specs.load(dict(self._read()))
+
+  @functools.cached_property
+  def definitions(self) -> Mapping[str, str]:
+    """Metric -> what it is, and of "answered" how it was judged."""
+    how = answered.HOW["reference" if encoder.installed() else "words"]
+    said = f"{evals.DEFINITIONS['answered']} {how}"
+    return evals.DEFINITIONS | {"answered": said}
+
+  @functools.cached_property
+  def _answers(self) -> answered.Answered:
+    return answered.Answered(data.references(), encoder.installed())
 
   def prompts(
     self, source: str, columns: Mapping[str, str], data_dir: str
@@ -194,7 +206,7 @@ class English:
 
   def outcome(self, prompt: Prompt, sample: Sample) -> dict:
     """The graded row of one sample."""
-    return evals.outcome(prompt, sample, self.spec)
+    return evals.outcome(prompt, sample, self.spec, self._answers)
 
 
 class World:
