@@ -144,6 +144,7 @@ def guest(tmp_path_factory) -> str:
   return str(folder / "export" / "model")
 
 
+@pytest.mark.slow
 def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
   graders = {"eval.grader": ("rules", "model"), "eval.grader_model": guest}
   flags = [f"--config.{k}={v}" for k, v in (SMALL | graders).items()]

@@ -167,13 +167,17 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
     *(sys.executable, "-m", "dalign.main", "--config=configs/quickstart.py"),
     *(f"--workdir={run}", "--config.stages=eval", "--config.eval.arms=('endpoint',)"),
     *("--config.eval.grader=('rules','endpoint')", "--config.eval.form=harmbench"),
-    *("--config.eval.prompts=3", "--config.eval.helpful=1"),
+    *("--config.eval.prompts=2", "--config.eval.helpful=1"),
     *("--config.eval.capability=1", "--config.eval.max_new=16"),
     *("--config.eval.grader_max_new=16", "--config.eval.trials=10"),
     "--config.eval.unscored=1.0",
   ]
   for part in ("endpoint", "grader_endpoint"):
-    command += [f"--config.eval.{part}.url={at}", f"--config.eval.{part}.model={model}"]
+    command += [
+      f"--config.eval.{part}.url={at}",
+      f"--config.eval.{part}.model={model}",
+      f"--config.eval.{part}.concurrency=1",
+    ]
   with server(model, port, tmp_path / "server.log"):
     done = subprocess.run(
       command,
@@ -188,7 +192,7 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
   found = summary["graders"]["rules vs endpoint"]
   rows = store.read_rows(run / "eval" / "endpoint.jsonl")
   told = [row["graders"]["endpoint"] for row in rows if row["kind"] != "capability"]
-  assert len(told) == 4 and found["n"] + found["unscored"] == 4
+  assert len(told) == 3 and found["n"] + found["unscored"] == 3
   assert sum(one["score"] is None for one in told) == found["unscored"]
   assert all(one["said"] and (one["reason"] or one["score"] in (0, 1)) for one in told)
   assert "eval: rules vs endpoint: kappa " in done.stderr
