@@ -101,6 +101,7 @@ setuptools.setup(
   },
   install_requires=[
     "absl-py>=2.5,<3",
+    "antlr4-python3-runtime>=4.13.2,<4.14",  # what math-verify reads LaTeX with
     "array_record>=0.8.6,<0.9",
     "etils[epath]>=1.15,<2",
     "flax>=0.12.8,<0.13",
@@ -110,7 +111,7 @@ setuptools.setup(
     "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
     "jax>=0.10.2,<0.11",
     "jinja2>=3.1,<4",
-    "math-verify[antlr4_13_2]>=0.9,<0.10",
+    "math-verify>=0.9,<0.10",
     "ml-collections>=1.1,<2",
     "numpy>=2.4,<3",
     "optax>=0.2.8,<0.3",

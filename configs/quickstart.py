@@ -75,7 +75,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"wanted one of {', '.join(SIZES)} or none, got {size!r}")
   c = _quickstart()
   if size:
-    c.recipe = f"quickstart:{size}.v2"
+    c.recipe = f"quickstart:{size}.v1"
     {"full": _full, "self_taught": _self_taught}[size](c)
   return c
 

@@ -314,7 +314,7 @@ def opposite_thoughts(rows: Sequence[Mapping], n: int) -> dict[str, str]:
   decided = [
     (row, decision)
     for row in rows
-    if not (row["index"] or row["malformed"])
+    if not (row["index"] or row.get("malformed"))
     and (decision := grader.decides(row["thought"]))
   ]
   found: dict[str, str] = {}

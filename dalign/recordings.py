@@ -157,12 +157,12 @@ def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
     if malformed:
       raise ValueError(f"{where}: wanted one think block and an answer: {malformed}")
   name = row.get("prompt_id", row.get("id"))
-  if turns and (known := said.get(_said(turns))):
-    name = known
+  if turns:
+    name = said.get(_said(turns)) or name or " / ".join(map(str, turns))[:60]
   if not isinstance(name, str) or not answer.strip():
     raise ValueError(
-      f"{where}: wanted a prompt_id, or the words of a prompt of config.data.source, "
-      f"and an answer, got {row!r:.80}"
+      f"{where}: wanted a prompt_id and an answer, or the words of a prompt of "
+      f"config.data.source, got {row!r:.80}"
     )
   return Recorded(
     prompt_id=name,

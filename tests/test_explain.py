@@ -136,7 +136,7 @@ def test_a_part_that_is_made_by_hand_is_checked_too():
 def test_values_are_listed_as_flags_take_them_back():
   """All values of a listing, as flags to the same config, make the same listing."""
   first, *lines = said("--mode=config", "--config=configs/world.py:ablation")
-  assert first == "# recipe: world:ablation.v1"
+  assert first == "# recipe: world:ablation.v2"
   mine = [line.rpartition("  ")[0].rstrip() for line in lines]
   assert len(mine) > 300 and not any(line.endswith("=None") for line in mine)
   given = [f"--config.{line}" for line in mine]

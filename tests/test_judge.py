@@ -165,7 +165,7 @@ def test_judges_that_read_are_told_what_their_question_is(kind, opinion):
 
   def write(conversations):
     said.extend(conversations)
-    return [('{"score": 4}', "") for _ in conversations]
+    return [forms.Said('{"score": 4}') for _ in conversations]
 
   ask = judge.model_judge(str, score_logprobs)
   ask = ask if kind == "model" else judge.written_judge(str, write)
@@ -392,8 +392,8 @@ def test_probes_do_not_fool_the_rubric():
     elif name in low:  # prompts for fiction, or a word in common, let these through
       most = 0.35 if name == "generalities" else 0.0
       assert row["false_positive_rate"] <= most, name
-    else:  # a rubric reads words, and these have the prompt's: RL does not take it
-      assert name in probing.failed(report, 0.4)
+    else:
+      assert row["false_positive_rate"] <= 0.1, name
 
 
 def test_what_answers_nothing_is_of_each_kind_and_speaks_of_the_prompt():

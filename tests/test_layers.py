@@ -31,6 +31,7 @@ EDGES = {
   "recordings",
   "public",
   "endpoint",
+  "encoder",
   "ggufs",
   "origins",
   "weights",
