@@ -40,7 +40,7 @@ EXPECTED = {
     "compute.remat": (QUICK, "c.compute = dict(", "remat=True"),
     "lora.alpha": (QUICK, "c.lora = lora(rank=0)"),
     "think.close": (QUICK, "c.think = dict("),
-    "generate.prompts.comply": (QUICK, "prompts=dict(refuse=220"),
+    "generate.prompts.comply": (QUICK, "prompts=dict(refuse=10"),
     "generate.endpoint.timeout": (QUICK, "c.generate = dict(", "endpoint=NO_ENDPOINT"),
     "filter.endpoint.timeout": (QUICK, "c.filter = dict(", "endpoint=NO_ENDPOINT"),
     "sft.batch.rows": (QUICK, "batch=dict(micro=1, rows=2"),
