@@ -220,6 +220,7 @@ class RLStep:
     shape = packed.tokens_BT.shape
     more = rl.placed(shape, packed.where, logp=[c.logp for c in done])
     more |= {"sampled_BT": packed.weight_BT > 0}
+    more |= {"left_out_B": np.zeros(shape[0], np.float32)}
     places = [
       (b, slice(start + n - work.new, start + n)) for b, start, n in packed.where
     ]

@@ -186,6 +186,8 @@ def phases(run: context.Run) -> Iterator[Phase]:
   trunk = run.placed(made)
   room, think = _spec_room(run), cfg.sampler.prompt_room
   prompts = sum(cfg.generate.prompts.values()) + cfg.generate.helpful
+  if run.recording:
+    prompts = min(prompts, len({r.prompt_id for r in run.recorded if r.thought}))
   kept = prompts * cfg.filter.per_prompt
 
   def training(
@@ -232,7 +234,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
         (cast, *programs[other][1:], beside),
       )
 
-  if "generate" in stages:
+  if "generate" in stages and cfg.generate.teacher == "base":
     per = cfg.generate.batch
     yield from sampling(
       "generate",
@@ -343,7 +345,8 @@ def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
   more = {"weight_BT": packed.weight_BT}
   if rollouts:
     of = {n: [[0.0]] for n in ("logp", "advantage", "reference", "worth")}
-    more = {"sampled_BT": packed.weight_BT > 0}
+    left_out_B = np.zeros(len(packed.tokens_BT), np.float32)
+    more = {"sampled_BT": packed.weight_BT > 0, "left_out_B": left_out_B}
     more |= rl.placed(packed.tokens_BT.shape, packed.where, **of)
   return context.micro_batches(packed.lines | more, shape)[0]
 
