@@ -977,8 +977,8 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
   with pytest.raises(ValueError, match="empty .*--config.rl.judge_errors=1.0"):
     rl_stage._admit(run, kind)
   rl_stage._admit(run, right)
-  with pytest.raises(ValueError, match="probes: filler .*restated .*padding .*options"):
-    rl_stage._admit(run, run.domain.reward_rubric())  # it reads words of the prompt
+  with pytest.raises(ValueError, match="empty .*of 0"):  # the rubric is told nothing
+    rl_stage._admit(run, run.domain.reward_rubric())
 
 
 # --- Who is told what ---
@@ -1329,7 +1329,7 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
   (prompt,) = own.choose("eval", "safety", 1)
   row = {"prompt_id": prompt.id, "malformed": "", "thought": "The user asks. So no."}
   bad = row | {"malformed": "no closing tag"}
-  sets, openings = {"": [prompt]}, evaluate_stage.OPENINGS
+  sets, openings = {"": [prompt]}, own.domain.openings
   evaluate_stage._add_odds(own, "sft", sets, {"": [row, bad]})
   assert "decline_probability" not in bad and len(read) == len(openings)
   want = sum(np.exp(-0.7 * len(own.tok.encode(said))) for said in openings)
