@@ -45,7 +45,9 @@ class Encoder:
     self._tokenizer.enable_truncation(BUCKETS[-1])
     weights = load_file(folder / "model.safetensors")
     weights.pop("embeddings.position_ids", None)
-    self._weights = jax.device_put(weights, _cpu())
+    device = _cpu()
+    self._weights = jax.device_put(weights, device)
+    self._mesh = jax.sharding.Mesh([device], ("one",))
     self._known: dict[str, np.ndarray] = {}
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -71,7 +73,8 @@ class Encoder:
     mask[:, 0] = True  # a row that holds no text has a mean all the same
     for row, (_, own) in enumerate(some):
       ids[row, : len(own)], mask[row, : len(own)] = own, True
-    with jax.numpy_rank_promotion("allow"):
+    # A mesh of its own: that of a run may have many devices.
+    with jax.set_mesh(self._mesh), jax.numpy_rank_promotion("allow"):
       vectors = np.asarray(_vectors(self._weights, ids, mask))
     self._known |= {text: vectors[row] for row, (text, _) in enumerate(some)}
 
