@@ -110,7 +110,8 @@ def unanswering(
 ) -> Iterator[tuple[str, str]]:
   """(kind, answer) of answers to a prompt that do not answer it, one of each kind of
   `forms`, with words of the prompt's last turn; the same ones each time."""
-  own = sorted(set(re.findall(r"[^\W\d_]{4,}", prompt.text)), key=len, reverse=True)
+  found = {*re.findall(r"[^\W\d_]{4,}", prompt.text)}
+  own = sorted(found, key=lambda word: (-len(word), word))  # a set has no order
   one, two = (*own, "this", "that")[:2] if own else ("this", "that")
   for kind, some in forms.items():
     digest = hashlib.sha256(f"{kind} {prompt.id}".encode()).digest()
