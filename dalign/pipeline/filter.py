@@ -5,6 +5,7 @@ score from a judge that cannot see the thought: that is what the reward model le
 """
 
 import collections
+from collections.abc import Callable
 import dataclasses
 import itertools
 import math
@@ -43,8 +44,12 @@ def filter_(run: context.Run) -> None:
   while some := [*map(context.row_to_sample, itertools.islice(rows, AT_ONCE))]:
     # What judges see has no label but by `filter.metadata`.
     asked = [(data.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
-    verdicts = _verdicts(ask, asked, cfg.votes)
-    rewards = _answers(reward, asked, cfg.votes)
+    verdicts = _verdicts(
+      ask, asked, cfg.votes, lambda p, s: judge.FilterQuestion(p, s.thought, s.answer)
+    )
+    rewards = _verdicts(
+      reward, asked, cfg.votes, lambda p, s: judge.RewardQuestion(p, s.answer)
+    )
     found = [
       _row(run, prompts[s.prompt_id], s, verdict, own)
       for s, verdict, own in zip(some, verdicts, rewards, strict=True)
@@ -83,28 +88,15 @@ class _Judged:
 
 
 def _verdicts(
-  ask: judge.Judge, asked: list[tuple[Prompt, Sample]], k: int
+  ask: judge.Judge,
+  asked: list[tuple[Prompt, Sample]],
+  k: int,
+  question: Callable[[Prompt, Sample], judge.Question],
 ) -> list[Verdict]:
-  """The least of k votes for each sample; a malformed one is not put to the judge."""
-  well = [(p, s) for p, s in asked if not s.malformed]
-  questions = [
-    judge.FilterQuestion(prompt=p, thought=s.thought, answer=s.answer) for p, s in well
-  ]
-  votes = iter(judge.min_of_k(ask, questions, k))
-  return [
-    Verdict(score=None, reason=f"malformed: {s.malformed}")
-    if s.malformed
-    else next(votes)
-    for _, s in asked
-  ]
-
-
-def _answers(
-  ask: judge.Judge, asked: list[tuple[Prompt, Sample]], k: int
-) -> list[Verdict]:
-  """The least of k votes on the answer of each sample alone. A malformed one has no
-  answer: what stands there may be its thought, and no judge or reward model sees it."""
-  questions = [judge.RewardQuestion(p, s.answer) for p, s in asked if not s.malformed]
+  """The least of k votes on each sample's question. A malformed one is not put to a
+  judge: what stands as its answer may be its thought, which no judge of answers and no
+  reward model may see."""
+  questions = [question(p, s) for p, s in asked if not s.malformed]
   votes = iter(judge.min_of_k(ask, questions, k))
   return [
     Verdict(score=None, reason=f"malformed: {s.malformed}")
