@@ -32,7 +32,7 @@ def optimizer(learning_rate: float) -> dict:
     weight_decay=0.0,
     clip_norm=1.0,
     skip_norm=0.0,
-    # Of this file's SFT and RL at most 25, of configs/world.py's stages at most 20.
+    # Of the recipes before (quickstart.v1, world.v1) at most 25.
     stop_norm=1e4,
   )
 
@@ -216,7 +216,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     scan_words=8,  # as sft.leak_words
     skip_kl=0.0,
     stop_kl=50.0,
-    # At most 0.006 here, of rounding.
+    # At most 0.006 in quickstart.v1, of rounding.
     stop_gap=0.1,
     objective=algorithms.of("rloo"),
     batch=dict(micro=11, rows=6, length=320),
