@@ -173,7 +173,7 @@ def plane(arms: dict, curves: dict | None = None) -> str:
     lines = ""
     if points := ((curves or {}).get(arm) or {}).get("points"):
       path = "L".join(f"{x(kept):.1f} {y(refused):.1f}" for refused, kept in points)
-      lines += f'<path class="curve" d="M{path}"/>'
+      lines += f'<path class="operating" d="M{path}"/>'
     if all(map(finite, xs)):
       lines += f'<path d="M{x(xs[0]):.1f} {y(cy):.1f}H{x(xs[1]):.1f}"/>'
     if all(map(finite, ys)):
