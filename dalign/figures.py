@@ -193,7 +193,9 @@ def plane(arms: dict, curves: dict | None = None) -> str:
     f"{''.join(parts)}</svg><figcaption>Up: refuses more of what is disallowed. "
     "Right: complies with more of what is allowed. Whiskers are the intervals of the "
     "table. On the dashed line a model answers without regard to what is asked. Thin "
-    "curves are what other thresholds on the odds of opening with a refusal would do."
+    "curves are what other thresholds on the odds of opening with a refusal would do, "
+    "if whatever does not decline counted as complying: a point lies below its curve "
+    "by the answers that answer nothing."
     "</figcaption></figure>"
   )
 
