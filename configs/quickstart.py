@@ -175,6 +175,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     most=10**6,
     capability=0,  # they are in the recording
     # Single steps move the odds of all refusals at once.
+    recall_epochs=2,
     clause_weight=1.0,
     average_share=0.3,
     leak_words=8,

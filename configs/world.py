@@ -224,6 +224,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     worked=False,
     most=10**6,
     capability=500,  # all there are: what is not rehearsed is lost first
+    recall_epochs=0,
     clause_weight=1.0,
     average_share=0.0,
     leak_words=8,

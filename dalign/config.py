@@ -540,7 +540,8 @@ class FilterConfig(Checked):
   per_prompt: samples of a prompt that are kept, at the most.
   per_cell: samples of a cell (category and ideal response type) that are kept, at the
     most.
-  quality: language quality is judged too, by the base model.
+  quality: the rubric also asks the base model, of any stage that it judges in, whether
+    an answer is English and is likelier after its prompt than after none.
   """
 
   judge: Literal["rubric", "model", "sampled", "endpoint", "recorded"]
@@ -584,6 +585,8 @@ class SFTConfig(Checked):
   most: kept rows that are learned, at the most.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
+  recall_epochs: so many epochs, before the others, of nothing but the id of the clause
+    that decides, with which all thoughts then begin; 0 leaves thoughts as they are.
   clause_weight: the weight in the loss of tokens of clause ids, where others have 1.
   average_share: the share of the steps, the last ones, whose parameters are averaged
     into what SFT ends with (1803.05407); 0 takes those of the last step.
@@ -596,6 +599,7 @@ class SFTConfig(Checked):
   worked: bool
   most: Count
   capability: Natural
+  recall_epochs: Natural
   clause_weight: Positive
   average_share: Share
   leak_words: Count

@@ -148,13 +148,21 @@ class English:
       found["clause_applies"] = float(applies)
     return found
 
+  def recalled(self, thought: str) -> str:
+    """With what a thought begins that recalls first and reasons then: the id of the
+    first clause it cites that calls for its verdict, or else of the first, if any."""
+    verdicts = {c.id: c.verdict for p in self.spec.policies for c in p.clauses}
+    cited, ends = specs.cited(thought, self.spec), behaviour.verdict(thought)
+    deciding = [id for id in cited if verdicts[id] == ends] or cited
+    return f"{[*deciding, 'No clause'][0]}: "
+
   def filter_rubric(self, quality) -> judge.Judge:
     """The judge of thought and answer that is no model."""
     return judge.rubric_judge(self.spec, quality=quality)
 
-  def reward_rubric(self) -> judge.Judge:
+  def reward_rubric(self, quality) -> judge.Judge:
     """The judge of answers that is no model."""
-    return judge.rubric_reward(self.spec, quality=None)
+    return judge.rubric_reward(self.spec, quality=quality)
 
   def question(self, asked: judge.Question) -> list[Turn]:
     """What a model that judges is asked."""
@@ -298,11 +306,15 @@ class World:
     """None: the judge of a world knows all."""
     return {}
 
+  def recalled(self, thought: str) -> str:
+    """Nothing: what is to be recalled is where a thought of the world begins."""
+    return ""
+
   def filter_rubric(self, quality) -> judge.Judge:
     """The truth about thought and answer."""
     return self._truth()
 
-  def reward_rubric(self) -> judge.Judge:
+  def reward_rubric(self, quality) -> judge.Judge:
     """The truth about answers."""
     return self._truth()
 

@@ -143,7 +143,7 @@ def test_a_model_without_thoughts_learns_the_answer_alone(tmp_path, used):
   )
   path = run.store.path("filter", "kept.jsonl")
   run.store.write_rows(path, [row])
-  rows, _ = sft_stage._rows(run, path)
+  rows, _, _ = sft_stage._rows(run, path)
   learned = [
     run.tok.decode([t for t, w in zip(tokens, weights, strict=True) if w])
     for tokens, weights in rows

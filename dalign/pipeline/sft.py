@@ -20,13 +20,15 @@ def finetune(run: context.Run) -> None:
     raise ValueError(f"{source} is missing: run the filter stage first")
   if not run.begin("sft", [source, *run.prompt_files]):
     return
-  rows, dropped = _rows(run, source)
+  rows, recalls, dropped = _rows(run, source)
   if not rows:
     raise ValueError(
       f"{source} leaves nothing to train on: raise generate.prompts or generate.most, "
       "or lower filter.threshold"
     )
-  plan = _plan(rows, cfg, run.cfg.seed)
+  first = cfg.recall_epochs if recalls else 0
+  plan = _plan(recalls, cfg, run.cfg.seed, range(first))
+  plan += _plan(rows, cfg, run.cfg.seed, range(first, first + cfg.epochs))
   trainer = context.Trainer(
     run=run,
     stage="sft",
@@ -54,50 +56,70 @@ def finetune(run: context.Run) -> None:
   )
 
 
-def _rows(run: context.Run, source) -> tuple[list, dict]:
-  """(tokens, weights) of each kept sample; what leaks or is too long is left out."""
+def _rows(run: context.Run, source) -> tuple[list, list, dict]:
+  """(tokens, weights) of each kept sample, and of its start up to the clause that it
+  recalls; what leaks or is too long is left out."""
   cfg = run.cfg.sft
   index = specs.leak_index(run.spec, cfg.leak_words)
   prompts = {prompt.id: prompt for prompt in run.prompts}
   ids = _clause_ids(run)
-  found = []  # (turns, row)
+  found = []  # (turns, row, where the clause that it recalls ends)
   kept_rows = run.store.read_rows(source)
   some = range(len(kept_rows))
   if len(some) > cfg.most:
     some = sorted(data.order(len(some), seed=run.cfg.seed, epoch=0)[: cfg.most])
   for kept in [kept_rows[i] for i in some]:
     turns = compose.plain(prompts[kept["prompt_id"]])
-    sample = context.row_to_sample(kept)
+    sample, recalled = context.row_to_sample(kept), 0
+    if cfg.recall_epochs and run.thinks:
+      line = run.domain.recalled(sample.thought)
+      sample = run.written_sample(
+        prompts[sample.prompt_id], 0, line + sample.thought, sample.answer, run.think
+      )
+      recalled = len(run.tok.encode(line.rstrip()))
     tokens, forced = sample.tokens, sample.forced
     if not run.thinks:
       tokens, forced = _answer(run, sample.answer), 0
     row = row_of(run.tok, turns, tokens, forced)
-    found.append((turns, _weighed(row, ids, cfg.clause_weight)))
+    end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
+    found.append((turns, _weighed(row, ids, cfg.clause_weight), end))
   for prompt in run.choose("train", "capability", cfg.capability):
     if not prompt.answer.strip():
       raise ValueError(
         f"prompt {prompt.id!r} is of kind capability and has no answer to train on: "
         "give it one, or set sft.capability=0"
       )
-    written = _written(run, compose.plain(prompt), run.domain.known(prompt))
+    known = _recalling(run, run.domain.known(prompt))
+    written = _written(run, compose.plain(prompt), known)
     if not run.thinks:
       answer = _answer(run, prompt.answer)
       written = row_of(run.tok, compose.plain(prompt), answer, 0)
-    found.append((compose.plain(prompt), written))
-  rows = [
-    row
-    for turns, row in found
+    found.append((compose.plain(prompt), written, 0))
+  clean = [
+    (row, end)
+    for turns, row, end in found
     if not any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
   ]
-  dropped = {"leaked": len(found) - len(rows)}
+  dropped = {"leaked": len(found) - len(clean)}
   if cfg.worked:
-    rows += [
-      _written(run, [context.user_turn(prompt)], completion)
+    clean += [
+      (_written(run, [context.user_turn(prompt)], _recalling(run, completion)), 0)
       for prompt, completion in run.domain.worked()
     ]
-  fits = [row for row in rows if len(row[0]) <= cfg.batch.length]
-  dropped["too_long"] = len(rows) - len(fits)
-  return fits, dropped
+  fits = [(row, end) for row, end in clean if len(row[0]) <= cfg.batch.length]
+  dropped["too_long"] = len(clean) - len(fits)
+  recalls = [(row[0][:end], row[1][:end]) for row, end in fits if end]
+  return [row for row, _ in fits], recalls, dropped
+
+
+def _recalling(run: context.Run, completion: str) -> str:
+  """A written completion that begins with the clause that its thought recalls."""
+  if not (run.cfg.sft.recall_epochs and run.thinks):
+    return completion
+  thought = completion.lstrip()
+  gap = completion[: len(completion) - len(thought)]
+  line = run.domain.recalled(thought.partition(run.think.close)[0])
+  return gap + line + thought
 
 
 def row_of(tok, turns, tokens, forced: int) -> tuple[list, list]:
@@ -142,14 +164,14 @@ def _written(run: context.Run, turns, rest: str) -> tuple[list, list]:
   return row_of(run.tok, turns, tokens, len(forced))
 
 
-def _plan(rows, cfg, seed: int) -> list[dict]:
+def _plan(rows, cfg, seed: int, epochs: range) -> list[dict]:
   """The packed lines of each step: every row once an epoch, in a new order.
 
   An epoch is packed as a whole, which fills its lines to the brim, and cut into steps
   of about as many lines each; packing puts long rows last, so lines are shuffled too.
   """
   steps = []
-  for epoch in range(cfg.epochs):
+  for epoch in epochs:
     order = data.order(len(rows), seed=seed, epoch=epoch)
     packed = text.pack([rows[i] for i in order], length=cfg.batch.length)
     arrays = packed.lines | {"weight_BT": packed.weight_BT}
