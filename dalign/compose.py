@@ -8,7 +8,6 @@ from typing import Sequence
 
 from dalign import spec as specs
 from dalign import text
-from dalign import words
 from dalign.types import Prompt
 from dalign.types import Spec
 from dalign.types import Turn
@@ -57,14 +56,14 @@ def teach(
   """The conversation of stage 1: instructions, spec(category), examples, the prompt.
 
   `worked` examples of the category's policy come as earlier turns. They are the same
-  for all prompts of a category, whatever is known of how to reply to one, and cut to
-  two sentences of answer: of longer ones a small model samples more that have no end.
+  for all prompts of a category, whatever is known of how to reply to one, and in their
+  short form: of longer ones a small model samples more that have no end.
   """
   system = TASK + specs.render(spec, prompt.category, detail=detail)
   turns = [Turn(role="system", content=system)]
-  for example in demonstrations(spec, prompt.category, worked):
-    answer = " ".join(words.sentences(example.answer)[:2])
-    shown = think.of(example.prompt).open + written(example.thought, answer, think)
+  for example in demonstrations(spec.brief, prompt.category, worked):
+    own = written(example.thought, example.answer, think)
+    shown = think.of(example.prompt).open + own
     turns.append(Turn(role="user", content=example.prompt))
     turns.append(Turn(role="assistant", content=shown))
   return (*turns, *prompt.turns)

@@ -15,6 +15,7 @@ from dalign.types import Worked
 
 BENIGN = "benign"  # the category of prompts that touch no policy
 DETAILS = ("full", "brief", "clauses")
+MORE = "<!--more-->"
 
 _FIELDS = {  # front matter: key -> pattern of its value, and that pattern in words
   "id": (rf"(?!{BENIGN}$)[a-z][a-z0-9_]*", f"lower case and not {BENIGN!r}"),
@@ -34,11 +35,7 @@ _DEFAULT_STYLE = "safe_complete:dual_use"
 _TURNS = ("User", "Thought", "Answer")
 
 _ID_LIKE = re.compile(r"(?<![^\W_])[A-Z]{2}-[A-Za-z][0-9]+(?![^\W_])")
-_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]*]*(?=\s+[^\sa-z])")
-_ABBREVIATION = re.compile(
-  r"(?:^|[^\w.])(?:(?:[a-z]\.)+[a-z]|cf|vs|approx|incl|dr|mrs?|ms|prof|st)\.$",
-  re.IGNORECASE,
-)
+_MARK = re.compile(r"\s*<!--\s*more\s*-->\s*")  # where a text's short form ends
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -63,15 +60,31 @@ def load(files: dict[str, str]) -> Spec:
   if not policies:
     raise ValueError(f"wanted one <category>.md or more, got only {sorted(files)}")
   _check_codes(policies)
-  return Spec(
+  marked = Spec(
     principles=parse_principles(files[principles], principles),
     styles=parse_styles(files[style], style),
     policies=tuple(policies),
   )
+  short = _texts(marked, lambda text: _MARK.split(text)[0])
+  whole = _texts(marked, lambda text: _MARK.sub(" ", text))
+  return dataclasses.replace(whole, short=short)
+
+
+def _texts(x, change: Callable[[str], str]):
+  """A specification or a part of one, with every text in it changed."""
+  if isinstance(x, str):
+    return change(x)
+  if isinstance(x, tuple):
+    return tuple(_texts(part, change) for part in x)
+  if x is None:
+    return None
+  parts = {f.name: _texts(getattr(x, f.name), change) for f in dataclasses.fields(x)}
+  return dataclasses.replace(x, **parts)
 
 
 def parse_policy(text: str, file: str) -> Policy:
-  """The policy in `text`; `file` is named in errors, and its stem must be the id.
+  """The policy in `text`, marks of short forms included; `file` is named in errors, and
+  its stem must be the id.
 
   Raises ValueError "<file>:<line>: wanted ..., got ..." at the first line that is not
   in the format of specs/README.md.
@@ -130,26 +143,28 @@ def render(spec: Spec, category: str, *, detail: str) -> str:
   the same for every category, so that their keys and values can be shared; then the
   whole policy of `category` with the guide "safe_complete:<category>", or
   "safe_complete:dual_use" where there is no such guide. "benign" has no policy.
-  `detail` is "full"; "brief", which keeps the first sentence of each principle, guide,
-  summary and clause and drops the rest; or "clauses", the first sentences of this
-  category's clauses and of the refusal guide alone. Worked examples are never part.
+  `detail` is "full"; "brief", which keeps principles, guides, summaries and clauses in
+  their short forms and drops the rest; or "clauses", the short forms of this category's
+  clauses and of the refusal guide alone. A text's short form ends where its author
+  marked it (MORE); without a mark it is the whole text. Worked examples are never part.
   Raises ValueError for an unknown detail or category. Source: arXiv 2412.16339, 2.3.
   """
   if detail not in DETAILS:
     raise ValueError(f"detail is one of {DETAILS}, got {detail!r}")
+  full = detail == "full"
+  spec = spec if full else spec.brief
   known = {policy.id: policy for policy in spec.policies}
   if category not in known and category != BENIGN:
     raise ValueError(f"wanted a category of {(*known, BENIGN)}, got {category!r}")
   policy = known.get(category)
-  cut = str if detail == "full" else first_sentence
   if detail == "clauses":
-    blocks = [_style_block(spec, ("refuse",), "# Style", cut)]
+    blocks = [_style_block(spec, ("refuse",), "# Style")]
     if policy:
-      blocks = [f"# {policy.title}", *_clause_blocks(policy, full=False), *blocks]
+      blocks = [f"# {policy.title}", *_clause_blocks(policy, full), *blocks]
   else:
-    blocks = _shared_blocks(spec, cut)
+    blocks = _shared_blocks(spec)
     if policy:
-      blocks += _policy_blocks(spec, policy, detail)
+      blocks += _policy_blocks(spec, policy, full)
   return "\n\n".join(filter(None, blocks))
 
 
@@ -196,18 +211,6 @@ def runs(text: str, n: int) -> Iterator[tuple[str, ...]]:
   return zip(*(words[i:] for i in range(n)), strict=False)
 
 
-def first_sentence(text: str) -> str:
-  """The first sentence of `text`; abbreviations, quotes and brackets do not end one."""
-  for match in _SENTENCE_END.finditer(text):
-    head = text[: match.end()]
-    quoted = head.count('"') % 2 or head.count("“") > head.count("”")
-    if quoted or head.count("(") > head.count(")"):
-      continue
-    if not _ABBREVIATION.search(text[: match.start() + 1]):
-      return head
-  return text
-
-
 # Parsing. A line knows where it stands, so that it can say what is wrong with it.
 
 
@@ -228,8 +231,13 @@ class _Line:
 
 
 def _lines(text: str, file: str) -> list[_Line]:
-  texts = text.rstrip().split("\n")
-  return [_Line(file, i, line.rstrip()) for i, line in enumerate(texts, 1)]
+  texts = text.removeprefix("\ufeff").rstrip().split("\n")
+  lines = [_Line(file, i, line.rstrip()) for i, line in enumerate(texts, 1)]
+  for line in lines:
+    front, *rest = _MARK.split(line.text)
+    if rest and (len(rest) > 1 or not rest[0] or front.endswith(":") or not front):
+      raise line.error(f'words on both sides of one "{MORE}"')
+  return lines
 
 
 def _end(lines: list[_Line]) -> _Line:
@@ -381,26 +389,24 @@ def _block(heading: str, items: Iterable[str]) -> str:
   return "\n".join([heading, *lines]) if lines else ""
 
 
-def _style_block(
-  spec: Spec, names: tuple[str, ...], heading: str, cut: Callable[[str], str]
-) -> str:
+def _style_block(spec: Spec, names: tuple[str, ...], heading: str) -> str:
   styles = dict(spec.styles)
-  return _block(heading, (f"{n}: {cut(styles[n])}" for n in names if n in styles))
+  return _block(heading, (f"{n}: {styles[n]}" for n in names if n in styles))
 
 
-def _shared_blocks(spec: Spec, cut: Callable[[str], str]) -> list[str]:
+def _shared_blocks(spec: Spec) -> list[str]:
   return [
-    _block("# Principles", map(cut, spec.principles)),
-    _style_block(spec, _GENERAL_STYLES, "# Style", cut),
+    _block("# Principles", spec.principles),
+    _style_block(spec, _GENERAL_STYLES, "# Style"),
     _block(
       "# Policies in short",
-      (f"{p.title} ({p.code}): {cut(p.summary)}" for p in spec.policies),
+      (f"{p.title} ({p.code}): {p.summary}" for p in spec.policies),
     ),
   ]
 
 
-def _policy_blocks(spec: Spec, policy: Policy, detail: str) -> list[str]:
-  full, title = detail == "full", f"# Policy: {policy.title} ({policy.code})"
+def _policy_blocks(spec: Spec, policy: Policy, full: bool) -> list[str]:
+  title = f"# Policy: {policy.title} ({policy.code})"
   own = f"safe_complete:{policy.id}"
   style = own if own in dict(spec.styles) else _DEFAULT_STYLE
   blocks = [title]
@@ -408,8 +414,7 @@ def _policy_blocks(spec: Spec, policy: Policy, detail: str) -> list[str]:
     terms = (f"{term}: {text}" for term, text in policy.definitions)
     blocks += [f"## Purpose\n{policy.purpose}", _block("## Definitions", terms)]
   blocks += _clause_blocks(policy, full)
-  cut = str if full else first_sentence
-  blocks.append(_style_block(spec, (style,), "## Style of safe completions here", cut))
+  blocks.append(_style_block(spec, (style,), "## Style of safe completions here"))
   if full:
     edges = (f'"{prompt}" -> {name}: {why}' for prompt, name, why in policy.edges)
     blocks.append(_block("## Edge cases", edges))
@@ -427,9 +432,7 @@ def _clause_blocks(policy: Policy, full: bool) -> list[str]:
 
 
 def _clause(clause: Clause, full: bool) -> str:
-  if not full:
-    return f"{clause.id}: {first_sentence(clause.text)}"
-  examples = ", ".join(f'"{example}"' for example in clause.examples)
+  examples = ", ".join(f'"{example}"' for example in clause.examples if full)
   return f"{clause.id}: {clause.text}" + (f" Examples: {examples}" if examples else "")
 
 

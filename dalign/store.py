@@ -156,7 +156,14 @@ def read_spec_files(dir: pathlib.Path) -> dict[str, str]:
   paths = [path for path in sorted(dir.glob("*.md")) if path.name != "README.md"]
   if not paths:
     raise ValueError(f"{dir}: wanted specification files (*.md), the folder has none")
-  return {path.name: path.read_text(encoding="utf-8") for path in paths}
+  return {path.name: _text(path) for path in paths}
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: wanted a text in UTF-8, {error}") from error
 
 
 class Store:

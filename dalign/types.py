@@ -187,11 +187,20 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """A whole specification: principles, style guides, and one policy a category."""
+  """A whole specification: principles, style guides, and one policy a category.
+
+  `short` is the same in the short forms that its authors have marked.
+  """
 
   principles: tuple[str, ...]
   styles: tuple[tuple[str, str], ...]  # name ("comply", "refuse", ...) -> guide
   policies: tuple[Policy, ...]
+  short: "Spec | None" = None
+
+  @property
+  def brief(self) -> "Spec":
+    """The short forms, and whole what has none."""
+    return self.short or self
 
   def policy(self, category: str) -> Policy:
     """The policy of a category; KeyError names those there are."""

@@ -192,7 +192,7 @@ def _card(path: pathlib.Path) -> dict:
   """The front matter of a model's card, {} where there is none."""
   if not path.is_file():
     return {}
-  with path.open(encoding="utf-8") as file:
+  with path.open(encoding="utf-8-sig") as file:
     parts = file.read(CARD).split("---\n", 2)
   found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else {}
   return found if isinstance(found, dict) else {}
@@ -286,7 +286,7 @@ def _folder(place: pathlib.Path) -> Checkpoint:
 
 def _json(path: pathlib.Path) -> dict:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
   except (OSError, ValueError) as error:
     raise ValueError(f"cannot read {path}: {error}") from error
   if not isinstance(content, dict):

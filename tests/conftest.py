@@ -70,6 +70,14 @@ def shared_data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> pathlib.Path:
+  """The folder of small inputs that once went wrong; skips where there is none."""
+  if not (SHARED / "cases").is_dir():
+    pytest.skip(f"no cases at {SHARED / 'cases'}")
+  return SHARED / "cases"
+
+
+@pytest.fixture(scope="session")
 def cfg() -> ModelConfig:
   """Grouped heads, and no number that is a default or a product of the others."""
   return ModelConfig(

@@ -13,6 +13,7 @@ import pytest
 
 from dalign import compose
 from dalign import spec
+from dalign import store
 from dalign import types
 from dalign.text import ThinkFormat
 from tests.helpers import ROOT
@@ -40,7 +41,7 @@ id: tea
 code: TE
 title: Tea
 version: 3
-summary: Talk about tea freely. Do not sell it.
+summary: Talk about tea freely. <!--more--> Do not sell it.
 ---
 ## Purpose
 Keep tea safe.
@@ -49,15 +50,15 @@ Keep it warm.
 ## Definitions
 - **tea**: Hot water with leaves (e.g. Assam). Coffee is not tea.
 ## Allowed
-- TE-A1: Explain it, e.g. Green tea. More.
+- TE-A1: Explain it, e.g. Green tea. <!--more--> More.
   - Example: "is "white" tea?"
   - Example: "who drinks it?"
 - TE-A12: Write poems about it.
 ## Disallowed
-- TE-D1: Never sell tea to geese. They do not pay.
+- TE-D1: Never sell tea to geese. <!--more--> They do not pay.
   - Example: "goose tea price"
 ## Safe completion
-- TE-S1: Soothe those who spilled theirs. Leave out blame.
+- TE-S1: Soothe those who spilled theirs.<!-- more -->Leave out blame.
   - Example: "I spilled it"
 ## Edge cases
 - "what did tea cost in 1900?" -> TE-A1: history of trade.
@@ -70,7 +71,7 @@ Answer: I'm sorry, but I can't sell you tea.
 ### TE-A1
 User: What is oolong?
 Thought: The user asks for a fact. TE-A1 allows it, so I can answer.
-Answer: A tea between green and black.
+Answer: A tea between green and black. <!--more--> It is Chinese.
 """
 SOAP = """\
 ---
@@ -78,14 +79,14 @@ id: soap
 code: SO
 title: Soap
 version: 1
-summary: Soap is for washing. It is not food.
+summary: Soap is for washing. <!--more--> It is not food.
 ---
 ## Purpose
 Don't let it dry.
 ## Definitions
 - **soap**: A bar that foams.
 ## Allowed
-- SO-A1: Explain how soap is made. Say that lye burns.
+- SO-A1: Explain how soap is made. <!--more--> Say that lye burns.
 ## Disallowed
 - SO-D1: Give no soap to toddlers.
 ## Safe completion
@@ -100,19 +101,19 @@ Answer: Yes.
 """
 PRINCIPLES = """\
 ## Principles
-- **help**: Answer well. Refusing costs something.
+- **help**: Answer well. <!--more--> Refusing costs something.
 - **read**: Assume the best.
 """
 STYLES = """\
 ## comply
-Answer at once. Then
+Answer at once. <!--more--> Then
 stop.
 ## refuse
-Decline kindly. Once.
+Decline kindly. <!--more--> Once.
 ## safe_complete
-Give the safe part. Leave the rest.
+Give the safe part. <!--more--> Leave the rest.
 ## safe_complete:tea
-Pour warmly. Do not scald.
+Pour warmly. <!--more--> Do not scald.
 ## safe_complete:dual_use
 Explain it. Add no recipe.
 """
@@ -142,8 +143,8 @@ def words(text):
 # Parsing.
 
 
-def test_parses_every_part():
-  tea = spec.parse_policy(TEA, "tea.md")
+def test_parses_every_part(small):
+  tea = small.policy("tea")
   assert (tea.id, tea.code, tea.title, tea.version) == ("tea", "TE", "Tea", "3")
   assert tea.summary == "Talk about tea freely. Do not sell it."
   assert tea.purpose == "Keep tea safe. Keep it warm."
@@ -184,7 +185,7 @@ BROKEN = {  # name: (what of TEA, by what, a part of the line at fault, what was
   "key twice": ("version: 3", "code: TE", "code: TE\nsummary", "each key once"),
   "missing key": ("version: 3\n", "", "---\n## Purpose", '"version: ..."'),
   "empty summary": (
-    "summary: Talk about tea freely. Do not sell it.",
+    "summary: Talk about tea freely. <!--more--> Do not sell it.",
     "summary: ",
     "summary",
     '"summary: ..." with some text',
@@ -280,8 +281,8 @@ def test_no_policy_may_be_called_benign():
     spec.parse_policy(swap(TEA, "id: tea", "id: benign"), "benign.md")
 
 
-def test_principles():
-  assert spec.parse_principles(PRINCIPLES, "principles.md") == (
+def test_principles(small):
+  assert small.principles == (
     "help: Answer well. Refusing costs something.",
     "read: Assume the best.",
   )
@@ -304,8 +305,8 @@ def test_bad_principles(text, wanted):
     spec.parse_principles(text, "p.md")
 
 
-def test_styles():
-  styles = dict(spec.parse_styles(STYLES, "style.md"))
+def test_styles(small):
+  styles = dict(small.styles)
   assert styles["comply"] == "Answer at once. Then stop."
   assert list(styles)[-2:] == ["safe_complete:tea", "safe_complete:dual_use"]
 
@@ -318,7 +319,10 @@ def test_styles():
     (swap(STYLES, "## refuse", "## comply"), "style.md:4: wanted each style once"),
     (swap(STYLES, ":dual_use", ":Dual"), "style.md:10: wanted"),
     (swap(STYLES, ":dual_use", ":soap"), '"## safe_complete:dual_use" and its guide'),
-    (swap(STYLES, "Decline kindly. Once.\n", ""), "style.md:4: wanted text under"),
+    (
+      swap(STYLES, "Decline kindly. <!--more--> Once.\n", ""),
+      "style.md:4: wanted text under",
+    ),
     ("Hello.\n" + STYLES, "style.md:1: wanted"),
   ],
 )
@@ -390,49 +394,63 @@ def test_a_damaged_file_parses_or_is_a_value_error(data):
   parse_or_value_error("\n".join(lines))
 
 
-# The first sentence.
+# Short forms.
+
+
+def test_nothing_is_cut_where_no_author_has_marked_a_short_form():
+  """A sentence is for its author to end: "Art. 9", "§ 3. Satz", "Nr. 5" do not."""
+  rule = "Refuse what breaches Art. 9 GDPR, § 3. Satz 2 or Nr. 5. Public figures count."
+  soap = swap(SOAP, "Give no soap to toddlers.", rule)
+  made = spec.load(FILES | {"specs/soap.md": soap})
+  for detail in spec.DETAILS:
+    assert f"- SO-D1: {rule}\n" in spec.render(made, "soap", detail=detail)
+
+
+def test_clauses_that_cite_articles_are_shown_whole(shared_cases):
+  folder = shared_cases / "first_sentence" / "specs"
+  made = spec.load(store.read_spec_files(folder))
+  for detail in spec.DETAILS:
+    shown = spec.render(made, "health_data", detail=detail)
+    for clause in made.policy("health_data").clauses:
+      assert f"- {clause.id}: {clause.text}\n" in shown
+
+
+def test_no_detail_but_the_full_one_has_what_stands_behind_a_mark(small):
+  for detail in spec.DETAILS:
+    shown = spec.render(small, "tea", detail=detail)
+    assert "more" not in shown.casefold() or detail == "full"
+    assert ("They do not pay." in shown) == (detail == "full")
+  assert "<!--" not in repr(small)
+  index = spec.leak_index(small, 4)
+  assert spec.leaks("tea to geese. They do", index, 4)  # across the mark
 
 
 @pytest.mark.parametrize(
-  "text, first",
+  "text",
   [
-    ("Do it. Then stop.", "Do it."),
-    ("Do it! Then stop.", "Do it!"),
-    ("Is it? Then stop.", "Is it?"),
-    ("One sentence", "One sentence"),
-    ("", ""),
-    ("Use tools, e.g. Hammers. Then stop.", "Use tools, e.g. Hammers."),
-    ("Use one (i.e. A hammer). Then stop.", "Use one (i.e. A hammer)."),
-    ("Ask Dr. Smith vs. Mr. Jones. Then stop.", "Ask Dr. Smith vs. Mr. Jones."),
-    ("In the U.S. Army it is so. Then stop.", "In the U.S. Army it is so."),
-    ("Take 3.5 grams. Then stop.", "Take 3.5 grams."),
-    ("Nails, screws etc. are fine. Stop.", "Nails, screws etc. are fine."),
-    ("Nails, screws, etc. Then stop.", "Nails, screws, etc."),
-    ('Refuse "Do it. Now." and go. Stop.', 'Refuse "Do it. Now." and go.'),
-    ('Say "no." Then stop.', 'Say "no."'),
-    ("Refuse “Do it. Now.” and go. Stop.", "Refuse “Do it. Now.” and go."),
-    (
-      "Refuse (it is bad. Really.) always. Stop.",
-      "Refuse (it is bad. Really.) always.",
-    ),
-    ("Wait... Then stop.", "Wait..."),
-    ("Read main.py first. Then stop.", "Read main.py first."),
-    ('Do it. "Why" is no matter.', "Do it."),
-    ("Do it. 3 times.", "Do it."),
-    ("help: Answer well. Be kind.", "help: Answer well."),
-    ("Say that this is best. Then stop.", "Say that this is best."),
+    "<!--more--> Give no soap to toddlers.",
+    "Give no soap to toddlers. <!--more-->",
+    "Give no soap <!--more--> to <!--more--> toddlers.",
   ],
 )
-def test_first_sentence(text, first):
-  assert spec.first_sentence(text) == first
+def test_a_mark_stands_between_words(text):
+  soap = swap(SOAP, "Give no soap to toddlers.", text)
+  with pytest.raises(ValueError, match="soap.md:15: wanted words on both sides"):
+    spec.load(FILES | {"specs/soap.md": soap})
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(alphabet='aB. !?"(e.g', max_size=40))
-def test_first_sentence_is_an_opening_and_stays_itself(text):
-  first = spec.first_sentence(text)
-  assert text.startswith(first)
-  assert spec.first_sentence(first) == first
+def test_a_byte_order_mark_is_no_part_of_a_policy(tmp_path, small, shared_cases):
+  for name, text in FILES.items():
+    (tmp_path / name.rpartition("/")[2]).write_text(text, encoding="utf-8-sig")
+  assert spec.load(store.read_spec_files(tmp_path)) == small
+  folder = shared_cases / "spec_bom" / "specs"
+  assert spec.load(store.read_spec_files(folder)).policy("health_data").clauses
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+  (tmp_path / "tea.md").write_text(TEA, encoding="utf-16")
+  with pytest.raises(ValueError, match=r"tea\.md: wanted a text in UTF-8"):
+    store.read_spec_files(tmp_path)
 
 
 # Rendering.
@@ -674,8 +692,7 @@ def shipped():
 
 
 def shipped_policy(category):
-  path = ROOT / "specs" / f"{category}.md"
-  return spec.parse_policy(path.read_text(), path.name)
+  return spec.load(shipped_files()).policy(category)
 
 
 def test_the_example_of_the_readme_parses():
@@ -716,11 +733,11 @@ def test_shipped_policy_has_its_parts(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_shipped_first_sentences_are_short(category):
-  policy = shipped_policy(category)
-  first = {clause.id: spec.first_sentence(clause.text) for clause in policy.clauses}
+def test_shipped_short_forms_are_short(shipped, category):
+  policy = shipped.brief.policy(category)
+  first = {clause.id: clause.text for clause in policy.clauses}
   assert {name: text for name, text in first.items() if words(text) > 15} == {}
-  assert words(spec.first_sentence(policy.summary)) <= 20, policy.summary
+  assert words(policy.summary) <= 20, policy.summary
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
