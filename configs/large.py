@@ -129,7 +129,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   few = max(64, mesh.get("fsdp", 1)) if topology else 8
   c = quickstart.get_config()
   c.recipe = f"large:{name}.v2"
-  c.model = dict(path=f"~/models/{model}", random=MODELS[model])
+  c.model = dict(path=f"~/models/{model}", date="", random=MODELS[model])
   c.compute = dict(
     dtype="bfloat16",
     kv_dtype="bfloat16",

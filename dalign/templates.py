@@ -30,16 +30,25 @@ _METER = " meter"  # where a rendering's meter is; no template can spell a space
 _UNBOUNDED = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], **more: Any) -> str:
+def render(
+  template: str, messages: Sequence[Mapping[str, str]], *, date: str = "", **more: Any
+) -> str:
   """What a chat template makes of messages with a role and a content each, and of other
-  variables.
+  variables, on a day such as 2026-11-27, or today.
 
   Raises ValueError of one line for a template that does not compile, refuses the
   messages, or takes more work than any such template needs for them.
   """
   length = sum(16 + len(message["content"]) for message in messages)
   meter = _Meter(STEPS + STEPS_A_CHARACTER * length)
-  variables = {"messages": messages, "tools": None, "documents": None, _METER: meter}
+  variables: dict[str, Any] = {
+    "messages": messages,
+    "tools": None,
+    "documents": None,
+    _METER: meter,
+  }
+  if date:
+    variables["strftime_now"] = datetime.date.fromisoformat(date).strftime
   try:
     return _compile(template).render(variables | more)
   except Exception as error:  # a template may raise any there is
@@ -47,6 +56,14 @@ def render(template: str, messages: Sequence[Mapping[str, str]], **more: Any) ->
     raise ValueError(
       f"the chat template refused the turns ({roles}): {one_line(error)}"
     ) from error
+
+
+def without_end(template: str, end: str) -> str:
+  """A template that writes the same, but for an `end` of what it writes where a reply
+  is to follow."""
+  body = template.removesuffix("\n")  # as jinja takes it off the end of a template
+  said = f"(said.removesuffix({json.dumps(end)}) if add_generation_prompt else said)"
+  return f"{{% set said +%}}{body}{{%+ endset %}}{{{{ {said} }}}}"
 
 
 def one_line(error: BaseException, most: int = 500) -> str:

@@ -20,6 +20,8 @@ from dalign.types import Turn
 
 ROLES = ("system", "user", "assistant")
 
+_CLOSED = re.compile(r"</[^\s<>]+>")  # the end of a thought, whatever its tag
+
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Noncharacters first: no text should hold them. Then the private use area.
 _MARKS = [chr(c) for c in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
@@ -32,9 +34,11 @@ class Tokenizer:
   `special` maps every control token to its id. `stop_ids` are the tokenizer's own end
   of text, the token with which the chat template ends a turn, and those that a model's
   generation_config.json names, in that order.
-  `pad_id` may equal one of them. The backend is taken over: its padding, truncation and
-  reading of control tokens are switched off. Bytes that its vocabulary lacks (for
-  SmolLM2 some ASCII control characters) are lost without a word, as in transformers.
+  `pad_id` may equal one of them. `date` (2026-11-27) is what the chat template is told
+  is today, by default the day on which it is rendered. The backend is taken over: its
+  padding, truncation and reading of control tokens are switched off. Bytes that its
+  vocabulary lacks (for SmolLM2 some ASCII control characters) are lost without a word,
+  as in transformers.
   """
 
   backend: tokenizers.Tokenizer
@@ -43,6 +47,7 @@ class Tokenizer:
   bos_id: int | None
   stop_ids: tuple[int, ...]
   pad_id: int
+  date: str = ""
   _anchor: list[int] = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self):
@@ -123,6 +128,17 @@ class Tokenizer:
       special=unread,
       stop_ids=stop_ids,
     )
+
+  def unopened(self, tag: str) -> "Tokenizer":
+    """A tokenizer whose template leaves it to others to open a thought: if it writes
+    `tag` where a reply is to follow, that is left out, and what comes behind it."""
+    turns = [Turn(role="user", content="ask")]
+    before, after = (_render(self, turns, prompt)[0] for prompt in (False, True))
+    at = after.find(tag, common_front(before, after))
+    if at < 0:
+      return self
+    template = templates.without_end(self.chat_template, after[at:])
+    return dataclasses.replace(self, chat_template=template)
 
   @property
   def vocab_size(self) -> int:
@@ -240,7 +256,11 @@ def _anchor(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> list[i
 
 
 def render_chat(
-  tok: Tokenizer, turns: Sequence[Turn], *, add_generation_prompt: bool = True
+  tok: Tokenizer,
+  turns: Sequence[Turn],
+  *,
+  add_generation_prompt: bool = True,
+  whole: Sequence[str] = (),
 ) -> list[int]:
   """Ids of a conversation under the tokenizer's chat template.
 
@@ -248,11 +268,13 @@ def render_chat(
   encoded as ordinary text; the same holds in system and user turns for tags the
   template uses (<think>), which an assistant turn may write. For all other content the
   ids are those of `apply_chat_template` in transformers. No BOS is added to what the
-  template writes, and a doubled one at the front becomes one.
+  template writes, and a doubled one at the front becomes one. Templates may take the
+  thought out of an assistant's turn, but not where `whole` has its tags.
 
-  Raises ValueError for an unknown role or where the template refuses the turns.
+  Raises ValueError for an unknown role, and where the template refuses the turns or
+  leaves out what one of them says.
   """
-  text, mark = _render(tok, turns, add_generation_prompt)
+  text, mark = _render(tok, turns, add_generation_prompt, whole)
   ids, at = [], 0
   for match in tok._control_pattern.finditer(text):
     piece = text[at : match.start()].replace(mark, "")
@@ -265,7 +287,9 @@ def render_chat(
   return ids
 
 
-def _render(tok: Tokenizer, turns: Sequence[Turn], prompt: bool) -> tuple[str, str]:
+def _render(
+  tok: Tokenizer, turns: Sequence[Turn], prompt: bool, whole: Sequence[str] = ()
+) -> tuple[str, str]:
   """The rendered text and the mark that breaks control tokens in its content."""
   for turn in turns:
     if turn.role not in ROLES:
@@ -275,17 +299,47 @@ def _render(tok: Tokenizer, turns: Sequence[Turn], prompt: bool) -> tuple[str, s
   if not tok.chat_template:
     raise ValueError("this tokenizer has no chat template; use an instruction model")
   taken = set(tok.chat_template).union(*(turn.content for turn in turns))
-  mark = next((m for m in _MARKS if m not in taken), None)
-  if mark is None:
+  free = [m for m in _MARKS if m not in taken]
+  if len(free) <= len(whole):
     raise ValueError("a conversation uses every private character there is")
+  mark, unseen = free[0], list(zip(whole, free[1:], strict=False))
   messages = []
   for turn in turns:
-    kept = tuple(tok._tags) if turn.role == "assistant" else ()
-    content = _break(turn.content, tuple(tok._controls), kept, mark)
+    content: str = turn.content
+    kept: tuple[str, ...] = ()
+    if turn.role == "assistant":
+      kept = tuple(tok._tags)
+      for tag, sign in unseen:  # else a template takes the thought out
+        content = content.replace(tag, sign)
+    content = _break(content, tuple(tok._controls), kept, mark)
     messages.append({"role": turn.role, "content": content})
-  return templates.render(
-    tok.chat_template, messages, add_generation_prompt=prompt, **tok._variables
-  ), mark
+  text = templates.render(
+    tok.chat_template,
+    messages,
+    date=tok.date,
+    add_generation_prompt=prompt,
+    **tok._variables,
+  )
+  _check_written(text, messages)
+  for tag, sign in unseen:
+    text = text.replace(sign, tag)
+  return text, mark
+
+
+def _check_written(text: str, messages: Sequence[Mapping[str, str]]) -> None:
+  """ValueError where a rendered chat lacks what one of its turns says, white space
+  apart; of an assistant's, what follows its thought."""
+  words = "".join(text.split())
+  for message in messages:
+    said = "".join(message["content"].split())
+    if message["role"] == "assistant" and said not in words:
+      said = _CLOSED.split(said)[-1]
+    if said not in words:
+      raise ValueError(
+        f"the chat template leaves out what the {message['role']} turn says "
+        f"({message['content'].strip():.60}...): wanted one that writes every turn; "
+        "use another model, or give its folder another chat_template"
+      )
 
 
 def _break(text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str) -> str:
@@ -319,10 +373,7 @@ def _turn_end(tok: Tokenizer) -> list[int]:
     return []
   turns = [Turn(role="user", content="ask"), Turn(role="assistant", content="REPLY")]
   text, _ = _render(tok, turns, False)
-  at = text.rfind("REPLY")
-  if at < 0:
-    raise ValueError("the chat template does not write what an assistant turn says")
-  found = tok._control_pattern.search(text, at)
+  found = tok._control_pattern.search(text, text.rfind("REPLY"))
   return [tok._control_id(found)] if found else []
 
 
@@ -354,6 +405,11 @@ class ThinkFormat:
   def tag(self) -> str:
     """The opening tag."""
     return self.open.split("\n", 1)[0].strip()
+
+  @property
+  def tags(self) -> tuple[str, str]:
+    """The tags around a thought."""
+    return self.tag, self.close
 
   @property
   def start(self) -> str:
@@ -521,8 +577,8 @@ def _front(row: Row) -> tuple[int, ...]:
   return tuple(tokens[: max(first - 1, 0)])
 
 
-def common_front(a: Sequence[int], b: Sequence[int]) -> int:
-  """How many first tokens two sequences share."""
+def common_front(a: Sequence, b: Sequence) -> int:
+  """How many first tokens, or characters, two sequences share."""
   pairs = enumerate(zip(a, b, strict=False))
   return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
 

@@ -1,6 +1,7 @@
 """Tokens, chats, thoughts and packing: what must come out, and what never may."""
 
 import dataclasses
+from unittest import mock
 
 import hypothesis
 from hypothesis import strategies as st
@@ -185,7 +186,11 @@ def test_content_never_makes_control_tokens(contents, before, after, filtered):
     f"{before}{{{{ m.content{filtered} }}}}{after}<|im_end|>"
     "{% if m.role == 'assistant' %}<think>{% endif %}{% endfor %}"
   )
-  tok = _thinking(template)
+  with mock.patch.object(text, "_check_written"):  # which refuses most filters
+    _compare_controls(_thinking(template), contents, before, after, filtered)
+
+
+def _compare_controls(tok, contents, before, after, filtered):
   turns = [Turn(role="user", content=content) for content in contents]
   plain = [Turn(role="user", content="x") for _ in contents]
   controls = set(tok._controls.values())
@@ -295,6 +300,69 @@ def test_a_think_format_may_be_made_of_control_tokens():
 def test_chats_that_cannot_be_rendered_say_why(template, turns, message):
   with pytest.raises(ValueError, match=message):
     text.render_chat(byte_level(template), turns)
+
+
+SPOKEN = [Turn(role="system", content="The policy."), *chat("one", "two", "three")]
+# As of Mistral: what the system says stands in the last turn, if that is a user's.
+LAST_USER = (
+  "{% set front = messages[0].content if messages[0].role == 'system' else '' %}"
+  "{% for m in messages %}{% if m.role == 'user' %}"
+  "<|im_start|>{{ front if loop.last }}{{ m.content }}<|im_end|>"
+  "{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+# As of R1 and Qwen3: no thoughts in earlier turns, and the next one is opened.
+REASONS = (
+  "{% for m in messages %}{% set c = m.content %}"
+  "{% if m.role == 'assistant' and '</think>' in c %}"
+  "{% set c = c.split('</think>')[-1] %}{% endif %}"
+  "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_what_a_template_leaves_out_is_refused():
+  tok = byte_level(LAST_USER)
+  assert "The policy.three" in tok.decode(text.render_chat(tok, SPOKEN))
+  with pytest.raises(ValueError, match=r"leaves out what the system turn says \(The"):
+    text.render_chat(tok, SPOKEN[:3])
+  short = vocab.CHATML.replace("message['content']", "message['content'][:5]")
+  with pytest.raises(ValueError, match="leaves out what the system turn says"):
+    text.render_chat(byte_level(short), SPOKEN)
+  with pytest.raises(ValueError, match="leaves out what the user turn says"):
+    text.render_chat(byte_level(short), chat("one and two"))
+  with pytest.raises(ValueError, match="leaves out what the assistant turn says"):
+    text.render_chat(byte_level(short), chat("one", "two and three", "four"))
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
+  """Whatever the template does, whether its tags are tokens or text."""
+  names = [tokenizers.AddedToken(t) for t in ("<think>", "</think>")] if tags else []
+  tok = byte_level(REASONS, names)
+  turns = chat("one", "<think>\nmine\n</think>\n\ntwo", "three")
+  own = tok.unopened("<think>")
+  read = compose.opened(own, turns, THINK, whole=True)
+  said = tok.backend.decode(list(read), skip_special_tokens=False)
+  assert said.endswith("three<|im_end|>\n<|im_start|>assistant\n<think>\nThe user")
+  assert said.count("<think>") == 2 and "<think>\nmine\n</think>\n\ntwo<|im_end" in said
+  if tags:
+    assert list(read).count(tok.backend.token_to_id("<think>")) == 2
+  assert own.unopened("<think>") is own
+  silent = compose.opened(own, turns, None)
+  assert tok.backend.decode(list(silent)).endswith("assistant\n")
+  # A chat that ends with a reply is as it was, and others read the template as we do.
+  plain = chat("one", "two", "three")
+  assert text.render_chat(own, plain) == reference_ids(own, plain, True)
+  ends = text.render_chat(own, plain[:2], add_generation_prompt=False)
+  assert ends == reference_ids(tok, plain[:2], False)
+
+
+def test_a_template_is_told_the_day_of_the_run():
+  template = "{{ strftime_now('%d %b %Y, %H:%M') }}" + vocab.CHATML
+  tok = byte_level(template)
+  assert tok.decode(text.render_chat(tok, chat("x")))[:11] != "03 Feb 2021"
+  tok = dataclasses.replace(tok, date="2021-02-03")
+  assert tok.decode(text.render_chat(tok, chat("x"))).startswith("03 Feb 2021, 00:00")
 
 
 def test_control_tokens_that_text_can_reach_are_refused():

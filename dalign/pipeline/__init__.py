@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import datetime
 import pathlib
 
 import jax
@@ -21,6 +22,7 @@ from dalign.pipeline import filter as filtering
 from dalign.pipeline import generate
 from dalign.pipeline import reward
 from dalign.pipeline import rl
+from dalign.pipeline import scoring
 from dalign.pipeline import sft
 
 
@@ -49,6 +51,7 @@ STAGES = {  # the order is the method
 
 def run(cfg: configs.Config, workdir: pathlib.Path) -> None:
   """Runs the stages that the config asks for, in order; or all of its arms."""
+  cfg = _dated(cfg, workdir)
   if cfg.ablation:
     ablate.ablate(cfg, workdir, run_stages)
     _report(workdir)
@@ -72,7 +75,7 @@ def run_stages(
     jax.set_mesh(here.mesh),
   ):
     written = here.store.workdir / "config.json"
-    before = _read(here, written)
+    before = _read(here.store, written)
     here.store.write_json(written, configs.to_json(cfg))
     if not written.exists():
       raise ValueError(
@@ -80,6 +83,8 @@ def run_stages(
         "nothing; wanted a --workdir on a file system that all hosts share"
       )
     try:
+      known = {stage: here.store.manifest(stage) or {} for stage in stages}
+      scoring.rehearse(here, [s for s in stages if not known[s].get("finished")])
       for stage in stages:
         if stage == "base" and cfg.world is None:
           continue  # only a world's base is trained here
@@ -91,9 +96,26 @@ def run_stages(
       raise
 
 
-def _read(run: context.Run, path: pathlib.Path) -> dict | None:
+def _dated(cfg: configs.Config, workdir: pathlib.Path) -> configs.Config:
+  """The config with the day on which the run began, in this command or an earlier."""
+  arms = cfg.ablation
+  first = workdir / f"seed-{arms.seeds[0]}" / "shared" if arms else workdir
+  before = _read(store.Store(first), first / "config.json")
+  began = before.get("model.date") if isinstance(before, dict) else None
+  asked = cfg.model.date
+  if began and asked and began != asked and not cfg.start_over:
+    raise ValueError(
+      f"config.model.date: this run began with {began}, got {asked}; leave it out, or "
+      "use another --workdir"
+    )
+  today = datetime.datetime.now(datetime.UTC).date().isoformat()
+  day = asked or began or processes.agree(today)
+  return configs.changed(cfg, {"model": {"date": day}})
+
+
+def _read(kept: store.Store, path: pathlib.Path) -> dict | None:
   """The config of the command before, or None."""
   try:
-    return run.store.read_json(path) if run.store.has(path) else None
+    return kept.read_json(path) if kept.has(path) else None
   except ValueError:
     return None  # and what is damaged is written anew

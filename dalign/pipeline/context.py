@@ -84,6 +84,7 @@ ASKING = ("key", "concurrency", "timeout", "retries", "price_in", "price_out")
 
 # Keys that say when to stop, how fast and at what price, and change nothing made.
 LIMITS = (
+  "model.date",  # which config.json keeps
   *("eval.unscored", "rl.judge_errors", "rl.scan_words", "rl.stop_kl", "rl.stop_gap"),
   *(f"{stage}.optimizer.stop_norm" for stage in ("world", "sft", "reward", "rl")),
   *(
@@ -171,10 +172,15 @@ class Run:
       arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
     return dataclasses.replace(arch, lora_scale=scale)
 
-  @property
+  @functools.cached_property
   def model_tok(self) -> text.Tokenizer:
-    """The tokenizer as the model's files have it."""
-    return self._model.tok
+    """The tokenizer as the model's files have it, but that it opens no thought, and
+    that all stages have one day."""
+    return self.dated(self._model.tok).unopened(self.think.tag)
+
+  def dated(self, tok: text.Tokenizer) -> text.Tokenizer:
+    """A tokenizer whose chat template is told the day of the run's first stage."""
+    return dataclasses.replace(tok, date=self.cfg.model.date)
 
   @functools.cached_property
   def tok(self) -> text.Tokenizer:
@@ -480,7 +486,7 @@ class Guest:
   def __init__(self, run: Run, path: str):
     say(f"loading {path}")
     found = weights.find(path)
-    self.cfg, self.arch, self.tok = run.cfg, found.cfg, found.tok
+    self.cfg, self.arch, self.tok = run.cfg, found.cfg, run.dated(found.tok)
     self.sampler = sampling.Sampler(
       cfg=self.arch,
       compute=run.cfg.compute,

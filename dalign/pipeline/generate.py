@@ -174,7 +174,7 @@ class _Book:
     known = self.read[prompt.id]
     if draft not in known:
       turns = self.turns(prompt, index)
-      known[draft] = compose.opened(self.run.tok, turns, self.run.think)
+      known[draft] = compose.opened(self.run.tok, turns, self.run.think, whole=True)
     return known[draft]
 
   def turns(self, prompt: Prompt, index: int) -> tuple[Turn, ...]:

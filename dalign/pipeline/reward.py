@@ -36,9 +36,17 @@ def train_reward(run: context.Run) -> None:
     inputs.append(run.store.path("sft", "manifest.json"))
   if not run.begin("reward", inputs):
     return
-  questions, scores = _questions(run, source)
-  held = _held_out(questions, cfg.held_out)
   renderer = scoring.Renderer(run)
+  questions, scores = _questions(run, source)
+  fits = [i for i, q in enumerate(questions) if renderer.fits(renderer.own(q))]
+  too_long = len(questions) - len(fits)
+  if too_long:
+    context.say(
+      f"reward: {too_long} of {len(questions)} questions are left out, being longer "
+      f"than config.reward.length={cfg.length}"
+    )
+  questions, scores = [questions[i] for i in fits], scores[fits]
+  held = _held_out(questions, cfg.held_out)
   learned = [i for i, h in enumerate(held) if not h]
   if not learned:
     raise ValueError(
@@ -58,7 +66,7 @@ def train_reward(run: context.Run) -> None:
       bar.update()
   params = trainer.finish()
   ask = scoring.reward_model(run, params, renderer)
-  summary = _measure(run, ask, questions, scores, held)
+  summary = _measure(run, ask, questions, scores, held) | {"too_long": too_long}
   run.store.finish("reward", summary)
   found = summary["held_out"]
   context.say(

@@ -5,6 +5,8 @@ field for the thought, so none can reach the model.
 """
 
 import collections
+from collections.abc import Collection, Iterator
+import contextlib
 import dataclasses
 import functools
 import math
@@ -37,6 +39,7 @@ from dalign.types import Turn
 from dalign.types import Verdict
 
 NOT_FINITE = "the reward model's score is not finite"  # why a question is unscored
+UNLIKE = ("a", "1", " b", "\n\nc", '"d"', "(e)")  # prompts, by how they begin
 PROBED = 9  # held-out prompts that each probe is put to
 OPINIONS = {
   "refuse": "Another AI thinks that the right reply is a refusal.",
@@ -45,36 +48,98 @@ OPINIONS = {
 }
 
 
+def rehearse(run: context.Run, stages: Collection[str]) -> None:
+  """Renders what teacher, judges and reward model are to read of a prompt of each
+  category. ValueError where the chat template leaves some of it out, before it costs.
+  """
+  if {"generate", "filter", "reward", "rl", "eval"}.isdisjoint(stages):
+    return
+  cfg, domain, said = run.cfg, run.domain, "An answer."
+  judged = not {"filter", "reward"}.isdisjoint(stages)
+  rewards = "reward" in stages or ("rl" in stages and cfg.rl.reward == "model")
+  arms = cfg.eval.arms if "eval" in stages else ()
+  whole, tried = run.think.tags, {p.category: p for p in run.all_prompts}.values()
+  for prompt in tried:
+    chats: list[tuple[str, Sequence[Turn]]] = []
+    if "generate" in stages and cfg.generate.teacher == "base":
+      worked = cfg.generate.demonstrations
+      chats.append(("the teacher", domain.teach(prompt.blind(), worked=worked)))
+    if "self_refine" in arms or ("generate" in stages and cfg.generate.revise):
+      chats.append(("who revises", domain.revise(prompt, said)))
+    if judged and cfg.filter.judge in ("model", "sampled"):
+      question = judge.FilterQuestion(prompt=prompt, thought="A thought.", answer=said)
+      chats.append(("the judge", domain.question(question)))
+    if not {"spec_in_prompt", "spec_in_prompt_oracle"}.isdisjoint(arms):
+      chats.append(("the base, told the policies", domain.summaries(prompt)))
+    for reader, turns in chats:
+      with _read_by(reader):
+        text.render_chat(run.tok, turns, whole=whole)
+  if rewards:
+    with _read_by("the reward model"):
+      renderer = Renderer(run)
+      for prompt in tried:
+        told = data.told(prompt, cfg.reward.metadata)
+        renderer.own(reward_question(run, told, "A thought.", said))
+
+
+@contextlib.contextmanager
+def _read_by(reader: str) -> Iterator[None]:
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"what {reader} is to read: {error}") from error
+
+
 class Renderer:
-  """Reward questions as (shared prefix, own tokens); the prefix is spec(category)."""
+  """Reward questions as (shared prefix, own tokens); the prefix has spec(category)."""
 
   def __init__(self, run: context.Run):
     self.run, self.cfg = run, run.cfg.reward
-    self.prefixes = {
-      name: self._render([Turn(role="system", content=self._spec(name))])
-      for name in [*(p.id for p in run.spec.policies), specs.BENIGN]
-    }
+    names = [*(p.id for p in run.spec.policies), specs.BENIGN]
+    self.prefixes = {name: self._prefix(name) for name in names}
     longest = max(map(len, self.prefixes.values()))
     step = run.cfg.sampler.prefix_step
     self.room = -(-longest // step) * step
 
-  def _spec(self, category: str) -> str:
-    return self.run.domain.policy_text(category, self.cfg.detail)
+  def _system(self, category: str) -> Turn:
+    spec = self.run.domain.policy_text(category, self.cfg.detail)
+    return Turn(role="system", content=spec)
 
   def _render(self, turns) -> list[int]:
-    return text.render_chat(self.run.tok, list(turns), add_generation_prompt=False)
+    return text.render_chat(
+      self.run.tok,
+      list(turns),
+      add_generation_prompt=False,
+      whole=self.run.think.tags,  # an answer is judged as it is
+    )
+
+  def _prefix(self, category: str) -> list[int]:
+    """The system turn; of a template that has none without a user's turn, what begins
+    that turn for unlike prompts."""
+    system = self._system(category)
+    try:
+      return self._render([system])
+    except ValueError:
+      answer = Turn(role="assistant", content="No.")
+      chats = [[system, context.user_turn(asked), answer] for asked in UNLIKE]
+      rows = [tuple(self._render(turns)) for turns in chats]
+      return list(rows[0][: sampling.common_prefix(rows)])
 
   def own(self, question: judge.RewardQuestion) -> list[int]:
-    """The question's tokens after the prefix, cut in front where it is too long."""
+    """The question's tokens after the prefix, however many."""
     prompt = question.prompt
-    turns = [Turn(role="system", content=self._spec(prompt.category))]
+    turns = [self._system(prompt.category)]
     if prompt.expected:
       turns.append(Turn(role="system", content=OPINIONS[prompt.expected]))
     turns += [*prompt.turns, Turn(role="assistant", content=question.answer)]
     ids, prefix = self._render(turns), self.prefixes[prompt.category]
     if ids[: len(prefix)] != prefix:
-      raise ValueError("the chat template does not begin with the system turn alone")
-    return ids[len(prefix) :][-self.cfg.length :]
+      raise ValueError("the chat template does not begin with the policy alone")
+    return ids[len(prefix) :]
+
+  def fits(self, row: Sequence[int]) -> bool:
+    """Whether the model reads so many tokens of a question; it reads no part of one."""
+    return len(row) <= self.cfg.length
 
   def batch(self, category: str, rows: Sequence[list[int]]) -> dict:
     """Arrays of at most `reward.rows` rows of one category, padded to fixed shapes."""
@@ -119,13 +184,18 @@ def reward_model(run: context.Run, params: PyTree, renderer: Renderer) -> judge.
 
   def ask(questions):
     of = collections.defaultdict(list)
-    for i, question in enumerate(questions):
-      of[question.prompt.category].append(i)
+    own = [renderer.own(question) for question in questions]
     verdicts: list[Verdict | None] = [None] * len(questions)
+    for i, (question, row) in enumerate(zip(questions, own, strict=True)):
+      if renderer.fits(row):
+        of[question.prompt.category].append(i)
+      else:
+        reason = f"{len(row)} tokens after the policy, more than reward.length"
+        verdicts[i] = Verdict(score=None, reason=reason)
     for category, indices in of.items():
       for at in context.batches(len(indices), run.cfg.reward.rows):
         some = indices[at]
-        rows = [renderer.own(questions[i]) for i in some]
+        rows = [own[i] for i in some]
         found = np.asarray(scores(params, renderer.batch(category, rows)))
         for i, row, score in zip(some, rows, found[: len(some)], strict=True):
           finite = bool(np.isfinite(score))
