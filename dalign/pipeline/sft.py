@@ -76,7 +76,10 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
       sample = run.written_sample(
         prompts[sample.prompt_id], 0, line + sample.thought, sample.answer, run.think
       )
-      recalled = len(run.tok.encode(line.rstrip()))
+      own = sample.tokens[sample.forced :]
+      recalled = next(
+        (n for n in range(len(own)) if line.strip() in run.tok.decode(own[:n])), 0
+      )
     tokens, forced = sample.tokens, sample.forced
     if not run.thinks:
       tokens, forced = _answer(run, sample.answer), 0
