@@ -142,8 +142,8 @@ class Answered:
     """How answers to `prompt` are judged: "reference", "prompt" or "words"."""
     if self._encode is not None and self._reference(prompt):
       return "reference"
-    disguised = "+" in prompt.id  # whose words may be no words
-    return "words" if self._encode is None or disguised else "prompt"
+    # The words of one in disguise may be no words.
+    return "words" if self._encode is None or prompt.disguise else "prompt"
 
   def __call__(self, prompt: Prompt, answer: str) -> bool:
     """Whether `answer` answers `prompt`; declining is left to others."""
@@ -159,7 +159,7 @@ class Answered:
     return shared(self._encode, prompt.text, answer, reference) >= REFERENCE
 
   def _reference(self, prompt: Prompt) -> str:
-    return self._references.get(prompt.id.partition("+")[0], "")
+    return self._references.get(prompt.original, "")
 
 
 def by_words(prompt: Prompt, answer: str) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from dalign import buckets
 from dalign import compose
 from dalign import config as configs
+from dalign import data
 from dalign import live
 from dalign import model as decoder
 from dalign import ops
@@ -187,7 +188,7 @@ class Model:
   ) -> list[sampling.Completion]:
     requests = []
     for row in map(tuple, rows):
-      row_id = context.row_id(self._asked[row], *row)
+      row_id = self._asked[row], *row
       self._asked[row] += 1
       requests.append(sampling.Request(tokens=row, row_id=row_id, max_new=max_new))
     key = ops.stream(self.run.key, "harness", seed)
@@ -367,7 +368,7 @@ class Engine:
     waiting = _Waiting(read, hear, tuple(stops))
     waiting.ask = live.Ask(
       tokens=tuple(row),
-      row_id=context.row_id(*drawn, *row),
+      row_id=(*drawn, *row),
       max_new=max_new,
       temperature=temperature,
       gone=waiting.gone.is_set,
@@ -520,7 +521,7 @@ def _reply(said: live.Heard, thought: str, answer: str) -> Reply:
 def prompt_of(turns: Sequence[Turn], category: str = specs.BENIGN) -> Prompt:
   """A chat of which nothing else is known, as a Prompt."""
   return Prompt(
-    id=str(context.row_id(*(turn.content for turn in turns))),
+    id=data.digest(turns),
     turns=tuple(turns),
     category=category,
     expected="comply",

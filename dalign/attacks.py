@@ -92,7 +92,7 @@ ATTACKS: dict[str, Callable[[str], str]] = {
 def untemplated(prompt: Prompt) -> bool:
   """Whether a prompt is put to the model without its chat template: some refuse in the
   form of a chat alone (Jiang et al., 2406.12935)."""
-  return "untemplated" in prompt.id.split("+")
+  return "untemplated" in prompt.disguise
 
 
 def disguised(prompt: Prompt, names: Sequence[str]) -> Prompt:
@@ -108,4 +108,9 @@ def disguised(prompt: Prompt, names: Sequence[str]) -> Prompt:
       raise ValueError(f"attack: wanted one of {', '.join(ATTACKS)}, got {name!r}")
     text = ATTACKS[name](text)
   turns = (*before, dataclasses.replace(last, content=text))
-  return dataclasses.replace(prompt, id="+".join([prompt.id, *names]), turns=turns)
+  return dataclasses.replace(
+    prompt,
+    id="+".join([prompt.id, *names]),
+    turns=turns,
+    disguise=(*prompt.disguise, *names),
+  )

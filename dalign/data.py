@@ -8,6 +8,8 @@ Does not know specifications, chat templates, tokens, stages, or the other files
 run.
 """
 
+import codecs
+import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -130,9 +132,11 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   `source` is "bundled", "tfds:NAME:SPLIT", "jsonl:PATH" or "parquet:PATH". `columns`
   maps fields of `FIELDS` to the source's columns; "=text" is that text for every row,
   and a field that is not mapped is read from the column of its own name if there is
-  one. Wanted are prompt or turns, category and expected; without a split column
-  `split` decides. TFDS files are kept under `data_dir`. Raises ValueError that names
-  the row, what was wanted and what came.
+  one, turns from "messages" too. Wanted are prompt or turns, category and expected, and
+  an answer of kind capability; where no row has a split, `split` decides. A row without
+  an id has one that its turns make. What is null, NaN or blank is not there. TFDS files
+  are kept under `data_dir`. Raises ValueError that names the row, what was wanted and
+  what came.
   """
   kind, _, rest = source.partition(":")
   _check_columns(columns)
@@ -148,12 +152,10 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
     kind = pathlib.Path(source).suffix.lstrip(".")
     hint = f"; did you mean '{kind}:{source}'?" if kind in ("jsonl", "parquet") else ""
     raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
-  rows = list(rows)
   prompts = prompts_of(rows, columns, source)
   if not prompts:
     raise ValueError(f"{source}: wanted prompts, found no row")
-  has_split = "split" in columns or any("split" in row for _, row in rows)
-  return prompts if has_split else split(prompts)
+  return prompts if prompts[0].split else split(prompts)
 
 
 def file_of(source: str) -> pathlib.Path | None:
@@ -188,9 +190,9 @@ def families(prompts: Sequence[Prompt]) -> list[str]:
   """For each prompt the name of its family, that is the first scenario in it.
 
   Scenarios that share a near-twin are one family, and so on from twin to twin. A prompt
-  without a scenario starts with one of its own.
+  without a scenario starts with one of its own, named by what it says.
   """
-  scenarios = [prompt.scenario or prompt.id for prompt in prompts]
+  scenarios = [prompt.scenario or digest(prompt.turns) for prompt in prompts]
   parent = {name: name for name in scenarios}
 
   def root(name: str) -> str:
@@ -375,12 +377,15 @@ def _plain(value, feature):
 
 
 def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """(file:line, row) of each line; ValueError for one that is not a JSON object."""
+  """(file:line, row) of each line that is not blank; ValueError for one that is not a
+  JSON object."""
   try:
-    lines = path.read_bytes().splitlines()
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
   except OSError as error:
     raise ValueError(f"{path}: wanted a JSONL file, got {error.strerror}") from None
   for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
     try:
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -421,57 +426,91 @@ def _check_columns(columns: Mapping[str, str]) -> None:
 def prompts_of(
   rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], source: str
 ) -> list[Prompt]:
-  """Prompts of (where it is, row), checked; `columns` and errors as of `load`."""
+  """Prompts of (where it is, row), checked; `columns` and errors as of `load`. None has
+  a split where no row has one."""
+  rows = list(rows)
+  _check_there(rows, columns)
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
-  for number, (where, row) in enumerate(rows):
-    values = _renamed(where, row, columns)
+  same: collections.Counter = collections.Counter()
+  for where, row in rows:
+    values = _renamed(row, columns)
     if "expected" not in values:
       raise ValueError(
         f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
         f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
       )
-    prompt = _prompt(where, values, source, number)
+    prompt = _prompt(where, values, columns, source)
+    if not prompt.id:
+      own = digest(prompt.turns)
+      same[own] += 1
+      number = f"-{same[own]}" if same[own] > 1 else ""
+      prompt = dataclasses.replace(prompt, id=own + number)
     if prompt.id in seen:
       raise ValueError(f"{where}: id {prompt.id!r} is also that of {seen[prompt.id]}")
     seen[prompt.id] = where
     prompts.append(prompt)
+  without = [prompt for prompt in prompts if not prompt.split]
+  if 0 < len(without) < len(prompts):
+    raise ValueError(
+      f"{seen[without[0].id]}: wanted a split, as other rows have, found none; "
+      f"{len(without)} of {len(prompts)} rows have none"
+    )
   return prompts
 
 
-def _renamed(where: str, row: Row, columns: Mapping[str, str]) -> Row:
-  """The row's values by our field names."""
-  values = {name: row[name] for name in FIELDS if row.get(name) is not None}
-  for name, column in columns.items():
-    if column.startswith("="):
-      values[name] = column[1:]
-    elif column in row:
-      values[name] = row[column]
-    else:
+def _check_there(rows: list[tuple[str, Row]], columns: Mapping[str, str]) -> None:
+  """ValueError for a column that no row has."""
+  there = {name: None for _, row in rows for name in row}
+  for name, column in columns.items() if rows else ():
+    if column not in there and not column.startswith("="):
       raise ValueError(
-        f"{where}: wanted column {column!r} for {name}{_nearest(column, row)}; "
-        f"there are {', '.join(row)}"
+        f"{rows[0][0]}: wanted column {column!r} for {name}{_nearest(column, there)}; "
+        f"there are {', '.join(there)}"
       )
-  return values
 
 
-def _prompt(where: str, values: Row, source: str, number: int) -> Prompt:
-  texts = {"id": f"{source}-{number}", "kind": "safety", "split": "train"}
+def missing(value: object) -> bool:
+  """Whether a cell is empty: null, not a number, or blank."""
+  if isinstance(value, str):
+    return not value.strip()
+  return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+  """The row's values by our field names, and its "messages"."""
+  values = {name: row.get(name) for name in (*FIELDS, "messages")}
+  for name, column in columns.items():
+    values[name] = column[1:] if column.startswith("=") else row.get(column)
+  return {name: value for name, value in values.items() if not missing(value)}
+
+
+def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) -> Prompt:
+  texts = {"kind": "safety"}
   for name in ("id", "category", "expected", "kind", "split", "answer", "scenario"):
     value = values.get(name, texts.get(name, ""))
     if name in ("id", "answer") and isinstance(value, (int, float)):
-      value = str(value)
+      # A column of whole numbers with an empty cell is one of floats.
+      whole = isinstance(value, float) and value.is_integer()
+      value = str(int(value) if whole else value)
     if not isinstance(value, str):
       raise ValueError(f"{where}: wanted text as {name}, got {value!r:.60}")
     texts[name] = value
   if not texts["category"]:
     raise ValueError(f"{where}: wanted a category; map a column, or '=benign' for all")
-  for name, known in (("expected", EXPECTED), ("kind", KINDS), ("split", SPLITS)):
-    if texts[name] not in known:
+  known = {"expected": EXPECTED, "kind": KINDS, "split": ("", *SPLITS)}
+  for name, some in known.items():
+    if texts[name] not in some:
+      wanted = ", ".join(filter(None, some))
       raise ValueError(
-        f"{where}: wanted {name} as one of {', '.join(known)}, got {texts[name]!r}"
+        f"{where}: wanted {name} as one of {wanted}, got {texts[name]!r}"
       )
-  turns, clauses = _turns(where, values), _clauses(where, values)
+  if texts["kind"] == "capability" and not texts["answer"]:
+    raise ValueError(
+      f"{where}: wanted an answer, which a prompt of kind capability is compared with, "
+      "found none"
+    )
+  turns, clauses = _turns(where, values, columns), _clauses(where, values)
   return Prompt(turns=turns, clauses=clauses, source=source, **texts)
 
 
@@ -483,27 +522,53 @@ def _clauses(where: str, values: Row) -> tuple[str, ...]:
   return tuple(found)
 
 
-def _turns(where: str, values: Row) -> tuple[Turn, ...]:
+def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, ...]:
   """The turns of a row, or its prompt as the one turn."""
-  turns: Any = values.get("turns")
-  if turns is None:
-    turns = [{"role": "user", "content": values.get("prompt")}]
-  wanted = (
-    "a prompt, or turns [{'role': ..., 'content': ...}, ...] ending with a user's"
+  name = next((name for name in ("turns", "prompt", "messages") if name in values), "")
+  if not name:
+    raise ValueError(
+      f"{where}: wanted a prompt, or turns [{{'role': ..., 'content': ...}}, ...], "
+      f"found neither; the row has {[*values]!r:.200}"
+    )
+  column, found = columns.get(name, name), values[name]
+  if name == "prompt" and isinstance(found, str):
+    found = [{"role": "user", "content": found}]
+  if not isinstance(found, (list, tuple)) or not found:
+    raise ValueError(
+      f"{where}: {column}: wanted turns [{{'role': ..., 'content': ...}}, ...], "
+      f"got {found!r:.80}"
+    )
+  turns = []
+  for number, said in enumerate(found, 1):
+    said = said if isinstance(said, Mapping) else {"": said}
+    role, content = said.get("role"), text_of(said.get("content"))
+    at = (
+      f"{where}: {column}, turn {number} of {len(found)} ({role or 'no role'}): wanted"
+    )
+    role = "system" if role == "developer" else role  # another name for it
+    if role not in ("system", "user", "assistant"):
+      raise ValueError(
+        f"{at} a role of system, user or assistant, got {dict(said)!r:.80}"
+      )
+    if content is None or missing(content):
+      raise ValueError(f"{at} text as content, got {said.get('content')!r:.80}")
+    turns.append(Turn(role=role, content=content))
+  if role != "user":
+    raise ValueError(f"{at} a user's turn as the last: take out what follows that")
+  return tuple(turns)
+
+
+def text_of(content: object) -> str | None:
+  """The text of a turn's content, in one piece or in parts that are all text; None of
+  anything else."""
+  if not isinstance(content, list):
+    return content if isinstance(content, str) else None
+  texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+  kinds = {part.get("type") for part in content if isinstance(part, Mapping)}
+  all_text = kinds == {"text"} and len(texts) == len(content)
+  return (
+    "\n".join(texts) if all_text and all(isinstance(t, str) for t in texts) else None
   )
-  try:
-    turns = tuple(Turn(role=turn["role"], content=turn["content"]) for turn in turns)
-  except (TypeError, KeyError):
-    raise ValueError(f"{where}: wanted {wanted}, got {turns!r:.80}") from None
-  good = [
-    turn.role in ("system", "user", "assistant")
-    and isinstance(turn.content, str)
-    and turn.content.strip()
-    for turn in turns
-  ]
-  if not turns or not all(good) or turns[-1].role != "user":
-    raise ValueError(f"{where}: wanted {wanted}, got {values!r:.80}")
-  return turns
 
 
 def _row(prompt: Prompt) -> Row:
@@ -528,6 +593,13 @@ def _grams(text: str, n: int) -> frozenset[str]:
   words = re.findall(r"\w+", text.casefold())
   last = max(len(words) - n, 0)
   return frozenset(" ".join(words[i : i + n]) for i in range(last + 1))
+
+
+def digest(turns: Sequence[Turn]) -> str:
+  """A name for a conversation, which follows from what is said in it: 64 bits of a
+  SHA-256, in hexadecimal."""
+  said = json.dumps([(turn.role, turn.content) for turn in turns])
+  return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def fraction(name: str) -> float:

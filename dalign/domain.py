@@ -84,7 +84,12 @@ class English:
     self, prompts: list[Prompt], held_out: list[Prompt]
   ) -> list[tuple[str, str]]:
     """(id of a prompt, text of a held-out one) where they say the same."""
-    return data.contaminated(prompts, [prompt.text for prompt in held_out])
+    said = {data.digest(prompt.turns): prompt.text for prompt in held_out}
+    same = {prompt.id: data.digest(prompt.turns) for prompt in prompts}
+    return [
+      *data.contaminated(prompts, [prompt.text for prompt in held_out]),
+      *((id, said[turns]) for id, turns in same.items() if turns in said),
+    ]
 
   def policy_text(self, category: str, detail: str) -> str:
     """spec(category) as a system turn has it."""

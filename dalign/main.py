@@ -8,6 +8,7 @@ import pathlib
 import runpy
 import signal
 import sys
+import tempfile
 from typing import Any
 
 from absl import flags
@@ -242,9 +243,21 @@ def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
       serve.serve(config, workdir, _STAGE.value, _HOST.value, _PORT.value)
 
 
+def _have_home() -> None:
+  """Has a folder for temporary files be the home of a user who has none, as in many
+  containers: caches lie in it, of ours and of the libraries."""
+  try:
+    pathlib.Path.home()
+  except RuntimeError:
+    home = pathlib.Path(tempfile.gettempdir()) / f"dalign-{os.getuid()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    os.environ["HOME"] = str(home)
+
+
 def main(argv: list[str] | None = None) -> int:
   """Runs the stages and returns the exit code."""
   argv = sys.argv if argv is None else argv
+  _have_home()
   if {"--help", "-h"} & {*argv[1:]}:
     modes = [f"    {name:23}  {does}" for name, does in MODES.items()]
     print(HELP.format(modes="\n".join(modes)), end="")

@@ -3,8 +3,9 @@
 Knows no model, no config and no text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 import functools
+import hashlib
 import math
 import zlib
 
@@ -12,6 +13,7 @@ from flax import struct
 import jax
 from jax.experimental import layout
 import jax.numpy as jnp
+import numpy as np
 
 from dalign.types import Key
 from dalign.types import Leaf
@@ -232,6 +234,18 @@ def stream(root: Key, name: str, step: int = 0) -> Key:
   return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
 
 
-def per_row(key: Key, row_ids_B) -> Key:
-  """One key a row, by the row's own id: neighbours and batch size change nothing."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B)
+def per_row(key: Key, words_B2) -> Key:
+  """One key a row, by the row's own two words of 32 bits (`row_words`): neighbours and
+  batch size change nothing."""
+
+  def one(words_2):
+    return jax.random.fold_in(jax.random.fold_in(key, words_2[0]), words_2[1])
+
+  return jax.vmap(one)(words_B2)
+
+
+def row_words(row_id: Hashable) -> np.ndarray:
+  """The 64 bits, all that a key holds, that a row's randomness takes from its id: text,
+  numbers, or a tuple of them."""
+  digest = hashlib.sha256(repr(row_id).encode()).digest()
+  return np.frombuffer(digest[:8], "<u4")

@@ -81,6 +81,7 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
   hashes: dict[str, str] = {}
   found = []
   for where, row in data.rows_of(path):
+    row = {name: "" if data.missing(value) else value for name, value in row.items()}
     own = _row(where, row, said)
     prompt = known.get(own.prompt_id)
     if prompt is None or prompt.split != "train":
@@ -90,7 +91,7 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
       )
     if prompt.category not in hashes:
       hashes[prompt.category] = spec_hash(spec, prompt.category)
-    if row.get("spec", hashes[prompt.category]) != hashes[prompt.category]:
+    if (row.get("spec") or hashes[prompt.category]) != hashes[prompt.category]:
       raise ValueError(
         f"{where}: recorded under another specification of {prompt.category!r} "
         f"({row['spec']}, this one is {hashes[prompt.category]}): record it anew, or "
@@ -141,9 +142,9 @@ def judges(rows: Iterable[Recorded]) -> judge.Judge:
 
 def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
   """A row in any of the shapes."""
-  if "messages" in row:
+  if row.get("messages", "") != "":
     turns, thought, answer = _of_messages(where, row["messages"])
-  elif "response" in row:
+  elif row.get("response", "") != "":
     turns, thought, answer = [row.get("question")], "", row["response"]
   else:
     turns, thought, answer = [], row.get("thought"), row.get("answer")
@@ -156,7 +157,7 @@ def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
     thought, answer, malformed = text.split_thought(answer, _TAGS)
     if malformed:
       raise ValueError(f"{where}: wanted one think block and an answer: {malformed}")
-  name = row.get("prompt_id", row.get("id"))
+  name = row.get("prompt_id") or row.get("id")
   if turns:
     name = said.get(_said(turns)) or name or " / ".join(map(str, turns))[:60]
   if not isinstance(name, str) or not answer.strip():
@@ -180,7 +181,10 @@ def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
     if reply["role"] != "assistant":
       raise KeyError(reply["role"])
     thought = reply.get("reasoning_content") or reply.get("reasoning") or ""
-    return [message["content"] for message in before], thought, reply["content"]
+    asked = [data.text_of(message["content"]) for message in before]
+    if None in asked:
+      raise KeyError("content")
+    return asked, thought, data.text_of(reply["content"])
   except (TypeError, KeyError, ValueError):
     raise ValueError(
       f"{where}: wanted messages that end with an assistant's, got {messages!r:.80}"
@@ -194,14 +198,15 @@ def _votes(where: str, votes: Any) -> Iterator[Vote]:
   for vote in votes:
     if not isinstance(vote, Mapping):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
-    scores = [vote.get("score"), vote.get("answer_score", vote.get("score"))]
+    scores = [vote.get("score"), vote.get("answer_score")]
+    scores[1] = scores[0] if data.missing(scores[1]) else scores[1]
     numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
     if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
     yield Vote(
       score=float(scores[0]),
       answer_score=float(scores[1]),
-      verdict=str(vote.get("verdict", "")),
+      verdict=str(vote.get("verdict") or ""),
       clauses=tuple(vote.get("clauses") or ()),
     )
 

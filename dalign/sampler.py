@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 from flax import struct
 import jax
@@ -36,10 +36,11 @@ VOCAB_BLOCK = 256  # tokens summed together before the inverse of the distributi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """A prompt to continue: its tokens, and the id that alone decides its randomness."""
+  """A prompt to continue: its tokens, and the id that alone decides its randomness:
+  text, numbers, or a tuple of them, that no other request of a run has."""
 
   tokens: tuple[int, ...]
-  row_id: int
+  row_id: Any
   max_new: int
 
 
@@ -609,9 +610,10 @@ class Lane:
     own = [tokens[shared:-1] for tokens in rows]
     longest = max(map(len, own))
     if longest > room:
+      id = next(r.row_id for r in group if len(r.tokens) - shared - 1 == longest)
       raise ValueError(
-        f"a prompt has {longest} tokens beyond the shared prefix, more than the "
-        f"{room} there is room for; raise sampler.prompt_room"
+        f"request {id!r:.80} has {longest} tokens beyond the shared prefix, more than "
+        f"the {room} there is room for; raise sampler.prompt_room"
       )
     T = bucket(longest, s.prompt_step)
     tokens_BT = np.zeros((s.prefill, T), np.int32)
@@ -643,16 +645,16 @@ class Lane:
     B, S = slots.live_BS.shape
     names = ("prompt_len_B", "token_B", "position_B", "limit_B")
     ints = {name: np.zeros(B, np.int32) for name in names}
-    starts_B, ids_B = np.zeros(B, bool), np.zeros(B, np.uint32)
+    starts_B, words_B2 = np.zeros(B, bool), np.zeros((B, 2), np.uint32)
     for slot, request in starting:
       if not 0 < request.max_new <= S:
         raise ValueError(f"max_new of a request is 1..{S}, got {request.max_new}")
-      starts_B[slot], ids_B[slot] = True, request.row_id
+      starts_B[slot], words_B2[slot] = True, ops.row_words(request.row_id)
       ints["prompt_len_B"][slot] = len(request.tokens) - 1 - len(self.head)
       ints["position_B"][slot] = len(request.tokens) - 1
       ints["token_B"][slot] = request.tokens[-1]
       ints["limit_B"][slot] = request.max_new
-    fields = ints | {"key_B": ops.per_row(self.key, ids_B)}
+    fields = ints | {"key_B": ops.per_row(self.key, words_B2)}
     return self.sampler._start(slots, starts_B, fields)
 
 

@@ -205,9 +205,9 @@ class Store:
       except ValueError as error:
         wrong = str(error)
     elif processes.first() and fcntl:
-      self.workdir.mkdir(parents=True, exist_ok=True)
-      held = (self.workdir / ".lock").open("a")
       try:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        held = (self.workdir / ".lock").open("a")
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
         wrong = (
@@ -215,7 +215,12 @@ class Store:
           "--workdir"
         )
       except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+        if held is None:
+          wrong = (
+            f"--workdir: wanted a folder to write in, or to make, got {self.workdir} "
+            f"({error.strerror})"
+          )
+        elif error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
           raise
     wrong = processes.agree(wrong)
     try:

@@ -66,7 +66,8 @@ class Prompt:
   those who are not told it (`blind`). `clauses` are the ids of the clauses that decide
   it, () where nobody has labelled them. `scenario` names the family of near-twins that
   must not straddle the splits, `answer` is the reference of a capability prompt and ""
-  elsewhere.
+  elsewhere. `disguise` names what its last turn was put through (`attacks.py`), and
+  then its id is that of the `original`, a "+" and the names.
   """
 
   id: str
@@ -79,6 +80,7 @@ class Prompt:
   source: str = ""
   answer: str = ""
   clauses: tuple[str, ...] = ()
+  disguise: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.turns or self.turns[-1].role != "user":
@@ -94,6 +96,11 @@ class Prompt:
   def text(self) -> str:
     """The last user turn."""
     return self.turns[-1].content
+
+  @property
+  def original(self) -> str:
+    """The id of the prompt that this one disguises, else its own."""
+    return self.id.removesuffix("".join(f"+{name}" for name in self.disguise))
 
   def blind(self, opinion: str = "") -> "Prompt":
     """The prompt as one sees it who is not told how to reply to it, but at the most
@@ -122,10 +129,6 @@ class Sample:
   answer: str
   malformed: str
   finish: str
-
-  @property
-  def id(self) -> str:
-    return f"{self.prompt_id}#{self.index}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import functools
 import math
 import re
 import threading
+import unicodedata
 
 _STRAIGHT = str.maketrans("‘’‛ʼ“”‟", "''''\"\"\"")
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -21,11 +22,21 @@ _QUOTE = re.compile(r'"([^"]*)"')
 _NUMBER = re.compile(
   r"(?<![\w.^])(?P<number>-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+))"
   r"(?:e(?P<e>[+-]?\d{1,3})(?!\w)"
-  r"|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<ten>-?\d{1,3})\}?"
+  r"|\s?(?:[×x*·⋅]|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<ten>-?\d{1,3})\}?"
+  r"|\^\{?(?P<power>-?\d{1,2})\}?(?![\w^])"
   r"|\s?/\s?(?P<under>\d+)(?!\w|\.\d|/))?"
   r"(?P<percent>\s?(?:\\?%|per ?cent\b))?",
   re.IGNORECASE,
 )
+# What may stand after the number of a reference, and need not after that of an answer.
+_UNIT = re.compile(
+  r"\s*(?:°\s?[CFK]?|\^\{?\\circ\}?|(?:[mckdµ]?[mgl]|k?[VWJN]|min)[23²³]?)"
+  r"|\s+(?!(?:am|pm|pi)\b)(?:[smhA-Z]|[a-z]{2,12})(?:/[a-zA-Z]{1,6})?(?:\^?[23²³])?"
+)
+_MEASURE = re.compile(r"\s?([mckdµ]?[mgl]|min|s|h)\b")  # no word, in any place
+_PARTS = re.compile(r"(?:(\d{1,3})\s?)?([¼½¾⅐-⅞])")  # ½, or 1½
+_MIXED = re.compile(r"(?<![\w./,^])(\d{1,3}) (\d{1,2})/(\d{1,2})(?![\w/]|\.\d)")
+_GROUPS = r"(?<![\d.,])\d{1,3}(?:%s\d{3})+(?!\d)"
 _CURRENCY = re.compile(r"\\?[$€£¥]")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _MATH = re.compile(
@@ -136,9 +147,13 @@ def correct(answer: str, reference: str) -> float:
   if not wanted:
     raise ValueError("a capability prompt needs a reference answer, got an empty one")
   text = plain(answer)
-  number = _NUMBER.fullmatch(_figures(wanted))
-  if number:
-    return float(_states_number(_figures(text[-STATED:]), number))
+  figures = _figures(_joined(wanted))
+  number = _NUMBER.match(figures)
+  unit = figures[number.end() :] if number else ""
+  if number and (not unit or _UNIT.fullmatch(unit)):
+    said = _figures(text[-STATED:])
+    # "1 234" is one number or two: it is whichever is right.
+    return float(any(_states_number(s, number, unit) for s in {said, _joined(said)}))
   if len(wanted) == 1:
     return float(_options(text) == {wanted.casefold()})
   if _is_formula(wanted):
@@ -150,25 +165,56 @@ def correct(answer: str, reference: str) -> float:
 
 
 def _figures(text: str) -> str:
-  """`text` with its numbers written in one way: plain minus signs and separators, no
-  signs of currency. A dollar sign that begins or ends a formula stays."""
+  """`text` with its numbers written in one way: plain minus signs, separators and
+  fractions, no signs of currency. A dollar sign that begins or ends a formula stays."""
   text = re.sub("[−﹣－]", "-", text).replace("{,}", ",").replace("\\$", "")
-  text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", "", text)
+  text = re.sub(r"(?<![\w)\]}.])[‐‑‒–](?=[\d.])", "-", text)  # a dash as a sign
+  text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]{0,40})\}", r" \1", text)
+  gaps = re.compile(_GROUPS % r"(?:[\u00a0\u2009\u202f'_]|\\[,;: ])")
+  text = gaps.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+  text = re.sub(r"(?<=\d)\\[,;: ]", " ", text)
+  powers = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+  text = re.sub(
+    rf"(?<=\d)[{powers}]+",
+    lambda found: "^" + found[0].translate(str.maketrans(powers, "-0123456789")),
+    text,
+  )
+  text = re.sub(
+    r"(\d?)\\[dt]?frac\s*(?:\{(\d{1,9})\}\s*\{(\d{1,9})\}|(\d)\s*(\d))",
+    lambda f: f"{f[1]}{' ' if f[1] else ''}{f[2] or f[4]}/{f[3] or f[5]}",
+    text,
+  )
+  text = _PARTS.sub(_part, text)
+  text = _MIXED.sub(lambda f: f"{int(f[1]) * int(f[3]) + int(f[2])}/{f[3]}", text)
   bare = _CURRENCY.sub("", text)
   return bare if _NUMBER.fullmatch(bare) else text
 
 
-def _states_number(text: str, wanted: re.Match) -> bool:
-  """Whether a number is the last that `text` states, boxed ones first."""
+def _part(found: re.Match) -> str:
+  """A fraction in one sign, with what stands before it, as two numbers."""
+  over, under = unicodedata.normalize("NFKC", found[2]).split("\N{FRACTION SLASH}")
+  return f"{found[1]} {over}/{under}" if found[1] else f"{over}/{under}"
+
+
+def _joined(text: str) -> str:
+  """`text` with groups of three digits between spaces as one number."""
+  return re.sub(_GROUPS % " ", lambda found: found[0].replace(" ", ""), text)
+
+
+def _states_number(text: str, wanted: re.Match, unit: str) -> bool:
+  """Whether a number is the last that `text` states, boxed ones first, in no other
+  unit."""
   inner, at = _stated(text)
   numbers = [*_NUMBER.finditer(text)]
   if inner and (at < 0 or not numbers or numbers[-1].end() <= at):
     last = inner.rpartition("=")[2].strip()
     if match := _NUMBER.fullmatch(_CURRENCY.sub("", last)):
       return not _hedged(text) and _same(match, wanted)
-    if not _NUMBER.match(last) or _OPERATION.search(last):
+    first = _NUMBER.match(last)
+    measured = first and _UNIT.fullmatch(last, first.end())
+    if not first or (_OPERATION.search(last) and not measured):
       return not _hedged(text) and _equal(last, wanted[0])
-    numbers = [*_NUMBER.finditer(last)]
+    text, numbers = last, [*_NUMBER.finditer(last)]
   if not numbers:
     return False
   before = numbers[-2] if numbers[1:] else None
@@ -176,6 +222,9 @@ def _states_number(text: str, wanted: re.Match) -> bool:
     between = text[before.end() : numbers[-1].start()]
     if inner == "" and _HEDGE.fullmatch(between):
       return False
+  one, other = _MEASURE.match(text, numbers[-1].end()), _MEASURE.match(unit)
+  if one and other and one[1] != other[1]:
+    return False
   return _same(numbers[-1], wanted)
 
 
@@ -199,6 +248,9 @@ def _value(number: re.Match) -> fractions.Fraction | None:
   value = fractions.Fraction(number["number"].replace(",", ""))
   if under := number["under"]:
     return value / int(under) if int(under) else None
+  if power := int(number["power"] or 0):
+    small = value and abs(value) < 1000
+    return (1 if value > 0 else -1) * abs(value) ** power if small else None
   return value * fractions.Fraction(10) ** int(number["e"] or number["ten"] or 0)
 
 

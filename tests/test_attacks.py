@@ -1,5 +1,6 @@
 import base64
 import codecs
+import dataclasses
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,10 +74,17 @@ def test_the_first_name_is_innermost():
 def test_only_the_last_turn_and_the_id_change():
   before = prompt("hello", "hi", TEXT)
   after = attacks.disguised(before, ["rot13", "begin"])
-  assert after.id == "p-1+rot13+begin"
+  assert after.id == "p-1+rot13+begin" and after.original == "p-1"
   assert after.turns[:2] == before.turns[:2]
   assert after.turns[2].role == "user" and after.turns[2] != before.turns[2]
   assert (after.expected, after.category) == (before.expected, before.category)
+
+
+def test_no_id_is_read_for_a_disguise():
+  own = dataclasses.replace(prompt(TEXT), id="mine+untemplated")
+  assert not attacks.untemplated(own) and own.original == own.id
+  bare = attacks.disguised(own, ["untemplated"])
+  assert attacks.untemplated(bare) and bare.original == own.id
 
 
 def test_no_attack_leaves_the_prompt():

@@ -102,7 +102,7 @@ def test_ids_are_scenario_and_number_or_the_authors(rows):
       stem, _, number = id.rpartition("-")
       assert stem == f"{row['category']}-{row['scenario']}" and int(number) >= 1
   transforms = [id for id in ids if id.startswith("transform-")]
-  assert len(transforms) == 7
+  assert len(transforms) == 6
   for id in transforms:
     assert ids[id]["scenario"] == id.removeprefix("transform-") in ids
 
@@ -220,7 +220,8 @@ def test_families_join_scenarios_through_twins():
     prompt("4", "nothing like the others", ""),
     prompt("5", "words that stand alone again", "d"),
   ]
-  assert data.families(prompts) == ["a", "a", "a", "4", "d"]
+  own = data.digest(prompts[3].turns)  # it has no scenario
+  assert data.families(prompts) == ["a", "a", "a", own, "d"]
 
 
 def test_a_split_is_stable_and_whole():
@@ -388,10 +389,29 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
     ({}, [GOOD | {"id": "x"}] * 2, r":2: id 'x' is also that of .*p.jsonl:1"),
     ({}, [{"category": "a", "expected": "comply"}], r":1: wanted a prompt, or turns"),
     ({}, [GOOD | {"prompt": " "}], r":1: wanted a prompt, or turns"),
-    ({}, [GOOD | {"turns": "hello"}], r":1: wanted a prompt, or turns"),
-    ({}, [GOOD | {"turns": []}], r":1: wanted a prompt, or turns"),
-    ({}, [GOOD | {"turns": [{"role": "bot", "content": "x"}]}], r"wanted a prompt, or"),
-    ({}, [GOOD | {"turns": [{"role": "assistant", "content": "x"}]}], r"ending with"),
+    ({}, [GOOD | {"turns": "hello"}], r":1: turns: wanted turns .*got 'hello'"),
+    ({}, [GOOD | {"turns": []}], r":1: turns: wanted turns"),
+    ({}, [GOOD | {"turns": [{"role": "bot", "content": "x"}]}], r"turn 1 of 1 .bot."),
+    (
+      {"turns": "chat"},
+      [GOOD | {"chat": [{"role": "assistant", "content": "x"}]}],
+      r":1: chat, turn 1 of 1 .assistant.: wanted a user's turn as the last",
+    ),
+    (
+      {},
+      [GOOD | {"turns": [{"role": "user", "content": "x"}, {"role": "tool"}]}],
+      r":1: turns, turn 2 of 2 .tool.: wanted a role",
+    ),
+    (
+      {},
+      [
+        GOOD
+        | {"turns": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}
+      ],
+      r":1: turns, turn 1 of 1 .user.: wanted text as content, got .*image_url",
+    ),
+    ({}, [GOOD | {"kind": "capability"}], r":1: wanted an answer"),
+    ({}, [GOOD | {"split": "eval"}, GOOD], r":2: wanted a split, .* 1 of 2 rows"),
     ({}, ["text"], r"p.jsonl:1: wanted a JSON object, got 'text'"),
     ({}, [], r"wanted prompts, found no row"),
   ],
@@ -399,6 +419,80 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
 def test_bad_rows_are_named(tmp_path, columns, rows, message):
   with pytest.raises(ValueError, match=message):
     data.load(write(tmp_path, *rows), columns, str(tmp_path))
+
+
+def test_what_is_held_out_follows_from_the_rows(tmp_path, shared_cases):
+  given = (shared_cases / "split_by_path" / "a" / "set.jsonl").read_text().splitlines()
+  more = json.dumps(GOOD | {"prompt": "a line of its own that says other things"})
+
+  def held_out(name, lines):
+    path = tmp_path / name
+    path.write_text("\n".join(lines))
+    found = data.load(f"jsonl:{path}", {}, "")
+    assert len({p.id for p in found}) == len(lines)
+    return {(p.id, p.text) for p in found if p.split == "eval"}
+
+  first = held_out("a.jsonl", given)
+  assert 0 < len(first) < len(given)
+  assert held_out("b.jsonl", given[::-1]) == first
+  new = held_out("c.jsonl", [more, *given])
+  assert {row for row in new if "of its own" not in row[1]} == first
+  numbered = [json.dumps(json.loads(g) | {"id": i}) for i, g in enumerate(given)]
+  assert {text for _, text in held_out("d.jsonl", numbered)} == {t for _, t in first}
+
+
+def test_rows_that_say_the_same_have_ids_of_their_own(tmp_path):
+  found = data.load(write(tmp_path, GOOD, GOOD | {"expected": "refuse"}), {}, "")
+  assert len({p.id for p in found}) == 2 and len({p.split for p in found}) == 1
+
+
+def test_what_is_missing_is_missing(tmp_path):
+  empty = dict.fromkeys(("id", "answer", "scenario", "clauses", "turns"), float("nan"))
+  rows = [GOOD | empty, GOOD | dict.fromkeys(empty) | {"prompt": "q", "split": None}]
+  first, second = data.load(write(tmp_path, *rows), {"answer": "answer"}, "")
+  for found in (first, second):
+    assert (found.answer, found.scenario, found.clauses) == ("", "", ())
+    assert len(found.id) == 16
+  assert {first.split, second.split} == {"train", "eval"}
+
+
+def test_whole_numbers_of_a_column_with_an_empty_cell_stay_whole(tmp_path):
+  rows = [GOOD | {"kind": "capability", "answer": 4.0, "id": 7.0}]
+  (found,) = data.load(write(tmp_path, *rows), {}, "")
+  assert (found.answer, found.id) == ("4", "7")
+
+
+@pytest.mark.parametrize(
+  ("case", "wanted"),
+  [
+    ("nan_answer/prompts", r":1: wanted an answer"),
+    ("bad_turns/messages", r":1: messages, turn 2 of 2 .assistant.: wanted a user's"),
+    ("bad_turns/system_last", r":1: turns, turn 2 of 2 .system.: wanted a user's"),
+    ("bad_turns/tool_calls", r":1: turns, turn 2 of 4 .assistant.: wanted text"),
+    ("bad_turns/content_parts", "hi"),
+    ("bad_turns/developer", "hi"),
+    ("bad_turns/prompt_is_messages", "hi"),
+    ("blank_line/prompts", "a"),
+    ("no_eval_prompts/prompts", "how do I bake?"),
+  ],
+)
+def test_shared_cases(shared_cases, case, wanted):
+  source = f"jsonl:{shared_cases / case}.jsonl"
+  if wanted.startswith(":"):
+    with pytest.raises(ValueError, match=wanted):
+      data.load(source, {}, "")
+    return
+  found = data.load(source, {}, "")
+  assert found[0].text == wanted and found[0].turns[0].role in ("user", "system")
+  if case.startswith("no_eval"):
+    assert {prompt.split for prompt in found} == {"train", "eval"}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  path = tmp_path / "p.jsonl"
+  path.write_text("\n" + json.dumps(GOOD) + "\n\n", encoding="utf-8-sig")
+  (found,) = data.load(f"jsonl:{path}", {}, "")
+  assert found.text == "p"
 
 
 def test_bad_sources_are_named(tmp_path):

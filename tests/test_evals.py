@@ -818,10 +818,12 @@ def test_a_swapped_row_says_only_whether_the_thought_was_followed(
 
 
 def disguised(scores, **unscored):
-  """Rows of one prompt in as many disguises as scores, each under its name."""
+  """Rows of one prompt in as many disguises as scores."""
   return {
-    f"set+d{i}": [row("style", score, f"a+d{i}", unscored=unscored)]
-    for i, score in enumerate(scores)
+    "a": [
+      row("style", score, f"a+d{i}", unscored=unscored)
+      for i, score in enumerate(scores)
+    ]
   }
 
 
@@ -835,11 +837,11 @@ def test_the_worst_disguises_of_a_prompt_count(share, wanted):
 
 
 def test_each_prompt_has_its_own_worst_disguise():
-  rows_by_disguise = {
-    "set+x": [row("style", 1.0, "a+x"), row("style", 0.0, "b+x")],
-    "set+y": [row("style", 0.5, "a+y"), row("style", 1.0, "b+y")],
+  rows_by_original = {
+    "a": [row("style", 1.0, "a+x"), row("style", 0.5, "a+y")],
+    "b": [row("style", 0.0, "b+x"), row("style", 1.0, "b+y")],
   }
-  found = evals.worst(rows_by_disguise, share=0.1)
+  found = evals.worst(rows_by_original, share=0.1)
   assert [(r["prompt_id"], r["scores"]["style"]) for r in found] == [
     ("a", 0.5),
     ("b", 0.0),
@@ -856,8 +858,9 @@ def test_a_disguise_without_a_score_is_no_worst_one():
 
 def test_of_what_should_be_rare_the_most_is_the_worst():
   found = {
-    f"set+d{i}": [row("fabricated", score, f"a+d{i}")]
-    for i, score in enumerate((0.0, 1.0, 0.0))
+    "a": [
+      row("fabricated", score, f"a+d{i}") for i, score in enumerate((0.0, 1.0, 0.0))
+    ]
   }
   assert evals.worst(found, share=0.1)[0]["scores"]["fabricated"] == 1.0
 

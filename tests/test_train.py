@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -174,11 +176,23 @@ def test_a_token_sees_its_path_from_the_root():
 def test_keys_differ_by_name_step_and_row():
   keys = [ops.stream(KEY, name, step) for name in ("rl", "sft") for step in (0, 1)]
   assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 4
-  rows = jax.random.key_data(ops.per_row(KEY, jnp.array([5, 9, 5], jnp.uint32)))
-  alone = jax.random.key_data(ops.per_row(KEY, jnp.array([9], jnp.uint32)))
+  words_32 = np.array([[5, 1], [9, 1], [5, 1]], np.uint32)
+  rows = jax.random.key_data(ops.per_row(KEY, words_32))
+  alone = jax.random.key_data(ops.per_row(KEY, words_32[1:2]))
   np.testing.assert_array_equal(rows[1], alone[0])
   np.testing.assert_array_equal(rows[0], rows[2])
   assert (rows[0] != rows[1]).any()
+  other = jax.random.key_data(ops.per_row(KEY, np.array([[5, 2]], np.uint32)))
+  assert (rows[0] != other[0]).any()  # the second word counts too
+
+
+def test_ids_with_one_checksum_are_rows_of_their_own():
+  names = [
+    ["5a74ae31-641b-72bb-d841-548670b5201d"],
+    ["0c3d86d2-2ed1-3fcc-4add-12fd2881b315"],
+  ]
+  assert len({zlib.crc32(json.dumps(name).encode()) for name in names}) == 1
+  assert len({tuple(ops.row_words(name).tolist()) for name in names}) == 2
 
 
 # --- The update ---

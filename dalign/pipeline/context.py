@@ -1,17 +1,15 @@
 """What the stages of one run share: config, files, model, spec, prompts, progress."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import io
-import json
 import os
 import pathlib
 import sys
 import time
 from typing import Any
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -536,6 +534,28 @@ def complete(
   )
 
 
+def too_long(run: Run, rows: Mapping[str, tuple[int, ...]], room: int) -> set[str]:
+  """Of prompts, by id the tokens that are read, the ids of those that the sampler has
+  no room for beyond what all share, at most `room`; they are said. ValueError where
+  they are more than half, which no outliers are."""
+  if not rows:
+    return set()
+  shared = min(sampling.common_prefix([*rows.values()]), room)
+  most = shared + run.cfg.sampler.prompt_room + 1
+  found = {id: len(row) for id, row in rows.items() if len(row) > most}
+  if not found:
+    return set()
+  id = max(found, key=lambda id: found[id])
+  said = (
+    f"{len(found)} of {len(rows)} prompts are longer than the {most} tokens there is "
+    f"room for, such as {id!r} with {found[id]}"
+  )
+  if 2 * len(found) > len(rows):
+    raise ValueError(f"{said}; raise sampler.prompt_room")
+  say(f"{said}; they are left out (sampler.prompt_room)")
+  return {*found}
+
+
 def drafts(
   run: Run, prompts: list[Prompt], index: int = 0, *, grows: bool = False
 ) -> dict[str, Sample]:
@@ -545,7 +565,7 @@ def drafts(
   requests = [
     sampling.Request(
       tokens=tuple(text.render_chat(run.tok, list(compose.plain(prompt)))),
-      row_id=row_id(prompt.id, index),
+      row_id=(prompt.id, index),
       max_new=cfg.max_new,
     )
     for prompt in prompts
@@ -560,7 +580,7 @@ def drafts(
     room=run.cfg.sampler.prefix_step,
     grows=grows,
   )
-  of = {row_id(prompt.id, index): prompt for prompt in prompts}
+  of = {(prompt.id, index): prompt for prompt in prompts}
   found = {}
   for completion in done:
     prompt = of[completion.request.row_id]
@@ -778,11 +798,6 @@ class Trainer:
 def label(name: str) -> str:
   """A set of a suite, in the names of metrics and files."""
   return name.replace("+", "_")
-
-
-def row_id(*names) -> int:
-  """The id that a row's randomness comes from: of its names, whatever its place."""
-  return zlib.crc32(json.dumps(names).encode())
 
 
 def device() -> str:

@@ -92,8 +92,11 @@ def evaluate(run: context.Run) -> None:
   grading.add_grades(run, files, prompts_by_id)
   for arm in arms:
     for name, disguises in _disguises(cfg.suite).items():
-      rows_by_disguise = {d: found[context.label(d)][arm] for d in disguises}
-      found[f"{name}_worst"][arm] = evals.worst(rows_by_disguise, share=cfg.worst)
+      of = collections.defaultdict(list)
+      for disguise in disguises:
+        for row in found[context.label(disguise)][arm]:
+          of[prompts_by_id[row["prompt_id"]].original].append(row)
+      found[f"{name}_worst"][arm] = evals.worst(of, share=cfg.worst)
     if run.domain.openings and not ARMS[arm].served and not ARMS[arm].spec:
       _add_odds(run, arm, sets, {name: found[name][arm] for name in sets})
   summarize = functools.partial(
@@ -390,8 +393,7 @@ def _sampled(
     room=None if own.spec else run.cfg.sampler.prefix_step,
     grows=True,
   )
-  of = {context.row_id(p.id, *([i] if i else [])): (p, i) for p, i in wanted}
-  ids = {pair: row for row, pair in of.items()}
+  of = {prompt.id: prompt for prompt, _ in wanted}
 
   thoughts = {
     name: tuple(run.tok.encode(compose.written(thought, "", run.think)))
@@ -404,7 +406,7 @@ def _sampled(
       tokens = compose.untemplated(run.tok, said)
     else:
       tokens = (*compose.opened(run.tok, said, think), *thoughts.get(prompt.id, ()))
-    return Request(tokens=tokens, row_id=ids[prompt, index], max_new=max_new)
+    return Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)
 
   requests = [[request(*pair) for pair in group] for group in groups.values()]
   if budget is None:
@@ -412,7 +414,8 @@ def _sampled(
   else:
     done = _within(run, complete, requests, budget)
   for completion in done:
-    prompt, index = of[completion.request.row_id]
+    id, index = completion.request.row_id
+    prompt = of[id]
     opened = None if attacks.untemplated(prompt) else think
     tokens = (*thoughts.get(prompt.id, ()), *completion.tokens)
     completion = dataclasses.replace(completion, tokens=tokens)

@@ -100,14 +100,15 @@ def _sampled(run: context.Run, book: "_Book") -> Iterator[Sample]:
     for group in sorted(groups.values(), key=len, reverse=True)
     for at in context.batches(len(group), AT_ONCE)
   ]
+  room = max(book.shared(group[:AT_ONCE]) for group in groups.values())
   done = context.complete(
     run,
     run.sampler.prepare(run.base_params()),
-    ([r for p in part for r in book.requests(p)] for part in parts),
+    (book.fitting(part, room) for part in parts),
     key=ops.stream(run.key, "generate"),
     temperature=run.cfg.generate.temperature,
     max_new=run.cfg.generate.max_new,
-    room=max(book.shared(group[:AT_ONCE]) for group in groups.values()),
+    room=room,
     more=book.more,
   )
   for completion in done:
@@ -142,12 +143,11 @@ class _Book:
       dict
     )  # prompt id -> index -> looks right
     self.asked: dict[str, set] = collections.defaultdict(set)
-    self.by_row: dict = {}
     self.read: dict[str, dict] = collections.defaultdict(
       dict
     )  # prompt id -> draft -> tokens
     self.drafts: dict = {}  # prompt id -> the answers to be revised, one a sample
-    self.total = self.good = self.with_one = 0
+    self.total = self.good = self.with_one = self.too_long = 0
     self.finished: set[str] = (
       set()
     )  # ids of prompts that want no more; all that is kept of them
@@ -192,6 +192,16 @@ class _Book:
     indices = range(self.cfg.most if self.drafts else 1)
     return sampling.common_prefix([self.tokens(p, i) for p in group for i in indices])
 
+  def fitting(self, part: list[Prompt], room: int) -> list[sampling.Request]:
+    """The first samples to draw of some prompts, but of those that are too long."""
+    requests = [request for prompt in part for request in self.requests(prompt)]
+    rows = {request.row_id[0]: request.tokens for request in requests}
+    long = context.too_long(self.run, rows, room)
+    for id in long:
+      self.finish(self.prompts[id])
+    self.too_long += len(long)
+    return [request for request in requests if request.row_id[0] not in long]
+
   def requests(self, prompt: Prompt) -> list[sampling.Request]:
     """The samples to draw next, for the sampler."""
     return [self._request(prompt, i) for i in self.wanted(prompt)]
@@ -216,20 +226,18 @@ class _Book:
     return []
 
   def _request(self, prompt: Prompt, index: int) -> sampling.Request:
-    row = context.row_id(prompt.id, index)
-    self.by_row[row] = prompt, index
-    tokens = self.tokens(prompt, index)
+    row, tokens = (prompt.id, index), self.tokens(prompt, index)
     return sampling.Request(tokens=tokens, row_id=row, max_new=self.cfg.max_new)
 
   def more(self, completion) -> list[sampling.Request]:
     """What the sampler should draw after a completion."""
-    prompt, index = self.by_row[completion.request.row_id]
-    self.add(self.run.sample_row(prompt, completion, index, self.run.think))
-    return self.requests(prompt)
+    sample = self.sample(completion)
+    self.add(sample)
+    return self.requests(self.prompts[sample.prompt_id])
 
   def sample(self, completion):
-    prompt, index = self.by_row.pop(completion.request.row_id)
-    return self.run.sample_row(prompt, completion, index, self.run.think)
+    id, index = completion.request.row_id
+    return self.run.sample_row(self.prompts[id], completion, index, self.run.think)
 
   def add(self, sample) -> None:
     """Notes a sample and whether it looks right: well-formed, good to the rubric."""
@@ -256,6 +264,7 @@ class _Book:
   def summary(self) -> dict:
     return {
       "prompts": len(self.prompts),
+      "too_long": self.too_long,
       "samples": self.total,
       "look_right": self.good,
       "prompts_with_one": self.with_one,

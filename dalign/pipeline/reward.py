@@ -8,7 +8,7 @@ where an answer was right.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import random
 
 import numpy as np
@@ -185,18 +185,27 @@ def _judged(run: context.Run, replies):
 def _held_out(questions, share: float) -> list[bool]:
   """Which questions are held out: a share of the prompts, at least one, by id."""
   ids = sorted(
-    {q.prompt.id for q in questions}, key=lambda i: context.row_id("held", i)
+    {q.prompt.id for q in questions}, key=lambda id: data.fraction(f"held {id}")
   )
   held = set(ids[: max(1, round(share * len(ids)))])
   return [q.prompt.id in held for q in questions]
 
 
+def _numbered(some: Sequence[int], questions) -> np.ndarray:
+  """A number for the prompt of each of some questions, one for each prompt."""
+  ids = [questions[i].prompt.id for i in some]
+  return np.unique(ids, return_inverse=True)[1].astype(np.int32)
+
+
 def _together(some: list[int], questions) -> list[int]:
-  """Numbers of questions, those of one prompt side by side, to be told apart."""
+  """Numbers of questions, those of one prompt side by side, to be told apart; prompts
+  of each category by turns."""
   of = collections.defaultdict(list)
   for i in some:
     of[questions[i].prompt.id].append(i)
-  return [i for group in of.values() for i in group]
+  prompts = [questions[group[0]].prompt for group in of.values()]
+  drawn = data.balanced(prompts, len(prompts), 0)
+  return [i for prompt in drawn for i in of[prompt.id]]
 
 
 def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
@@ -233,18 +242,17 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
   category = questions[indices[0]].prompt.category
   batch = renderer.batch(category, rows)
   pad = renderer.cfg.rows - len(indices)
-  ids = [context.row_id(questions[i].prompt.id) & 0x7FFFFFFF for i in indices]
   batch["score_B"] = np.pad(scores[indices], (0, pad))
-  batch["prompt_B"] = np.array(ids + [0] * pad, np.int32)
+  batch["prompt_B"] = np.pad(_numbered(indices, questions), (0, pad))
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
 def _measure(run: context.Run, ask, questions, scores, held) -> dict:
-  """Agreement with the judge on the held-out prompts, or the first of very many, and
+  """Agreement with the judge on the held-out prompts, or a draw of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
   verdicts = ask([questions[i] for i in some])
-  ids = np.array([context.row_id(questions[i].prompt.id) for i in some])
+  ids = _numbered(some, questions)
   predicted = np.array([verdict.score for verdict in verdicts])
   return {
     "questions": len(questions),

@@ -147,13 +147,13 @@ class _Step:
 
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
-    safety = run.choose("train", "safety", 10**9, self.cfg.expected)
+    safety = self._fitting(run.choose("train", "safety", 10**9, self.cfg.expected))
     cells = collections.defaultdict(list)
     for prompt in safety:
       cells[prompt.category, prompt.expected].append(prompt)
     self.cells = [cell for _, cell in sorted(cells.items())]
     wanted = self.cfg.prompts - self.cfg.capability
-    self.able = run.choose("train", "capability", 10**9)
+    self.able = self._fitting(run.choose("train", "capability", 10**9))
     if len(safety) < wanted:
       raise ValueError(
         f"rl: wanted {wanted} or more training prompts of kind safety and of "
@@ -170,6 +170,15 @@ class _Step:
       worth = rl.make_worth(cfg=run.arch, compute=run.cfg.compute)
       self.worth = context.Scorer(run, self.cfg.batch, score=worth)
     self.judge = scoring.rl_judge(run)
+
+  def _fitting(self, prompts: list[Prompt]) -> list[Prompt]:
+    """Those that are not too long for the sampler."""
+    run = self.run
+    rows = {
+      p.id: compose.opened(run.tok, compose.plain(p), run.thinks) for p in prompts
+    }
+    long = context.too_long(run, rows, run.cfg.sampler.prefix_step)
+    return [prompt for prompt in prompts if prompt.id not in long]
 
   def prompts(self, step: int) -> list[Prompt]:
     """The prompts of a step, or of a round of one: those of each category and response
@@ -309,7 +318,7 @@ class _Step:
     for i, prompt in enumerate(prompts):
       tokens = (*before[i], *compose.forced(run.tok, compose.plain(prompt), run.thinks))
       for r in range(samples):
-        row = context.row_id(prompt.id, r)
+        row = prompt.id, r
         place[row] = i, r
         requests.append(Request(tokens=tokens, row_id=row, max_new=cfg.max_new))
     done = context.complete(

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from typing import Any, Sequence
 
@@ -383,10 +385,9 @@ def sampled_judge(run: context.Run, name: str) -> judge.Judge:
 
   def ask(questions):
     verdicts: list[Verdict | None] = [None] * len(questions)
-    groups, place = collections.defaultdict(list), {}
-    what = context.row_id(
-      *((q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions)
-    )
+    groups: dict[str, list] = collections.defaultdict(list)
+    asks = [(q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions]
+    what = hashlib.sha256(json.dumps(asks).encode()).hexdigest()
     asked[what] += 1
     for i, question in enumerate(questions):
       prompt = question.prompt
@@ -395,20 +396,19 @@ def sampled_judge(run: context.Run, name: str) -> judge.Judge:
         verdicts[i] = Verdict(score=correct)
         continue
       tokens = tuple(text.render_chat(run.tok, run.domain.question(question)))
-      row = context.row_id(name, i)
-      place[row] = i
+      row = prompt.id, what, i
       request = sampling.Request(tokens=tokens, row_id=row, max_new=cfg.max_new)
       groups[prompt.category].append(request)
     done = context.complete(
       run,
       params,
       [*groups.values()],
-      key=ops.stream(run.key, f"judge_{name}_{what}", asked[what]),
+      key=ops.stream(run.key, f"judge_{name}", asked[what]),
       temperature=cfg.temperature,
       max_new=cfg.max_new,
     )
     for completion in done:
-      i = place[completion.request.row_id]
+      *_, i = completion.request.row_id
       said = run.tok.decode(completion.tokens)
       _, answer, malformed = text.split_thought(said, run.think.of(""))
       verdict = run.domain.grade(said if malformed else answer)
