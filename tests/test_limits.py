@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import pathlib
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from dalign import checkpoints
 from dalign import config as configs
 from dalign import main
 from dalign import pipeline
+from dalign import store
 from dalign import train
 from dalign.pipeline import context
 from dalign.pipeline import rl as rl_stage
@@ -204,3 +206,21 @@ def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
 
   assert ended(run, tmp_path, monkeypatch) == 1
   assert capsys.readouterr().err == "dalign: sft step 3: loss not finite\n"
+
+
+def test_a_workdir_that_cannot_be_made_is_bad_input(tmp_path):
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(ValueError, match="--workdir: .*file/run .Not a directory"):
+    with store.Store(tmp_path / "file" / "run").claimed():
+      pass
+
+
+def test_a_user_without_a_home_gets_one(tmp_path, monkeypatch):
+  def unknown(user):
+    raise KeyError(user)
+
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr("pwd.getpwuid", unknown)
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+  assert main.main(["dalign", "--version"]) == 0
+  assert pathlib.Path("~/.cache").expanduser().parent.parent == tmp_path

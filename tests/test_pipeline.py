@@ -827,8 +827,8 @@ def test_prompts_whose_ids_have_one_checksum_get_their_own_replies(
   assert [row["prompt_id"] for row in rows] == [prompt.id for prompt in prompts]
   said = {row["prompt_id"]: row["answer"] for row in rows}
   assert len({*said.values()}) == 4  # none is under another's prompt too
-  for request, text in zip(asked, ["Yes.", "So.", "Ha.", "No."], strict=True):
-    assert said[request.row_id[0]] == text
+  for request, own_text in zip(asked, ["Yes.", "So.", "Ha.", "No."], strict=True):
+    assert said[request.row_id[0]] == own_text
 
 
 def test_a_prompt_in_both_splits_is_refused(tmp_path, shared_cases):
