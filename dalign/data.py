@@ -486,7 +486,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) -> Prompt:
-  texts = {"kind": "safety"}
+  texts: dict[str, Any] = {"kind": "safety"}
   for name in ("id", "category", "expected", "kind", "split", "answer", "scenario"):
     value = values.get(name, texts.get(name, ""))
     if name in ("id", "answer") and isinstance(value, (int, float)):
@@ -563,7 +563,7 @@ def text_of(content: object) -> str | None:
   anything else."""
   if not isinstance(content, list):
     return content if isinstance(content, str) else None
-  texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+  texts: list[Any] = [part.get("text") for part in content if isinstance(part, Mapping)]
   kinds = {part.get("type") for part in content if isinstance(part, Mapping)}
   all_text = kinds == {"text"} and len(texts) == len(content)
   return (

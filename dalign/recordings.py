@@ -181,10 +181,10 @@ def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
     if reply["role"] != "assistant":
       raise KeyError(reply["role"])
     thought = reply.get("reasoning_content") or reply.get("reasoning") or ""
-    asked = [data.text_of(message["content"]) for message in before]
+    asked: list[Any] = [data.text_of(message["content"]) for message in before]
     if None in asked:
       raise KeyError("content")
-    return asked, thought, data.text_of(reply["content"])
+    return asked, thought, data.text_of(reply["content"]) or ""
   except (TypeError, KeyError, ValueError):
     raise ValueError(
       f"{where}: wanted messages that end with an assistant's, got {messages!r:.80}"
@@ -198,7 +198,7 @@ def _votes(where: str, votes: Any) -> Iterator[Vote]:
   for vote in votes:
     if not isinstance(vote, Mapping):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
-    scores = [vote.get("score"), vote.get("answer_score")]
+    scores: list[Any] = [vote.get("score"), vote.get("answer_score")]
     scores[1] = scores[0] if data.missing(scores[1]) else scores[1]
     numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
     if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
