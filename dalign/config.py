@@ -116,6 +116,7 @@ JudgeForm = Literal[  # forms.FORMS
 ]
 Arm = Literal[
   "base",
+  "base_thinks",
   "spec_in_prompt",
   "spec_in_prompt_oracle",
   "self_refine",

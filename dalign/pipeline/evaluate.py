@@ -47,6 +47,7 @@ class Arm:
 
 ARMS = {
   "base": Arm(""),
+  "base_thinks": Arm("", thinks=True),
   "spec_in_prompt": Arm("", spec="summaries"),
   "spec_in_prompt_oracle": Arm("", spec="policy"),
   "self_refine": Arm("", spec="policy", thinks=True),  # revises what the base answered
