@@ -209,6 +209,8 @@ class ModelConfig(Checked):
     plain MLP.
   experts_normed: the weights of the experts used add up to one.
   lora_scale: what adapters beside the matrices are multiplied with (`adapters.py`).
+  absent: (start, stop) of ids that the tokenizer does not have, padding of the
+    vocabulary among them, which have no probability.
   """
 
   vocab: Count
@@ -241,6 +243,7 @@ class ModelConfig(Checked):
   experts_used: int = 0
   experts_normed: bool = True
   lora_scale: float = 0.0
+  absent: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self):
     sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffw")
@@ -263,6 +266,14 @@ class ModelConfig(Checked):
       and not self.experts_used
     ):
       _refuse(self, "experts_used", f"1 to experts = {self.experts}")
+
+  def check_length(self, tokens: int, what: str) -> None:
+    """Raises ValueError where `what` has more tokens than the model was made for."""
+    if tokens > self.max_length:
+      raise ValueError(
+        f"{what}: {tokens} tokens, and the model takes {self.max_length} (its context "
+        "length): drop what is so long, or lower the limit of what is written"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dalign import words
 from dalign.types import EXPECTED
 from dalign.types import KINDS
 from dalign.types import Prompt
@@ -589,10 +590,9 @@ def _whole_text(prompt: Prompt) -> str:
 
 
 def _grams(text: str, n: int) -> frozenset[str]:
-  """Runs of `n` words; all of a text that has fewer, as one."""
-  words = re.findall(r"\w+", text.casefold())
-  last = max(len(words) - n, 0)
-  return frozenset(" ".join(words[i : i + n]) for i in range(last + 1))
+  """Runs of `n` words (`words.runs`); all of a text that has fewer, as one."""
+  found = re.findall(r"\w+", text.casefold())
+  return frozenset(map(" ".join, words.runs(found, n))) or frozenset([" ".join(found)])
 
 
 def digest(turns: Sequence[Turn]) -> str:

@@ -103,9 +103,11 @@ def of(model_type: str | None) -> Family:
 def read(settings: Any) -> ModelConfig:
   """Our config of a transformers config; ValueError for what we cannot compute."""
   family = of(settings.model_type)
+  # A config class keeps keys that are other families', which its model does not read.
+  own = {field.name for field in dataclasses.fields(settings)} | {"head_dim"}
 
   def get(name, default=None):
-    found = getattr(settings, name, None)
+    found = getattr(settings, name, None) if name in own else None
     return default if found is None else found
 
   rope = dict(get("rope_parameters", {}))
@@ -120,8 +122,8 @@ def read(settings: Any) -> ModelConfig:
   sparse = bool(family.experts)
   if get("mlp_only_layers") or get("decoder_sparse_step", 1) != 1:
     raise ValueError("config.json: layers with and without experts in one model")
-  if get("use_bidirectional_attention"):
-    raise ValueError("config.json: use_bidirectional_attention")
+  if get("use_bidirectional_attention") or not getattr(settings, "is_causal", True):
+    raise ValueError("config.json: use_bidirectional_attention, or is_causal=false")
   layers, window = settings.num_hidden_layers, get("sliding_window", 0)
   kinds = get("layer_types", ["sliding_attention" if window else ""] * layers)
   sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
@@ -132,6 +134,10 @@ def read(settings: Any) -> ModelConfig:
   biased += MLP if get("mlp_bias") and not sparse else ()
   scalar = get("query_pre_attn_scalar")
   gemma = family.norm_offset == 1.0
+  # A key of Gemma 3's too, whose attention does not read it.
+  cap = (
+    0.0 if settings.model_type == "gemma3_text" else get("attn_logit_softcapping", 0)
+  )
   cfg = ModelConfig(
     family=settings.model_type,
     vocab=settings.vocab_size,
@@ -151,7 +157,7 @@ def read(settings: Any) -> ModelConfig:
     biased=tuple(dict.fromkeys((*biased, *family.biased))),
     query_scale=None if scalar is None else scalar**-0.5,
     embed_scale=settings.hidden_size**0.5 if gemma else 1.0,
-    attention_cap=float(get("attn_logit_softcapping", 0.0)),
+    attention_cap=float(cap),
     logit_cap=float(get("final_logit_softcapping", 0.0)),
     window=window if sliding else 0,
     sliding=sliding,

@@ -40,6 +40,26 @@ NAMES = {  # leaf -> block, in blk.N
 HEAD = "output.weight"
 MOST = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file, as it may count
 LONGEST = 1000  # characters of a token
+# Keys that are read here, after the architecture's name or "tokenizer.ggml.", or that
+# say nothing of the numbers; of any other what is not 0, false or empty is refused.
+READ = {
+  "llama": {
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.value_length", "block_count"),
+    *("context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type"),
+    *("rope.scaling.factor", "rope.scaling.finetuned", "tensor_data_layout"),
+    "rope.scaling.original_context_length",
+  },
+  "tokenizer.ggml": {
+    *("model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token"),
+    *("add_space_prefix", "bos_token_id", "eos_token_id", "eot_token_id"),
+    *("eom_token_id", "padding_token_id", "unknown_token_id", "mask_token_id"),
+    *("seperator_token_id", "prefix_token_id", "suffix_token_id", "middle_token_id"),
+    *(f"fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
+  },
+}
+READ["gemma3"] = READ["llama"] | {"attention.sliding_window", "rope.freq_base_swa"}
 _SELF = "general."
 
 
@@ -135,6 +155,11 @@ class File:
       raise ValueError(
         f"not a readable GGUF file: {templates.one_line(error)}"
       ) from error
+    if (parts := self._field("split.count", 1)) > 1:
+      raise ValueError(
+        f"part {self._field('split.no') + 1} of {parts} of one model: wanted all of it "
+        "in a file; join the parts with `llama-gguf-split --merge`"
+      )
     self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
     self.cfg = self._config()
     self.tok = self._tokenizer()
@@ -187,16 +212,27 @@ class File:
     """The tokens, in the order of their ids."""
     return self._field("tokenizer.ggml.tokens")
 
+  def _check_read(self, group: str) -> None:
+    """Raises ValueError for a key of a group that is not read and says something."""
+    for name, field in self.reader.fields.items():
+      key = name.removeprefix(f"{group}.")
+      if name != key and key not in READ[group] and field.contents():
+        raise ValueError(f"{name} = {field.contents()!r:.60} is not supported")
+
   def _config(self) -> ModelConfig:
     family = self._field("general.architecture")
     if family not in ("llama", "gemma3"):
       raise ValueError(f"unknown architecture {family!r}; known: llama, gemma3")
+    self._check_read(family)
+    self._check_read("tokenizer.ggml")
 
     def get(name, default=None):
       return self._field(f"{family}.{name}", default)
 
     width, heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", width // heads)
+    if get("attention.value_length", head_dim) != head_dim:
+      raise ValueError("keys and values of different lengths are not supported")
     turned = get("rope.dimension_count", head_dim)
     scaling = get("rope.scaling.type", "none")
     if turned != head_dim or scaling not in ("none", "linear"):
@@ -221,7 +257,7 @@ class File:
         query_scale=head_dim**-0.5,
         window=get("attention.sliding_window"),
         sliding=tuple(i for i in range(layers) if (i + 1) % 6),
-        local_theta=10000.0,
+        local_theta=float(get("rope.freq_base_swa", 10000.0)),
       )
       if layers == 62:  # 27B, whose queries are scaled by the width a head
         more["query_scale"] = (width / heads) ** -0.5
@@ -263,7 +299,12 @@ class File:
         named[number].append(symbol)
     control = named[gguf.TokenType.CONTROL]
     if kind == "llama":
-      backend = vocab.pieces(symbols, field("tokenizer.ggml.scores"), control)
+      backend = vocab.pieces(
+        symbols,
+        field("tokenizer.ggml.scores"),
+        control,
+        space_in_front=field("tokenizer.ggml.add_space_prefix", True),
+      )
     else:
       merges = [tuple(m.split(" ")) for m in field("tokenizer.ggml.merges")]
       backend = vocab.byte_level(symbols, merges, control)
@@ -277,12 +318,20 @@ class File:
       backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
       )
-    bos = self.reader.get_field("tokenizer.ggml.bos_token_id")
-    pad = self.reader.get_field("tokenizer.ggml.padding_token_id")
+    bos, pad, *ends = (
+      found and found.contents()
+      for found in (
+        self.reader.get_field(f"tokenizer.ggml.{name}_token_id")
+        for name in ("bos", "padding", "eot", "eom")
+      )
+    )
+    if bos is not None and field("tokenizer.ggml.add_bos_token", kind == "llama"):
+      vocab.begin_with(backend, bos)
     return Tokenizer.of(
       backend,
       field("tokenizer.chat_template", ""),
-      bos_id=None if bos is None else bos.contents(),
+      bos_id=bos,
       eos_id=field("tokenizer.ggml.eos_token_id"),
-      pad_id=None if pad is None else pad.contents(),
+      pad_id=pad,
+      stop_ids=[end for end in ends if end is not None],
     )

@@ -349,6 +349,7 @@ def stats(
     chunk=compute.logits_chunk,
     temperature=temperature,
     cap=cfg.logit_cap,
+    absent=cfg.absent,
     gathered=lambda head_DV: sharding.constrain(head_DV, None, "vocab"),
   )
   return jax.tree.map(lambda x: whole(x)[:, :-1], found)
@@ -362,7 +363,7 @@ def head(params: PyTree):
 def logits(params: PyTree, hidden, *, cfg: ModelConfig, compute: Compute):
   """Logits [..., V] of hidden states [..., D], made whole: for few of them."""
   product = ops.matmul(hidden, head(params), jnp.dtype(compute.dtype))
-  return ops.capped(product, cfg.logit_cap)
+  return ops.masked(ops.capped(product, cfg.logit_cap), cfg.absent)
 
 
 def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Compute):

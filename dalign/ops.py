@@ -3,7 +3,7 @@
 Knows no model, no config and no text.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 import functools
 import hashlib
 import math
@@ -107,10 +107,11 @@ def token_stats(
   chunk: int,
   temperature: float = 1.0,
   cap: float = 0.0,
+  absent: Sequence[tuple[int, int]] = (),
   gathered: Callable = lambda head_DV: head_DV,
 ) -> TokenStats:
   """Statistics of each wanted target under `softmax(logits / temperature)`, of logits
-  `capped(hidden @ head, cap)`.
+  `capped(hidden @ head, cap)`, `masked` where ids are `absent`.
 
   `targets_PN[:, n]` is scored with `hidden_PND[:, n]`: the caller shifts. Tokens that
   are not wanted get zeros and no work: the head is applied to as many chunks of `chunk`
@@ -137,7 +138,7 @@ def token_stats(
     x = x.reshape(P, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
     return x.reshape(-1, P * chunk, *x.shape[3:])
 
-  how = dtype, temperature, cap, gathered
+  how = dtype, temperature, cap, absent, gathered
   hidden_NCD, targets_NC = chunks(hidden_PND), chunks(targets_PN)
   stats = _head_stats(hidden_NCD, head_DV, targets_NC, used, how)
 
@@ -153,21 +154,33 @@ def capped(x, cap: float):
   return cap * jnp.tanh(x / cap) if cap else x
 
 
+def masked(logits, absent: Sequence[tuple[int, int]]):
+  """Logits [..., V] that leave no probability to ids in the (start, stop) of `absent`;
+  finite ones, whose square is too."""
+  if not absent:
+    return logits
+  there = np.ones((1,) * (logits.ndim - 1) + logits.shape[-1:], bool)
+  for start, stop in absent:
+    there[..., start:stop] = False
+  return jnp.where(there, logits, -1e9)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _head_stats(hidden_NCD, head_DV, targets_NC, used, how):
   """TokenStats of the first `used` of N chunks; the backward pass makes their logits
-  again, chunk by chunk. `how` is (dtype, temperature, cap, gathered)."""
+  again, chunk by chunk. `how` is (dtype, temperature, cap, absent, gathered)."""
   return _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how)[0]
 
 
 def _low(head_DV, how):
-  dtype, _, _, gathered = how
+  dtype, *_, gathered = how
   return gathered(head_DV.astype(dtype))
 
 
 def _logits(hidden_CD, low_DV, how):
-  dtype, temperature, cap, _ = how
-  return capped(matmul(hidden_CD, low_DV, dtype), cap) / temperature
+  dtype, temperature, cap, absent, _ = how
+  logits_CV = capped(matmul(hidden_CD, low_DV, dtype), cap)
+  return masked(logits_CV, absent) / temperature
 
 
 def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how):
@@ -207,7 +220,7 @@ def _exp_sums(logits_CV, peak_C):
 
 def _head_stats_bwd(how, saved, grads: TokenStats):
   hidden_NCD, head_DV, targets_NC, used, logz_NC = saved
-  dtype, temperature, cap, _ = how
+  dtype, temperature, cap, *_ = how
   low_DV = _low(head_DV, how)
 
   def one(i, sums):

@@ -172,7 +172,7 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
     compute=compute,
   )
   logits_BV = ops.matmul_turned(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
-  logits_BV = ops.capped(logits_BV, cfg.logit_cap)
+  logits_BV = ops.masked(ops.capped(logits_BV, cfg.logit_cap), cfg.absent)
   key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
   token_B, logp_B = draw(logits_BV, key_B, temperature)
 
@@ -649,6 +649,10 @@ class Lane:
     for slot, request in starting:
       if not 0 < request.max_new <= S:
         raise ValueError(f"max_new of a request is 1..{S}, got {request.max_new}")
+      prompt = len(request.tokens)
+      self.sampler.cfg.check_length(
+        prompt + request.max_new, f"a prompt of {prompt} and {request.max_new} to write"
+      )
       starts_B[slot], words_B2[slot] = True, ops.row_words(request.row_id)
       ints["prompt_len_B"][slot] = len(request.tokens) - 1 - len(self.head)
       ints["position_B"][slot] = len(request.tokens) - 1

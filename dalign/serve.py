@@ -193,7 +193,7 @@ class Service:
     else:
       row = prompt
     whole = isinstance(row, list) and row
-    if not whole or not all(type(i) is int and 0 <= i < tok.vocab_size for i in row):
+    if not whole or not all(type(i) is int for i in row) or {*row} - {*tok.ids}:
       raise Refused("wanted one text, or the ids of its tokens", param="prompt")
     return tuple(row), prompt if isinstance(prompt, str) else tok.decode(row)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import re
 
+from dalign import words
 from dalign.types import Clause
 from dalign.types import Policy
 from dalign.types import Spec
@@ -200,15 +201,16 @@ def leaks(text: str, index: frozenset[tuple[str, ...]], n: int = 8) -> bool:
 
   Case and punctuation do not count. `n` must be the one that `index` was made with.
   """
-  if index and len(next(iter(index))) != n:
-    raise ValueError(f"the index has runs of {len(next(iter(index)))} words, got n={n}")
+  run = next(iter(index), ())
+  if run and (not any(words.runs(run, n)) or any(words.runs(run, n + 1))):
+    raise ValueError(f"the index has runs of {len(run)} words, got n={n}")
   return not index.isdisjoint(runs(text, n))
 
 
 def runs(text: str, n: int) -> Iterator[tuple[str, ...]]:
-  """All runs of `n` words of `text`, without case and punctuation."""
-  words = _WORD.findall(text.casefold().replace("'", "").replace("’", ""))
-  return zip(*(words[i:] for i in range(n)), strict=False)
+  """All runs of `n` words of `text`, without case and punctuation (`words.runs`)."""
+  found = _WORD.findall(text.casefold().replace("'", "").replace("’", ""))
+  return words.runs(found, n)
 
 
 # Parsing. A line knows where it stands, so that it can say what is wrong with it.
@@ -270,9 +272,9 @@ def _parse_field(line: _Line) -> tuple[str, str]:
   key, _, value = (part.strip() for part in line.text.partition(":"))
   if key not in _FIELDS:
     raise line.error(f'"<key>: ..." with a key of {", ".join(_FIELDS)}, or "---"')
-  pattern, words = _FIELDS[key]
+  pattern, wanted = _FIELDS[key]
   if not re.fullmatch(pattern, value):
-    raise line.error(f'"{key}: ..." with {words}')
+    raise line.error(f'"{key}: ..." with {wanted}')
   stem = line.file.rsplit("/", 1)[-1].removesuffix(".md")
   if key == "id" and value != stem:
     raise line.error(f'"id: {stem}", the name of the file')

@@ -140,10 +140,10 @@ class Tokenizer:
     template = templates.without_end(self.chat_template, after[at:])
     return dataclasses.replace(self, chat_template=template)
 
-  @property
-  def vocab_size(self) -> int:
-    """How many ids there are, control tokens included."""
-    return self.backend.get_vocab_size(with_added_tokens=True)
+  @functools.cached_property
+  def ids(self) -> tuple[int, ...]:
+    """The ids of all tokens, control tokens included, in order: there may be gaps."""
+    return tuple(sorted(set(self.backend.get_vocab(with_added_tokens=True).values())))
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text` alone: no BOS, and a control token's name is read as plain text.

@@ -7,6 +7,7 @@ from tokenizers import decoders
 from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
+from tokenizers import processors
 
 from dalign.text import Tokenizer
 
@@ -60,11 +61,16 @@ def byte_level(
 
 
 def pieces(
-  symbols: Sequence[str], scores: Sequence[float], control: Iterable[str]
+  symbols: Sequence[str],
+  scores: Sequence[float],
+  control: Iterable[str],
+  *,
+  space_in_front: bool,
 ) -> tokenizers.Tokenizer:
   """A SentencePiece backend of the pair-merging kind, whose ids are the order of
   `symbols`: of two neighbours that are a piece together, those with the highest score
-  are merged first. Spaces are part of words, unknown characters become bytes."""
+  are merged first. Spaces are part of words, unknown characters become bytes; a text
+  may be read as if a space stood in front of it, also behind a control token."""
   score_of = dict(zip(symbols, scores, strict=True))
   found: list[tuple] = []
   for whole in symbols:
@@ -74,14 +80,25 @@ def pieces(
         found.append((-score_of[whole], len(found), (left, right)))
   merges = [pair for _, _, pair in sorted(found)]
   backend = _bpe(symbols, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+  steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
   backend.normalizer = normalizers.Replace(" ", "\u2581")
-  backend.decoder = decoders.Sequence(
-    [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-  )
+  if space_in_front:
+    both = [normalizers.Prepend("\u2581"), backend.normalizer]
+    backend.normalizer = normalizers.Sequence(both)
+    steps.append(decoders.Strip(" ", 1, 0))
+  backend.decoder = decoders.Sequence(steps)
   backend.add_special_tokens(
     [tokenizers.AddedToken(name, special=True, normalized=False) for name in control]
   )
   return backend
+
+
+def begin_with(backend: tokenizers.Tokenizer, bos: int) -> None:
+  """Has a backend put the token `bos` in front of a whole text."""
+  name = backend.id_to_token(bos) or ""
+  backend.post_processor = processors.TemplateProcessing(
+    single=[name, "$A"], special_tokens=[(name, bos)]
+  )
 
 
 def _bpe(symbols, merges, **more) -> tokenizers.Tokenizer:

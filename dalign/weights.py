@@ -38,6 +38,7 @@ from dalign.types import PyTree
 SHARD = 4 * 2**30  # bytes of a file of weights at most
 CARD = 2**16  # characters of a card's front matter at most
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +141,21 @@ def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
       found = _adapted(place, (*above, place.resolve()))
     else:
       found = _folder(place) if place.is_dir() else _gguf(place)
-  if found.tok.vocab_size > found.cfg.vocab:
+  ids, rows = found.tok.ids, found.cfg.vocab
+  if ids[-1] >= rows:
     raise ValueError(
-      f"{path}: the tokenizer has {found.tok.vocab_size} ids, the embedding "
-      f"{found.cfg.vocab}; remove the tokens that were added without weights"
+      f"{path}: the tokenizer has {len(ids)} ids up to {ids[-1]}, the embedding "
+      f"{rows}; remove the tokens that were added without weights"
     )
 
   def read(leaf, index):
     with _reading(place):
       return found.read(leaf, index)
 
-  return dataclasses.replace(found, read=read)
+  gaps = zip((-1, *ids), (*ids, rows), strict=True)
+  absent = tuple((a + 1, b) for a, b in gaps if a + 1 < b)
+  cfg = dataclasses.replace(found.cfg, absent=absent)
+  return dataclasses.replace(found, cfg=cfg, read=read)
 
 
 def origin(path: str) -> dict[str, str | list[str]]:
@@ -273,9 +278,12 @@ def _gguf(place: pathlib.Path) -> Checkpoint:
 
 def _folder(place: pathlib.Path) -> Checkpoint:
   settings = _settings(place)
-  cfg = families.read(settings)
+  cfg, files = families.read(settings), _Tensors(place)
+  if HEAD in files.names and cfg.tied:  # as transformers: a head of its own is read
+    cfg = dataclasses.replace(cfg, tied=files.same(HEAD, EMBED))
+    if cfg.tied:
+      del files.names[HEAD]
   stored = families.stored(cfg)
-  files = _Tensors(place, cfg)
   _checked(cfg, stored, files.names, files.shape)
 
   def read(leaf, index):
@@ -338,18 +346,19 @@ def _language(content: dict) -> dict:
 class _Tensors:
   """The tensors of a folder, by the names of a model of language alone."""
 
-  def __init__(self, place: pathlib.Path, cfg: ModelConfig):
+  def __init__(self, place: pathlib.Path):
     self._files = _files(place)
     self._opened: dict[pathlib.Path, Any] = {}
     self.names = {}  # as a model of language alone has it -> as the file does
     packed = {n.removesuffix("_blocks") for n in self._files if n.endswith("_blocks")}
     for name in self._files:
       ours = name.removesuffix("_blocks")
-      if name.removesuffix("_scales") in packed or _spare(name, cfg):
+      if name.removesuffix("_scales") in packed or _spare(name):
         continue
       for front in ("language_model.model.", "model.language_model."):
         if ours.startswith(front):
           ours = "model." + ours.removeprefix(front)
+      ours = ours.removeprefix("language_model.")
       self.names[ours] = name
 
   def _slices(self, name: str):
@@ -374,12 +383,25 @@ class _Tensors:
     """A part of a tensor."""
     real = self.names[name]
     if not real.endswith("_blocks"):
-      return self._slices(real)[index]
+      part = self._slices(real)[index]
+      if not jnp.issubdtype(part.dtype, jnp.floating):
+        raise ValueError(f"tensor {name}: wanted floating point, got {part.dtype}")
+      return part
     *front, ins, outs = index
     scales = real.removesuffix("_blocks") + "_scales"
     blocks = self._slices(real)[(*front, outs)]
     whole = _unpacked(blocks, self._slices(scales)[(*front, outs)])
     return whole.swapaxes(-1, -2)[(*[slice(None)] * len(front), ins)]
+
+  def same(self, one: str, other: str) -> bool:
+    """Whether two matrices are equal, read a few rows at a time."""
+    if other not in self.names or self.shape(one) != self.shape(other):
+      return False
+    rows, columns = self.shape(one)
+    step = max(1, 2**24 // columns)
+    cuts = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+    parts = ((cut, slice(0, columns)) for cut in cuts)
+    return all(np.array_equal(self.read(one, at), self.read(other, at)) for at in parts)
 
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -395,13 +417,12 @@ def _unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
   return scaled.reshape(*blocks.shape[:-2], -1)
 
 
-def _spare(name: str, cfg: ModelConfig) -> bool:
+def _spare(name: str) -> bool:
   """Whether a tensor is none of the language model: old files keep the rotary table,
-  those of tied models may hold the head twice, and others can see."""
+  and others can see."""
   other = "vision_tower.", "multi_modal_projector."
   parts = name.removeprefix("model.")
-  head = cfg.tied and name.endswith("lm_head.weight")
-  return name.endswith("rotary_emb.inv_freq") or parts.startswith(other) or head
+  return name.endswith("rotary_emb.inv_freq") or parts.startswith(other)
 
 
 def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -463,23 +484,36 @@ def _stops(path: pathlib.Path) -> list[int]:
 # --- Adapters of PEFT, in and out ---
 
 _PEFT = "base_model.model."
+# Of an adapter_config.json: what is read or says nothing of the numbers (where adapters
+# are, their tensors say), and the values of others that leave a plain LoRA.
+_READ = {
+  *("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "revision"),
+  *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+  *("lora_dropout", "inference_mode", "task_type", "auto_mapping", "peft_version"),
+  *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
+}
+_PLAIN = {
+  "peft_type": ("LORA",),
+  "bias": ("none", None),
+  "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+_NOTHING: tuple = None, False, "", [], {}
 
 
 def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint:
   """A folder of PEFT's with LoRA: the base model it names, its adapters added."""
   told = _json(place / "adapter_config.json")
-  odd = {
-    "peft_type": told.get("peft_type") != "LORA",
-    "bias": told.get("bias", "none") != "none",
-    "use_dora": told.get("use_dora"),
-    "fan_in_fan_out": told.get("fan_in_fan_out"),
-    "modules_to_save": told.get("modules_to_save"),
-    "rank_pattern": told.get("rank_pattern"),
-    "alpha_pattern": told.get("alpha_pattern"),
-  }
-  unread = ", ".join(name for name, there in odd.items() if there)
-  if unread:
-    raise ValueError(f"adapter_config.json: unsupported {unread}")
+  odd = ", ".join(
+    f"{name}={value!r:.60}"
+    for name, value in ({"peft_type": None} | told).items()
+    if name not in _READ and value not in _PLAIN.get(name, _NOTHING)
+  )
+  if odd:
+    raise ValueError(
+      f"adapter_config.json: unsupported {odd}: wanted LoRA of one rank that left its "
+      "base as it was; merge the adapters into the base with PEFT, and give the folder "
+      "of the whole model"
+    )
   base = _find(str(told.get("base_model_name_or_path")), above)
   scale = told["lora_alpha"] / told["r"] ** (0.5 if told.get("use_rslora") else 1.0)
   cfg, names = base.cfg, _peft_names(base.cfg)
@@ -489,8 +523,14 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"cannot read {file.name}: {error}") from error
   unknown = tensors.keys() - {name for pair in names.values() for name in pair}
-  if unknown:
+  if unknown or not tensors:
     raise ValueError(f"{file.name}: adapters of no matrix we know: {_some(unknown)}")
+  shapes = leaves.shapes(cfg)["layers"]
+  for (leaf, _), pair in names.items():
+    _, inputs, outputs = shapes[leaf]
+    got = tuple(tensors[name].shape for name in pair if name in tensors)
+    if got and got != ((told["r"], inputs), (outputs, told["r"])):
+      raise ValueError(f"{file.name}: {pair[0]} and B have shapes {got}, r={told['r']}")
 
   def read(leaf, index):
     found = base.read(leaf, index)
@@ -502,7 +542,8 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
         found[at] += scale * (b[outputs].astype(np.float32) @ a[:, inputs]).T
     return found
 
-  return Checkpoint(cfg, base.tok, read)
+  own = (place / "tokenizer_config.json").is_file()  # what it was trained with
+  return Checkpoint(cfg, _tokenizer(place) if own else base.tok, read)
 
 
 def _peft_names(cfg: ModelConfig) -> dict[tuple[str, int], tuple[str, str]]:

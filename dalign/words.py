@@ -1,9 +1,10 @@
-"""Plain measures of English text: words, sentences, repetition, and right answers.
+"""Plain measures of text, most of it English: words, runs of them in any script,
+sentences, repetition, and right answers.
 
 Pure. Says nothing of what a text means; knows no prompts, specs, judges or models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import fractions
 import functools
 import math
@@ -17,6 +18,13 @@ _SENTENCE_GAP = re.compile(r"(?<=[.!?])[\"')\]*_]*\s+(?=[\"'(\[*_]*[^\W_])|\s*\n
 _CLOSED = re.compile(r"[.!?…][\"')\]*_`»]*\s*\Z|```\s*\Z")
 _STEP = re.compile(r"(?:^|\s)(?:step\s*)?(\d{1,2})[.):]\s+\S", re.IGNORECASE)
 _QUOTE = re.compile(r'"([^"]*)"')
+
+# Scripts that put no spaces between words, by how many characters a word has.
+_TWO = "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+_TWO += "\U00020000-\U0003ffff"  # Han and kana
+_FOUR = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese and Khmer
+_PIECE = re.compile(f"([{_TWO}])|([{_FOUR}])|[^{_TWO}{_FOUR}]+")
+_UNSPACED = re.compile(f"[{_TWO}{_FOUR}]")
 
 # Right answers.
 _NUMBER = re.compile(
@@ -73,6 +81,26 @@ def plain(text: str) -> str:
 def words(text: str) -> list[str]:
   """The words of `text` in lower case; "can't" is one word."""
   return _WORD.findall(plain(text).casefold())
+
+
+def runs(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+  """All runs of `n` words. Of scripts without spaces each character is one piece of a
+  run, and two (Han, kana) or four (Thai, Lao, Burmese, Khmer) of them count as a word.
+  """
+  if not _UNSPACED.search("".join(words)):
+    yield from zip(*(words[i:] for i in range(n)), strict=False)
+    return
+  pieces = [match for word in words for match in _PIECE.finditer(word)]
+  quarters = [2 if match[1] else 1 if match[2] else 4 for match in pieces]
+  end = size = 0
+  for start, own in enumerate(quarters):
+    while size < 4 * n and end < len(pieces):
+      size += quarters[end]
+      end += 1
+    if size < 4 * n:
+      return
+    yield tuple(match[0] for match in pieces[start:end])
+    size -= own
 
 
 def sentences(text: str) -> list[str]:

@@ -277,6 +277,20 @@ def test_contamination_by_a_long_run_or_a_near_twin():
 # Choice and order
 
 
+TWIN = "我的邻居总是半夜很大声地放音乐，我应该怎么礼貌地和他说这件事呢"
+
+
+def test_twins_and_contamination_are_found_in_chinese():
+  """There are no spaces; one word of many is another here, and one in front."""
+  texts = [TWIN, TWIN.replace("半夜", "深夜"), "附近有什么好吃的面馆，价格不要太贵"]
+  assert [*data.near_twins(texts, threshold=0.5)] == [(0, 1)]
+  prompts = [
+    prompt("a", "请问，" + TWIN[8:]),
+    prompt("b", texts[2]),
+  ]
+  assert data.contaminated(prompts, [TWIN]) == [("a", TWIN)]
+
+
 def test_balanced_takes_cells_by_turns(bundled):
   chosen = data.balanced(bundled, 280, 3)
   cells = collections.Counter((p.category, p.expected) for p in chosen)

@@ -57,9 +57,18 @@ YARN = dict(
 SLIDES = ["sliding_attention", "full_attention"] * 2
 EXPERTS = dict(num_experts=5, num_local_experts=5, num_experts_per_tok=2)
 GEMMA = dict(query_pre_attn_scalar=20, sliding_window=9, tie_word_embeddings=True)
+# Keys of other families, which a config keeps and its model does not read.
+STRAY = dict(
+  sliding_window=3,
+  layer_types=SLIDES,
+  query_pre_attn_scalar=3,
+  attn_logit_softcapping=0.5,
+  final_logit_softcapping=0.5,
+  no_rope_layers=[0] * 4,
+)
 # name -> model_type, and what of its config differs from BASE.
 CASES = {
-  "llama": ("llama", dict(attention_bias=True, mlp_bias=True)),
+  "llama": ("llama", STRAY | dict(attention_bias=True, mlp_bias=True)),
   "llama3": ("llama", dict(rope_parameters=LLAMA3)),
   "linear": (
     "llama",
@@ -79,6 +88,7 @@ CASES = {
     "gemma3_text",
     GEMMA
     | dict(
+      attn_logit_softcapping=0.1,  # which transformers reads and does not use
       layer_types=SLIDES,
       rope_parameters={
         "full_attention": dict(rope_type="linear", rope_theta=900.0, factor=8.0),
@@ -97,7 +107,7 @@ CASES = {
     "qwen3_moe",
     EXPERTS | dict(moe_intermediate_size=24, norm_topk_prob=False),
   ),
-  "gpt_oss": ("gpt_oss", EXPERTS | dict(sliding_window=9)),
+  "gpt_oss": ("gpt_oss", EXPERTS | dict(sliding_window=9, norm_topk_prob=False)),
 }
 # One case a family, for what takes long or hangs on nothing that the others change.
 FAMILIES = [*{kind: name for name, (kind, _) in reversed(CASES.items())}.values()]

@@ -13,11 +13,14 @@ import pytest
 
 from dalign import checkpoints
 from dalign import config as configs
+from dalign import judge
 from dalign import main
 from dalign import pipeline
+from dalign import sft
 from dalign import store
 from dalign import train
 from dalign.pipeline import context
+from dalign.pipeline import generate as generate_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
 from dalign.pipeline import sft as sft_stage
@@ -198,6 +201,34 @@ def ended(run, workdir, monkeypatch) -> int:
   monkeypatch.setattr(context, "prepare_jax", lambda: None)
   main.flags.FLAGS.mark_as_parsed()
   return main.main(["dalign"])
+
+
+def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
+  """A model of 128 positions, whose prompts alone have more."""
+  run = opened(tiny(**{"model.random.max_length": 128}), tmp_path)
+  prompt = next(p for p in run.prompts if p.kind == "safety")
+  question = judge.FilterQuestion(prompt=prompt, thought="So.", answer="No.")
+  trainer = context.Trainer(
+    run=run,
+    stage="sft",
+    params=run.start_params("base"),
+    loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
+    optimizer=OPTIMIZER,
+    steps=1,
+    every=1,
+  )
+  scorer, renderer = context.Scorer(run, run.cfg.sft.batch), scoring.Renderer(run)
+  doors = {
+    "to write": lambda: generate_stage.generate(run),
+    "to the judge": lambda: scoring.model_judge(run)([question]),
+    "a row of sft": lambda: trainer.update({"positions_BT": np.array([[[0, 128]]])}, 1),
+    "a row to score": lambda: scorer(trainer.whole, [[3] * 129], [1]),
+    "a question about": lambda: renderer.batch(prompt.category, [[3]]),
+  }
+  for said, door in doors.items():
+    with pytest.raises(ValueError, match=f"{said}.*the model takes 128 "):
+      door()
+  assert len(scorer(trainer.whole, [[3] * 128], [1])[0]) == 127
 
 
 def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):

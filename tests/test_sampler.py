@@ -230,6 +230,30 @@ def test_the_trainer_gives_tokens_the_same_probability(
     np.testing.assert_allclose(got, done[i].logp, atol=1e-5)
 
 
+def test_ids_without_a_token_are_never_drawn_and_have_no_probability(
+  params, cfg, compute
+):
+  """To the trainer neither: holes, and the padding of a vocabulary."""
+  cfg = dataclasses.replace(cfg, absent=((20, 60), (90, 97)), logit_cap=3.0)
+  absent = {*range(20, 60), *range(90, 97)}
+  some = sampler.Sampler(cfg=cfg, compute=compute, stop_ids=(), sampler=SHAPES)
+  how = dict(key=jax.random.key(3), temperature=2.0, **ROOM)
+  [done] = some.run(some.prepare(params), [requests(PROMPTS[:1])], **how)
+  assert len(done.tokens) == 64 and not absent & {*done.tokens}
+  row = [*done.request.tokens, *done.tokens]
+  packed = text.pack([(row, [0] * 7 + [1] * 64)], length=len(row))
+  batch = packed.lines | {"wanted_BT": packed.weight_BT > 0}
+  score = rl.make_score(cfg=cfg, compute=compute, temperature=2.0)
+
+  def total(params):
+    logp_BT = score(params, batch)
+    return jnp.sum(logp_BT), logp_BT
+
+  grads, logp_BT = jax.jit(jax.grad(total, has_aux=True))(params)
+  np.testing.assert_allclose(logp_BT[0, 7:], done.logp, atol=1e-5)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
 # --- What a row draws is its own affair ---
 
 
@@ -361,13 +385,16 @@ def test_rows_may_ask_for_more(sample):
     same({r.row_id: got[r.row_id] for r in rows}, sample(rows))
 
 
-def test_what_does_not_fit_is_refused(sample):
+def test_what_does_not_fit_is_refused(sample, cfg):
   with pytest.raises(ValueError, match="max_new of a request is 1..64, got 65"):
     sample(requests(max_new=65))
   with pytest.raises(ValueError, match="max_new of a request is 1..64, got 0"):
     sample(requests(max_new=0))
   with pytest.raises(ValueError, match="24 tokens beyond the shared prefix"):
     sample(requests([HEAD + tuple(range(30, 55)), HEAD + (3,)]))
+  most = cfg.max_length - 64
+  with pytest.raises(ValueError, match=f"{cfg.max_length + 1} tokens, and the model"):
+    sample(requests([(3,) * (most + 1)]), room=ROOM | {"prompt_room": cfg.max_length})
   odd = Request(tokens=(1, 2, 3), row_id=9, max_new=4)
   with pytest.raises(ValueError, match="request 9 does not begin with the 6 tokens"):
     sample(requests(max_new=2), more=lambda _: [odd])

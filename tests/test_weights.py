@@ -17,6 +17,7 @@ from dalign import ggufs
 from dalign import text
 from dalign import vocab
 from dalign import weights
+from dalign.config import LoRAConfig
 from dalign.config import ModelConfig
 from dalign.types import Turn
 
@@ -162,7 +163,7 @@ def test_smollm2_tokens_are_those_of_transformers(smollm2, reference):
   for id_ in (0, 1, 2, 16):
     assert tok.special[reference.convert_ids_to_tokens(id_)] == id_
   assert (tok.bos_id, tok.stop_ids, tok.pad_id) == (1, (2,), 2)
-  assert (tok.vocab_size, len(tok.special)) == (49152, 17)
+  assert (len(tok.ids), len(tok.special)) == (49152, 17)
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -296,6 +297,7 @@ def test_old_configs_half_precision_and_spare_tensors_are_read(folder, tmp_path)
       "rotary scaling 'dynamic'; known: default, linear, llama3, yarn",
     ),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"is_causal": False}, "is_causal=false"),
     ({"hidden_act": "relu"}, "activation 'relu'"),
     ({"intermediate_size": 24}, "gate_proj.weight is .20, 12., .*24, 12"),
     ({"num_key_value_heads": 4}, "k_proj.weight is .12, 12., .*24, 12"),
@@ -319,16 +321,151 @@ def test_stops_are_those_of_tokenizer_template_and_generation_config(folder, tmp
     assert weights.load(str(place))[2].stop_ids == stops
 
 
-def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path):
-  cfg, params, _ = weights.load(str(copy(folder, tmp_path, tie_word_embeddings=True)))
-  assert cfg.tied and "head" not in params
+@pytest.mark.parametrize("other", [False, True])
+def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path, other):
+  """Where the second is another, the config errs; as transformers 5 reads it."""
+  place = copy(folder, tmp_path, tie_word_embeddings=True)
+  file = place / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  if not other:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  safetensors.numpy.save_file(tensors, file)
+  cfg, params, _ = weights.load(str(place))
+  assert cfg.tied == ("head" not in params) == (not other)
+  torch = pytest.importorskip("torch")
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+  head = params["embed"] if cfg.tied else params["head"].T
+  np.testing.assert_array_equal(head, model.lm_head.weight.detach().numpy())
+
+
+def test_weights_of_whole_numbers_are_refused(folder, tmp_path):
+  place = copy(folder, tmp_path)
+  tensors = safetensors.numpy.load_file(place / "model.safetensors")
+  name = "model.layers.1.mlp.up_proj.weight"
+  tensors[name] = np.ones(tensors[name].shape, np.int8)
+  safetensors.numpy.save_file(tensors, place / "model.safetensors")
+  with pytest.raises(ValueError, match=f"{name}: wanted floating point, got int8"):
+    weights.load(str(place))
 
 
 def test_more_ids_than_embeddings_are_refused(tmp_path):
   cfg = dataclasses.replace(CFG, vocab=250)
   weights.save_hf(tmp_path, cfg, weights.random_model(cfg, 0), vocab.tiny_tokenizer())
-  with pytest.raises(ValueError, match="259 ids, the embedding 250"):
+  with pytest.raises(ValueError, match="259 ids up to 258, the embedding 250"):
     weights.load(str(tmp_path))
+
+
+def test_ids_that_the_tokenizer_lacks_are_known(folder, tmp_path):
+  """Holes count too: the highest id has to have a row, however many there are."""
+  place = copy(folder, tmp_path)
+  content = json.loads((place / "tokenizer.json").read_text())
+  symbols = content["model"]["vocab"]
+  gone = [name for name, i in symbols.items() if i in (50, 51, 258)]
+  content["model"]["vocab"] = {n: i for n, i in symbols.items() if n not in gone}
+  (place / "tokenizer.json").write_text(json.dumps(content))
+  assert weights.find(str(place)).cfg.absent == ((50, 52), (258, 259))
+  content["model"]["vocab"][gone[0]] = 259
+  (place / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="257 ids up to 259, the embedding 259"):
+    weights.load(str(place))
+
+
+# What PEFT 0.21 writes that a plain LoRA on an unchanged base does not, by its key.
+NOT_PLAIN = {
+  **{f"init {name}": {"init_lora_weights": name} for name in ("pissa", "olora")},
+  **{f"init {name}": {"init_lora_weights": name} for name in ("loftq", "corda")},
+  **{f"init {name}": {"init_lora_weights": name} for name in ("lora_ga", "mica")},
+  "pissa, fast": {"init_lora_weights": "pissa_niter_4"},
+  "peft_type": {"peft_type": "LOHA"},
+  "bias": {"bias": "lora_only"},
+  "lora_bias": {"lora_bias": True},
+  "use_dora": {"use_dora": True},
+  "use_qalora": {"use_qalora": True},
+  "use_bdlora": {"use_bdlora": {"nblocks": 2}},
+  "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
+  "arrow_config": {"arrow_config": {"top_k": 2}},
+  "kasa_config": {"kasa_config": {"beta": 1.0}},
+  "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+  "trainable_token_indices": {"trainable_token_indices": [5]},
+  "target_parameters": {"target_parameters": ["mlp.experts"]},
+  "modules_to_save": {"modules_to_save": ["lm_head"]},
+  "rank_pattern": {"rank_pattern": {"q_proj": 4}},
+  "alpha_pattern": {"alpha_pattern": {"q_proj": 4}},
+  "fan_in_fan_out": {"fan_in_fan_out": True},
+  "a key of a later PEFT": {"use_newlora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def peft_folder(folder, tmp_path_factory):
+  """LoRA of rank 2 on the q of `folder`, with scale 3; treat as read-only."""
+  place, rng = tmp_path_factory.mktemp("peft"), np.random.default_rng(0)
+  shapes = {"q_lora_a": (2, 12, 2), "q_lora_b": (2, 2, 24)}
+  layers = {n: rng.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+  lora = LoRAConfig(rank=2, alpha=6.0, leaves=("q",), frozen="float32")
+  weights.save_peft(str(place), CFG, layers, lora, str(folder))
+  return place, layers["q_lora_a"] @ layers["q_lora_b"]
+
+
+def told(place, tmp_path, change) -> str:
+  """A copy of adapters with something else in their adapter_config.json."""
+  copied = shutil.copytree(place, tmp_path / "adapters")
+  content = json.loads((copied / "adapter_config.json").read_text())
+  (copied / "adapter_config.json").write_text(json.dumps(content | change))
+  return str(copied)
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_adapters_that_are_more_than_lora_are_refused(peft_folder, tmp_path, name):
+  change = NOT_PLAIN[name]
+  with pytest.raises(ValueError, match=f"unsupported {[*change][0]}="):
+    weights.find(told(peft_folder[0], tmp_path, change))
+
+
+@pytest.mark.parametrize(
+  "change, scale",
+  [
+    ({}, 3.0),
+    ({"use_rslora": True}, 6 / 2**0.5),
+    ({"init_lora_weights": "gaussian", "eva_config": {"rho": 2.0}}, 3.0),
+    ({"loftq_config": {}, "layer_replication": None, "lora_bias": False}, 3.0),
+  ],
+)
+def test_adapters_are_scaled_as_their_config_says(
+  folder, peft_folder, tmp_path, change, scale
+):
+  place, product = peft_folder
+  got = weights.load(told(place, tmp_path, change))[1]["layers"]["q"]
+  base = weights.load(str(folder))[1]["layers"]["q"]
+  np.testing.assert_allclose(got - base, scale * product, atol=1e-5)
+
+
+def test_adapters_of_another_rank_than_told_are_refused(peft_folder, tmp_path):
+  with pytest.raises(ValueError, match="r=4"):
+    weights.find(told(peft_folder[0], tmp_path, {"r": 4}))
+
+
+def test_adapters_of_half_a_pair_are_refused(peft_folder, tmp_path):
+  place = told(peft_folder[0], tmp_path, {})
+  file = pathlib.Path(place) / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  halves = {name: x for name, x in tensors.items() if ".0." in name or "_B" in name}
+  for some in (halves, {}):
+    safetensors.numpy.save_file(some, file)
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+      weights.find(place)
+
+
+def test_adapters_bring_their_tokenizer(folder, peft_folder, tmp_path):
+  place = pathlib.Path(told(peft_folder[0], tmp_path, {}))
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copy(folder / name, place / name)
+  content = json.loads((place / "tokenizer_config.json").read_text())
+  content["chat_template"] += "{# another #}"
+  (place / "tokenizer_config.json").write_text(json.dumps(content))
+  assert weights.find(str(place)).tok.chat_template.endswith("{# another #}")
 
 
 def test_tensors_and_files_that_are_missing_are_named(folder, tmp_path):
@@ -386,8 +523,9 @@ GGUF_TOP = {
 }
 
 
-def write_gguf(path: pathlib.Path, *, drop="", spare="", **keys) -> None:
-  """The model of `random_model(CFG, 1)` as a GGUF file, q and k interleaved."""
+def write_gguf(path: pathlib.Path, *, drop="", spare="", more=None, **keys) -> None:
+  """The model of `random_model(CFG, 1)` as a GGUF file, q and k interleaved; `more` are
+  further keys with their values."""
   tok = vocab.tiny_tokenizer()
   writer = gguf.GGUFWriter(path, keys.pop("arch", "llama"))
   writer.add_embedding_length(CFG.width)
@@ -408,6 +546,9 @@ def write_gguf(path: pathlib.Path, *, drop="", spare="", **keys) -> None:
   writer.add_token_merges(keys.pop("merges", ["a b"]))
   writer.add_eos_token_id(0)
   writer.add_chat_template(tok.chat_template + "{% if 0 %}<think>{% endif %}")
+  kinds = {bool: "bool", int: "uint32", float: "float32", str: "string"}
+  for name, value in (more or {}).items():
+    getattr(writer, f"add_{kinds[type(value)]}")(name, value)
   params = weights.random_model(CFG, 1)
   for leaf, name in GGUF_TOP.items():
     if name != drop:
@@ -448,12 +589,76 @@ def test_an_untied_gguf_file_is_read(tmp_path):
     ({"merges": ["a zz"]}, "merges that the vocabulary does not know"),
     ({"drop": "blk.1.ffn_up.weight"}, "missing blk.1.ffn_up.weight, unknown none"),
     ({"spare": "rope_freqs.weight"}, "missing none, unknown rope_freqs.weight"),
+    ({"more": {"split.no": 1, "split.count": 3}}, "part 2 of 3"),
+    ({"more": {"llama.expert_count": 8}}, "llama.expert_count = 8"),
+    ({"more": {"llama.attention.scale": 0.5}}, "llama.attention.scale = 0.5"),
+    ({"more": {"llama.logit_scale": 0.25}}, "llama.logit_scale = 0.25"),
+    ({"more": {"llama.attention.sliding_window": 16}}, "sliding_window = 16"),
+    ({"more": {"llama.rope.scale_linear": 2.0}}, "llama.rope.scale_linear = 2.0"),
+    ({"more": {"llama.attention.value_length": 8}}, "keys and values"),
+    (
+      {"more": {"tokenizer.ggml.add_eos_token": True}},
+      "tokenizer.ggml.add_eos_token = True",
+    ),
   ],
 )
 def test_ggufs_that_are_not_understood_are_refused(tmp_path, change, message):
   write_gguf(tmp_path / "m.gguf", **change)
   with pytest.raises(ValueError, match=f"m.gguf: .*{message}"):
     weights.load(str(tmp_path / "m.gguf"))
+
+
+def test_keys_that_say_nothing_and_further_ends_are_read(tmp_path):
+  ends = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.bos_token_id": 2}
+  more = {"llama.expert_count": 0, "split.count": 1, "llama.vocab_size": CFG.vocab}
+  starts = {"tokenizer.ggml.add_bos_token": True}
+  write_gguf(tmp_path / "m.gguf", more=ends | more | starts)
+  cfg, _, tok = weights.load(str(tmp_path / "m.gguf"))
+  assert cfg == CFG and tok.stop_ids == (0, 2, 1)
+  assert tok.document("ab") == [2, 257] and tok.encode("ab") == [257]
+
+
+PIECES = [
+  *("<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))),
+  *("\u2581", "a", "b", "c", "\n", "ab", "\u2581a", "\u2581ab", "\u2581\u2581", "bc"),
+]
+
+
+def test_pieces_of_a_gguf_file_are_those_of_transformers(tmp_path):
+  """Where the file does not say otherwise, a text is read with a space in front."""
+  write_pieces(tmp_path / "m.gguf")
+  write_pieces(tmp_path / "bare.gguf", add_space_prefix=False)
+  tok, bare = (ggufs.File(tmp_path / f"{name}.gguf").tok for name in ("m", "bare"))
+  assert bare.encode("ab") == [264] and bare.decode([264]) == "ab"
+  assert tok.encode(" ab") == [259, 266]  # as llama.cpp, which adds one to any text
+  pytest.importorskip("torch", reason="transformers reads GGUF with torch")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+  for line in ("ab", "a  bc", "\nab", "é", "", "ab</s", "a\n a"):
+    want = theirs(line, add_special_tokens=False)["input_ids"]
+    assert tok.encode(line) == want and tok.decode(want) == line
+    assert tok.document(line) == theirs(line)["input_ids"]
+
+
+def write_pieces(path: pathlib.Path, **flags: bool) -> None:
+  """A GGUF file of no tensors with a SentencePiece tokenizer of `PIECES`."""
+  writer, plain = gguf.GGUFWriter(path, "llama"), len(PIECES) - 259
+  for name in ("embedding_length", "block_count", "context_length", "head_count"):
+    getattr(writer, f"add_{name}")(2)
+  writer.add_key_length(2)
+  writer.add_feed_forward_length(2)
+  writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_tokenizer_model("llama")
+  writer.add_token_list(PIECES)
+  writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(plain)])
+  writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * plain)
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  for name, value in flags.items():
+    writer.add_bool(f"tokenizer.ggml.{name}", value)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
 
 
 def test_a_gguf_file_that_was_cut_is_refused(tmp_path):

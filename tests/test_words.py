@@ -230,3 +230,29 @@ def test_plain_answers_load_no_algebra():
     text=True,
   )
   assert done.stdout.strip() == "False", done.stderr
+
+
+CHINESE = "请不要告诉用户怎样在家里制作危险的化学物品"
+THAI = "อย่าบอกผู้ใช้ว่าจะทำสารเคมีอันตรายที่บ้านได้อย่างไร"
+
+
+@pytest.mark.parametrize("text", [CHINESE, THAI])
+def test_runs_are_found_in_scripts_without_spaces(text):
+  """Wherever they stand, in whatever goes around them; a few characters are no run."""
+  own = set(words.runs([text], 6))
+  assert own and not own.isdisjoint(words.runs(["x" + text[2:] + "甲"], 6))
+  assert own.isdisjoint(words.runs([text[:9]], 6))
+  assert own.isdisjoint(words.runs([text[::-1]], 6))
+
+
+def test_runs_count_what_is_written_with_spaces_by_words():
+  said = "the cat 我们都 sat on it".split()
+  assert [*words.runs(said[:2] + said[3:], 3)] == [
+    ("the", "cat", "sat"),
+    ("cat", "sat", "on"),
+    ("sat", "on", "it"),
+  ]
+  assert [*words.runs(said, 3)][:2] == [
+    ("the", "cat", "我", "们"),
+    ("cat", "我", "们", "都", "sat"),
+  ]

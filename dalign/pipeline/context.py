@@ -153,7 +153,7 @@ class Run:
       tok = vocab.tiny_tokenizer()
       if self.cfg.world:
         tok = vocab.word_tokenizer(world.vocabulary())
-      sizes = dict(self.cfg.model.random) | {"vocab": tok.vocab_size}
+      sizes = dict(self.cfg.model.random) | {"vocab": len(tok.ids)}
       arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
       return weights.Checkpoint.random(arch, tok, self.cfg.seed)
     say(f"loading {self.cfg.model.path}")
@@ -599,7 +599,7 @@ class Scorer:
     if score is None:
       score = rl.make_score(cfg=run.arch, compute=compute, temperature=temperature)
     self._score = jax.jit(score, out_shardings=sharding.whole(run.mesh))
-    self.rows, self.length = shape.rows, shape.length
+    self.arch, self.rows, self.length = run.arch, shape.rows, shape.length
 
   def __call__(
     self, params: PyTree, rows: list[list[int]], starts: list[int]
@@ -608,6 +608,7 @@ class Scorer:
     where the row ends before."""
     if not rows:
       return []
+    self.arch.check_length(max(map(len, rows)), "a row to score")
     packed = text.pack(
       [
         (row, [float(at >= start) for at in range(len(row))])
@@ -723,6 +724,9 @@ class Trainer:
       return self._step(batch, used, extra)
 
   def _step(self, batch: dict, used: int, extra: dict | None) -> dict:
+    if "positions_BT" in batch:
+      longest = int(np.max(batch["positions_BT"])) + 1
+      self.run.arch.check_length(longest, f"a row of {self.stage}")
     key = ops.stream(self.run.key, self.stage, self.step)
     if self.in_host_memory:
       checkpoints.give_back_memory()  # of what was done since the last step

@@ -145,7 +145,10 @@ class Renderer:
 
   def batch(self, category: str, rows: Sequence[list[int]]) -> dict:
     """Arrays of at most `reward.rows` rows of one category, padded to fixed shapes."""
-    return lines_after(self.prefixes[category], rows, cfg=self.cfg, room=self.room)
+    prefix = self.prefixes[category]
+    longest = len(prefix) + max(map(len, rows))
+    self.run.arch.check_length(longest, f"a question about {category}")
+    return lines_after(prefix, rows, cfg=self.cfg, room=self.room)
 
 
 def lines_after(
@@ -293,6 +296,7 @@ def model_judge(run: context.Run) -> judge.Judge:
   def score_logprobs(conversations, labels):
     ids = [run.tok.encode(label)[0] for label in labels]
     rows = [text.render_chat(run.tok, turns) for turns in conversations]
+    run.arch.check_length(max(map(len, rows), default=0), "a question to the judge")
     found = []
     for at in context.batches(len(rows), 4):
       tokens_BT, length_B = context.padded(rows[at], 4)

@@ -109,7 +109,8 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
       (_written(run, [context.user_turn(prompt)], _recalling(run, completion)), 0)
       for prompt, completion in run.domain.worked()
     ]
-  fits = [(row, end) for row, end in clean if len(row[0]) <= cfg.batch.length]
+  most = min(cfg.batch.length, run.arch.max_length)
+  fits = [(row, end) for row, end in clean if len(row[0]) <= most]
   dropped["too_long"] = len(clean) - len(fits)
   recalls = [(row[0][:end], row[1][:end]) for row, end in fits if end]
   return [row for row, _ in fits], recalls, dropped
