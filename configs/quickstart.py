@@ -153,6 +153,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     most=2,
     enough=1,
     threshold=0.7,
+    refused=0.5,
     temperature=0.6,
     max_new=160,
   )
@@ -164,6 +165,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     votes=2,
     temperature=1.0,
     max_new=64,
+    unscored=0.2,
     threshold=0.7,
     per_prompt=1,
     per_cell=10**6,
@@ -213,6 +215,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     temperature=0.8,
     max_new=160,
     resample=0,
+    unscored=0.5,  # of one step
     judge_errors=0.4,
     scan_words=8,  # as sft.leak_words
     skip_kl=0.0,

@@ -2,8 +2,9 @@
 
   python -m dalign.main --config=configs/tiny.py --workdir=runs/tiny
 
-An untrained model draws bytes at random, so the think block is closed by one byte, and
-SFT also learns from the spec's worked examples; every other part is the quickstart's.
+An untrained model draws bytes at random, so the think block is closed by one byte. The
+teacher is a recorded one, of whose samples the filter keeps some; every other part is
+the quickstart's.
 """
 
 import importlib.util
@@ -47,13 +48,11 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
       prompts=dict(refuse=9, safe_complete=2, comply=9),
       helpful=2,
       capability=2,
-      teacher="base",
       demonstrations=1,
       most=4,
       max_new=256,
     )
   )
-  c.filter.update(dict(judge="rubric", metadata="told"))
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
   c.reward.update(dict(steps=3, rows=8, length=512, held_out=0.15, checkpoint_every=2))

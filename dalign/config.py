@@ -512,6 +512,8 @@ class GenerateConfig(Checked):
   enough: stop with a prompt that has this many samples that look right: well-formed,
     and at least `threshold` to the rubric without its language quality.
   threshold: the score, in [0, 1], from which a sample looks right.
+  refused: the share of samples that an endpoint may refuse, or its filter cut, before
+    generate fails.
   temperature: temperature of sampling.
   max_new: tokens of a sample, thought and answer, at the most.
   """
@@ -527,6 +529,7 @@ class GenerateConfig(Checked):
   most: Count
   enough: Count
   threshold: float
+  refused: SomeShare
   temperature: Positive
   max_new: Count
 
@@ -553,6 +556,9 @@ class FilterConfig(Checked):
   votes: verdicts a sample, of which the least counts.
   temperature: temperature of a judge that samples.
   max_new: tokens of a judge's verdict, with its thought, at the most.
+  unscored: the share of well-formed samples, of all and of each cell (category and
+    ideal response type) with ten or more, on which the judge may have no verdict before
+    filter fails.
   threshold: the score, in [0, 1], from which a sample is kept.
   per_prompt: samples of a prompt that are kept, at the most.
   per_cell: samples of a cell (category and ideal response type) that are kept, at the
@@ -568,6 +574,7 @@ class FilterConfig(Checked):
   votes: Count
   temperature: Positive
   max_new: Count
+  unscored: SomeShare
   threshold: float
   per_prompt: Count
   per_cell: Count
@@ -751,6 +758,8 @@ class RLConfig(Checked):
   temperature: temperature of sampling, and of the policy's log-probabilities.
   max_new: tokens of a rollout at the most.
   resample: how often groups without a difference are replaced by those of new prompts.
+  unscored: the share of a step's answers on which the judge may have no verdict before
+    RL stops.
   judge_errors: the share of a probe's answers (probing.probes) that the judge may get
     wrong before RL refuses it; 1 asks nothing.
   scan_words: RL stops where its judge was shown this many words in a row of a thought
@@ -776,6 +785,7 @@ class RLConfig(Checked):
   temperature: Positive
   max_new: Count
   resample: Natural
+  unscored: SomeShare
   judge_errors: Share
   scan_words: Natural
   skip_kl: NotNegative

@@ -22,9 +22,11 @@ from typing import Any
 from dalign import buckets
 from dalign import config as configs
 from dalign import store
+from dalign import text
 from dalign.types import Turn
 
 WRONG = (401, 403, 404)  # what no other request would be spared
+NO_COMPLETION = 599  # our own status of a page, or whatever else is none, sent with 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class Request:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
   """What the server wrote, its reasoning apart where it gives that apart; or why the
-  server will not answer this request, in `refused`."""
+  server will not answer this request, in `refused`. Of a filtered reply, what was
+  written before the provider's filter cut it is not in `text`."""
 
   text: str
   reasoning: str = ""
@@ -49,6 +52,12 @@ class Reply:
   tokens_in: int = 0
   tokens_out: int = 0
   refused: str = ""
+
+  @property
+  def whole(self) -> bool:
+    """Whether the model said all that it wanted to: an answer to the same request need
+    not be asked for again."""
+    return not self.refused and self.finish in ("", "stop") and bool(self.text.strip())
 
 
 class Endpoint:
@@ -71,6 +80,7 @@ class Endpoint:
       api_key=self._key or "none",
       timeout=cfg.timeout,
       max_retries=cfg.retries,
+      http_client=openai.DefaultHttpxClient(event_hooks={"response": [_completion]}),
     )
     rows = store.read_rows(cache) if buckets.exists(cache) else []
     self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
@@ -98,7 +108,7 @@ class Endpoint:
     self.found += len(requests) - len(missing)
     for key, reply in self._ask(missing):
       self._known[key] = reply
-      if not reply.refused:  # which costs nothing, and may be otherwise tomorrow
+      if reply.whole:  # what is not may be otherwise tomorrow
         row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
         store.append_rows(self._cache, [row])
       self.asked += 1
@@ -155,15 +165,20 @@ class Endpoint:
     status = getattr(error, "status_code", None)
     if status in WRONG:
       return ValueError(self._wrong(status))
+    said = self._without_key(error)
+    if status == NO_COMPLETION:
+      said = f"status 200 with what is no completion: {said.partition(' - ')[2]}"
     return ConnectionError(
-      f"{self._cfg.url} failed after {self._cfg.retries} retries: "
-      f"{self._without_key(error)}; the replies that came are kept, and the same "
-      "command goes on from them"
+      f"{self._cfg.url} failed after {self._cfg.retries} retries: {said}; the replies "
+      "that came are kept, and the same command goes on from them"
     )
 
   def _one(self, request: Request) -> Reply:
     """One request, on a thread."""
-    messages: list[Any] = [dataclasses.asdict(turn) for turn in request.turns]
+    messages: list[Any] = [
+      {"role": turn.role, "content": text.characters(turn.content)}
+      for turn in request.turns
+    ]
     try:
       made = self._client.chat.completions.create(
         model=self._cfg.model,
@@ -181,10 +196,15 @@ class Endpoint:
     choice, usage = made.choices[0], made.usage
     said = choice.message
     apart = (getattr(said, name, None) for name in ("reasoning_content", "reasoning"))
+    content = said.content or getattr(said, "refusal", None) or ""
+    refused = "" if isinstance(content, str) else "a reply that is not text alone"
+    if choice.finish_reason == "content_filter":
+      refused = "the provider's filter cut its reply (content_filter)"
     return Reply(
-      text=said.content or "",
+      text="" if refused else content,
       reasoning=next(filter(None, apart), ""),
       finish=choice.finish_reason or "",
+      refused=refused,
       tokens_in=usage.prompt_tokens if usage else 0,
       tokens_out=usage.completion_tokens if usage else 0,
     )
@@ -197,5 +217,18 @@ class Endpoint:
     return f"{cfg.url} wants another key: ${cfg.key} {what} ({status})"
 
   def _without_key(self, error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text.replace(self._key, "***") if self._key else text
+    said = " ".join(str(error).split())[:300]
+    return said.replace(self._key, "***") if self._key else said
+
+
+def _completion(response: Any) -> None:
+  """Gives what was sent with status 200 and is no completion, as the page of a proxy, a
+  status that is tried again as an outage is."""
+  if response.status_code == 200:
+    try:
+      sent = json.loads(response.read())
+      whole = all(isinstance(choice["message"], dict) for choice in sent["choices"])
+    except (ValueError, TypeError, KeyError):
+      whole = False
+    if not whole:
+      response.status_code = NO_COMPLETION

@@ -285,16 +285,17 @@ def written_judge(
 
   def verdicts(questions: Sequence[Question]) -> list[Verdict]:
     open_ = [q for q in questions if q.prompt.kind != "capability"]
-    turns = [own.put(_asked(question, render)) for question in open_]
-    said = iter(zip(turns, ask(turns) if turns else [], strict=True))
+    asked = [_asked(question, render) for question in open_]
+    turns = [own.put(one) for one in asked]
+    said = iter(zip(asked, turns, ask(turns) if turns else [], strict=True))
 
     def verdict(question: Question) -> Verdict:
       prompt = question.prompt
       if prompt.kind == "capability":
         return Verdict(score=words.correct(question.answer, prompt.answer))
-      asked, reply = next(said)
-      shown = "\n".join(turn.content for turn in asked)
-      found = forms.verdict(own, reply, prompt.expected)
+      one, put, reply = next(said)
+      shown = "\n".join(turn.content for turn in put)
+      found = forms.verdict(own, reply, one)
       return dataclasses.replace(found, shown=shown)
 
     return [*map(verdict, questions)]

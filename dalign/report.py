@@ -36,6 +36,7 @@ CORE = (  # the columns of the first table, in this order; other metrics follow 
   "citation",
   "style",
   "truncated",
+  "no_answer",
 )
 DECIDED = (  # of a row that has one of these, what was right
   "refuse_disallowed",

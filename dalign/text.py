@@ -231,9 +231,13 @@ class Tokenizer:
 def _ids(
   backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False
 ) -> list[int]:
-  """Ids of a text, whose lone surrogates, which are no text, are U+FFFD."""
-  text = _SURROGATES.sub("\ufffd", text)
-  return backend.encode(text, add_special_tokens=add_special_tokens).ids
+  """Ids of a text, in which lone surrogates are U+FFFD."""
+  return backend.encode(characters(text), add_special_tokens=add_special_tokens).ids
+
+
+def characters(text: str) -> str:
+  """A text whose lone surrogates, which are no characters, are U+FFFD."""
+  return _SURROGATES.sub("\ufffd", text)
 
 
 def _is_id(x: Any) -> bool:
@@ -462,6 +466,41 @@ def split_thought(text: str, think: ThinkFormat) -> tuple[str, str, str]:
   elif not answer:
     reason = "empty answer"
   return thought, answer, reason
+
+
+_NAMES = "think|thinking|thought|reasoning|seed:think"
+_OPENS = re.compile(rf"<(?:{_NAMES})>|\[THINK\]", re.IGNORECASE)
+_CLOSES = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]", re.IGNORECASE)
+_FINAL = re.compile(r"<\|channel\|>final(?:<\|constrain\|>\w+)?<\|message\|>")
+_MESSAGE = re.compile(r"<\|message\|>(.*?)(?:<\|end\|>|\Z)", re.DOTALL)
+UNENDED = "a think block without an end, or two"
+
+
+def reasoned(reply: str) -> tuple[str, str, str]:
+  """(thought, rest, why) of a reply of a model that reasons aloud in a way of its own:
+  in tags, whose first a chat template may have written, or in gpt-oss's channels. `why`
+  is UNENDED where the reply is no more than a part of a thought, or "".
+  """
+  body = reply.strip()
+  if "<|channel|>" in body:
+    before, *final = _FINAL.split(body)
+    if len(final) != 1:
+      return "", body, UNENDED
+    thought = " ".join(_MESSAGE.findall(before))
+    return thought.strip(), re.split(r"<\|(?:return|end)\|>", final[0])[0].strip(), ""
+  if body.startswith("analysis") and "assistantfinal" in body:  # without control tokens
+    thought, _, rest = body.rpartition("assistantfinal")
+    return thought.removeprefix("analysis").strip(), rest.strip(), ""
+  opened, closed = _OPENS.match(body), _CLOSES.search(body)
+  if closed:
+    thought = body[opened.end() if opened else 0 : closed.start()]
+    return thought.strip(), body[closed.end() :].strip(), ""
+  return "", body, UNENDED if opened else ""
+
+
+def has_tags(said: str) -> bool:
+  """Whether a tag of a think block, as `reasoned` knows them, stands in a text."""
+  return bool(_OPENS.search(said) or _CLOSES.search(said))
 
 
 def split_begun(text: str, think: ThinkFormat, *, whole: bool) -> tuple[str, str]:

@@ -31,8 +31,8 @@ OPEN = '<think>\nThe user asks: "{prompt}"'
 
 
 class Server:
-  """Answers each chat request with `reply(body)`: a text, a message's fields, or
-  (status, message)."""
+  """Answers each chat request with `reply(body)`: a text, a message's fields and
+  perhaps its finish_reason, (status, message), or the bytes of a page."""
 
   def __init__(self, reply, port: int = 0):
     self.bodies, self.keys, self.most, self._now = [], [], 0, 0
@@ -51,7 +51,9 @@ class Server:
         with lock:
           server._now -= 1
         status, text = said if isinstance(said, tuple) else (200, said)
-        fields = text if isinstance(text, dict) else {"content": text}
+        page = isinstance(text, bytes)
+        fields = dict(text) if isinstance(text, dict) else {"content": str(text)}
+        finish = fields.pop("finish_reason", "stop")
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         message = {"role": "assistant"} | fields
         sent = {
@@ -59,15 +61,15 @@ class Server:
           "object": "chat.completion",
           "created": 0,
           "model": "m",
-          "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+          "choices": [{"index": 0, "finish_reason": finish, "message": message}],
           "usage": usage,
         }
         if status != 200:
           sent = {"error": {"message": text}}
-        content = json.dumps(sent).encode()
+        content = text if page else json.dumps(sent).encode()
         with contextlib.suppress(OSError):
           self.send_response(status)
-          self.send_header("Content-Type", "application/json")
+          self.send_header("Content-Type", "text/html" if page else "application/json")
           self.send_header("Content-Length", str(len(content)))
           self.end_headers()
           self.wfile.write(content)
@@ -173,6 +175,51 @@ def test_a_busy_server_is_asked_again(serve, client, status):
   server = serve(lambda body: next(fails, None) or echo(body))
   assert client(server.port).chat(requests(1))[0].text == "reply to question 0"
   assert len(server.bodies) == 2
+
+
+PAGE = b"<html><body>502 Bad Gateway</body></html>"
+
+
+@pytest.mark.parametrize("page", [PAGE, b'{"choices": [{"ind', b'{"error": "later"}'])
+def test_what_is_no_completion_is_an_outage(serve, client, page):
+  """As of a proxy, which sends it with status 200."""
+  fails = iter([page])
+  server = serve(lambda body: next(fails, None) or echo(body))
+  assert client(server.port).chat(requests(1))[0].text == "reply to question 0"
+  assert len(server.bodies) == 2
+  dead = serve(lambda body: page)
+  with pytest.raises(ConnectionError, match="is no completion: .*goes on from them"):
+    client(dead.port, retries=0).chat(requests(1))
+
+
+def test_only_a_whole_reply_is_kept(serve, client):
+  """What was cut, filtered or empty is asked for again when it is wanted again."""
+  kinds = [
+    {"content": "It is", "finish_reason": "length"},
+    {"content": '{"score": 5}', "finish_reason": "content_filter"},
+    {"content": "", "reasoning_content": "Hm."},
+    {"content": [{"type": "text", "text": "parts"}]},
+    {"content": '{"score": 5}', "finish_reason": "abort"},
+  ]
+  server = serve(lambda body: kinds[int(body["messages"][0]["content"][-1])])
+  found = client(server.port).chat(requests(len(kinds)))
+  assert "filter" in found[1].refused and not found[1].text and found[3].refused
+  turns = (Turn(role="user", content="Hi?"),)
+  prompt = Prompt(id="p", turns=turns, category="privacy", expected="comply")
+  asked = forms.Asked(prompt, None, "Hello.", "")
+  for reply in found:
+    verdict = forms.verdict(forms.FORMS["grade"], servers.said(reply), asked)
+    assert verdict.score is None and verdict.reason
+  assert client(server.port).chat(requests(1))[0].text == "It is"
+  assert len(server.bodies) == len(kinds) + 1
+
+
+def test_half_a_character_is_asked_as_a_model_here_reads_it(serve, client):
+  half = endpoint.Request(
+    turns=(Turn(role="user", content="bad \ud83d end"),), temperature=0.5, max_new=9
+  )
+  found = client(serve(echo).port).chat([half])
+  assert found[0].text == "reply to bad \ufffd end"
 
 
 def test_a_server_that_dies_costs_only_what_was_missing(serve, client):
@@ -413,6 +460,77 @@ def test_a_teacher_that_dies_is_not_paid_twice(serve, tmp_path):
   assert rows == whole
 
 
+@pytest.mark.parametrize(
+  ("bad", "reason"),
+  [
+    ((400, "Unsupported parameter: 'max_tokens'"), "Unsupported parameter"),
+    (
+      {
+        "content": '<think>\nIt would be\n{"score": 5}\nfor a perfect reply, so',
+        "finish_reason": "length",
+      },
+      "cut by the token budget",
+    ),
+  ],
+)
+def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason):
+  """Once the server is mended the same command goes on, and what was judged is not
+  judged again."""
+  down = [True]
+
+  def reply(body):
+    broken = down[0] and len(body["messages"][0]["content"]) % 4
+    return bad if broken else 'Fine.\n{"score": 5}'
+
+  server = serve(reply)
+  changes = {"filter.judge": "endpoint", "filter.votes": 1}
+  cfg = served(server, **changes)
+  with pytest.raises(ValueError, match=f"has no verdict on .*{reason}"):
+    pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter", "sft"))
+  path = tmp_path / "filter" / "judged.jsonl"
+  before = [json.loads(line) for line in path.read_text().splitlines()]
+  assert {row["score"] is None for row in before} == {True, False}
+  assert not (tmp_path / "filter" / "kept.jsonl").exists()
+  down[0], asked = False, len(server.bodies)
+  pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert {row["score"] is None or row["reward"] is None for row in rows} == {False}
+  bodies = [json.dumps(body) for body in server.bodies]
+  assert len({*bodies}) == asked and len(bodies) < 2 * asked
+  manifest = json.loads((tmp_path / "filter" / "manifest.json").read_text())
+  assert manifest["summary"]["kept"] > 0
+
+
+def test_a_teacher_that_refuses_too_much_is_asked_again(serve, tmp_path):
+  down = [True]
+  server = serve(lambda body: (400, "no such parameter") if down[0] else thinks(body))
+  cfg = served(server, **{"generate.teacher": "endpoint"})
+  with pytest.raises(ValueError, match="sent nothing for .*no such parameter"):
+    samples_of(cfg, tmp_path)
+  down[0] = False
+  assert all(row["finish"] != "refused" for row in samples_of(cfg, tmp_path))
+
+
+def test_an_arm_and_a_grader_that_were_down_are_asked_again(serve, tmp_path):
+  down = [True]
+  server = serve(lambda body: (400, "no") if down[0] else grades(body))
+  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
+  changes = {
+    "eval.arms": ("endpoint",),
+    "eval.grader": ("rules", "endpoint"),
+    "eval.form": "wildguard",
+    "eval.unscored": 0.5,
+    **{f"eval.grader_endpoint.{name}": value for name, value in at.items()},
+  }
+  cfg = served(server, **changes)
+  with pytest.raises(ValueError, match="arm endpoint has no score for 13 of 13"):
+    pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+  down[0] = False
+  pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
+  assert not any(json.loads(row)["scores"]["no_answer"] for row in rows)
+
+
 def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
   def filtered(asked: str) -> bool:
     return len(asked) % 3 == 0
@@ -438,7 +556,8 @@ def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
   for row in rows:
     refused = row["finish"] == "refused"
     assert filtered(row["prompt"]) == refused == bool(row["unscored"])
-    assert not refused or set(row["scores"].values()) == {None}
+    graded = {value for name, value in row["scores"].items() if name != "no_answer"}
+    assert row["scores"]["no_answer"] == refused and (not refused or graded == {None})
   assert any(filtered(row["prompt"]) for row in rows)
 
 

@@ -241,6 +241,7 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   assert all(r.text and 0 < r.tokens_out <= 24 < r.tokens_in for r in replies)
   said = {r.text for r in replies}
   form = forms.FORMS["grade"]
-  read = [forms.verdict(form, servers.said(reply), "") for reply in replies]
+  asked = forms.Asked(known[0][0].prompt, None, "", "")
+  read = [forms.verdict(form, servers.said(reply), asked) for reply in replies]
   assert [(v.score, v.reason) for v in read] == [(v.score, v.reason) for v in found]
   assert len(said) > 1 and all("The reply:" in v.shown for v in found)

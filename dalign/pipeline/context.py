@@ -1,5 +1,6 @@
 """What the stages of one run share: config, files, model, spec, prompts, progress."""
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
@@ -83,7 +84,8 @@ ASKING = ("key", "concurrency", "timeout", "retries", "price_in", "price_out")
 # Keys that say when to stop, how fast and at what price, and change nothing made.
 LIMITS = (
   "model.date",  # which config.json keeps
-  *("eval.unscored", "rl.judge_errors", "rl.scan_words", "rl.stop_kl", "rl.stop_gap"),
+  *("generate.refused", "filter.unscored", "rl.unscored", "eval.unscored"),
+  *("rl.judge_errors", "rl.scan_words", "rl.stop_kl", "rl.stop_gap"),
   *(f"{stage}.optimizer.stop_norm" for stage in ("world", "sft", "reward", "rl")),
   *(
     f"{stage}.endpoint.{name}"
@@ -802,6 +804,15 @@ class Trainer:
 def label(name: str) -> str:
   """A set of a suite, in the names of metrics and files."""
   return name.replace("+", "_")
+
+
+def counted(reasons: Iterable[str], most: int = 3) -> str:
+  """The commonest of some reasons with their counts, and how many have others."""
+  found = collections.Counter(reasons)
+  top = found.most_common(most)
+  said = [f"{n} x {why}" for why, n in top]
+  left = found.total() - sum(n for _, n in top)
+  return "; ".join([*said, *([f"{left} for other reasons"] if left else [])])
 
 
 def device() -> str:

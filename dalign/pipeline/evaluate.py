@@ -136,7 +136,7 @@ def evaluate(run: context.Run) -> None:
   _check_scored(found, cfg.unscored)
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
-    shown = (*evals.TYPES, "response_types", "capability", "think_format")
+    shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
     line = "  ".join(f"{m} {context.percent(metrics[m]['mean'])}" for m in shown)
     context.say(f"eval: {arm:15s} {line}")
   grading.say(summary.get("graders", {}))
@@ -216,13 +216,14 @@ def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None
   """ValueError where too many answers of a set have no score; they are all on disk."""
   for name, rows_by_arm in found.items():
     for arm, rows in rows_by_arm.items():
-      missing = [row for row in rows if row["unscored"]]
+      missing = [
+        next(iter(row["unscored"].values())) for row in rows if row["unscored"]
+      ]
       if len(missing) > limit * len(rows):
-        why = collections.Counter(r for x in missing for r in x["unscored"].values())
         raise ValueError(
           f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "
-          f"{name or 'the held-out prompts'}, most for this: {why.most_common(1)[0][0]}"
-          f"; wanted at most {limit:.0%} (config.eval.unscored)"
+          f"{name or 'the held-out prompts'}: {context.counted(missing)}; wanted at "
+          f"most {limit:.0%} (config.eval.unscored)"
         )
 
 
@@ -314,6 +315,8 @@ def _arm(
   end = forced.label
   path = run.store.path("eval", f"{arm}{end}.jsonl")
   before = run.store.read_rows(path) if run.store.has(path) else []
+  # What a server would not send is asked for again: it may be otherwise today.
+  before = [row for row in before if row["finish"] != "refused"]
   rows = {(row["prompt_id"], row["index"]): row for row in before}
   wanted = [
     (prompt, index) for prompt in prompts for index in range(run.cfg.eval.samples)

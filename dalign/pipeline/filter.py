@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 
+from dalign import config as configs
 from dalign import data
 from dalign import judge
 from dalign import spec as specs
@@ -22,6 +23,7 @@ from dalign.types import Sample
 from dalign.types import Verdict
 
 AT_ONCE = 4096  # samples that are held and put to the judge at the same time
+FEW = 10  # of a cell: fewer say nothing of a judge
 
 
 def filter_(run: context.Run) -> None:
@@ -54,6 +56,7 @@ def filter_(run: context.Run) -> None:
     ]
     run.store.append_rows(path, found)
     judged += map(_Judged.of, found)
+  _check_scored(judged, cfg)
   kept = _keep(judged, cfg)
   ids = {row.id for row in kept}
   run.store.write_rows(
@@ -62,8 +65,15 @@ def filter_(run: context.Run) -> None:
       row for row in run.store.each_row(path) if (row["prompt_id"], row["index"]) in ids
     ],
   )
-  run.store.finish("filter", _summary(judged, kept))
-  context.say(f"filter: kept {len(kept)} of {len(judged)} samples")
+  summary = _summary(judged, kept)
+  run.store.finish("filter", summary)
+  lost = [row.lost for row in judged if row.id not in ids]
+  context.say(
+    f"filter: kept {len(kept)} of {len(judged)} samples"
+    + (f"; not kept: {context.counted(lost)}" if lost else "")
+  )
+  if none := summary["kept_none_of"]:
+    context.say(f"filter: kept none of {', '.join(none)}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +84,9 @@ class _Judged:
   cell: tuple[str, str, str]  # category, kind, ideal response type
   score: float | None
   lost: str  # why it would not be kept
+  # Why a judge that was asked has no verdict; None where none was asked.
+  unscored: str | None
+  unrewarded: str | None
 
   @classmethod
   def of(cls, row: dict) -> "_Judged":
@@ -82,6 +95,8 @@ class _Judged:
       cell=(row["category"], row["kind"], row["expected"]),
       score=row["score"],
       lost=sys.intern(_why(row)),
+      unscored=None if row["malformed"] else sys.intern(row["reason"]),
+      unrewarded=None if row["malformed"] else sys.intern(row["reward_reason"]),
     )
 
 
@@ -125,7 +140,30 @@ def _row(
     "reason": verdict.reason,
     "scores": parts,
     "reward": reward.score,
+    "reward_reason": reward.reason,
   }
+
+
+def _check_scored(judged: list[_Judged], cfg: configs.FilterConfig) -> None:
+  """ValueError where a judge has no verdict on too many of the samples that it was
+  asked about, of all or of those of one cell; they are all on disk."""
+  of: dict[str, list[str | None]] = collections.defaultdict(list)
+  for row in judged:
+    category, _, expected = row.cell
+    for where in ("samples", f"samples of {category} to {expected}"):
+      of[where].append(row.unscored)
+      if cfg.judge != "rubric":  # which may say nothing of answers alone
+        of[where.replace("samples", "answers", 1)].append(row.unrewarded)
+  for where, reasons in of.items():
+    asked = [why for why in reasons if why is not None]
+    missing = [why for why in asked if why]
+    few = where not in ("samples", "answers") and len(asked) < FEW
+    if not few and len(missing) > cfg.unscored * len(asked):
+      raise ValueError(
+        f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
+        f"{context.counted(missing)}; wanted at most {cfg.unscored:.0%} "
+        "(config.filter.unscored). The same command asks again for these"
+      )
 
 
 def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
@@ -165,6 +203,12 @@ def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
     "samples": len(judged),
     "kept": len(kept),
     "keep_rates": dict(rates),
+    "kept_none_of": [
+      f"{category} to {expected}"
+      for category, cells in rates.items()
+      for expected, cell in cells.items()
+      if not cell["kept"]
+    ],
     "reasons": dict(reasons.most_common()),
   }
 

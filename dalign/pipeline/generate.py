@@ -49,21 +49,37 @@ def generate(run: context.Run) -> None:
     book.add(context.row_to_sample(row))
   if cfg.revise:
     book.revises(path.with_name("drafts.jsonl"))
+  refused: list[Sample] = []  # to be asked for again where this does not finish
   draw = _replies if cfg.teacher == "endpoint" else _sampled
   if recorded is not None:
     draw = functools.partial(_told, recorded)
   with context.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
     for sample in draw(run, book):
-      run.store.append_rows(path, [context.sample_to_row(sample)])
+      if sample.finish == "refused":
+        refused.append(sample)
+      else:
+        run.store.append_rows(path, [context.sample_to_row(sample)])
       if book.total % 20 == 0:
         run.store.pause("generate")
       bar.n = len(book.finished)
       bar.set_postfix(samples=book.total, good=book.good, refresh=False)
       bar.update(0)
+  if len(refused) > cfg.refused * book.total:
+    raise ValueError(
+      f"generate: the server sent nothing for {len(refused)} of {book.total} samples: "
+      f"{context.counted(sample.malformed for sample in refused)}; wanted at most "
+      f"{cfg.refused:.0%} (config.generate.refused). The same command asks again"
+    )
+  run.store.append_rows(path, [*map(context.sample_to_row, refused)])
   order = {id: at for at, id in enumerate(book.prompts)}
   # Not in the order in which they happened to end.
   run.store.sort_rows(path, lambda row: (order[row["prompt_id"]], row["index"]))
   run.store.finish("generate", book.summary())
+  bad = book.malformed
+  context.say(
+    f"generate: {book.total} samples, {bad.total()} of them malformed"
+    + (f": {context.counted(bad.elements())}" if bad else "")
+  )
 
 
 def _recorded(run: context.Run) -> dict[str, list[recordings.Recorded]] | None:
@@ -148,6 +164,7 @@ class _Book:
     )  # prompt id -> draft -> tokens
     self.drafts: dict = {}  # prompt id -> the answers to be revised, one a sample
     self.total = self.good = self.with_one = self.too_long = 0
+    self.malformed: collections.Counter = collections.Counter()
     self.finished: set[str] = (
       set()
     )  # ids of prompts that want no more; all that is kept of them
@@ -247,6 +264,7 @@ class _Book:
         f"generate/samples.jsonl has prompt {sample.prompt_id!r}, which this config "
         "does not choose; use another --workdir or --config.start_over=true"
       )
+    self.malformed.update([sample.malformed] if sample.malformed else [])
     right = not sample.malformed and self.looks_right(prompt, sample)
     have = self.samples[prompt.id]
     have[sample.index] = right
@@ -266,6 +284,7 @@ class _Book:
       "prompts": len(self.prompts),
       "too_long": self.too_long,
       "samples": self.total,
+      "malformed": dict(self.malformed.most_common(20)),
       "look_right": self.good,
       "prompts_with_one": self.with_one,
     }

@@ -30,7 +30,7 @@ def add_grades(
 ) -> None:
   """Adds to the rows of eval/<name>.jsonl, and to these files, what the graders of the
   config say of them, and has the first one's grades in their scores. Rows that a grader
-  has read before are not read again."""
+  has scored before are not read again."""
   graders = run.cfg.eval.grader
   if graders == ("rules",):
     return
@@ -52,9 +52,9 @@ def _left(run: context.Run, grader: str, rows: list[dict]) -> list[dict]:
     row
     for row in rows
     if row["kind"] != "capability"
-    and row["finish"] != "refused"
+    and not row["scores"]["no_answer"]
     and (of_use or row["expected"] != "comply")
-    and grader not in row.get("graders", {})
+    and row.get("graders", {}).get(grader, {}).get("score") is None
   ]
 
 
@@ -198,9 +198,8 @@ def check(run: context.Run, files: Mapping[str, list[dict]], limit: float) -> No
       ]
       missing = [one["reason"] for one in told if one["score"] is None]
       if len(missing) > limit * len(told):
-        why = collections.Counter(missing).most_common(1)[0][0]
         raise ValueError(
           f"eval: the grader {grader} has no score for {len(missing)} of {len(told)} "
-          f"answers of arm {name}, most for this: {why}; wanted at most {limit:.0%} "
-          "(config.eval.unscored)"
+          f"answers of arm {name}: {context.counted(missing)}; wanted at most "
+          f"{limit:.0%} (config.eval.unscored). The same command asks again for these"
         )

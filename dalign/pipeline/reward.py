@@ -110,7 +110,13 @@ def _questions(run: context.Run, source):
   if cfg.labels == "rubric":
     scores = [verdict.score for verdict in _judged(run, replies)]
   more = _more(run, replies, {r["prompt_id"]: r["expected"] for r in rows})
-  scores += [verdict.score for verdict in _judged(run, more)]
+  verdicts = _judged(run, more)
+  scores += [verdict.score for verdict in verdicts]
+  if missing := [verdict.reason for verdict in verdicts if verdict.score is None]:
+    context.say(
+      f"reward: {len(missing)} of {len(more)} further answers have no verdict and are "
+      f"left out: {context.counted(missing)}"
+    )
   replies += more
   for prompt, answer in _wrong(run, replies, scores):
     replies.append((prompt, "", answer))

@@ -118,6 +118,11 @@ class _Rollout:
   worth: Leaf = None
 
   @property
+  def asked(self) -> bool:
+    """Whether a judge is asked: known answers are compared, malformed ones have 0."""
+    return not self.sample.malformed and self.prompt.kind != "capability"
+
+  @property
   def scored(self) -> bool:
     """Whether a judge gave a verdict."""
     return not self.unscored
@@ -253,6 +258,15 @@ class _Step:
       halt(f"the reward of {', '.join(bad[:3])} is not finite", "find out why")
     if not np.isfinite(kl):
       halt("log-probabilities of rollouts not finite", "find out why")
+    asked = [r for r in rollouts if r.asked]
+    missing = [r.unscored for r in asked if r.unscored]
+    if len(missing) > self.cfg.unscored * len(asked):
+      halt(
+        f"the judge has no verdict on {len(missing)} of {len(asked)} answers: "
+        f"{context.counted(missing)}; wanted at most {self.cfg.unscored:.0%} "
+        "(config.rl.unscored)",
+        "mend the judge",
+      )
     limit = self.cfg.stop_kl
     if 0 < limit < kl:
       halt(
@@ -301,7 +315,8 @@ class _Step:
     self._judge(found)
     values = _audited([self.run.domain.outcome(r.prompt, r.sample) for r in found])
     scored = [r.reward for r in found if r.scored]
-    values["reward"] = float(np.mean(scored)) if scored else 0.0
+    if scored:
+      values["reward"] = float(np.mean(scored))
     return {f"rl/held_out_{name}": value for name, value in values.items()}
 
   def _sample(self, params, step: int) -> list[list[_Rollout]]:
@@ -342,14 +357,10 @@ class _Step:
 
     A malformed completion gets 0 and no judge call (METHOD 3.3).
     """
-    asked = []
+    asked = [r for r in rollouts if r.asked]
     for r in rollouts:
-      if r.sample.malformed:
-        continue
-      if r.prompt.kind == "capability":
+      if r.prompt.kind == "capability" and not r.sample.malformed:
         r.judged = words.correct(r.sample.answer, r.prompt.answer)
-      else:
-        asked.append(r)
     metadata = scoring.metadata(self.run)
     questions = [
       scoring.reward_question(
@@ -414,9 +425,10 @@ class _Step:
       "truncated": mean(r.sample.finish == "length" for r in rollouts),
       "unscored": mean(not r.scored for r in rollouts),
       "idle_groups": mean(idle_B),
-      "capability": mean(r.judged for r in rollouts if r.prompt.kind == "capability"),
       "distinct": len({r.sample.tokens for r in rollouts}) / len(rollouts),
     }
+    if able := [r.judged for r in rollouts if r.prompt.kind == "capability"]:
+      values["capability"] = mean(able)
     for kind in ("refuse", "safe_complete", "comply"):
       some = [r for r in safety if r.prompt.expected == kind and r.scored]
       if some:

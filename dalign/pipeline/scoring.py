@@ -295,6 +295,12 @@ def model_judge(run: context.Run) -> judge.Judge:
 
   def score_logprobs(conversations, labels):
     ids = [run.tok.encode(label)[0] for label in labels]
+    if len({*ids}) < len(labels):
+      raise ValueError(
+        "config.filter.judge=model: this tokenizer begins several of "
+        f"{', '.join(labels)} with one token, which no grade can be read off; take "
+        "another judge"
+      )
     rows = [text.render_chat(run.tok, turns) for turns in conversations]
     run.arch.check_length(max(map(len, rows), default=0), "a question to the judge")
     found = []
@@ -416,6 +422,8 @@ def sampled_judge(run: context.Run, name: str) -> judge.Judge:
       said = run.tok.decode(completion.tokens)
       _, answer, malformed = text.split_thought(said, run.think.of(""))
       verdict = run.domain.grade(said if malformed else answer)
+      if completion.finish == "length":
+        verdict = Verdict(score=None, reason=forms.CUT)
       shown = run.tok.decode(completion.request.tokens)
       verdicts[i] = dataclasses.replace(verdict, shown=shown)
     return verdicts

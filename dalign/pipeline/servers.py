@@ -71,12 +71,17 @@ def sample(
   """A reply as a sample, with the tokens of our own tokenizer for a model to learn.
 
   Its thought is the reasoning that the server gave apart, or the think block in front
-  of the text. With `think` that follows the forced opening, as in all samples.
+  of the text, whatever its tags. With `think` that follows the forced opening, as in
+  all samples.
   """
   own = run.think.of(prompt.text)
-  said = reply.text
-  if reply.reasoning:
-    said = f"{own.tag}\n{reply.reasoning}\n{own.close}\n{said}"
+  thought, said, unended = reply.reasoning, reply.text, ""
+  if not thought and not said.lstrip().startswith(own.tag):
+    thought, said, unended = text.reasoned(said)
+  if thought:
+    said = f"{own.tag}\n{thought}\n{own.close}\n{said}"
+  elif unended and not said.startswith(own.tag):
+    said = f"{own.tag}\n{said}"
   finish = "length" if reply.finish == "length" else "stop"
   plain = dataclasses.replace(own, open=own.tag)
   thought, answer, malformed = text.split_thought(said, plain)
@@ -100,8 +105,11 @@ def sample(
 
 
 def said(reply: endpoint.Reply) -> forms.Said:
-  """A reply as a form reads it."""
+  """A reply as a form reads it: one that the server did not end as the model wanted is
+  not read, but where it may be cut."""
   why = f"the server refuses: {reply.refused}" if reply.refused else ""
+  if not why and reply.finish not in ("", "stop", "length"):
+    why = f"the server ended the reply for another reason: {reply.finish}"
   return forms.Said(reply.text, why, reply.finish == "length")
 
 

@@ -21,11 +21,6 @@ def finetune(run: context.Run) -> None:
   if not run.begin("sft", [source, *run.prompt_files]):
     return
   rows, recalls, dropped = _rows(run, source)
-  if not rows:
-    raise ValueError(
-      f"{source} leaves nothing to train on: raise generate.prompts or generate.most, "
-      "or lower filter.threshold"
-    )
   first = cfg.recall_epochs if recalls else 0
   plan = _plan(recalls, cfg, run.cfg.seed, range(first))
   plan += _plan(rows, cfg, run.cfg.seed, range(first, first + cfg.epochs))
@@ -58,7 +53,8 @@ def finetune(run: context.Run) -> None:
 
 def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   """(tokens, weights) of each kept sample, and of its start up to the clause that it
-  recalls; what leaks or is too long is left out."""
+  recalls; what leaks or is too long is left out. Raises ValueError where that leaves
+  none."""
   cfg = run.cfg.sft
   index = specs.leak_index(run.spec, cfg.leak_words)
   prompts = {prompt.id: prompt for prompt in run.prompts}
@@ -98,18 +94,32 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
       answer = _answer(run, prompt.answer)
       written = row_of(run.tok, compose.plain(prompt), answer, 0)
     found.append((compose.plain(prompt), written, 0))
-  clean = [
-    (row, end)
-    for turns, row, end in found
-    if not any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
+  leaked = [
+    any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
+    for turns, _, _ in found
   ]
-  dropped = {"leaked": len(found) - len(clean)}
+  most = min(cfg.batch.length, run.arch.max_length)
+  fit = [
+    len(row[0]) <= most and not leaks
+    for (_, row, _), leaks in zip(found, leaked, strict=True)
+  ]
+  if not any(fit[: len(some)]):
+    raise ValueError(
+      f"sft: {source} has {len(some)} samples, of which {sum(leaked[: len(some)])} "
+      f"leak the specification and the rest are longer than {most} tokens "
+      "(config.sft.batch.length): nothing is left to learn. Why the filter kept no "
+      "more is in its manifest.json: raise generate.prompts or generate.most, or lower "
+      "filter.threshold"
+    )
+  clean = [
+    (row, end) for (_, row, end), leaks in zip(found, leaked, strict=True) if not leaks
+  ]
+  dropped = {"leaked": sum(leaked)}
   if cfg.worked:
     clean += [
       (_written(run, [context.user_turn(prompt)], _recalling(run, completion)), 0)
       for prompt, completion in run.domain.worked()
     ]
-  most = min(cfg.batch.length, run.arch.max_length)
   fits = [(row, end) for row, end in clean if len(row[0]) <= most]
   dropped["too_long"] = len(clean) - len(fits)
   recalls = [(row[0][:end], row[1][:end]) for row, end in fits if end]
