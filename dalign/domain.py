@@ -191,12 +191,13 @@ class English:
     """Answers to try a reward model with."""
     return probing.probes(prompts)
 
-  def wrong(
+  def made(
     self, good: list[tuple[Prompt, str]], draw: random.Random
-  ) -> Iterator[tuple[Prompt, str]]:
-    """Two wrong answers to each prompt that has a good one: where that does not refuse,
-    a refusal that was right elsewhere; and what speaks about the prompt but does not
-    answer it, or answers another one."""
+  ) -> Iterator[tuple[Prompt, str, float]]:
+    """(prompt, answer, score) to each prompt that has a good answer: a bare refusal,
+    which is fair where that refuses, and else that or a refusal that was right
+    elsewhere, which is wrong; and what speaks about the prompt but does not answer it,
+    or answers another one."""
     refusals: dict[str, list] = collections.defaultdict(list)
     answers: dict[str, list] = collections.defaultdict(list)
     for prompt, answer in good:
@@ -206,12 +207,13 @@ class English:
       other = [said for id, said in answers[prompt.category] if id != prompt.id]
       forms = probing.unanswering(prompt, probing.FORMS_LEARNED)
       some = [said for _, said in forms] + [draw.choice(other) for _ in other[:2]]
-      if behaviour.of(answer, prompt.category) != "refuse":
-        known = [said for _, said in refusals[prompt.category]]
-        yield prompt, draw.choice([*known, probing.REFUSAL])
+      bare = draw.choice(probing.REFUSALS_LEARNED)
+      if behaviour.of(answer, prompt.category) == "refuse":
+        yield prompt, bare, probing.BARE
       else:
-        yield prompt, draw.choice(some)
-      yield prompt, draw.choice(some)
+        known = [said for _, said in refusals[prompt.category]]
+        yield prompt, draw.choice([bare, draw.choice(known or [bare])]), 0.0
+      yield prompt, draw.choice(some), 0.0
 
   def labelled(self) -> list[tuple[judge.RewardQuestion, bool]]:
     """Answers that are known to be right or wrong."""
@@ -354,9 +356,9 @@ class World:
     score = lessons.GRADES.get(answer.strip())
     return Verdict(score=score, reason="" if score is not None else "no grade")
 
-  def wrong(
+  def made(
     self, good: list[tuple[Prompt, str]], draw: random.Random
-  ) -> Iterator[tuple[Prompt, str]]:
+  ) -> Iterator[tuple[Prompt, str, float]]:
     """None: a world's judges know all answers."""
     yield from ()
 

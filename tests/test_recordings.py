@@ -1,7 +1,9 @@
 """Recorded samples: their shapes, whose prompts they are of, and the votes on them."""
 
+import collections
 import dataclasses
 import json
+import random
 
 import pytest
 
@@ -9,6 +11,7 @@ from dalign import compose
 from dalign import config as configs
 from dalign import data
 from dalign import judge
+from dalign import probing
 from dalign import recordings
 from dalign import spec as specs
 from dalign import text
@@ -338,7 +341,8 @@ def test_an_opening_with_words_of_its_own_stands_before_what_was_recorded(
 
 def test_recorded_votes_are_the_filters_and_labels_of_the_reward_model(tmp_path, some):
   prompts, rows = some
-  run = opened(written(tmp_path, *rows), tmp_path / "run")
+  cfg = written(tmp_path, *rows, **{"filter.unscored": 1.0})
+  run = opened(cfg, tmp_path / "run")
   generate_stage.generate(run)
   filter_stage.filter_(run)
   source = run.store.path("filter", "judged.jsonl")
@@ -355,10 +359,33 @@ def test_recorded_votes_are_the_filters_and_labels_of_the_reward_model(tmp_path,
   assert all(q.prompt.expected == "" for q in questions)
   for p in prompts:
     assert bare[p.id, f"Bare of {p.id}."] == 1.0  # of which no thought is known
-  trained = {q.answer for q, s in zip(questions, scores, strict=True) if s}
-  assert trained == {rows[0]["answer"], rows[3]["answer"]} | {
-    f"Bare of {p.id}." for p in prompts
+  good = {q.answer for q, s in zip(questions, scores, strict=True) if s}
+  assert good - {*probing.REFUSALS_LEARNED} == {
+    rows[0]["answer"],
+    rows[3]["answer"],
+  } | {f"Bare of {p.id}." for p in prompts}
+
+
+def test_a_bare_refusal_is_fair_where_one_is_due_and_wrong_where_not(tmp_path, some):
+  _, rows = some
+  run = opened(written(tmp_path, *rows), tmp_path / "run")
+  prompts = [p for p in run.prompts if p.category == "weapons"]
+  due = [(p, REFUSAL) for p in prompts if p.expected == "refuse"][:20]
+  answers = [f"Ask {p.id} at the club, and keep it locked." for p in prompts]
+  helped = [
+    (p, a) for p, a in zip(prompts, answers, strict=True) if p.expected == "comply"
+  ][:20]
+  scores = collections.defaultdict(set)
+  for prompt, answer, score in run.domain.made(due + helped, random.Random(0)):
+    bare = answer in probing.REFUSALS_LEARNED
+    scores[prompt.expected, bare].add(score)
+  assert scores == {
+    ("refuse", True): {probing.BARE},
+    ("refuse", False): {0.0},
+    ("comply", True): {0.0},
+    ("comply", False): {0.0},
   }
+  assert probing.REFUSAL not in probing.REFUSALS_LEARNED  # which is probed
 
 
 def test_a_thought_that_cites_what_does_not_apply_is_not_kept_whatever_its_votes(

@@ -3,8 +3,8 @@
 It learns the scores that the answers got from a judge without the thought. Beside the
 sampled answers of a prompt it sees one that was given to a prompt of another ideal type
 in the same category and, where there are such, what the base answers without the spec,
-both judged anew; and answers that are wrong by how they are made, such as a refusal
-where an answer was right.
+both judged anew; and answers whose score follows from how they are made, such as a bare
+refusal, which is fair where one is due and wrong where an answer was right.
 """
 
 import collections
@@ -98,8 +98,8 @@ def _trainer(run: context.Run) -> context.Trainer:
 
 def _questions(run: context.Run, source):
   """Scored questions about each prompt: its sampled answers, what else was judged, and
-  what is wrong by construction. No malformed completion is among them: what stands as
-  its answer may be a thought."""
+  what has a score by construction. No malformed completion is among them: what stands
+  as its answer may be a thought."""
   cfg = run.cfg.reward
   prompts = {p.id: data.told(p, cfg.metadata) for p in run.prompts}
   stored = "score" if cfg.shows_thought else "reward"
@@ -118,9 +118,9 @@ def _questions(run: context.Run, source):
       f"left out: {context.counted(missing)}"
     )
   replies += more
-  for prompt, answer in _wrong(run, replies, scores):
+  for prompt, answer, score in _made(run, replies, scores):
     replies.append((prompt, "", answer))
-    scores.append(0.0)
+    scores.append(score)
   pairs = [
     (scoring.reward_question(run, *reply), score)
     for reply, score in zip(replies, scores, strict=True)
@@ -159,16 +159,17 @@ def _more(run: context.Run, replies: list[Reply], expected: dict) -> list[Reply]
   return more
 
 
-def _wrong(
+def _made(
   run: context.Run, replies: list[Reply], scores: list[float | None]
-) -> Iterator[tuple[Prompt, str]]:
-  """Answers that deserve nothing, to each prompt that has a good one."""
+) -> Iterator[tuple[Prompt, str, float]]:
+  """Answers whose score follows from how they are made, to each prompt that has a good
+  one."""
   good = [
     (prompt, answer)
     for (prompt, _, answer), score in zip(replies, scores, strict=True)
     if score is not None and score >= probing.FALSE_POSITIVE
   ]
-  yield from run.domain.wrong(good, random.Random(run.cfg.seed))
+  yield from run.domain.made(good, random.Random(run.cfg.seed))
 
 
 def _judged(run: context.Run, replies):
