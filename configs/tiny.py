@@ -70,5 +70,5 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     )
   )
   c.rl.batch = dict(micro=2, rows=4, length=2048)
-  c.eval.update(dict(prompts=9, helpful=2, capability=2, max_new=24, trials=100))
+  c.eval.update(dict(prompts=9, helpful=2, capability=2, max_new=256, trials=100))
   return c

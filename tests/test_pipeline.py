@@ -221,7 +221,7 @@ def test_a_config_that_is_refused_does_not_stay(tmp_path):
   """Chat and serve read what stages were made with, not what was tried in vain."""
   cfg = tiny(stages="generate")
   run = opened(cfg, tmp_path)
-  assert run.begin("generate", run.sources)
+  assert run.begin("generate", [*run.sources, *run.recording_files])
   run.store.finish("generate", {})
   pipeline.run(cfg, tmp_path)  # done before
   before = (tmp_path / "config.json").read_bytes()

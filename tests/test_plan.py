@@ -176,7 +176,8 @@ def test_collectives_are_counted_by_kind_and_size():
 def found(tmp_path_factory) -> dict:
   """The plan of the tiny config on eight devices."""
   workdir = tmp_path_factory.mktemp("plan")
-  cfg = tiny(**{"plan.chip": "h200", "plan.price": 2.0, "mesh.fsdp": 2})
+  some = {"plan.chip": "h200", "plan.price": 2.0, "mesh.fsdp": 2}
+  cfg = tiny(**some, **{"generate.teacher": "base"})
   plan.plan(cfg, workdir)
   assert [path.name for path in workdir.iterdir()] == ["plan.json"]
   return json.loads((workdir / "plan.json").read_text())
