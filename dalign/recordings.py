@@ -87,7 +87,8 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
     if prompt is None or prompt.split != "train":
       why = "held out" if prompt else "not among those of config.data.source"
       raise ValueError(
-        f"{where}: wanted a row of a training prompt, and {own.prompt_id!r} is {why}"
+        f"{where}: wanted a row of a training prompt, and {own.prompt_id!r} is {why}; "
+        "generate.teacher may be base or endpoint, or a recording of the prompts"
       )
     if prompt.category not in hashes:
       hashes[prompt.category] = spec_hash(spec, prompt.category)

@@ -339,9 +339,10 @@ def _check_written(text: str, messages: Sequence[Mapping[str, str]]) -> None:
     if message["role"] == "assistant" and said not in words:
       said = _CLOSED.split(said)[-1]
     if said not in words:
+      begins = " ".join(message["content"].split())[:60]
       raise ValueError(
         f"the chat template leaves out what the {message['role']} turn says "
-        f"({message['content'].strip():.60}...): wanted one that writes every turn; "
+        f"({begins}...): wanted one that writes every turn; "
         "use another model, or give its folder another chat_template"
       )
 

@@ -435,26 +435,6 @@ def test_bad_rows_are_named(tmp_path, columns, rows, message):
     data.load(write(tmp_path, *rows), columns, str(tmp_path))
 
 
-def test_what_is_held_out_follows_from_the_rows(tmp_path, shared_cases):
-  given = (shared_cases / "split_by_path" / "a" / "set.jsonl").read_text().splitlines()
-  more = json.dumps(GOOD | {"prompt": "a line of its own that says other things"})
-
-  def held_out(name, lines):
-    path = tmp_path / name
-    path.write_text("\n".join(lines))
-    found = data.load(f"jsonl:{path}", {}, "")
-    assert len({p.id for p in found}) == len(lines)
-    return {(p.id, p.text) for p in found if p.split == "eval"}
-
-  first = held_out("a.jsonl", given)
-  assert 0 < len(first) < len(given)
-  assert held_out("b.jsonl", given[::-1]) == first
-  new = held_out("c.jsonl", [more, *given])
-  assert {row for row in new if "of its own" not in row[1]} == first
-  numbered = [json.dumps(json.loads(g) | {"id": i}) for i, g in enumerate(given)]
-  assert {text for _, text in held_out("d.jsonl", numbered)} == {t for _, t in first}
-
-
 def test_rows_that_say_the_same_have_ids_of_their_own(tmp_path):
   found = data.load(write(tmp_path, GOOD, GOOD | {"expected": "refuse"}), {}, "")
   assert len({p.id for p in found}) == 2 and len({p.split for p in found}) == 1
@@ -474,32 +454,6 @@ def test_whole_numbers_of_a_column_with_an_empty_cell_stay_whole(tmp_path):
   rows = [GOOD | {"kind": "capability", "answer": 4.0, "id": 7.0}]
   (found,) = data.load(write(tmp_path, *rows), {}, "")
   assert (found.answer, found.id) == ("4", "7")
-
-
-@pytest.mark.parametrize(
-  ("case", "wanted"),
-  [
-    ("nan_answer/prompts", r":1: wanted an answer"),
-    ("bad_turns/messages", r":1: messages, turn 2 of 2 .assistant.: wanted a user's"),
-    ("bad_turns/system_last", r":1: turns, turn 2 of 2 .system.: wanted a user's"),
-    ("bad_turns/tool_calls", r":1: turns, turn 2 of 4 .assistant.: wanted text"),
-    ("bad_turns/content_parts", "hi"),
-    ("bad_turns/developer", "hi"),
-    ("bad_turns/prompt_is_messages", "hi"),
-    ("blank_line/prompts", "a"),
-    ("no_eval_prompts/prompts", "how do I bake?"),
-  ],
-)
-def test_shared_cases(shared_cases, case, wanted):
-  source = f"jsonl:{shared_cases / case}.jsonl"
-  if wanted.startswith(":"):
-    with pytest.raises(ValueError, match=wanted):
-      data.load(source, {}, "")
-    return
-  found = data.load(source, {}, "")
-  assert found[0].text == wanted and found[0].turns[0].role in ("user", "system")
-  if case.startswith("no_eval"):
-    assert {prompt.split for prompt in found} == {"train", "eval"}
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

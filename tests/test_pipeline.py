@@ -815,28 +815,7 @@ def test_parameters_that_changed_are_refused(tmp_path, workdir):
     opened(tiny(), made).trained_params("sft")
 
 
-def test_prompts_whose_ids_have_one_checksum_get_their_own_replies(
-  tmp_path, shared_cases, monkeypatch
-):
-  path = shared_cases / "row_id_collision" / "prompts.jsonl"
-  own, asked = opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path), []
-  monkeypatch.setattr(context, "complete", echo(["No.", "Yes.", "So.", "Ha."], asked))
-  prompts = own.choose("eval", "helpful", 4)
-  assert own.begin("eval", [])
-  rows = evaluate_stage._arm(own, "base", prompts, {})
-  assert [row["prompt_id"] for row in rows] == [prompt.id for prompt in prompts]
-  said = {row["prompt_id"]: row["answer"] for row in rows}
-  assert len({*said.values()}) == 4  # none is under another's prompt too
-  for request, own_text in zip(asked, ["Yes.", "So.", "Ha.", "No."], strict=True):
-    assert said[request.row_id[0]] == own_text
-
-
-def test_a_prompt_in_both_splits_is_refused(tmp_path, shared_cases):
-  path = shared_cases / "same_in_both" / "prompts.jsonl"
-  with pytest.raises(ValueError, match="1 of 1 training prompts say .*'t1'"):
-    opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path).choose(
-      "eval", "safety", 1
-    )
+def test_a_conversation_in_both_splits_is_refused(tmp_path):
   talk = [("user", "Hi."), ("assistant", "Hello, what about?"), ("user", "Go on.")]
   turns = [{"role": role, "content": content} for role, content in talk]
   row = {"turns": turns, "category": "benign", "expected": "comply"}
@@ -848,23 +827,10 @@ def test_a_prompt_in_both_splits_is_refused(tmp_path, shared_cases):
     opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path).choose("eval", "x", 1)
 
 
-def test_one_long_prompt_is_left_out_of_stage_1_and_rl(
-  tmp_path, shared_cases, monkeypatch, capsys
-):
-  path = shared_cases / "long_prompt" / "prompts.jsonl"
-  changes = {"data.source": f"jsonl:{path}", "generate.helpful": 12}
-  own, asked = opened(tiny(**changes), tmp_path), []
-  monkeypatch.setattr(context, "complete", echo(["No."], asked))
-  generate_stage.generate(own)
-  assert {request.row_id[0] for request in asked} == {
-    f"p{i}" for i in range(12) if i != 7
-  }
-  assert (own.store.manifest("generate") or {})["summary"]["too_long"] == 1
-  said = [line for line in capsys.readouterr().err.splitlines() if "'p7'" in line]
-  assert len(said) == 1 and "sampler.prompt_room" in said[0]
+def test_prompts_of_which_most_are_too_long_stop_a_run(run):
   rows = {"a": (1, 2), "b": (1,) * 9999, "c": (2,) * 9999}
   with pytest.raises(ValueError, match="2 of 3 prompts"):
-    context.too_long(own, rows, 0)
+    context.too_long(run, rows, 0)
 
 
 def test_a_prompt_can_be_put_without_the_chat_template(run):

@@ -406,15 +406,6 @@ def test_nothing_is_cut_where_no_author_has_marked_a_short_form():
     assert f"- SO-D1: {rule}\n" in spec.render(made, "soap", detail=detail)
 
 
-def test_clauses_that_cite_articles_are_shown_whole(shared_cases):
-  folder = shared_cases / "first_sentence" / "specs"
-  made = spec.load(store.read_spec_files(folder))
-  for detail in spec.DETAILS:
-    shown = spec.render(made, "health_data", detail=detail)
-    for clause in made.policy("health_data").clauses:
-      assert f"- {clause.id}: {clause.text}\n" in shown
-
-
 def test_no_detail_but_the_full_one_has_what_stands_behind_a_mark(small):
   for detail in spec.DETAILS:
     shown = spec.render(small, "tea", detail=detail)
@@ -439,12 +430,10 @@ def test_a_mark_stands_between_words(text):
     spec.load(FILES | {"specs/soap.md": soap})
 
 
-def test_a_byte_order_mark_is_no_part_of_a_policy(tmp_path, small, shared_cases):
+def test_a_byte_order_mark_is_no_part_of_a_policy(tmp_path, small):
   for name, text in FILES.items():
     (tmp_path / name.rpartition("/")[2]).write_text(text, encoding="utf-8-sig")
   assert spec.load(store.read_spec_files(tmp_path)) == small
-  folder = shared_cases / "spec_bom" / "specs"
-  assert spec.load(store.read_spec_files(folder)).policy("health_data").clauses
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path):

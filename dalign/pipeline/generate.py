@@ -40,6 +40,11 @@ def generate(run: context.Run) -> None:
     prompts += run.choose("train", "safety", wanted, (expected,), recorded)
   prompts += run.choose("train", "helpful", cfg.helpful, among=recorded)
   prompts += run.choose("train", "capability", cfg.capability, among=recorded)
+  if not prompts:
+    raise ValueError(
+      f"generate: wanted training prompts, and {run.cfg.data.source} has none of those "
+      "that config.generate asks for; a column split says which are of training"
+    )
   prompts = [prompt.blind() for prompt in prompts]
   if not run.begin("generate", [*run.sources, *run.recording_files]):
     return
