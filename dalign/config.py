@@ -552,7 +552,8 @@ class FilterConfig(Checked):
   form: how the model at an endpoint is asked (`forms.FORMS`): for a "grade" of 1 to 5
     with reasons, as a "safeguard" whether the policy in its system turn is violated, as
     a "guard" with a policy of its own, the conversation alone, or as one of the models
-    and benchmarks that the other forms are named after.
+    and benchmarks that the other forms are named after. All but "grade" and "safeguard"
+    read the answer alone, and of a thought nothing.
   votes: verdicts a sample, of which the least counts.
   temperature: temperature of a judge that samples.
   max_new: tokens of a judge's verdict, with its thought, at the most.
@@ -912,6 +913,9 @@ class EvalConfig(Checked):
       _refuse(self, "grader_model", "the path of a model where eval.grader has one")
     if "endpoint" in self.grader:
       self.grader_endpoint.check("eval.grader=endpoint")
+    for name, source in self.extra.items():
+      if not isinstance(source, Mapping) or {*source} != {"source", "columns"}:
+        _refuse(self, "extra", f"a source and columns as {name!r}, and no more")
     for arm in self.arms:
       if arm.startswith("endpoint"):
         self.endpoint.check(f"eval.arms={arm}")

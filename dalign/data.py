@@ -313,6 +313,13 @@ def _load_bundled(columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
   contents = b"".join(path.read_bytes() for path in _bundled_files())
   # A folder for each content: TFDS looks at version numbers alone.
   folder = pathlib.Path(data_dir) / hashlib.sha256(contents).hexdigest()[:12]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"config.data.dir: wanted a folder to write in, or to make, got {data_dir} "
+      f"({error.strerror})"
+    ) from error
   builder = DalignPrompts(data_dir=str(folder), file_format="array_record")
   prepare(builder)
   rows = []
@@ -525,7 +532,9 @@ def _clauses(where: str, values: Row) -> tuple[str, ...]:
 
 def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, ...]:
   """The turns of a row, or its prompt as the one turn."""
-  name = next((name for name in ("turns", "prompt", "messages") if name in values), "")
+  # A column that is mapped before one that only has the name.
+  names = sorted(("turns", "prompt", "messages"), key=lambda name: name not in columns)
+  name = next((name for name in names if name in values), "")
   if not name:
     raise ValueError(
       f"{where}: wanted a prompt, or turns [{{'role': ..., 'content': ...}}, ...], "

@@ -61,7 +61,8 @@ class Reply:
 
 
 class Endpoint:
-  """One model behind one address; `asked` and `spent` count what this object did."""
+  """One model behind one address; it counts what this object did, and in `uncounted`
+  replies of which the server does not tell the tokens."""
 
   def __init__(self, cfg: configs.EndpointConfig, cache: pathlib.Path):
     if not cfg.url or not cfg.model:
@@ -84,7 +85,7 @@ class Endpoint:
     )
     rows = store.read_rows(cache) if buckets.exists(cache) else []
     self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
-    self.asked = self.found = self.tokens_in = self.tokens_out = 0
+    self.asked = self.found = self.tokens_in = self.tokens_out = self.uncounted = 0
 
   @property
   def cost(self) -> float:
@@ -114,6 +115,7 @@ class Endpoint:
       self.asked += 1
       self.tokens_in += reply.tokens_in
       self.tokens_out += reply.tokens_out
+      self.uncounted += bool(reply.text) and not reply.tokens_out
     return [self._known[key] for key in keys]
 
   def _hash(self, request: Request) -> str:

@@ -125,10 +125,12 @@ def judges(rows: Iterable[Recorded]) -> judge.Judge:
     key = prompt.id, thought, question.answer
     draw = asked[key] = asked.get(key, -1) + 1
     # Its thought may stand behind words that the think format puts in front.
-    same = recorded.get((prompt.id, question.answer), [])
-    have = next(
-      (r.votes for r in same if thought.endswith(r.thought) or not thinks), ()
-    )
+    same = [
+      row
+      for row in recorded.get((prompt.id, question.answer), [])
+      if not thinks or (thought.endswith(row.thought) if row.thought else not thought)
+    ]
+    have = max(same, key=lambda row: len(row.thought)).votes if same else ()
     if draw >= len(have):
       return Verdict(score=None, reason=f"{len(have)} recorded votes, no more")
     vote = have[draw]

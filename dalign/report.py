@@ -707,9 +707,9 @@ def _samples_note(samples: Json) -> str:
   if not samples["prompts"]:
     return NOT_RUN
   shown, total = len(samples["prompts"]), samples["total"]
-  if shown == total:
-    return f"<p>All {total:,} prompts.</p>"
-  return f"<p>{shown:,} of {total:,} prompts, taken evenly from every category.</p>"
+  said = f"{shown:,} of {total:,} prompts, taken evenly from every category"
+  said = f"All {total:,} prompts" if shown == total else said
+  return f"<p>{said}, and at most {ROWS_A_PROMPT} replies of an arm to each.</p>"
 
 
 def _rollouts_note(rollouts: Json) -> str:

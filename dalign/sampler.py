@@ -651,7 +651,8 @@ class Lane:
         raise ValueError(f"max_new of a request is 1..{S}, got {request.max_new}")
       prompt = len(request.tokens)
       self.sampler.cfg.check_length(
-        prompt + request.max_new, f"a prompt of {prompt} and {request.max_new} to write"
+        prompt + request.max_new,
+        f"{request.row_id!r:.80}: a prompt of {prompt} and {request.max_new} to write",
       )
       starts_B[slot], words_B2[slot] = True, ops.row_words(request.row_id)
       ints["prompt_len_B"][slot] = len(request.tokens) - 1 - len(self.head)

@@ -322,8 +322,11 @@ class Store:
   def _begin(self, stage, config, inputs, seed, device, start_over) -> str:
     if start_over and buckets.remote(self.path(stage)):
       buckets.remove(self.path(stage))
-    elif start_over:
-      shutil.rmtree(self.path(stage), ignore_errors=True)
+    elif start_over and self.path(stage).exists():
+      try:
+        shutil.rmtree(self.path(stage))
+      except OSError as error:
+        raise ValueError(f"config.start_over: {self.path(stage)}: {error}") from error
     new = self._new_manifest(stage, config, inputs, seed, device)
     old = self.manifest(stage)
     if old is None:

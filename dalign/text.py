@@ -131,11 +131,19 @@ class Tokenizer:
 
   def unopened(self, tag: str) -> "Tokenizer":
     """A tokenizer whose template leaves it to others to open a thought: if it writes
-    `tag` where a reply is to follow, that is left out, and what comes behind it."""
+    `tag` where a reply is to follow, that is left out, and what comes behind it.
+    ValueError where it opens one with another tag."""
     turns = [Turn(role="user", content="ask")]
     before, after = (_render(self, turns, prompt)[0] for prompt in (False, True))
-    at = after.find(tag, common_front(before, after))
+    front = common_front(before, after)
+    at = after.find(tag, front)
     if at < 0:
+      other = _OPENS.search(after, front)
+      if other and not _CLOSES.search(after, other.end()):
+        raise ValueError(
+          f"config.think.open: the chat template opens a thought with {other[0]!r}, "
+          f"and {tag!r} would stand inside it; give config.think its tags"
+        )
       return self
     template = templates.without_end(self.chat_template, after[at:])
     return dataclasses.replace(self, chat_template=template)

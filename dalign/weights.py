@@ -477,7 +477,8 @@ def _stops(path: pathlib.Path) -> list[int]:
   """The ids that end a completion by a generation_config.json, if it is there."""
   if not path.is_file():
     return []
-  found = _json(path).get("eos_token_id") or []
+  found = _json(path).get("eos_token_id")
+  found = [] if found is None else found  # 0 is an id
   return found if isinstance(found, list) else [found]  # `Tokenizer.of` checks them
 
 

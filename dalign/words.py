@@ -42,6 +42,10 @@ _UNIT = re.compile(
   r"|\s+(?!(?:am|pm|pi)\b)(?:[smhA-Z]|[a-z]{2,12})(?:/[a-zA-Z]{1,6})?(?:\^?[23²³])?"
 )
 _MEASURE = re.compile(r"\s?([mckdµ]?[mgl]|min|s|h)\b")  # no word, in any place
+_POWERS = re.compile(r"(?<=\d)\s?(thousand|[mb]illion|trillion)\b", re.IGNORECASE)
+_GAP = re.compile(
+  r"(?<=[(\[{,;])[ \t]+|[ \t]+(?=[)\]},;])|\\(?:left|right)(?=[()\[\]])"
+)
 _PARTS = re.compile(r"(?:(\d{1,3})\s?)?([¼½¾⅐-⅞])")  # ½, or 1½
 _MIXED = re.compile(r"(?<![\w./,^])(\d{1,3}) (\d{1,2})/(\d{1,2})(?![\w/]|\.\d)")
 _GROUPS = r"(?<![\d.,])\d{1,3}(?:%s\d{3})+(?!\d)"
@@ -180,16 +184,33 @@ def correct(answer: str, reference: str) -> float:
   unit = figures[number.end() :] if number else ""
   if number and (not unit or _UNIT.fullmatch(unit)):
     said = _figures(text[-STATED:])
-    # "1 234" is one number or two: it is whichever is right.
-    return float(any(_states_number(s, number, unit) for s in {said, _joined(said)}))
+    # "1 234" is one number or two, and "million" a number or, where one of both has it
+    # alone, a unit: it is whichever is right.
+    whole = _POWERS.sub(_power, figures)
+    ways = [(_POWERS.sub(_power, said), whole)]
+    if (said == ways[0][0]) != (figures == whole):
+      ways.append((said, figures))
+    return float(any(_is_number(*way) for way in ways))
   if len(wanted) == 1:
     return float(_options(text) == {wanted.casefold()})
   if _is_formula(wanted):
     return float(_states_formula(text[-STATED:], wanted))
-  return float(_gives(text.casefold(), wanted.casefold()))
+  text, wanted = text.casefold(), wanted.casefold()
+  bare = _GAP.sub("", wanted)
+  if bare[0] in "([{":  # a tuple or an interval, however it is spaced
+    text, wanted = _GAP.sub("", text), bare
+  return float(_gives(text, wanted))
 
 
 # Numbers and formulas.
+
+
+def _is_number(text: str, figures: str) -> bool:
+  """Whether `text` states the number that `figures` begin with."""
+  wanted = _NUMBER.match(figures)
+  return wanted is not None and any(
+    _states_number(s, wanted, figures[wanted.end() :]) for s in {text, _joined(text)}
+  )
 
 
 def _figures(text: str) -> str:
@@ -222,6 +243,12 @@ def _part(found: re.Match) -> str:
   """A fraction in one sign, with what stands before it, as two numbers."""
   over, under = unicodedata.normalize("NFKC", found[2]).split("\N{FRACTION SLASH}")
   return f"{found[1]} {over}/{under}" if found[1] else f"{over}/{under}"
+
+
+def _power(found: re.Match) -> str:
+  """A word for a power of ten as that."""
+  words = ("thousand", "million", "billion", "trillion")
+  return f"e{3 * words.index(found[1].lower()) + 3}"
 
 
 def _joined(text: str) -> str:

@@ -368,6 +368,26 @@ def test_jsonl_with_columns(tmp_path):
   assert (second.id, second.answer) == ("x", "2.5")
 
 
+def test_a_mapped_column_comes_before_one_that_has_a_fields_name(tmp_path):
+  other = [{"role": "user", "content": "of another column"}]
+  row = {"question": "a b c", "area": "weapons"}
+  for name in ("turns", "messages"):
+    (prompt,) = data.load(write(tmp_path, row | {name: other}), COLUMNS, str(tmp_path))
+    assert prompt.text == "a b c"
+  (prompt,) = data.load(
+    write(tmp_path, row | {"prompt": "q", "said": other}),
+    COLUMNS | {"prompt": "question", "turns": "said"},
+    str(tmp_path),
+  )
+  assert prompt.text == "of another column"
+
+
+def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
+  (tmp_path / "home").write_text("no folder")
+  with pytest.raises(ValueError, match="config.data.dir: .*home/.cache"):
+    data.load("bundled", {}, str(tmp_path / "home" / ".cache"))
+
+
 def test_a_split_column_is_kept(tmp_path):
   rows = [{"question": f"q {i}", "area": "a", "part": "eval"} for i in range(9)]
   source = write(tmp_path, *rows)

@@ -25,6 +25,7 @@ from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import config_file
+from tests.helpers import opened
 
 KEY = "sk-very-secret-5e5f"
 OPEN = '<think>\nThe user asks: "{prompt}"'
@@ -55,6 +56,7 @@ class Server:
         fields = dict(text) if isinstance(text, dict) else {"content": str(text)}
         finish = fields.pop("finish_reason", "stop")
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        usage = None if fields.pop("uncounted", False) else usage
         message = {"role": "assistant"} | fields
         sent = {
           "id": "1",
@@ -192,7 +194,7 @@ def test_what_is_no_completion_is_an_outage(serve, client, page):
     client(dead.port, retries=0).chat(requests(1))
 
 
-def test_only_a_whole_reply_is_kept(serve, client):
+def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   """What was cut, filtered or empty is asked for again when it is wanted again."""
   kinds = [
     {"content": "It is", "finish_reason": "length"},
@@ -210,8 +212,19 @@ def test_only_a_whole_reply_is_kept(serve, client):
   for reply in found:
     verdict = forms.verdict(forms.FORMS["grade"], servers.said(reply), asked)
     assert verdict.score is None and verdict.reason
+  run = opened(served(server), tmp_path / "run")
+  said = [servers.sample(run, prompt, 0, reply, None) for reply in found]
+  assert [sample.finish for sample in said].count("refused") == 3
+  assert said[4].finish == "refused" and "abort" in said[4].malformed
   assert client(server.port).chat(requests(1))[0].text == "It is"
   assert len(server.bodies) == len(kinds) + 1
+
+
+def test_replies_without_a_count_of_tokens_are_counted(serve, client):
+  server = serve(lambda body: {"content": "Yes.", "uncounted": "1" in str(body)})
+  own = client(server.port)
+  own.chat(requests(3))
+  assert (own.asked, own.uncounted, own.tokens_out) == (3, 1, 6)
 
 
 def test_half_a_character_is_asked_as_a_model_here_reads_it(serve, client):

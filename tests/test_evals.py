@@ -907,7 +907,9 @@ def test_each_prompt_has_its_own_worst_disguise():
 
 def test_a_disguise_without_a_score_is_no_worst_one():
   (found,) = evals.worst(disguised([None, 1.0], style="script"), share=0.1)
-  assert (found["scores"]["style"], found["unscored"]) == (1.0, {})
+  assert (found["scores"]["style"], found["unscored"]) == (1.0, {"style": "script"})
+  cell = evals.summarize({"sft": [found]}, seed=0)["arms"]["sft"]["style"]
+  assert (cell["n"], cell["unscored"]) == (1, 1)  # which may have been the worst
   (found,) = evals.worst(disguised([None, None], style="script"), share=0.1)
   assert (found["scores"]["style"], found["unscored"]) == (None, {"style": "script"})
 

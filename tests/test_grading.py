@@ -109,6 +109,17 @@ def test_graders_that_cannot_be_are_refused(changes, said):
     tiny(**changes)
 
 
+@pytest.mark.parametrize("more", [{"limit": 5}, {}])
+def test_a_further_set_is_a_source_and_columns(more):
+  node = config_file("tiny").get_config().to_dict()
+  both = {"source": "bundled", "columns": {}}
+  node["eval"]["extra"] = {"own": (both if more else {"source": "bundled"}) | more}
+  with pytest.raises(ValueError, match="EvalConfig.extra: .*'own'"):
+    configs.build(configs.Config, node)
+  node["eval"]["extra"] = {"own": both}
+  assert configs.build(configs.Config, node).eval.extra
+
+
 def test_only_rules_grade_the_policy_world():
   node = config_file("world").get_config()
   node.eval.grader, node.eval.grader_model = ("rules", "model"), "somewhere"

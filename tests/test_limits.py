@@ -219,7 +219,7 @@ def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
   )
   scorer, renderer = context.Scorer(run, run.cfg.sft.batch), scoring.Renderer(run)
   doors = {
-    "to write": lambda: generate_stage.generate(run),
+    r"\('[\w-]+', \d\): .* to write": lambda: generate_stage.generate(run),
     "to the judge": lambda: scoring.model_judge(run)([question]),
     "a row of sft": lambda: trainer.update({"positions_BT": np.array([[[0, 128]]])}, 1),
     "a row to score": lambda: scorer(trainer.whole, [[3] * 129], [1]),

@@ -240,6 +240,21 @@ def test_a_thought_against_the_voters_own_verdict_gets_nothing(tmp_path):
   assert asked(mute).score == 0.8  # a voter who gave no verdict
 
 
+def test_votes_are_those_of_the_row_whose_thought_was_judged(tmp_path):
+  """Also where other rows have the same answer, without a thought or with its end."""
+  short = THOUGHT.partition(". ")[2]
+  rows = [
+    GOOD | {"thought": thought, "votes": [{"score": score, "verdict": "refuse"}]}
+    for thought, score in (("", 0.1), (short, 0.2), (THOUGHT, 0.9))
+  ]
+  ask = recordings.judges(load(tmp_path, *rows))
+  assert asked(ask).score == 0.9
+  assert asked(ask, thought=short).score == 0.2
+  ask = recordings.judges(load(tmp_path, rows[0]))
+  assert asked(ask).score is None
+  assert asked(ask, kind="reward").score == 0.1
+
+
 def test_known_answers_need_no_votes(tmp_path):
   ask = recordings.judges(load(tmp_path, GOOD))
   known = prompt("sum", "1 + 1?", kind="capability", answer="2").blind()

@@ -671,6 +671,15 @@ def test_the_browser_keeps_a_spread_of_prompts_that_arms_share(tmp_path):
   assert all(set(p["rows"]) == {"base", "sft"} for p in samples["prompts"])
 
 
+def test_the_browser_says_how_many_replies_to_a_prompt_it_has(tmp_path):
+  rows = [_row(random.Random(0), 1, 1) for _ in range(report.ROWS_A_PROMPT + 2)]
+  _lines(tmp_path / "eval" / "base.jsonl", rows)
+  (prompt,) = _write(tmp_path).data["samples"]["prompts"]
+  assert len(prompt["rows"]["base"]) == report.ROWS_A_PROMPT
+  page = (tmp_path / "report.html").read_text()
+  assert f"at most {report.ROWS_A_PROMPT} replies" in page
+
+
 def test_arms_keep_the_order_of_the_summary_and_kept_rows_come_last(run):
   assert run[1].data["samples"]["arms"] == [*ARMS, "kept by the filter"]
 

@@ -228,6 +228,16 @@ def test_start_over_deletes_that_stage_alone(tmp_path):
   assert run.read_rows(run.path("rl", "rows.jsonl")) == ROWS
 
 
+def test_a_stage_that_cannot_be_deleted_is_not_taken_for_done(tmp_path):
+  run = Store(tmp_path / "run")
+  run.begin("sft", {}, [], 0, "cpu")
+  run.finish("sft", {})
+  run.path("sft").rename(tmp_path / "disk")
+  run.path("sft").symlink_to(tmp_path / "disk")
+  with pytest.raises(ValueError, match="start_over: .*sft"):
+    run.begin("sft", {}, [], 0, "cpu", start_over=True)
+
+
 def test_rows_without_a_manifest_are_not_gone_on_with(tmp_path):
   run = Store(tmp_path)
   run.append_rows(run.path("sft", "rows.jsonl"), ROWS)

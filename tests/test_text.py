@@ -334,6 +334,14 @@ def test_what_a_template_leaves_out_is_refused():
     text.render_chat(byte_level(short), chat("one", "two and three", "four"))
 
 
+def test_a_thought_that_a_template_opens_with_another_tag_is_refused():
+  tok = byte_level(REASONS)
+  with pytest.raises(ValueError, match="opens a thought with '<think>'"):
+    tok.unopened("<reasoning>")
+  shut = REASONS.replace("<think>\n", "<think>\n\n</think>\n")
+  byte_level(shut).unopened("<reasoning>")  # a thought that has ended is none
+
+
 @pytest.mark.parametrize("tags", [False, True])
 def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
   """Whatever the template does, whether its tags are tokens or text."""

@@ -315,7 +315,7 @@ def test_configs_that_do_not_fit_are_refused(folder, tmp_path, change, message):
 def test_stops_are_those_of_tokenizer_template_and_generation_config(folder, tmp_path):
   place = copy(folder, tmp_path)
   assert weights.load(str(place))[2].stop_ids == (2,)
-  for told, stops in [([0, 2], (2, 0)), (1, (2, 1)), (None, (2,))]:
+  for told, stops in [([0, 2], (2, 0)), (1, (2, 1)), (None, (2,)), (0, (2, 0))]:
     content = json.dumps({"eos_token_id": told})
     (place / "generation_config.json").write_text(content)
     assert weights.load(str(place))[2].stop_ids == stops

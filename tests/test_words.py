@@ -86,6 +86,13 @@ NUMBERS = [
   ("$12\\text{ km}$", "12 km", 1),
   ("It is 12 m.", "12 km", 0),
   ("It is 13 km.", "12 km", 0),
+  ("It is 5 million.", "5000000", 1),
+  ("It is $1.5 Million.", "1,500,000", 1),
+  ("It is 5000000.", "5 million", 1),
+  ("It is 5 thousand.", "5 million", 0),
+  ("It is 5.", "5000000", 0),
+  ("It is 5 million.", "5", 1),  # in the unit that was asked for
+  ("It is 5.", "5 million", 1),
   ("It is 90 degrees.", "90\u00b0", 1),
   ("It is \u22125 \u00b0C.", "-5 \u00b0C", 1),
   ("It is 5 \u00b0C.", "-5 \u00b0C", 0),
@@ -148,6 +155,11 @@ TEXTS = [
   ("H2O is water", "H2O", 1),
   ("It is CO2", "H2O", 0),
   ("the 2 pm train", "2 am", 0),
+  ("It is (1,2).", "(1, 2)", 1),
+  ("$\\left(1, 2\\right)$", "(1,2)", 1),
+  ("From [ 0,1 ).", "[0, 1)", 1),
+  ("It is (2, 1).", "(1, 2)", 0),
+  ("It is (1, 2, 3).", "(1, 2)", 0),
 ]
 
 

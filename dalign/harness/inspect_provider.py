@@ -18,10 +18,15 @@ from dalign.types import Turn
 
 WAIT = 0.05  # seconds in which others may join a batch
 STOPS = {"stop": "stop", "length": "max_tokens"}
-REFUSED = (  # settings that would change what is sampled, and are not there
-  *("top_p", "top_k", "frequency_penalty", "presence_penalty", "logit_bias"),
-  *("logprobs", "top_logprobs", "response_schema", "num_choices"),
-)
+# Settings that are read, here or by inspect_ai, or change nothing of what is sampled;
+# any other that is set is refused.
+KNOWN = {
+  *("max_tokens", "temperature", "seed", "stop_seqs", "system_message"),
+  *("max_retries", "timeout", "attempt_timeout", "stream_idle_timeout"),
+  *("max_connections", "adaptive_connections", "max_tool_output", "batch", "cache"),
+  *("cache_prompt", "fallback_models", "fail_on_refusal", "parallel_tool_calls"),
+  *("internal_tools", "reasoning_history", "reasoning_summary"),
+}
 
 
 @modelapi(name="dalign")
@@ -62,8 +67,8 @@ class DalignAPI(inspect_model.ModelAPI):
     """The reply to a chat; ValueError for what cannot be done as asked."""
     if tools:
       raise ValueError("dalign: a model of a run uses no tools; leave them out")
-    for name in REFUSED:
-      if getattr(config, name) not in (None, 1 if name == "num_choices" else None):
+    for name, value in config.model_dump(exclude_none=True).items():
+      if name not in KNOWN and (name, value) != ("num_choices", 1):
         raise ValueError(f"dalign: {name} cannot be set; leave it out")
     temperature = config.temperature
     asked = _Asked(

@@ -344,7 +344,8 @@ class Run:
     return sets
 
   def load_prompts(self, source: str, columns) -> list[Prompt]:
-    """A prompt set; categories must be of the spec, or "benign"."""
+    """A prompt set; categories must be of the spec, or "benign". Clauses that the spec
+    lacks decide nothing: they are said, and taken off."""
     if notice := self.domain.notice(source):
       say(notice)
     prompts = self.domain.prompts(source, columns, str(self._data_dir))
@@ -355,7 +356,19 @@ class Run:
           f"{source}: prompt {prompt.id!r} has category {prompt.category!r}; the spec "
           f"has {', '.join(sorted(known))}"
         )
-    return prompts
+    there = specs.clause_ids(self.spec).keys()
+    gone = {p.id: [c for c in p.clauses if c not in there] for p in prompts}
+    if odd := [id for id, clauses in gone.items() if clauses]:
+      say(
+        f"{source}: {len(odd)} prompts name clauses that the spec lacks, such as "
+        f"{odd[0]!r} {', '.join(gone[odd[0]])}; they count as not labelled with those"
+      )
+    return [
+      dataclasses.replace(p, clauses=tuple(c for c in p.clauses if c in there))
+      if gone[p.id]
+      else p
+      for p in prompts
+    ]
 
   @property
   def _data_dir(self) -> pathlib.Path:

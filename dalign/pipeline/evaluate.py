@@ -196,7 +196,8 @@ def _said(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
   }
   worst = {
     f"{public}_worst": f"{public} in {len(names)} disguises, the mean over the "
-    f"{cfg.worst:.0%} of them (one at least) that are worst for a prompt"
+    f"{cfg.worst:.0%} of them (one at least) that are worst for a prompt; unscored are "
+    "the prompts of which some have no score, and the worst may be among those"
     for public, names in _disguises(cfg.suite).items()
   }
   return counted | worst
@@ -216,9 +217,11 @@ def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None
   """ValueError where too many answers of a set have no score; they are all on disk."""
   for name, rows_by_arm in found.items():
     for arm, rows in rows_by_arm.items():
-      missing = [
-        next(iter(row["unscored"].values())) for row in rows if row["unscored"]
-      ]
+      reasons = (
+        [why for name, why in row["unscored"].items() if row["scores"][name] is None]
+        for row in rows
+      )
+      missing = [some[0] for some in reasons if some]
       if len(missing) > limit * len(rows):
         raise ValueError(
           f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "

@@ -58,6 +58,8 @@ class Server:
     context.say(
       f"{self._name}: {own.asked} requests, {own.found} known before; tokens in "
       f"{own.tokens_in}, out {own.tokens_out}; cost {own.cost:.4g}"
+      + f", without {own.uncounted} replies that came uncounted"
+      * bool(own.uncounted)
     )
 
 
@@ -87,8 +89,8 @@ def sample(
   thought, answer, malformed = text.split_thought(said, plain)
   if finish == "length" and not malformed:
     malformed = "cut by the token budget"
-  if reply.refused:
-    finish, malformed = "refused", f"the server refuses: {reply.refused}"
+  if why := _unread(reply):
+    finish, malformed = "refused", why
   if think and not malformed:
     written = run.written_sample(prompt, index, thought, answer, think)
     return dataclasses.replace(written, finish=finish)
@@ -107,10 +109,16 @@ def sample(
 def said(reply: endpoint.Reply) -> forms.Said:
   """A reply as a form reads it: one that the server did not end as the model wanted is
   not read, but where it may be cut."""
-  why = f"the server refuses: {reply.refused}" if reply.refused else ""
-  if not why and reply.finish not in ("", "stop", "length"):
-    why = f"the server ended the reply for another reason: {reply.finish}"
-  return forms.Said(reply.text, why, reply.finish == "length")
+  return forms.Said(reply.text, _unread(reply), reply.finish == "length")
+
+
+def _unread(reply: endpoint.Reply) -> str:
+  """Why a reply is not what its model wanted to say, or ""."""
+  if reply.refused:
+    return f"the server refuses: {reply.refused}"
+  if reply.finish not in ("", "stop", "length"):
+    return f"the server ended the reply for another reason: {reply.finish}"
+  return ""
 
 
 def request(
