@@ -459,9 +459,8 @@ def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
     found, _, dropped = sft_stage._rows(run, "kept.jsonl")
     return len(found), dropped["leaked"]
 
-  n, _ = trained()
-  assert trained(prompt.id) == (n + 1, 0)
-  assert trained(prompt.id, "bad") == (n + 1, 1)
+  n, leaked = trained(prompt.id)
+  assert leaked == 0 and trained(prompt.id, "bad") == (n, 1)
 
 
 def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeypatch):
@@ -520,9 +519,9 @@ def test_known_answers_are_mixed_into_sft(run, monkeypatch):
   found, _, dropped = sft_stage._rows(run, source)
   texts = [run.tok.decode(tokens) for tokens, _ in found]
   for prompt in known:
-    (row,) = [text for text in texts if prompt.text in text]
+    known_alone = [text for text in texts if "No policy touches this" in text]
+    (row,) = [text for text in known_alone if prompt.text in text]
     assert row.endswith(f"{run.think.close}\n\n{prompt.answer}")
-    assert "No policy touches this" in row
   assert dropped["leaked"] == 0
 
   spoiled = context.user_turn(run.spec.policies[0].purpose)
@@ -603,7 +602,10 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
     scoring, "reward_question", lambda run, p, t, a: question(run, p, t, f"{t} {a}")
   )
   for reward in ("model", "rubric", "judge"):
-    of_it = {"rl": {"reward": reward, "metadata": "told"}}
+    of_it = {
+      "rl": {"reward": reward, "metadata": "told"},
+      "filter": {"judge": "rubric"},
+    }
     monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, of_it))
     with pytest.raises(RuntimeError, match="the owl"):
       judged("No.")
@@ -1130,7 +1132,7 @@ def seen(own, questions) -> list[bool | None]:
 
 
 def test_no_teacher_is_told_how_to_reply(tmp_path, monkeypatch):
-  own, found = opened(tiny(), tmp_path), []
+  own, found = opened(tiny(**{"generate.teacher": "base"}), tmp_path), []
 
   def sampled(own, book):
     found.extend(book.prompts.values())
@@ -1204,7 +1206,8 @@ def test_the_judge_of_rl_is_told_what_its_own_part_of_the_config_says(
   given = {
     f"{name}.metadata": x for name, x in zip(parts, (metadata, other), strict=True)
   }
-  own = opened(tiny(**{"rl.reward": reward} | given), tmp_path)
+  given |= {"rl.reward": reward, "filter.judge": "model"}
+  own = opened(tiny(**given), tmp_path)
   step, asked = rl_stage._Step.__new__(rl_stage._Step), []
 
   def ask(questions):
