@@ -173,8 +173,7 @@ def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:
       params = checkpointer.restore(path, _placed(abstract))
   sums = _sums_file(path)
   with _readable(sums):
-    saved = json.loads(sums.read_text()) if sums.exists() else {}
-    _check_sums(path, params, saved)
+    _check_sums(path, params, json.loads(sums.read_text()))
   return params
 
 

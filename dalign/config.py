@@ -500,7 +500,7 @@ class GenerateConfig(Checked):
 
   prompts: how many training prompts of each ideal response type, as {"refuse": n, ...}.
   helpful, capability: how many training prompts of those kinds.
-  demonstrations: worked examples in the context.
+  demonstrations: worked examples in the context, or all that there are.
   teacher: who thinks and answers: the "base", the model at an "endpoint", or one that
     did so before and elsewhere, "recorded:PATH" (`recordings.py`), whose samples are
     taken as they are; "recorded:bundled" for those that come with dalign.
@@ -559,7 +559,7 @@ class FilterConfig(Checked):
   max_new: tokens of a judge's verdict, with its thought, at the most.
   unscored: the share of well-formed samples, of all and of each cell (category and
     ideal response type) with ten or more, on which the judge may have no verdict before
-    filter fails.
+    filter fails; at half, and at once, if it is so after the first 256.
   threshold: the score, in [0, 1], from which a sample is kept.
   per_prompt: samples of a prompt that are kept, at the most.
   per_cell: samples of a cell (category and ideal response type) that are kept, at the
@@ -607,7 +607,8 @@ class SFTConfig(Checked):
 
   epochs: how often each row is learned.
   worked: the spec's own worked examples are learned too, with their thoughts in brief.
-  most: kept rows that are learned, at the most.
+  most: kept rows that are learned, at the most: a draw balanced over category and
+    ideal response type.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
   recall_epochs: so many epochs, before the others, of nothing but the id of the clause

@@ -5,6 +5,7 @@ it; a judge that passes them teaches a policy to write them. Pure; knows judges'
 questions and verdicts, not models.
 """
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import re
@@ -180,7 +181,7 @@ def probe_report(
   asked: Sequence[Probe], verdicts: Sequence[Verdict]
 ) -> dict[str, dict[str, Any]]:
   """Name -> {"false_positive_rate", "false_negative_rate", "interval", "n",
-  "unscored"}, of the verdicts that a judge gave to the probes' questions.
+  "unscored", "reasons"}, of the verdicts that a judge gave to the probes' questions.
 
   The rates are over the n scored questions: those that should score low and reach
   FALSE_POSITIVE, and those that should not and stay below it. A rate that no question
@@ -189,11 +190,12 @@ def probe_report(
   report = {}
   for name in dict.fromkeys(name for name, _, _ in asked):
     rows = [
-      (low, verdict.score)
+      (low, verdict)
       for (other, _, low), verdict in zip(asked, verdicts, strict=True)
       if other == name
     ]
-    scored = [(low, score) for low, score in rows if score is not None]
+    scored = [(low, v.score) for low, v in rows if v.score is not None]
+    reasons = [v.reason for _, v in rows if v.score is None]
     high = [score >= FALSE_POSITIVE for low, score in scored if low]
     missed = [score < FALSE_POSITIVE for low, score in scored if not low]
     report[name] = {
@@ -201,7 +203,8 @@ def probe_report(
       "false_negative_rate": sum(missed) / len(missed) if missed else None,
       "interval": _wilson(high or missed),
       "n": len(scored),
-      "unscored": len(rows) - len(scored),
+      "unscored": len(reasons),
+      "reasons": dict(collections.Counter(reasons)),
     }
   return report
 

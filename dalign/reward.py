@@ -90,12 +90,13 @@ def make_loss(
 
 def agreement(
   predicted_B: np.ndarray, score_B: np.ndarray, prompt_B: np.ndarray, *, bins: int = 5
-) -> dict[str, float]:
+) -> dict[str, float | None]:
   """Held-out quality of a reward model against the judge.
 
   accuracy: both on one side of 0.5. pair_accuracy: of pairs of one prompt whose judged
-  scores differ, ranked alike. calibration_error: expected calibration error, the mean
-  |predicted - judged| of bins of equal width, weighted by their size (1706.04599).
+  scores differ, ranked alike; None without such pairs. calibration_error: expected
+  calibration error, the mean |predicted - judged| of bins of equal width, weighted by
+  their size (1706.04599).
   """
   gap_BB = score_B[:, None] - score_B[None, :]
   pair_BB = (prompt_B[:, None] == prompt_B[None, :]) & (gap_BB > 0)
@@ -110,7 +111,7 @@ def agreement(
     "n": int(len(score_B)),
     "pairs": int(pair_BB.sum()),
     "accuracy": float(np.mean((predicted_B > 0.5) == (score_B > 0.5))),
-    "pair_accuracy": float(right_BB.sum() / max(pair_BB.sum(), 1)),
+    "pair_accuracy": float(right_BB.sum() / pair_BB.sum()) if pair_BB.any() else None,
     "calibration_error": float(error),
     "mean_absolute_error": float(np.abs(predicted_B - score_B).mean()),
   }

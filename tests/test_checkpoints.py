@@ -275,3 +275,6 @@ def test_parameters_are_replaced_and_their_absence_is_named(tmp_path):
     load_params(tmp_path / "none", abstract(params))
   with pytest.raises(ValueError, match="layers.w is .3, 4., wanted none"):
     load_params(tmp_path / "p", abstract({"embed": params["embed"]}))
+  (tmp_path / "p.sums.json").unlink()
+  with pytest.raises(ValueError, match="p.sums.json: cannot be read"):
+    load_params(tmp_path / "p", abstract(params))

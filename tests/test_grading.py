@@ -167,6 +167,7 @@ def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
   rows = store.read_rows(tmp_path / "eval" / "base.jsonl")
   told = [one["graders"]["model"] for one in rows if one["kind"] != "capability"]
   assert len(told) == 4 and all(one["reason"] and one["said"] for one in told)
+  assert not (tmp_path / "eval" / "summary.json").exists()  # for no card or report
   more = SMALL | graders | {"eval.unscored": 1.0}
   evaluate_stage.evaluate(opened(tiny(**more), tmp_path))
   assert store.read_rows(tmp_path / "eval" / "base.jsonl") == rows  # not read again

@@ -26,6 +26,7 @@ from dalign import attacks
 from dalign import compose
 from dalign import config as configs
 from dalign import data
+from dalign import endpoint
 from dalign import evals
 from dalign import judge
 from dalign import main
@@ -35,18 +36,24 @@ from dalign import spec as specs
 from dalign import stopping
 from dalign import store
 from dalign import text
+from dalign import vocab
 from dalign import weights as models
+from dalign import world
+from dalign.pipeline import base as base_stage
 from dalign.pipeline import context
 from dalign.pipeline import evaluate as evaluate_stage
 from dalign.pipeline import export as export_stage
 from dalign.pipeline import filter as filter_stage
 from dalign.pipeline import generate as generate_stage
+from dalign.pipeline import probe as probe_stage
 from dalign.pipeline import reward as reward_stage
 from dalign.pipeline import rl as rl_stage
 from dalign.pipeline import scoring
+from dalign.pipeline import servers
 from dalign.pipeline import sft as sft_stage
 from dalign.sampler import Completion
 from dalign.sampler import Request
+from dalign.types import Mean
 from dalign.types import Turn
 from dalign.types import Verdict
 from tests.helpers import ROOT
@@ -1082,6 +1089,222 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
     rl_stage._admit(run, run.domain.reward_rubric(None))
 
 
+# --- What is left out is said ---
+
+
+def test_fewer_prompts_than_asked_for_are_said(tmp_path, shared_cases, capsys):
+  path = shared_cases / "long_prompt" / "prompts.jsonl"
+  own = opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path)
+  found = own.choose("train", "helpful", 10**6)
+  assert f"prompts of kind helpful, found {len(found)}" in capsys.readouterr().err
+  assert own.choose("train", "helpful", None) == found
+  assert own.choose("train", "helpful", 2) == found[:2] and found[2:]
+  assert not capsys.readouterr().err
+
+
+def test_eval_without_held_out_prompts_is_refused(tmp_path, shared_cases):
+  case = shared_cases / "no_eval_prompts" / "prompts.jsonl"
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(case.read_text().replace('"split":null', '"split":"train"'))
+  changes = {"data.source": f"jsonl:{path}", "eval.arms": ("base",)}
+  with pytest.raises(ValueError, match="wanted held-out prompts, and none of the 2"):
+    evaluate_stage.evaluate(opened(tiny(**changes), tmp_path))
+  none = {f"eval.{name}": 0 for name in ("prompts", "helpful", "capability")}
+  assert evaluate_stage._held_out(opened(tiny(**changes, **none), tmp_path)) == []
+
+
+def test_arms_that_are_left_out_are_said(tmp_path, capsys):
+  run = opened(tiny(), tmp_path)
+  run.store.path("rl", "params").mkdir(parents=True)
+  run.store.manifest = lambda _: {"config": {"rl.start": "sft"}}
+  assert not evaluate_stage._there(run, "rl") and evaluate_stage._there(run, "sft_rl")
+  assert "arm rl is left out" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="no arm of sft"):
+    evaluate_stage.evaluate(opened(tiny(**{"eval.arms": ("sft",)}), tmp_path))
+
+
+def test_sft_draws_its_most_by_category_and_type(tmp_path, monkeypatch):
+  own = opened(
+    tiny(**{"sft.most": 2, "sft.worked": False, "sft.capability": 0}), tmp_path
+  )
+  cells = collections.defaultdict(list)
+  for prompt in own.choose("train", "safety", None):
+    if prompt.clauses:
+      cells[prompt.category, prompt.expected].append(prompt)
+  (few, *_), many = min(cells.values(), key=len), max(cells.values(), key=len)
+  kept = written(own, [*many, few])[::2]
+  monkeypatch.setattr(own.store, "read_rows", lambda _: kept)
+  learned, _, dropped = sft_stage._rows(own, "kept.jsonl")
+  assert len(learned) == 2 and dropped["beyond_most"] == len(kept) - 2
+  said = [own.tok.decode(tokens) for tokens, _ in learned]
+  assert any(f"Answer to {few.id}." in one for one in said)
+
+
+def test_lessons_of_the_base_that_find_no_line_are_counted():
+  node = config_file("world").get_config()
+  node.world.batch.update(dict(micro=1, rows=3))
+  cfg = configs.build(configs.Config, node.to_dict())
+  own = types.SimpleNamespace(cfg=cfg, tok=vocab.word_tokenizer(world.vocabulary()))
+  drawn, make = [], base_stage._row
+
+  def row(run, lesson):
+    drawn.append(lesson)
+    return make(run, lesson)
+
+  lost = 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(base_stage, "_row", row)
+    for step in range(12):
+      drawn.clear()
+      batch, _, left_out = base_stage._batch(own, cfg.world, step)
+      ends = np.isin(batch["tokens_BT"], own.tok.stop_ids) & (batch["weight_BT"] > 0)
+      assert int(ends.sum()) == len(drawn) - left_out
+      lost += left_out
+  assert lost
+
+
+def test_probes_without_a_verdict_say_why(tmp_path, capsys):
+  run = opened(tiny(), tmp_path)
+
+  def some(questions):
+    fine = [Verdict(score=0.0), Verdict(score=None, reason="the server is down")]
+    return [fine[i % 2] for i, _ in enumerate(questions)]
+
+  report = scoring.probe(run, judge.Judge(some, True), "told", 9)
+  assert "no verdict on 4 of 9: 4 x the server is down" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="due_refusal .* x the server is down"):
+    scoring.refuse(report, 0.0)
+  with pytest.raises(ValueError, match="held-out prompts of kind safety.*none"):
+    scoring.refuse({}, 0.3)
+
+
+def test_an_agreement_that_says_nothing_still_says_what_is_unscored():
+  agreed = probing.agreement(
+    [True, False], [Verdict(score=None, reason="down")] * 2, seed=0
+  )
+  lines = probe_stage.table({"probes": {}, "agreement": agreed})
+  assert "with 0 answers" in lines[-1] and "2 unscored" in lines[-1]
+
+
+def test_a_judge_that_is_down_is_asked_about_the_first_samples_alone(
+  tmp_path, monkeypatch
+):
+  own, asked = opened(tiny(**{"filter.judge": "sampled"}), tmp_path), []
+  prompts = [p for p in own.choose("train", "safety", None) if p.clauses]
+  some = [row for row in written(own, prompts) if not row["malformed"]]
+  copies = [row | {"index": i} for i in range(-(-600 // len(some))) for row in some]
+  own.store.write_rows(own.store.path("generate", "samples.jsonl"), copies)
+
+  def ask(questions):
+    asked.extend(questions)
+    return [Verdict(score=None, reason="down")] * len(questions)
+
+  for name in ("filter_judge", "answer_judge"):
+    monkeypatch.setattr(scoring, name, lambda *_: judge.Judge(ask, True))
+  with pytest.raises(ValueError, match="no verdict on 256 of 256 samples: 256 x down"):
+    filter_stage.filter_(own)
+  assert len(asked) == 2 * 256
+
+
+@pytest.mark.parametrize(
+  ("row", "why"),
+  [
+    ({"score": 0.6, "scores": {}}, "below the threshold"),
+    ({"score": 0.9, "scores": {"soft": 0.2}}, "enough others"),
+    ({"score": 0.3, "scores": {"soft": 0.2, "more": 0.4}}, "soft"),
+    ({"score": None, "reason": "down", "scores": {}}, "down"),
+  ],
+)
+def test_the_filter_says_why_a_sample_was_not_kept(row, why):
+  assert filter_stage._why(row, 0.75) == why
+
+
+@pytest.mark.parametrize("labels", ["judge", "rubric"])
+def test_answers_that_the_reward_model_does_not_learn_are_said(
+  tmp_path, monkeypatch, capsys, labels
+):
+  own, _ = told_of(
+    tiny(**{"reward.labels": labels, "reward.drafts": False}), tmp_path, monkeypatch
+  )
+  down = judge.Judge(lambda qs: [Verdict(score=None, reason="mute")] * len(qs), True)
+  monkeypatch.setattr(scoring, "answer_rubric", lambda _: down)
+  some = [r for r in written(own, labelled(own, 6)) if not r["malformed"]]
+  of = {p.id: p for p in own.prompts}
+  for i, row in enumerate(some):
+    verdict = {"reward": None, "reward_reason": "down"} if i else {"reward": 0.9}
+    row |= verdict | {"score": 0.9, "expected": of[row["prompt_id"]].expected}
+  source = own.store.path("filter", "judged.jsonl")
+  own.store.write_rows(source, some)
+  if labels == "judge":
+    reward_stage._questions(own, source)
+  else:
+    with pytest.raises(ValueError, match="no scored answers"):
+      reward_stage._questions(own, source)
+  said = capsys.readouterr().err
+  assert f"{len(some) - 1} x down" in said and ("1 x mute" in said) == (
+    labels != "judge"
+  )
+
+
+def test_means_of_nothing_are_missing():
+  written_ = []
+  own = types.SimpleNamespace(
+    run=types.SimpleNamespace(
+      key=jax.random.key(0),
+      metrics=types.SimpleNamespace(write=lambda *a: written_.append(a)),
+    ),
+    stage="reward",
+    step=0,
+    state=None,
+    in_host_memory=False,
+    _frozen=None,
+    _update=lambda *_: (None, {"pairs": Mean(0.0, 0.0), "loss": Mean(3.0, 2.0)}),
+    _check=lambda values, batch: None,
+    _profile=lambda: None,
+  )
+  context.Trainer._step(own, {}, 1, None)
+  (_, _, values), *_ = written_
+  assert values["reward/loss"] == 1.5 and math.isnan(values["reward/pairs"])
+  assert math.isnan(rl_stage._mean(iter(()))) and rl_stage._mean([1.0, 0.0]) == 0.5
+
+
+def test_a_rollout_without_a_verdict_is_shown_without_a_reward(tmp_path):
+  run = opened(tiny(), tmp_path)
+  prompt = run.choose("train", "safety", 1)[0]
+  sample = run.written_sample(prompt, 0, "A thought.", "An answer.", run.think)
+  rollout = rl_stage._Rollout(prompt, sample, [], (-1.0,), judged=0.0, unscored="down")
+  rollout.reference, rollout.advantage = np.zeros(1), np.zeros(1)
+  shown = rl_stage._shown(1, rollout)
+  assert shown["reward"] is None and shown["unscored"] == "down"
+  rollout.judged, rollout.unscored = 0.4, ""
+  assert rl_stage._shown(1, rollout)["reward"] == 0.4
+
+
+def test_a_model_that_is_not_finite_writes_no_samples(tmp_path, monkeypatch):
+  own = opened(tiny(), tmp_path)
+  params = own.base_params()
+  broken = params | {"norm": params["norm"] * np.nan}
+  monkeypatch.setattr(context.Run, "base_params", lambda _: broken)
+  with jax.set_mesh(own.mesh), pytest.raises(configs.Halted, match="not\\s+finite"):
+    context.drafts(own, own.choose("eval", "safety", 1))
+
+
+@pytest.mark.parametrize(("finish", "fine"), [("stop", True), ("tool_calls", False)])
+def test_a_reply_that_the_model_did_not_end_is_no_sample(tmp_path, finish, fine):
+  run = opened(tiny(), tmp_path)
+  prompt = run.choose("train", "safety", 1)[0]
+  reply = endpoint.Reply(text="I will call", reasoning="A thought.", finish=finish)
+  sample = servers.sample(run, prompt, 0, reply, run.think)
+  assert (not sample.malformed, sample.finish == "stop") == (fine, fine)
+
+
+def test_a_config_that_is_damaged_is_said(tmp_path, capsys):
+  path = tmp_path / "config.json"
+  path.write_text("{")
+  assert pipeline._read(store.Store(tmp_path), path) is None
+  assert str(path) in capsys.readouterr().err
+
+
 # --- Who is told what ---
 
 
@@ -1101,7 +1324,7 @@ def told_of(cfg, workdir, monkeypatch):
 
 def labelled(own, n: int) -> list:
   """Training prompts of one category, of all response types and with known clauses."""
-  some = [p for p in own.choose("train", "safety", 10**9) if p.category == "privacy"]
+  some = [p for p in own.choose("train", "safety", None) if p.category == "privacy"]
   return some[:n]
 
 

@@ -840,6 +840,8 @@ def test_agreement_of_numbers_by_hand():
     "calibration_error": pytest.approx(error),
     "mean_absolute_error": pytest.approx((0.1 + 0.2 + 0.55 + 0.3 + 0.05) / 5),
   }
+  alone = reward.agreement(predicted, score, np.arange(5))
+  assert (alone["pairs"], alone["pair_accuracy"]) == (0, None)
 
 
 def test_a_reward_model_keeps_the_trunk_and_drops_the_head(

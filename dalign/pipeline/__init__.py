@@ -118,4 +118,5 @@ def _read(kept: store.Store, path: pathlib.Path) -> dict | None:
   try:
     return kept.read_json(path) if kept.has(path) else None
   except ValueError:
-    return None  # and what is damaged is written anew
+    context.say(f"{path} is damaged and written anew")
+    return None

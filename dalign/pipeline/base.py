@@ -33,18 +33,23 @@ def learn(run: context.Run) -> None:
     steps=cfg.steps,
     every=cfg.checkpoint_every,
   )
+  left_out = trainer.meta.get("left_out", 0)
   with trainer, context.bar(cfg.steps, "base", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
-      values = trainer.update(*_batch(run, cfg, trainer.step))
+      batch, used, lost = _batch(run, cfg, trainer.step)
+      values = trainer.update(batch, used, {"base/left_out": lost})
+      left_out += lost
+      trainer.meta["left_out"] = left_out
       trainer.save()
       bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.3f}")
       bar.update()
   trainer.finish()
-  run.store.finish("base", {"steps": cfg.steps})
+  run.store.finish("base", {"steps": cfg.steps, "left_out": left_out})
 
 
 def _batch(run: context.Run, cfg: configs.WorldConfig, step: int):
-  """The micro-batches of a step, full but for what packing leaves."""
+  """The micro-batches of a step, full but for what packing leaves, how many of them
+  are used, and how many lessons that were drawn found no line."""
   rng = world.rng_of("lessons", run.cfg.seed, step)
   teach = lessons.LESSONS | {
     "free": functools.partial(lessons.free, declines=cfg.declines)
@@ -60,7 +65,8 @@ def _batch(run: context.Run, cfg: configs.WorldConfig, step: int):
   packed = text.pack(rows, length=cfg.batch.length)
   lines = packed.lines | {"weight_BT": packed.weight_BT}
   some = {name: np.asarray(x[:room]) for name, x in lines.items()}
-  return context.micro_batches(some, cfg.batch)
+  lost = sum(line >= room for line, _, _ in packed.where)
+  return *context.micro_batches(some, cfg.batch), lost
 
 
 def _row(run: context.Run, lesson: lessons.Lesson):

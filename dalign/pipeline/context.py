@@ -391,11 +391,11 @@ class Run:
     return recordings.load(self.recording, self.all_prompts, self.spec)
 
   def choose(
-    self, split: str, kind: str, n: int, expected=EXPECTED, among=None
+    self, split: str, kind: str, n: int | None, expected=EXPECTED, among=None
   ) -> list[Prompt]:
-    """n prompts of one split and kind, spread over categories and response types; of
-    those whose ids are `among` some, where that is given. Held-out ones are the same
-    for every seed."""
+    """n prompts of one split and kind, spread over categories and response types, or
+    all; of those whose ids are `among` some, where that is given. Held-out ones are the
+    same for every seed. Where there are fewer than n, that is said."""
     rows = [
       p
       for p in self.prompts
@@ -405,7 +405,10 @@ class Run:
       and (among is None or p.id in among)
     ]
     seed = self.cfg.seed if split == "train" else 0
-    return data.balanced(rows, min(n, len(rows)), seed)
+    if n is not None and n > len(rows):
+      types = "" if expected == EXPECTED else f" to {', '.join(expected)}"
+      say(f"wanted {n} {split} prompts of kind {kind}{types}, found {len(rows)}")
+    return data.balanced(rows, len(rows) if n is None else min(n, len(rows)), seed)
 
   def begin(self, stage: str, inputs) -> bool:
     """Opens a stage; False when it is done already."""
@@ -537,7 +540,7 @@ def complete(
   prompt_room = run.cfg.sampler.prompt_room
   if grows:
     prompt_room = max((prompt_room, *(sampling.room(own, room) for own in rows)))
-  return run.sampler.run(
+  for done in run.sampler.run(
     weights,
     groups,
     key=key,
@@ -546,7 +549,13 @@ def complete(
     prompt_room=prompt_room,
     max_new=max_new,
     **more,
-  )
+  ):
+    if not np.isfinite(done.logp).all():  # its tokens say nothing
+      raise configs.Halted(
+        f"sampling: log-probabilities after {done.request.row_id!r:.80} are not "
+        "finite; find out which of the model's parameters are not"
+      )
+    yield done
 
 
 def too_long(run: Run, rows: Mapping[str, tuple[int, ...]], room: int) -> set[str]:
@@ -751,6 +760,7 @@ class Trainer:
     values["step_s"] = time.monotonic() - start
     self.step += 1
     self._check(values, batch)
+    values |= {name: np.nan for name, mean in means.items() if not float(mean.count)}
     named = {f"{self.stage}/{name}": value for name, value in values.items()}
     self.run.metrics.write(self.stage, self.step, named | (extra or {}))
     self._profile()

@@ -68,6 +68,8 @@ def evaluate(run: context.Run) -> None:
   inputs += [run.store.path(stage, "manifest.json") for stage in stages]
   extra = (data.file_of(source["source"]) for source in cfg.extra.values())
   inputs += filter(None, extra)
+  if not arms:
+    raise ValueError(f"eval: no arm of {', '.join(cfg.arms)} is there to evaluate")
   if not run.begin("eval", sorted({*inputs})):
     return
   sets = {"": _held_out(run)} | run.further_sets()
@@ -91,6 +93,8 @@ def evaluate(run: context.Run) -> None:
     if swaps and thinks and not thinks.start and not ARMS[arm].spec:
       found["swapped"][arm] = _swapped(run, arm, sets[""], found[""][arm])
   grading.add_grades(run, files, prompts_by_id)
+  grading.check(run, files, cfg.unscored)
+  _check_scored(found, cfg.unscored)
   for arm in arms:
     for name, disguises in _disguises(cfg.suite).items():
       of = collections.defaultdict(list)
@@ -132,8 +136,6 @@ def evaluate(run: context.Run) -> None:
     every = [row for rows in files.values() for row in rows]
     summary["graders"] = grading.compared(run, every)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
-  grading.check(run, files, cfg.unscored)
-  _check_scored(found, cfg.unscored)
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
@@ -152,7 +154,9 @@ def _there(run: context.Run, arm: str) -> bool:
     return False
   if stage == "rl":
     start = (run.store.manifest("rl") or {})["config"]["rl.start"]
-    return (arm == "sft_rl") == (start == "sft")
+    if (arm == "sft_rl") != (start == "sft"):
+      context.say(f"eval: rl started from {start}, arm {arm} is left out")
+      return False
   return True
 
 
@@ -232,11 +236,17 @@ def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None
 
 def _held_out(run: context.Run) -> list[Prompt]:
   cfg = run.cfg.eval
-  return [
-    *run.choose("eval", "safety", cfg.prompts),
-    *run.choose("eval", "helpful", cfg.helpful),
-    *run.choose("eval", "capability", cfg.capability),
+  wanted = {"safety": cfg.prompts, "helpful": cfg.helpful, "capability": cfg.capability}
+  found = [
+    prompt for kind, n in wanted.items() for prompt in run.choose("eval", kind, n)
   ]
+  if not found and any(wanted.values()):
+    raise ValueError(
+      f"eval: wanted held-out prompts, and none of the {len(run.prompts)} of "
+      f"{run.cfg.data.source} is one of those asked for: give rows the split "
+      '"eval", or ask for none (config.eval.prompts, helpful and capability of 0)'
+    )
+  return found
 
 
 def _format(run: context.Run, arm: str) -> text.ThinkFormat | None:

@@ -23,6 +23,7 @@ from dalign.types import Sample
 from dalign.types import Verdict
 
 AT_ONCE = 4096  # samples that are held and put to the judge at the same time
+FIRST = 256  # of them at first: a judge that answers few of these is asked no more
 FEW = 10  # of a cell: fewer say nothing of a judge
 
 
@@ -41,7 +42,8 @@ def filter_(run: context.Run) -> None:
   reward = scoring.answer_judge(run, "reward")
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   judged: list[_Judged] = []
-  while some := [*map(context.row_to_sample, itertools.islice(rows, AT_ONCE))]:
+  size = FIRST
+  while some := [*map(context.row_to_sample, itertools.islice(rows, size))]:
     # What judges see has no label but by `filter.metadata`.
     asked = [(data.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
     verdicts = _verdicts(
@@ -55,8 +57,11 @@ def filter_(run: context.Run) -> None:
       for s, verdict, own in zip(some, verdicts, rewards, strict=True)
     ]
     run.store.append_rows(path, found)
-    judged += map(_Judged.of, found)
-  _check_scored(judged, cfg)
+    judged += (_Judged.of(row, cfg.threshold) for row in found)
+    if size == FIRST:
+      _check_scored(judged, cfg, max(cfg.unscored, 0.5))
+    size = AT_ONCE
+  _check_scored(judged, cfg, cfg.unscored)
   kept = _keep(judged, cfg)
   ids = {row.id for row in kept}
   run.store.write_rows(
@@ -89,12 +94,12 @@ class _Judged:
   unrewarded: str | None
 
   @classmethod
-  def of(cls, row: dict) -> "_Judged":
+  def of(cls, row: dict, threshold: float) -> "_Judged":
     return cls(
       id=(row["prompt_id"], row["index"]),
       cell=(row["category"], row["kind"], row["expected"]),
       score=row["score"],
-      lost=sys.intern(_why(row)),
+      lost=sys.intern(_why(row, threshold)),
       unscored=None if row["malformed"] else sys.intern(row["reason"]),
       unrewarded=None if row["malformed"] else sys.intern(row["reward_reason"]),
     )
@@ -144,9 +149,11 @@ def _row(
   }
 
 
-def _check_scored(judged: list[_Judged], cfg: configs.FilterConfig) -> None:
-  """ValueError where a judge has no verdict on too many of the samples that it was
-  asked about, of all or of those of one cell; they are all on disk."""
+def _check_scored(
+  judged: list[_Judged], cfg: configs.FilterConfig, limit: float
+) -> None:
+  """ValueError where a judge has no verdict on more than `limit` of the samples that it
+  was asked about, of all or of those of one cell; they are all on disk."""
   of: dict[str, list[str | None]] = collections.defaultdict(list)
   for row in judged:
     category, _, expected = row.cell
@@ -158,7 +165,7 @@ def _check_scored(judged: list[_Judged], cfg: configs.FilterConfig) -> None:
     asked = [why for why in reasons if why is not None]
     missing = [why for why in asked if why]
     few = where not in ("samples", "answers") and len(asked) < FEW
-    if not few and len(missing) > cfg.unscored * len(asked):
+    if not few and len(missing) > limit * len(asked):
       raise ValueError(
         f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
         f"{context.counted(missing)}; wanted at most {cfg.unscored:.0%} "
@@ -213,9 +220,12 @@ def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
   }
 
 
-def _why(row: dict) -> str:
-  """Why a row was not kept: unscored, the proposition that cost most, or the caps."""
+def _why(row: dict, threshold: float) -> str:
+  """Why a row was not kept: unscored, the proposition that cost most, the score as a
+  whole, or the caps."""
   if row["score"] is None:
     return row["reason"]
+  if row["score"] >= threshold:
+    return "enough others"
   lost = {name: part for name, part in row["scores"].items() if part < 0.5}
-  return min(lost, key=lost.__getitem__) if lost else "enough others"
+  return min(lost, key=lost.__getitem__) if lost else "below the threshold"

@@ -289,7 +289,7 @@ class _Book:
       "prompts": len(self.prompts),
       "too_long": self.too_long,
       "samples": self.total,
-      "malformed": dict(self.malformed.most_common(20)),
+      "malformed": dict(self.malformed.most_common()),
       "look_right": self.good,
       "prompts_with_one": self.with_one,
     }

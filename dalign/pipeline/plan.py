@@ -185,7 +185,8 @@ def phases(run: context.Run) -> Iterator[Phase]:
   made = jax.eval_shape(run.adapted, lying)
   trunk = run.placed(made)
   room, think = _spec_room(run), cfg.sampler.prompt_room
-  prompts = sum(cfg.generate.prompts.values()) + cfg.generate.helpful
+  prompts = sum(cfg.generate.prompts.values())
+  prompts += cfg.generate.helpful + cfg.generate.capability
   if run.recording:
     prompts = min(prompts, len({r.prompt_id for r in run.recorded if r.thought}))
   kept = prompts * cfg.filter.per_prompt

@@ -50,10 +50,11 @@ def table(found: dict) -> list[str]:
     n, unscored = row["n"], row["unscored"]
     lines.append(f"{name:16s} {wrong:>6s}  {interval:15s} {n:4d}  {unscored:8d}")
   agreed = found["agreement"]
-  if agreed["kappa"] is not None:
+  if agreed["n"] + agreed["unscored"]:
+    kappa = "-" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
     lines.append(
       f"with {agreed['n']} answers that are known to be right or wrong: agrees on "
-      f"{agreed['accuracy']:.1%}, kappa {agreed['kappa']:.2f} "
+      f"{context.percent(agreed['accuracy']).strip()}, kappa {kappa} "
       f"{_interval(agreed['interval'], '.2f')}, {agreed['unscored']} unscored"
     )
   return lines

@@ -66,12 +66,20 @@ def train_reward(run: context.Run) -> None:
       bar.update()
   params = trainer.finish()
   ask = scoring.reward_model(run, params, renderer)
-  summary = _measure(run, ask, questions, scores, held) | {"too_long": too_long}
+  seen = {i for some in plan for i in some}
+  if len(seen) < len(learned):
+    context.say(
+      f"reward: {len(learned) - len(seen)} of {len(learned)} questions are never seen "
+      f"in config.reward.steps={cfg.steps} steps of {cfg.rows}"
+    )
+  summary = _measure(run, ask, questions, scores, held)
+  summary |= {"too_long": too_long, "seen": len(seen)}
   run.store.finish("reward", summary)
   found = summary["held_out"]
+  pairs = context.percent(found["pair_accuracy"]).strip()
   context.say(
-    f"reward: held-out accuracy {found['accuracy']:.2f}, pairs "
-    f"{found['pair_accuracy']:.2f}, calibration error {found['calibration_error']:.2f}"
+    f"reward: held-out accuracy {found['accuracy']:.1%}, pairs {pairs}, calibration "
+    f"error {found['calibration_error']:.2f}"
   )
 
 
@@ -102,20 +110,25 @@ def _questions(run: context.Run, source):
   as its answer may be a thought."""
   cfg = run.cfg.reward
   prompts = {p.id: data.told(p, cfg.metadata) for p in run.prompts}
-  stored = "score" if cfg.shows_thought else "reward"
-  rows = [r for r in run.store.read_rows(source) if r[stored] is not None]
-  rows = [r for r in rows if not r["malformed"]]
+  stored, why = ("score", "reason")
+  if not cfg.shows_thought:
+    stored, why = ("reward", "reward_reason")
+  asked = [r for r in run.store.read_rows(source) if not r["malformed"]]
+  rows = [r for r in asked if r[stored] is not None]
+  missing = [r[why] for r in asked if r[stored] is None]
   replies = [(prompts[r["prompt_id"]], r["thought"], r["answer"]) for r in rows]
   scores = [r[stored] for r in rows]
-  if cfg.labels == "rubric":
-    scores = [verdict.score for verdict in _judged(run, replies)]
   more = _more(run, replies, {r["prompt_id"]: r["expected"] for r in rows})
-  verdicts = _judged(run, more)
+  anew = more
+  if cfg.labels == "rubric":
+    scores, anew = [], replies + more
+  verdicts = _judged(run, anew)
   scores += [verdict.score for verdict in verdicts]
-  if missing := [verdict.reason for verdict in verdicts if verdict.score is None]:
+  missing += [verdict.reason for verdict in verdicts if verdict.score is None]
+  if missing:
     context.say(
-      f"reward: {len(missing)} of {len(more)} further answers have no verdict and are "
-      f"left out: {context.counted(missing)}"
+      f"reward: {len(missing)} of {len(asked) + len(more)} answers have no verdict and "
+      f"are left out: {context.counted(missing)}"
     )
   replies += more
   for prompt, answer, score in _made(run, replies, scores):

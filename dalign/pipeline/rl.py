@@ -5,6 +5,7 @@ off goes on at the last checkpoint with the very same prompts and samples.
 """
 
 import collections
+from collections.abc import Iterable
 import dataclasses
 import functools
 
@@ -152,13 +153,13 @@ class _Step:
 
   def __init__(self, run: context.Run, start):
     self.run, self.cfg, self.start = run, run.cfg.rl, start
-    safety = self._fitting(run.choose("train", "safety", 10**9, self.cfg.expected))
+    safety = self._fitting(run.choose("train", "safety", None, self.cfg.expected))
     cells = collections.defaultdict(list)
     for prompt in safety:
       cells[prompt.category, prompt.expected].append(prompt)
     self.cells = [cell for _, cell in sorted(cells.items())]
     wanted = self.cfg.prompts - self.cfg.capability
-    self.able = self._fitting(run.choose("train", "capability", 10**9))
+    self.able = self._fitting(run.choose("train", "capability", None))
     if len(safety) < wanted:
       raise ValueError(
         f"rl: wanted {wanted} or more training prompts of kind safety and of "
@@ -175,6 +176,7 @@ class _Step:
       worth = rl.make_worth(cfg=run.arch, compute=run.cfg.compute)
       self.worth = context.Scorer(run, self.cfg.batch, score=worth)
     self.judge = scoring.rl_judge(run)
+    self.watched = run.choose("eval", "safety", self.cfg.audit)
 
   def _fitting(self, prompts: list[Prompt]) -> list[Prompt]:
     """Those that are not too long for the sampler."""
@@ -309,14 +311,12 @@ class _Step:
     """What evaluation's grader and the judge of RL say of replies to a handful of
     held-out prompts: where they part, the judge is being fooled."""
     policy = params["policy"] if self.cfg.objective.learns_values else params
-    prompts = self.run.choose("eval", "safety", self.cfg.audit)
-    groups = self._complete(policy, prompts, 1, ops.stream(self.run.key, "audit"))
+    groups = self._complete(policy, self.watched, 1, ops.stream(self.run.key, "audit"))
     found = [group[0] for group in groups]
     self._judge(found)
     values = _audited([self.run.domain.outcome(r.prompt, r.sample) for r in found])
-    scored = [r.reward for r in found if r.scored]
-    if scored:
-      values["reward"] = float(np.mean(scored))
+    values["reward"] = _mean(r.reward for r in found if r.scored)
+    values["unscored"] = _mean(not r.scored for r in found)
     return {f"rl/held_out_{name}": value for name, value in values.items()}
 
   def _sample(self, params, step: int) -> list[list[_Rollout]]:
@@ -412,27 +412,23 @@ class _Step:
     return context.micro_batches(packed.lines | more, self.cfg.batch)
 
   def _metrics(self, rollouts: list[_Rollout], idle_B) -> dict[str, float]:
-    def mean(values):
-      values = list(values)
-      return float(np.mean(values)) if values else 0.0
-
     safety = [r for r in rollouts if r.prompt.kind != "capability"]
     values = {
-      "reward": mean(r.reward for r in safety if r.scored),
-      "format": mean(not r.sample.malformed for r in rollouts),
-      "kl_nats": mean(r.kl for r in rollouts),
-      "length_tokens": mean(len(r.logp) for r in rollouts),
-      "truncated": mean(r.sample.finish == "length" for r in rollouts),
-      "unscored": mean(not r.scored for r in rollouts),
-      "idle_groups": mean(idle_B),
+      "reward": _mean(r.reward for r in safety if r.scored),
+      "format": _mean(not r.sample.malformed for r in rollouts),
+      "kl_nats": _mean(r.kl for r in rollouts),
+      "length_tokens": _mean(len(r.logp) for r in rollouts),
+      "truncated": _mean(r.sample.finish == "length" for r in rollouts),
+      "unscored": _mean(not r.scored for r in rollouts),
+      "idle_groups": _mean(idle_B),
       "distinct": len({r.sample.tokens for r in rollouts}) / len(rollouts),
     }
     if able := [r.judged for r in rollouts if r.prompt.kind == "capability"]:
-      values["capability"] = mean(able)
+      values["capability"] = _mean(able)
     for kind in ("refuse", "safe_complete", "comply"):
       some = [r for r in safety if r.prompt.expected == kind and r.scored]
       if some:
-        values[f"reward_{kind}"] = mean(r.reward for r in some)
+        values[f"reward_{kind}"] = _mean(r.reward for r in some)
     # Evaluation's grader, beside the reward, which never sees it.
     watched = [self.run.domain.outcome(r.prompt, r.sample) for r in safety]
     audited = _audited(watched)
@@ -445,9 +441,15 @@ class _Step:
         if row["thought"] and row["scores"][name] is not None
       ]
       if found:
-        values[f"thought_{name.removeprefix('thought_')}"] = mean(found)
-    values["thought_words"] = mean(len(r.sample.thought.split()) for r in thoughts)
+        values[f"thought_{name.removeprefix('thought_')}"] = _mean(found)
+    values["thought_words"] = _mean(len(r.sample.thought.split()) for r in thoughts)
     return {f"rl/{name}": value for name, value in values.items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+  """Their mean, or NaN, which metrics take for missing, where there are none."""
+  values = [*values]
+  return float(np.mean(values)) if values else np.nan
 
 
 def _audited(rows: list[dict]) -> dict[str, float]:
@@ -481,7 +483,8 @@ def _shown(step: int, r: _Rollout) -> dict:
     "thought": r.sample.thought,
     "answer": r.sample.answer,
     "malformed": r.sample.malformed,
-    "reward": r.judged,
+    "reward": r.reward if r.scored else None,
+    "unscored": r.unscored,
     "kl_nats": r.kl,
     "advantage": float(np.mean(r.advantage)),
   }

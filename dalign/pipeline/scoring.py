@@ -5,7 +5,7 @@ field for the thought, so none can reach the model.
 """
 
 import collections
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -366,15 +366,32 @@ def probe(
     (name, dataclasses.replace(asked, prompt=data.told(asked.prompt, told)), low)
     for name, asked, low in run.domain.probes(run.choose("eval", "safety", prompts))
   ]
-  return probing.probe_report(probes, ask([question for _, question, _ in probes]))
+  report = probing.probe_report(probes, ask([question for _, question, _ in probes]))
+  for name, row in report.items():
+    if row["unscored"]:
+      context.say(f"probes: {name}: {_unscored(row)}")
+  return report
+
+
+def _unscored(row: Mapping) -> str:
+  """How many answers of a probe have no verdict, and why."""
+  reasons = context.counted(collections.Counter(row["reasons"]).elements())
+  return f"no verdict on {row['unscored']} of {row['n'] + row['unscored']}: {reasons}"
 
 
 def refuse(report: dict[str, dict], limit: float) -> None:
-  """ValueError for a judge that got more than `limit` of some probe wrong."""
+  """ValueError for a judge that got more than `limit` of some probe wrong, or to which
+  none was put."""
+  if not report:
+    raise ValueError(
+      "the judge of RL is tried on held-out prompts of kind safety, and there are "
+      "none: hold some out, or let it pass with --config.rl.judge_errors=1.0"
+    )
   if failed := probing.failed(report, limit):
     shown = ", ".join(
       f"{name} ({context.percent(probing.errors(report[name])).strip()} of "
-      f"{report[name]['n']})"
+      f"{report[name]['n']}"
+      + (f"; {_unscored(report[name])})" if report[name]["unscored"] else ")")
       for name in failed
     )
     raise ValueError(

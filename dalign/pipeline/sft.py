@@ -1,5 +1,6 @@
 """kept.jsonl -> sft/params: the spec taken out, thought and answer learned."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -47,7 +48,9 @@ def finetune(run: context.Run) -> None:
   trainer.finish()
   run.store.finish(
     "sft",
-    {"rows": len(rows), "steps": len(plan), "trained_fraction": share} | dropped,
+    {"rows": len(rows), "recalls": len(recalls), "steps": len(plan)}
+    | {"trained_fraction": share}
+    | dropped,
   )
 
 
@@ -61,10 +64,17 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   ids = _clause_ids(run)
   found = []  # (turns, row, where the clause that it recalls ends)
   kept_rows = run.store.read_rows(source)
-  some = range(len(kept_rows))
-  if len(some) > cfg.most:
-    some = sorted(data.order(len(some), seed=run.cfg.seed, epoch=0)[: cfg.most])
-  for kept in [kept_rows[i] for i in some]:
+  of = {  # each sample as if it were a prompt, to be drawn by category and type
+    f"{row['prompt_id']} {row['index']}": prompts[row["prompt_id"]] for row in kept_rows
+  }
+  drawn = data.balanced(
+    [dataclasses.replace(prompt, id=id) for id, prompt in of.items()],
+    min(cfg.most, len(of)),
+    run.cfg.seed,
+  )
+  ids_drawn = {prompt.id for prompt in drawn}
+  some = [row for row, id in zip(kept_rows, of, strict=True) if id in ids_drawn]
+  for kept in some:
     turns = compose.plain(prompts[kept["prompt_id"]])
     sample, recalled = context.row_to_sample(kept), 0
     if cfg.recall_epochs and run.thinks:
@@ -114,7 +124,7 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   clean = [
     (row, end) for (_, row, end), leaks in zip(found, leaked, strict=True) if not leaks
   ]
-  dropped = {"leaked": sum(leaked)}
+  dropped = {"beyond_most": len(kept_rows) - len(some), "leaked": sum(leaked)}
   if cfg.worked:
     clean += [
       (_written(run, [context.user_turn(prompt)], _recalling(run, completion)), 0)
