@@ -1223,9 +1223,8 @@ def test_the_filter_says_why_a_sample_was_not_kept(row, why):
 def test_answers_that_the_reward_model_does_not_learn_are_said(
   tmp_path, monkeypatch, capsys, labels
 ):
-  own, _ = told_of(
-    tiny(**{"reward.labels": labels, "reward.drafts": False}), tmp_path, monkeypatch
-  )
+  changes = {"reward.labels": labels, "reward.drafts": False, "reward.metadata": "told"}
+  own, _ = told_of(tiny(**changes), tmp_path, monkeypatch)
   down = judge.Judge(lambda qs: [Verdict(score=None, reason="mute")] * len(qs), True)
   monkeypatch.setattr(scoring, "answer_rubric", lambda _: down)
   some = [r for r in written(own, labelled(own, 6)) if not r["malformed"]]
@@ -1241,9 +1240,7 @@ def test_answers_that_the_reward_model_does_not_learn_are_said(
     with pytest.raises(ValueError, match="no scored answers"):
       reward_stage._questions(own, source)
   said = capsys.readouterr().err
-  assert f"{len(some) - 1} x down" in said and ("1 x mute" in said) == (
-    labels != "judge"
-  )
+  assert f"{len(some) - 1} x down" in said and ("x mute" in said) == (labels != "judge")
 
 
 def test_means_of_nothing_are_missing():
