@@ -65,7 +65,7 @@ def _batch(run: context.Run, cfg: configs.WorldConfig, step: int):
   packed = text.pack(rows, length=cfg.batch.length)
   lines = packed.lines | {"weight_BT": packed.weight_BT}
   some = {name: np.asarray(x[:room]) for name, x in lines.items()}
-  lost = sum(line >= room for line, _, _ in packed.where)
+  lost = int(sum(line >= room for line, _, _ in packed.where))
   return *context.micro_batches(some, cfg.batch), lost
 
 
