@@ -205,7 +205,8 @@ def ended(run, workdir, monkeypatch) -> int:
 
 def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
   """A model of 128 positions, whose prompts alone have more."""
-  run = opened(tiny(**{"model.random.max_length": 128}), tmp_path)
+  small = {"model.random.max_length": 128, "generate.teacher": "base"}
+  run = opened(tiny(**small), tmp_path)
   prompt = next(p for p in run.prompts if p.kind == "safety")
   question = judge.FilterQuestion(prompt=prompt, thought="So.", answer="No.")
   trainer = context.Trainer(
