@@ -75,7 +75,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"wanted one of {', '.join(SIZES)} or none, got {size!r}")
   c = _quickstart()
   if size:
-    c.recipe = f"quickstart:{size}.v1"
+    c.recipe = f"quickstart:{size}.v2"
     {"full": _full, "self_taught": _self_taught}[size](c)
   return c
 
@@ -83,7 +83,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
 def _full(c: ml_collections.ConfigDict) -> None:
   """More epochs, a longer reward model, RL until it matters, and more to measure."""
   c.sft.epochs = 3
-  c.reward.steps = 240
+  c.reward.steps = 330  # about all that it can learn from, once
   c.rl.steps = 60
   c.eval.update(dict(prompts=10**6, helpful=10**6, samples=2, budgets=(0,), swaps=60))
 
@@ -101,12 +101,13 @@ def _self_taught(c: ml_collections.ConfigDict) -> None:
     )
   )
   c.filter.update(dict(judge="rubric", metadata="told", per_cell=60, quality=True))
+  c.sft.recall_epochs = 0
   c.rl.update(dict(reward="model", judge_errors=1.0))
 
 
 def _quickstart() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
-  c.recipe = "quickstart.v2"
+  c.recipe = "quickstart.v3"
   c.seed = 0
   c.stages = "all"
   c.start_over = False
@@ -118,7 +119,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     dtype="bfloat16",
     kv_dtype="float32",
     attention="xla",
-    remat=True,
+    remat=False,  # a third faster, with a peak of 6.6 GB in RL
     logits_chunk=512,
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1)
@@ -177,6 +178,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     most=10**6,
     capability=0,  # they are in the recording
     # Single steps move the odds of all refusals at once.
+    # What a thought of this model makes of a prompt hangs on the clause it begins with.
     recall_epochs=2,
     clause_weight=1.0,
     average_share=0.3,
@@ -193,9 +195,9 @@ def _quickstart() -> ml_collections.ConfigDict:
     shows_thought=False,
     detail="clauses",
     metadata="none",
-    steps=60,
+    steps=120,
     rows=24,
-    length=224,
+    length=128,  # of 8,813 questions one in a hundred is longer, behind its policy
     held_out=0.1,
     point_weight=1.0,
     pair_weight=1.0,
@@ -206,7 +208,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     start="sft",
     reward="model",
     metadata="none",
-    steps=12,
+    steps=16,
     # With the capability prompts, as many rollouts as the sampler has slots.
     prompts=16,
     expected=("refuse", "safe_complete", "comply"),
@@ -224,7 +226,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     stop_gap=0.1,
     objective=algorithms.of("rloo"),
     batch=dict(micro=11, rows=6, length=320),
-    optimizer=optimizer(1e-5),
+    optimizer=optimizer(3e-5),
     checkpoint_every=3,
     show_every=3,
     audit=24,

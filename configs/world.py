@@ -112,7 +112,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
       f"wanted configs/world.py or configs/world.py:ablation, not {arms}"
     )
   c = ml_collections.ConfigDict()
-  c.recipe = "world.v2" if arms is None else "world:ablation.v2"
+  c.recipe = "world.v3" if arms is None else "world:ablation.v3"
   c.seed = 0
   c.stages = "base,generate,filter,sft,rl,eval,report"
   c.start_over = False

@@ -136,7 +136,7 @@ def test_a_part_that_is_made_by_hand_is_checked_too():
 def test_values_are_listed_as_flags_take_them_back():
   """All values of a listing, as flags to the same config, make the same listing."""
   first, *lines = said("--mode=config", "--config=configs/world.py:ablation")
-  assert first == "# recipe: world:ablation.v2"
+  assert first == "# recipe: world:ablation.v3"
   mine = [line.rpartition("  ")[0].rstrip() for line in lines]
   assert len(mine) > 300 and not any(line.endswith("=None") for line in mine)
   given = [f"--config.{line}" for line in mine]
@@ -175,7 +175,7 @@ def test_lines_fit_a_terminal_and_say_what_is_other():
   first, *lines = said(
     "--mode=config", "--config=configs/quickstart.py", "--config.rl.steps=3"
   )
-  assert first == "# recipe: quickstart.v2; changed: rl.steps"
+  assert first == "# recipe: quickstart.v3; changed: rl.steps"
   assert len(lines) == len([*explain.values(tiny())]) - 10 + 1  # tiny's model.random
   assert all(len(line) <= explain.WIDTH for line in lines)
   assert [line for line in lines if line.startswith("rl.steps=3  ")][0].endswith(

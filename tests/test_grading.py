@@ -162,7 +162,7 @@ def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
   done = run_command(tmp_path, "--config.stages=eval", *flags)
   assert done.returncode == 2, done.stderr[-3000:]
   assert "the grader model has no score for 4 of 4 answers of arm base" in done.stderr
-  assert "most for this: the verdict is cut by the token budget; wanted" in done.stderr
+  assert "4 x the verdict is cut by the token budget; wanted" in done.stderr
   assert "(config.eval.unscored)" in done.stderr.splitlines()[-1]
   rows = store.read_rows(tmp_path / "eval" / "base.jsonl")
   told = [one["graders"]["model"] for one in rows if one["kind"] != "capability"]

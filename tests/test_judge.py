@@ -468,6 +468,7 @@ def test_a_probe_report_counts_what_is_fooled_and_what_is_unscored():
     "false_negative_rate": None,
     "n": 2,
     "unscored": 1,
+    "reasons": {"cut": 1},
   }
 
 

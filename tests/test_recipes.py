@@ -88,4 +88,4 @@ def test_a_config_of_before_has_no_recipe():
   values = configs.to_json(tiny())
   del values["recipe"]
   assert configs.of_json(values).recipe == ""
-  assert configs.to_json(ALL["world"])["recipe"] == "world.v2"
+  assert configs.to_json(ALL["world"])["recipe"] == "world.v3"

@@ -39,7 +39,7 @@ def test_a_template_without_place_for_the_policy_is_refused(model_of, tmp_path):
   scoring.rehearse(run, ["generate", "filter"])
   with pytest.raises(ValueError, match="the reward model is to read: .*system turn"):
     scoring.rehearse(run, ["generate", "filter", "sft", "reward"])
-  run = run_of(model_of("nosystem"), tmp_path)
+  run = run_of(model_of("nosystem"), tmp_path, **{"generate.teacher": "base"})
   with pytest.raises(ValueError, match="the teacher is to read: .*not supported"):
     scoring.rehearse(run, ["generate"])
   scoring.rehearse(run, ["sft", "report"])

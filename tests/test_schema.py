@@ -175,7 +175,7 @@ def test_a_run_in_json_is_its_recipe_but_for_what_it_says(tmp_path):
   done = ran(file, "--config.rl.temperature=0.5", "--config.seed=4")
   assert (done.returncode, done.stderr) == (0, "")
   first, *lines = done.stdout.splitlines()
-  assert first == "# recipe: quickstart.v2; changed: 7 values"
+  assert first == "# recipe: quickstart.v3; changed: 7 values"
   found = dict(line.split("=", 1) for line in lines)
   said = {name: found[name].split() for name in found}
   assert said["rl.steps"] == ["3", "mine.json:5"]
