@@ -119,7 +119,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     dtype="bfloat16",
     kv_dtype="float32",
     attention="xla",
-    remat=False,  # a third faster, with a peak of 6.6 GB in RL
+    remat=False,  # RL takes 6.6 GB so
     logits_chunk=512,
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1)
@@ -180,7 +180,6 @@ def _quickstart() -> ml_collections.ConfigDict:
     # Single steps move the odds of all refusals at once.
     # What a thought of this model makes of a prompt hangs on the clause it begins with.
     recall_epochs=2,
-    clause_weight=1.0,
     average_share=0.3,
     leak_words=8,
     # Rows have some 140 tokens of their own: lines of 512 hold three or four of them.

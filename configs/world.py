@@ -228,7 +228,6 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     most=10**6,
     capability=500,  # all there are: what is not rehearsed is lost first
     recall_epochs=0,
-    clause_weight=1.0,
     average_share=0.0,
     leak_words=8,
     batch=dict(micro=1, rows=8, length=192),

@@ -613,7 +613,6 @@ class SFTConfig(Checked):
     capability data).
   recall_epochs: so many epochs, before the others, of nothing but the id of the clause
     that decides, with which all thoughts then begin; 0 leaves thoughts as they are.
-  clause_weight: the weight in the loss of tokens of clause ids, where others have 1.
   average_share: the share of the steps, the last ones, whose parameters are averaged
     into what SFT ends with (1803.05407); 0 takes those of the last step.
   leak_words: so many words in a row of the specification's make a row one that leaks
@@ -626,7 +625,6 @@ class SFTConfig(Checked):
   most: Count
   capability: Natural
   recall_epochs: Natural
-  clause_weight: Positive
   average_share: Share
   leak_words: Count
   batch: BatchConfig

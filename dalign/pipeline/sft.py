@@ -61,7 +61,6 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   cfg = run.cfg.sft
   index = specs.leak_index(run.spec, cfg.leak_words)
   prompts = {prompt.id: prompt for prompt in run.prompts}
-  ids = _clause_ids(run)
   found = []  # (turns, row, where the clause that it recalls ends)
   kept_rows = run.store.read_rows(source)
   of = {  # each sample as if it were a prompt, to be drawn by category and type
@@ -91,7 +90,7 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
       tokens, forced = _answer(run, sample.answer), 0
     row = row_of(run.tok, turns, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
-    found.append((turns, _weighed(row, ids, cfg.clause_weight), end))
+    found.append((turns, row, end))
   for prompt in run.choose("train", "capability", cfg.capability):
     if not prompt.answer.strip():
       raise ValueError(
@@ -154,25 +153,6 @@ def row_of(tok, turns, tokens, forced: int) -> tuple[list, list]:
   before = text.render_chat(tok, list(turns))
   known = len(before) + forced
   return [*before, *tokens], [0.0] * known + [1.0] * (len(tokens) - forced)
-
-
-def _clause_ids(run: context.Run) -> list[list[int]]:
-  """The tokens of each clause's id, as it begins a text and within one."""
-  names = specs.clause_ids(run.spec)
-  return [run.tok.encode(front + name) for name in names for front in ("", " ")]
-
-
-def _weighed(row: tuple[list, list], ids: list[list[int]], weight: float):
-  """A row with the weight of what is trained of clause ids: they are a few of a hundred
-  tokens, and which policy a thought reasons from hangs on them."""
-  tokens, weights = row
-  weights = [*weights]
-  for at in range(len(tokens)) if weight != 1.0 else ():
-    for own in ids:
-      if tokens[at : at + len(own)] == own:
-        for i in range(at, at + len(own)):
-          weights[i] = weights[i] and weight
-  return tokens, weights
 
 
 def _answer(run: context.Run, answer: str) -> tuple[int, ...]:
