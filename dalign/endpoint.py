@@ -55,9 +55,10 @@ class Reply:
 
   @property
   def whole(self) -> bool:
-    """Whether the model said all that it wanted to: an answer to the same request need
-    not be asked for again."""
-    return not self.refused and self.finish in ("", "stop") and bool(self.text.strip())
+    """Whether the model said all that it wanted to, or all that the request's budget
+    has room for: to ask for the same again would give no more."""
+    said = self.finish == "length" or self.text.strip()
+    return not self.refused and self.finish in ("", "stop", "length") and bool(said)
 
 
 class Endpoint:

@@ -195,7 +195,8 @@ def test_what_is_no_completion_is_an_outage(serve, client, page):
 
 
 def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
-  """What was cut, filtered or empty is asked for again when it is wanted again."""
+  """What was filtered or empty is asked for again when it is wanted again; what its own
+  budget cut would be no longer the next time."""
   kinds = [
     {"content": "It is", "finish_reason": "length"},
     {"content": '{"score": 5}', "finish_reason": "content_filter"},
@@ -216,7 +217,7 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   said = [servers.sample(run, prompt, 0, reply, None) for reply in found]
   assert [sample.finish for sample in said].count("refused") == 3
   assert said[4].finish == "refused" and "abort" in said[4].malformed
-  assert client(server.port).chat(requests(1))[0].text == "It is"
+  assert client(server.port).chat(requests(2))[0].text == "It is"
   assert len(server.bodies) == len(kinds) + 1
 
 
@@ -505,6 +506,11 @@ def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason)
   assert {row["score"] is None for row in before} == {True, False}
   assert not (tmp_path / "filter" / "kept.jsonl").exists()
   down[0], asked = False, len(server.bodies)
+  if "cut" in reason:  # what a budget cut is paid for, and no longer the next time
+    with pytest.raises(ValueError, match="has no verdict on"):
+      pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
+    assert len(server.bodies) == asked
+    return
   pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert {row["score"] is None or row["reward"] is None for row in rows} == {False}
