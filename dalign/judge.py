@@ -11,8 +11,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 from dalign import behaviour
 from dalign import forms
 from dalign import languages
@@ -137,7 +135,7 @@ class _AnswerRubric:
       return _combined(hard, {"correct": words.correct(answer, prompt.answer)})
     if not wanted:
       return Verdict(score=None, reason="not told which response is wanted")
-    if self.quality and not np.isfinite(nats).all():
+    if self.quality and not all(map(math.isfinite, nats)):
       return Verdict(score=None, reason="no language quality")
     if not (languages.english(answer) or languages.asks_translation(prompt.text)):
       return Verdict(score=None, reason="not in English")

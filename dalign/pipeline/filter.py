@@ -38,8 +38,9 @@ def filter_(run: context.Run) -> None:
   prompts = {prompt.id: prompt for prompt in run.prompts}
   path = run.store.path("filter", "judged.jsonl")
   run.store.write_rows(path, [])  # what a run that was cut off has judged
-  ask = scoring.filter_judge(run, "filter")
-  reward = scoring.answer_judge(run, "reward")
+  likely = scoring.quality(run)
+  ask = scoring.filter_judge(run, "filter", likely)
+  reward = scoring.answer_judge(run, "reward", likely)
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   judged: list[_Judged] = []
   size = FIRST

@@ -110,9 +110,9 @@ def _questions(run: context.Run, source):
   as its answer may be a thought."""
   cfg = run.cfg.reward
   prompts = {p.id: data.told(p, cfg.metadata) for p in run.prompts}
-  stored, why = ("score", "reason")
-  if not cfg.shows_thought:
-    stored, why = ("reward", "reward_reason")
+  stored, why = "reward", "reward_reason"
+  if cfg.shows_thought:
+    stored, why = "score", "reason"
   asked = [r for r in run.store.read_rows(source) if not r["malformed"]]
   rows = [r for r in asked if r[stored] is not None]
   missing = [r[why] for r in asked if r[stored] is None]
@@ -187,15 +187,10 @@ def _made(
 
 def _judged(run: context.Run, replies):
   """Verdicts on (prompt, thought, answer), by whoever makes the labels."""
-  cfg, domain = run.cfg.reward, run.domain
-  rubric = cfg.labels == "rubric"
-  if cfg.shows_thought:
+  rubric = run.cfg.reward.labels == "rubric"
+  if run.cfg.reward.shows_thought:
     questions = [judge.FilterQuestion(p, thought, a) for p, thought, a in replies]
-    ask = (
-      domain.filter_rubric(scoring.quality(run))
-      if rubric
-      else scoring.filter_judge(run, "labels")
-    )
+    ask = scoring.filter_rubric(run) if rubric else scoring.filter_judge(run, "labels")
   else:
     questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
     ask = scoring.answer_rubric(run) if rubric else scoring.answer_judge(run, "labels")

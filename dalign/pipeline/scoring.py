@@ -224,19 +224,29 @@ def reward_question(
   return judge.RewardQuestion(prompt=prompt, answer=answer)
 
 
-def filter_judge(run: context.Run, name: str) -> judge.Judge:
-  """The judge of thought and answer that the config asks for."""
-  return _model(run, name) or run.domain.filter_rubric(quality(run))
+def filter_judge(
+  run: context.Run, name: str, likely: judge.Quality | None = None
+) -> judge.Judge:
+  """The judge of thought and answer that the config asks for. A rubric's `likely` may
+  be shared with others (`quality`)."""
+  return _model(run, name) or filter_rubric(run, likely)
 
 
-def answer_judge(run: context.Run, name: str) -> judge.Judge:
+def answer_judge(
+  run: context.Run, name: str, likely: judge.Quality | None = None
+) -> judge.Judge:
   """The filter's judge, asked about answers alone."""
-  return _model(run, name) or answer_rubric(run)
+  return _model(run, name) or answer_rubric(run, likely)
 
 
-def answer_rubric(run: context.Run) -> judge.Judge:
-  """The judge of answers that is no model, but for what `filter.quality` adds."""
-  return run.domain.reward_rubric(quality(run))
+def filter_rubric(run: context.Run, likely: judge.Quality | None = None) -> judge.Judge:
+  """The judge of both that is no model, but for what `filter.quality` adds."""
+  return run.domain.filter_rubric(likely or quality(run))
+
+
+def answer_rubric(run: context.Run, likely: judge.Quality | None = None) -> judge.Judge:
+  """The same of answers alone."""
+  return run.domain.reward_rubric(likely or quality(run))
 
 
 NOTHING = Turn(role="user", content="Say something.")  # a prompt that asks nothing
@@ -244,17 +254,19 @@ NOTHING = Turn(role="user", content="Say something.")  # a prompt that asks noth
 
 def quality(run: context.Run) -> judge.Quality | None:
   """How likely the base finds answers, without spec and thought, after their prompts
-  and after NOTHING, if `filter.quality` asks for it."""
+  and after NOTHING, if `filter.quality` asks for it. The base is loaded when it is
+  first asked; what it said last is kept, as two rubrics ask of the same answers."""
   if not run.cfg.filter.quality:
     return None
-  params = run.base_params()
+  params = functools.cache(run.base_params)
 
   @functools.cache
   def scorer(length: int) -> context.Scorer:
     shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
     return context.Scorer(run, shape)
 
-  def ask(pairs):
+  @functools.lru_cache(maxsize=1)
+  def of(pairs: tuple[tuple[Prompt, str], ...]):
     rows, starts = [], []
     for prompt, answer in pairs:
       for turns in (compose.plain(prompt), (NOTHING,)):
@@ -262,11 +274,11 @@ def quality(run: context.Run) -> judge.Quality | None:
         rows.append(before + run.tok.encode(answer))
         starts.append(len(before))
     length = -(-max(map(len, rows), default=1) // 256) * 256
-    found = scorer(length)(params, rows, starts)
+    found = scorer(length)(params(), rows, starts)
     means = [float(own.mean()) if len(own) else math.nan for own in found]
     return [*zip(means[::2], means[1::2], strict=True)]
 
-  return ask
+  return lambda pairs: of(tuple(pairs))
 
 
 def _model(run: context.Run, name: str) -> judge.Judge | None:

@@ -22,6 +22,11 @@ def finetune(run: context.Run) -> None:
   if not run.begin("sft", [source, *run.prompt_files]):
     return
   rows, recalls, dropped = _rows(run, source)
+  if cfg.recall_epochs and not recalls:
+    context.say(
+      "sft: no thought recalls a clause, so that there is nothing to learn in "
+      f"config.sft.recall_epochs={cfg.recall_epochs}"
+    )
   first = cfg.recall_epochs if recalls else 0
   plan = _plan(recalls, cfg, run.cfg.seed, range(first))
   plan += _plan(rows, cfg, run.cfg.seed, range(first, first + cfg.epochs))
