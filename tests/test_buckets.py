@@ -97,13 +97,18 @@ def place(address, request):
   buckets.forget(buckets.place("gs://bucket"))
 
 
-def objects(place) -> dict[str, bytes]:
-  """Name -> content of all objects of a folder, as another client sees them."""
+def blobs(place) -> dict:
+  """Name -> object of all objects of a folder, as another client sees them."""
   from google.cloud import storage
 
   bucket, name = buckets._names(place)
   found = storage.Client().list_blobs(bucket, prefix=f"{name}/")
-  return {b.name.removeprefix(f"{name}/"): b.download_as_bytes() for b in found}
+  return {blob.name.removeprefix(f"{name}/"): blob for blob in found}
+
+
+def objects(place) -> dict[str, bytes]:
+  """Name -> content of all objects of a folder that nobody writes to."""
+  return {name: blob.download_as_bytes() for name, blob in blobs(place).items()}
 
 
 def files(folder) -> dict[str, bytes]:
@@ -405,11 +410,11 @@ def until(running, happened) -> None:
   not os.environ.get("DALIGN_SERVERS"), reason="minutes: set DALIGN_SERVERS=1"
 )
 def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
-  """All stages, killed in generate, and in sft within a save; to the bit."""
+  """All stages, killed in sft within a save, and in eval with a part of the replies
+  uploaded; to the bit."""
   place = buckets.place(f"gs://bucket/{workdir.name}")
-  samples = place / "generate" / "samples.jsonl"
   whole = command(place)
-  # Uploads so often that the first holds a part of the samples, however fast they are.
+  # Uploads so often that an arm's replies are there before those of all arms are.
   code = "from dalign import buckets, main; buckets.LATE_S = 0.1; main.run()"
   often = [sys.executable, "-c", code, *whole[3:]]
 
@@ -418,19 +423,26 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
       argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
 
-  until(dalign(often), lambda: samples.exists() and store.read_rows(samples))
-  before = len(store.read_rows(samples))
+  def replies(name: str) -> bool:
+    return name.startswith("eval/") and name.endswith(".jsonl")
+
+  def lines() -> int:
+    found = objects(place).items()
+    return sum(content.count(b"\n") for name, content in found if replies(name))
+
   until(
-    dalign(whole), lambda: any("sft/checkpoints/" in name for name in objects(place))
+    dalign(whole), lambda: any("sft/checkpoints/" in name for name in blobs(place))
   )
+  until(dalign(often), lambda: any(map(replies, blobs(place))))
+  before = lines()
   said = dalign(whole).communicate(timeout=1500)[1]
-  assert "dalign: generate: done before, skipped" in said
-  assert "dalign: sft: goes on where it stopped" in said
+  assert "dalign: rl: done before, skipped" in said
+  assert "dalign: eval: goes on where it stopped" in said
   copy = tmp_path / workdir.name
   for name, content in objects(place).items():
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     (copy / name).write_bytes(content)
-  assert 0 < before < len(store.read_rows(copy / "generate" / "samples.jsonl"))
+  assert 0 < before < lines()
   wanted, got = chaos.fingerprint(workdir), chaos.fingerprint(copy)
   assert len(wanted) > 150 and chaos.differing(wanted, got) == [".lock"]
   done = subprocess.run(
