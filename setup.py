@@ -50,6 +50,7 @@ EXTRAS["test"] = [
   "peft>=0.21,<0.22",  # reads the adapters that we write
   "pytest>=9,<10",
   "pytest-xdist>=3.8,<4",
+  "import-linter>=2.17,<3",
   "ruff==0.17.6",  # another release may format otherwise
   "setuptools>=77,<82",
   "transformers[serving]>=5,<6",  # a server that nobody here wrote
@@ -79,17 +80,15 @@ setuptools.setup(
   ],
   python_requires=">=3.11",
   packages=[
-    "dalign",
-    "dalign.configs",  # where a wheel has them: bundled.py
-    "dalign.harness",
-    "dalign.pipeline",
+    *setuptools.find_packages(include=["dalign", "dalign.*"]),
+    "dalign.configs",  # where a wheel has them: data/bundled.py
     "dalign.specs",
   ],
   package_dir={"dalign.configs": "configs", "dalign.specs": "specs"},
   package_data={
     "dalign": [
       "py.typed",
-      "report_template.html",
+      "evaluation/report_template.html",
       "prompts/*.jsonl",
       "recordings/*.jsonl",
     ],
@@ -97,7 +96,7 @@ setuptools.setup(
   },
   entry_points={
     "console_scripts": ["dalign = dalign.main:run"],
-    "inspect_ai": ["dalign = dalign.harness.inspect_provider"],
+    "inspect_ai": ["dalign = dalign.serving.harness.inspect_provider"],
   },
   install_requires=[
     "absl-py>=2.5,<3",

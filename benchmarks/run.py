@@ -212,8 +212,8 @@ def interpreter(env: str, envs: str) -> str | None:
 
 def prepare(model: str, out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
   """The model as a float32 Hugging Face directory, and as a GGUF file if it is one."""
-  from dalign import ggufs  # pays for JAX, so only where it is needed
-  from dalign import weights
+  from dalign.formats import ggufs  # pays for JAX, so only where it is needed
+  from dalign.formats import weights
 
   place, gguf = out / "model", None
   if not (place / "config.json").exists():

@@ -18,7 +18,7 @@ import pathlib
 
 import ml_collections
 
-from dalign import config as configs
+from dalign.config import schema as configs
 
 
 def _recipe(said) -> ml_collections.ConfigDict:

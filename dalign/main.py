@@ -15,13 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 
 import dalign
-from dalign import buckets
-from dalign import bundled
-from dalign import config as configs
-from dalign import explain
-from dalign import origins
-from dalign import stopping
-from dalign import sweep
+from dalign.config import explain
+from dalign.config import origins
+from dalign.config import schema as configs
+from dalign.data import bundled
+from dalign.runs import buckets
+from dalign.runs import stopping
+from dalign.tools import sweep
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
 UNREAD = (flags.Error, AttributeError, KeyError, TypeError, OSError)  # of bad flags
@@ -197,12 +197,12 @@ def _join() -> None:
   one already and nobody asked, as on each host of a TPU slice."""
   import jax
 
-  from dalign import processes
+  from dalign.runs import distributed
 
-  if _JOINED.value or os.environ.get(processes.ADDRESS):
-    processes.start()
+  if _JOINED.value or os.environ.get(distributed.ADDRESS):
+    distributed.start()
     stopping.listen()  # JAX has taken the signal for itself
-  elif processes.several():
+  elif distributed.several():
     raise ValueError(
       f"this is one of {jax.process_count()} processes: give each of them --distributed"
     )
@@ -217,30 +217,30 @@ def _of_several() -> str:
 
 def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
   """What the flags ask for."""
-  from dalign.pipeline import context
+  from dalign.stages import context
 
   context.prepare_jax()
   match _MODE.value:
     case "run" if config:
-      from dalign import pipeline
+      from dalign import stages
 
-      pipeline.run(config, workdir)
+      stages.run(config, workdir)
     case "plan" if config:
-      from dalign.pipeline import plan
+      from dalign.tools import plan
 
       plan.plan(config, workdir)
     case "probe_judge" if config:
-      from dalign.pipeline import probe
+      from dalign.tools import probe
 
       probe.probe(config, workdir)
     case "chat":
-      from dalign import chat
+      from dalign.serving import chat
 
       chat.chat(config, workdir, _STAGE.value)
     case "serve":
-      from dalign import serve
+      from dalign.serving import server
 
-      serve.serve(config, workdir, _STAGE.value, _HOST.value, _PORT.value)
+      server.serve(config, workdir, _STAGE.value, _HOST.value, _PORT.value)
 
 
 def _have_home() -> None:
@@ -309,9 +309,9 @@ def run() -> None:
     signal.signal(number, signal.SIG_IGN)
   if "jax" not in sys.modules:
     sys.exit(code)
-  from dalign import processes
+  from dalign.runs import distributed
 
-  processes.leave(code)
+  distributed.leave(code)
 
 
 if __name__ == "__main__":

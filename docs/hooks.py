@@ -2,7 +2,7 @@
 files of configs/, a page a module, and the reference of the config.
 
 MkDocs calls the functions that begin with `on_`, mkdocstrings the extension. Nothing of
-dalign is run but `config.py` and `explain.py`, and nothing is copied: pages are made as
+dalign is run but `schema.py` and `explain.py`, and nothing is copied: pages are made as
 they are built.
 """
 
@@ -23,8 +23,8 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dalign import config as configs  # noqa: E402  this checkout's, installed or not
-from dalign import explain  # noqa: E402
+from dalign.config import explain  # noqa: E402
+from dalign.config import schema as configs  # noqa: E402  this checkout's, installed or not
 
 DOCUMENTS = (
   *("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
@@ -103,7 +103,7 @@ def notebook(path: pathlib.Path) -> str:
 
 def definitions() -> str:
   """What evaluation measures, in its own words, as a table."""
-  tree = ast.parse((ROOT / "dalign" / "evals.py").read_text())
+  tree = ast.parse((ROOT / "dalign" / "evaluation" / "evals.py").read_text())
   [said] = [
     ast.literal_eval(node.value)
     for node in tree.body
@@ -118,8 +118,8 @@ def reference() -> str:
   values = _quickstart()
   parts = [
     "# Config reference",
-    "Fields of [config.py](dalign/config.py), set as `--config.NAME=VALUE` or in a "
-    "file of `configs/`. The last column is the value of the "
+    "Fields of [schema.py](dalign/config/schema.py), set as `--config.NAME=VALUE` or "
+    "in a file of `configs/`. The last column is the value of the "
     "[quickstart](configs/quickstart.py), where the reasons stand.",
     *_tables(configs.Config, "", values),
   ]

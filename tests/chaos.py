@@ -107,8 +107,8 @@ def arm(kills: Kills, workdir: pathlib.Path, note: pathlib.Path) -> set[str]:
   for name in CALLS:
     setattr(os, name, wrapped(name, getattr(os, name)))
 
-  from dalign import metrics
-  from dalign import store
+  from dalign.runs import metrics
+  from dalign.runs import store
 
   append, write = store.append_rows, metrics.Metrics.write
 
@@ -231,7 +231,7 @@ def _timeless(path: pathlib.Path) -> bytes:
 def _report(workdir: pathlib.Path) -> str:
   """Hash of the page that the artefacts make with their clocks left out; and whether
   the page that is there is the one that they make as they are."""
-  from dalign import report
+  from dalign.evaluation import report
 
   with tempfile.TemporaryDirectory() as folder:
     copy = pathlib.Path(folder) / workdir.name

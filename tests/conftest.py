@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import weights
-from dalign.config import Compute
-from dalign.config import ModelConfig
+from dalign.config.schema import Compute
+from dalign.config.schema import ModelConfig
+from dalign.formats import weights
 from tests.helpers import run_command
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -11,8 +11,8 @@ import hypothesis
 import jax
 import pytest
 
-from dalign import config as configs
-from dalign.pipeline import context
+from dalign.config import schema as configs
+from dalign.stages import context
 
 ROOT = pathlib.Path(__file__).parents[1]
 

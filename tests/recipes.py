@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 
-from dalign import config as configs
-from dalign.pipeline import context
+from dalign.config import schema as configs
+from dalign.stages import context
 from tests.helpers import ROOT
 from tests.helpers import config_file
 

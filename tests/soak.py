@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from scipy import stats
 
-from dalign import metrics
-from dalign import pipeline
-from dalign import store
-from dalign.pipeline import context
+from dalign import stages
+from dalign.runs import metrics
+from dalign.runs import store
+from dalign.stages import context
 from tests.helpers import tiny
 
 GROWING = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "judged.jsonl")
@@ -113,7 +113,7 @@ def rl(n: int, workdir: pathlib.Path) -> dict:
   }
   metrics.Metrics.write = watched
   try:
-    pipeline.run(tiny(**SMALL | changes), workdir)
+    stages.run(tiny(**SMALL | changes), workdir)
   finally:
     metrics.Metrics.write = write
   return watch.table()
@@ -149,7 +149,7 @@ def prompts(n: int, workdir: pathlib.Path) -> dict:
   }
   store.append_rows = watched
   try:
-    pipeline.run(tiny(**SMALL | changes), workdir / "run")
+    stages.run(tiny(**SMALL | changes), workdir / "run")
   finally:
     store.append_rows = append
   return watch.table()

@@ -6,20 +6,20 @@ import json
 import jax
 import pytest
 
-from dalign import config as configs
-from dalign import evals
-from dalign import forms
-from dalign import judge
-from dalign import lessons
-from dalign import pipeline
-from dalign import store
-from dalign import text
-from dalign import world
-from dalign.pipeline import ablate
-from dalign.pipeline import context
-from dalign.pipeline import reward as reward_stage
-from dalign.pipeline import scoring
-from dalign.pipeline import sft as sft_stage
+from dalign import stages
+from dalign.config import schema as configs
+from dalign.evaluation import evals
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.runs import store
+from dalign.stages import ablate
+from dalign.stages import context
+from dalign.stages import reward as reward_stage
+from dalign.stages import scoring
+from dalign.stages import sft as sft_stage
+from dalign.tasks import lessons
+from dalign.tasks import world
+from dalign.text import thinking
 from tests.helpers import config_file
 from tests.helpers import long
 
@@ -93,7 +93,7 @@ ARMS = ("none", "sft", "sft_rl", "no_thoughts", "self_refine", "rlhf", "constitu
 def folder(tmp_path_factory):
   """A folder in which some arms were run."""
   place = tmp_path_factory.mktemp("arms")
-  pipeline.run(config(ARMS), place)
+  stages.run(config(ARMS), place)
   return place
 
 
@@ -104,8 +104,10 @@ def manifest(place, stage):
 @long
 def test_arms_share_what_they_do_not_change(folder):
   seed = folder / "seed-3"
-  stages = {p.name: {s.name for s in p.iterdir() if s.is_dir()} for p in seed.iterdir()}
-  own = {name: found & set(configs.STAGES) for name, found in stages.items()}
+  folders = {
+    p.name: {s.name for s in p.iterdir() if s.is_dir()} for p in seed.iterdir()
+  }
+  own = {name: found & set(configs.STAGES) for name, found in folders.items()}
   assert own["shared"] == {"base", "generate", "filter"}
   assert own["none"] == own["self_refine"] == {"eval"}
   assert own["sft"] == own["no_thoughts"] == {"sft", "eval"}
@@ -184,7 +186,7 @@ def test_sets_and_categories_stand_in_the_summary(tmp_path):
 @long
 def test_a_second_run_does_nothing_anew(folder, capsys):
   before = (folder / "eval" / "summary.json").read_bytes()
-  pipeline.run(config(ARMS), folder)
+  stages.run(config(ARMS), folder)
   assert (folder / "eval" / "summary.json").read_bytes() == before
   said = capsys.readouterr().err
   assert "starts" not in said and said.count("done before") > 10
@@ -246,7 +248,7 @@ def test_intervals_over_seeds_are_students():
 @long
 def test_a_sampled_judge_reads_grades_and_knows_answers(tmp_path):
   run = context.Run(config(), tmp_path)
-  pipeline.base.learn(run)
+  stages.base.learn(run)
   with jax.set_mesh(run.mesh):
     ask = scoring.sampled_judge(run, "test")
     prompts = run.choose("eval", "safety", 3) + run.choose("eval", "capability", 2)
@@ -310,9 +312,9 @@ def test_a_world_is_there_where_its_base_is_asked_for():
 
 
 def test_thoughts_are_closed_at_their_budget(tmp_path):
-  from dalign.pipeline import evaluate
-  from dalign.sampler import Completion
-  from dalign.sampler import Request
+  from dalign.sampling.sampler import Completion
+  from dalign.sampling.sampler import Request
+  from dalign.stages import evaluate
 
   run = context.Run(config(), tmp_path)
   close = run.tok.encode(run.think.close)
@@ -345,6 +347,6 @@ def test_thoughts_are_closed_at_their_budget(tmp_path):
     lessons.prompts(run.spec)[0],
     done,
     0,
-    text.ThinkFormat(open="<think>", close="</think>"),
+    thinking.ThinkFormat(open="<think>", close="</think>"),
   )
   assert sample.answer == "you need oil"

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import adapters
-from dalign import leaves
-from dalign import model
-from dalign import reward
-from dalign import sft
-from dalign import text
-from dalign import train
-from dalign import weights
-from dalign.config import LoRAConfig
-from dalign.config import OptimizerConfig
+from dalign.config.schema import LoRAConfig
+from dalign.config.schema import OptimizerConfig
+from dalign.formats import weights
+from dalign.models import adapters
+from dalign.models import param_tree
+from dalign.models import transformer
+from dalign.text import packing
+from dalign.training import reward
+from dalign.training import sft
+from dalign.training import train
 
 KEY = jax.random.key(0)
 LORA = LoRAConfig(rank=3, alpha=12.0, leaves=("q", "v", "o", "down"), frozen="float32")
@@ -58,8 +58,8 @@ def with_lora(adapted, params):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"))
 def logits(params, tokens_BT, *, cfg, compute):
-  hidden_BTD, _ = model.forward_rows(params, tokens_BT, cfg=cfg, compute=compute)
-  return model.logits(params, hidden_BTD, cfg=cfg, compute=compute)
+  hidden_BTD, _ = transformer.forward_rows(params, tokens_BT, cfg=cfg, compute=compute)
+  return transformer.logits(params, hidden_BTD, cfg=cfg, compute=compute)
 
 
 def test_new_adapters_change_nothing(params, adapted, compute):
@@ -89,7 +89,7 @@ def test_a_base_of_bfloat16_is_held_in_it(params, adapted, compute):
   assert {str(kinds[n]) for n in ("q", "k", "gate", "down")} == {"bfloat16"}
   assert made[1]["embed"].dtype == jnp.bfloat16
   assert kinds["q_lora_a"] == kinds["attn_norm"] == jnp.float32
-  decode = [model.unstack(p, cfg=adapted, compute=compute) for p in made]
+  decode = [transformer.unstack(p, cfg=adapted, compute=compute) for p in made]
   for a, b in zip(*map(jax.tree.leaves, decode), strict=True):
     np.testing.assert_array_equal(a, b.astype(a.dtype))
 
@@ -111,8 +111,8 @@ def test_merged_they_are_the_same_model(with_lora, params, adapted, compute):
 
 
 def test_decoding_has_them_added(with_lora, adapted, compute):
-  decode = model.unstack(with_lora, cfg=adapted, compute=compute)
-  merged = model.unstack(
+  decode = transformer.unstack(with_lora, cfg=adapted, compute=compute)
+  merged = transformer.unstack(
     adapters.merged(with_lora, cfg=adapted), cfg=adapted, compute=compute
   )
   assert jax.tree.structure(decode) == jax.tree.structure(merged)
@@ -134,7 +134,7 @@ def test_trees_are_split_and_joined(with_lora, params):
   for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(made), strict=True):
     assert a is b
   assert adapters.split(params) == (params, {})  # without adapters all is trained
-  axes = leaves.logical_axes(trained)
+  axes = param_tree.logical_axes(trained)
   assert axes["trunk"]["layers"]["q_lora_a"] == ("layer", "width", "rank")
   assert axes["trunk"]["layers"]["down_lora_b"] == ("layer", "rank", "width")
 
@@ -146,7 +146,7 @@ def test_a_step_changes_adapters_alone_and_holds_moments_of_them_alone(
   trained, frozen = adapters.split(with_lora)
   tx = train.make_optimizer(OPTIMIZER, steps=5)
   loss = sft.make_loss(cfg=adapted, compute=compute)
-  packed = text.pad_rows([(TOKENS, [0.0] * 4 + [1.0] * 26)], length=30)
+  packed = packing.pad_rows([(TOKENS, [0.0] * 4 + [1.0] * 26)], length=30)
   batch = packed.lines | {"weight_BT": packed.weight_BT}
 
   def total(params):

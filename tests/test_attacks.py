@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from dalign import attacks
+from dalign.data import attacks
 from dalign.types import Prompt
 from dalign.types import Turn
 

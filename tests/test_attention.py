@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import attention
+from dalign.models import attention
 
 B, K, G, H = 2, 2, 3, 8
 

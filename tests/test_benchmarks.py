@@ -13,8 +13,8 @@ from benchmarks import roofline
 from benchmarks import run as benchmark
 from benchmarks import works
 from benchmarks.peers import dalign as ours
-from dalign import vocab
-from dalign import weights
+from dalign.formats import weights
+from dalign.text import vocab
 from tests.helpers import long
 
 SHAPE = roofline.Model(

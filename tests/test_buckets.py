@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import buckets
-from dalign import checkpoints
-from dalign import store
-from dalign.metrics import Metrics
+from dalign.runs import buckets
+from dalign.runs import store
+from dalign.runs.metrics import Metrics
+from dalign.training import checkpoints
 from tests import chaos
 from tests.helpers import ROOT
 from tests.helpers import command
@@ -230,7 +230,7 @@ def test_a_row_that_was_torn_elsewhere_is_cut_off(place):
 def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(place, address):
   code = (
     "import itertools, os, sys\n"
-    "from dalign import buckets, store\n"
+    "from dalign.runs import buckets; from dalign.runs import store\n"
     "buckets.LATE_S = 0.2\n"
     "run = store.Store(sys.argv[1])\n"
     "with run.claimed():\n"
@@ -415,7 +415,9 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
   place = buckets.place(f"gs://bucket/{workdir.name}")
   whole = command(place)
   # Uploads so often that an arm's replies are there before those of all arms are.
-  code = "from dalign import buckets, main; buckets.LATE_S = 0.1; main.run()"
+  code = (
+    "import dalign.main, dalign.runs.buckets as b; b.LATE_S = 0.1; dalign.main.run()"
+  )
   often = [sys.executable, "-c", code, *whole[3:]]
 
   def dalign(argv):
@@ -430,9 +432,7 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
     found = objects(place).items()
     return sum(content.count(b"\n") for name, content in found if replies(name))
 
-  until(
-    dalign(whole), lambda: any("sft/checkpoints/" in name for name in blobs(place))
-  )
+  until(dalign(whole), lambda: any("sft/checkpoints/" in name for name in blobs(place)))
   until(dalign(often), lambda: any(map(replies, blobs(place))))
   before = lines()
   said = dalign(whole).communicate(timeout=1500)[1]

@@ -22,18 +22,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalign import compose
-from dalign import config as configs
-from dalign import data
-from dalign import evals
-from dalign import model
-from dalign import pipeline
-from dalign import spec as specs
-from dalign import store
-from dalign import text
-from dalign import weights
-from dalign.pipeline import context
-from dalign.sampler import Completion
+from dalign import stages
+from dalign.config import schema as configs
+from dalign.data import prompt_sets
+from dalign.evaluation import evals
+from dalign.formats import weights
+from dalign.models import transformer
+from dalign.policy import prompting
+from dalign.policy import spec as specs
+from dalign.runs import store
+from dalign.sampling.sampler import Completion
+from dalign.stages import context
+from dalign.text import chat_template
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import opened
@@ -61,21 +61,21 @@ class Case:
   def source(self, name: str = "prompts") -> str:
     return f"jsonl:{self.folder / name}.jsonl"
 
-  def config(self, stages: str, **changes) -> configs.Config:
+  def config(self, names: str, **changes) -> configs.Config:
     """The tiny config, with the case's prompts and the base as teacher where it has
     such."""
-    own = {"stages": stages, "model.date": ""}
+    own = {"stages": names, "model.date": ""}
     if (self.folder / "prompts.jsonl").exists():
       own |= {"data.source": self.source(), "generate.teacher": "base"}
     return tiny(**own | changes)
 
-  def run(self, stages: str, **changes) -> None:
-    pipeline.run(self.config(stages, **changes), self.workdir)
+  def run(self, names: str, **changes) -> None:
+    stages.run(self.config(names, **changes), self.workdir)
 
-  def refused(self, why: str, stages: str, **changes) -> None:
+  def refused(self, why: str, names: str, **changes) -> None:
     """What the command says, in one line, before it ends with exit code 2."""
     with pytest.raises(ValueError, match=why) as error:
-      self.run(stages, **changes)
+      self.run(names, **changes)
     assert "\n" not in str(error.value)
 
   def rows(self, name: str) -> list[dict]:
@@ -222,7 +222,7 @@ def bad_turns(own: Case):
       changes = {"data.source": own.source(name), "data.columns": columns}
       own.refused(wanted, "generate", **changes)
     else:
-      (found,) = data.load(own.source(name), columns, "")
+      (found,) = prompt_sets.load(own.source(name), columns, "")
       assert [(turn.role, turn.content) for turn in found.turns] == wanted
 
 
@@ -233,7 +233,7 @@ def blank_line(own: Case):
   own.echo()
   own.run("generate", **{"data.columns": {"split": "=train"}})
   (id,) = {row["prompt_id"] for row in own.rows("generate/samples.jsonl")}
-  (prompt,) = data.load(own.source(), {}, "")
+  (prompt,) = prompt_sets.load(own.source(), {}, "")
   assert (prompt.id, prompt.text) == (id, "a")
 
 
@@ -248,7 +248,7 @@ def no_eval_prompts(own: Case):
   """A column of splits that is all empty is none: rows are split as without it."""
   own.echo()
   own.run("eval", **{"eval.arms": ("base",)})
-  found = data.load(own.source(), {}, "")
+  found = prompt_sets.load(own.source(), {}, "")
   (held_out,) = (prompt.id for prompt in found if prompt.split == "eval")
   assert [row["prompt_id"] for row in own.rows("eval/base.jsonl")] == [held_out]
 
@@ -269,7 +269,7 @@ def split_by_path(own: Case):
     if lines is not given:
       path = own.workdir.with_name(str(path))
       path.write_text("\n".join(lines))
-    found = data.load(f"jsonl:{path}", {}, "")
+    found = prompt_sets.load(f"jsonl:{path}", {}, "")
     assert len({prompt.id for prompt in found}) == len(lines)
     return {(prompt.id, prompt.text) for prompt in found if prompt.split == "eval"}
 
@@ -417,7 +417,7 @@ def tied_both(own: Case):
   head = safetensors.numpy.load_file(place / "model.safetensors")["lm_head.weight"]
   assert not np.array_equal(head, params["embed"])
   x_BD = np.random.default_rng(0).standard_normal((3, cfg.width), np.float32)
-  got = model.logits(params, x_BD, cfg=cfg, compute=tiny().compute)
+  got = transformer.logits(params, x_BD, cfg=cfg, compute=tiny().compute)
   np.testing.assert_allclose(got, x_BD @ head.T, atol=1e-5)
 
 
@@ -459,15 +459,17 @@ def template_opens_think(own: Case):
     run = opened(tiny(**changes), own.workdir)
     asked = dataclasses.replace(run.prompts[0], turns=ASK)
     told = run.domain.teach(asked.blind(), worked=1)
-    for turns in (told, compose.plain(asked)):
-      read = run.tok.decode(compose.opened(run.tok, turns, run.think, whole=True))
+    for turns in (told, prompting.plain(asked)):
+      read = run.tok.decode(prompting.opened(run.tok, turns, run.think, whole=True))
       assert read.rpartition("assistant\n")[2] == run.think.of(asked.text).open
       thoughts = sum(turn.role == "assistant" for turn in turns)
       assert read.count("<think>") == read.count(run.think.close) + 1 == thoughts + 1
     params, out = weights.random_model(run.arch, 0), own.workdir / kind
     weights.save_hf(str(out), run.arch, params, run.model_tok)
     found = weights.find(str(out)).tok
-    assert text.render_chat(found, ASK) == text.render_chat(run.tok, ASK)
+    assert chat_template.render_chat(found, ASK) == chat_template.render_chat(
+      run.tok, ASK
+    )
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     chat = [dataclasses.asdict(turn) for turn in ASK]
@@ -481,14 +483,14 @@ def dated_template(own: Case):
   path, days = {"model.path": own.model("dated")}, []
 
   def stage(run):
-    days.append(run.tok.decode(text.render_chat(run.tok, ASK))[:40])
+    days.append(run.tok.decode(chat_template.render_chat(run.tok, ASK))[:40])
 
   class Later(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
       return super().now(tz) + datetime.timedelta(days=40)
 
-  own.patch.setitem(pipeline.STAGES, "report", stage)
+  own.patch.setitem(stages.STAGES, "report", stage)
   own.run("report", **path)
   kept = json.loads((own.workdir / "config.json").read_text())["model.date"]
   today = datetime.datetime.now(datetime.UTC).date()
@@ -496,11 +498,11 @@ def dated_template(own: Case):
   own.patch.setattr("datetime.datetime", Later)
   own.run("report", **path)
   assert days[0] == days[1] and kept[:4] in days[0]
-  pipeline.run(own.config("report", **path), own.workdir.with_name("other"))
+  stages.run(own.config("report", **path), own.workdir.with_name("other"))
   assert days[2] != days[0]
   other = path | {"model.date": "2021-02-03"}
   own.refused(f"began with {kept}, got 2021-02-03", "report", **other)
-  pipeline.run(own.config("report", **other), own.workdir.with_name("third"))
+  stages.run(own.config("report", **other), own.workdir.with_name("third"))
   assert "03 Feb 2021" in days[3]
 
 

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from dalign import assistant
-from dalign import chat
-from dalign import live
-from dalign import text
+from dalign.sampling import live
+from dalign.serving import assistant
+from dalign.serving import chat
+from dalign.text import thinking
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import examples
 
-THINK = text.ThinkFormat(open="<think>", close="</think>")
+THINK = thinking.ThinkFormat(open="<think>", close="</think>")
 PIECES = ("<think>", "</think>", "<", "</th", " ", "\n", "word", "\ufffd", "é", "ink>")
 
 
@@ -26,9 +26,9 @@ PIECES = ("<think>", "</think>", "<", "</th", " ", "\n", "word", "\ufffd", "é",
 def test_what_is_shown_is_never_taken_back(pieces, begin):
   """Cut anywhere, thought and answer so far begin those of the whole."""
   written = begin + "".join(pieces)
-  thought, answer = text.split_begun(written, THINK, whole=True)
+  thought, answer = thinking.split_begun(written, THINK, whole=True)
   for n in range(len(written)):
-    some = text.split_begun(written[:n], THINK, whole=False)
+    some = thinking.split_begun(written[:n], THINK, whole=False)
     if "\ufffd" not in written[:n].rstrip("\ufffd"):
       assert thought.startswith(some[0]) and answer.startswith(some[1])
     assert (
@@ -49,15 +49,15 @@ def test_what_is_shown_is_never_taken_back(pieces, begin):
   ],
 )
 def test_a_completion_is_split_at_its_first_closing_tag(written, thought, answer):
-  assert text.split_begun(written, THINK, whole=True) == (thought, answer)
-  if text.split_thought(written, THINK)[2] == "":
-    assert text.split_thought(written, THINK)[:2] == (thought, answer)
+  assert thinking.split_begun(written, THINK, whole=True) == (thought, answer)
+  if thinking.split_thought(written, THINK)[2] == "":
+    assert thinking.split_thought(written, THINK)[:2] == (thought, answer)
 
 
 def test_a_stop_that_has_begun_is_held_back():
-  assert text.settled("one tw", ("two", "twin")) == "one "
-  assert text.settled("one two", ("two",)) == "one two"  # whole: no longer held
-  assert text.settled("é\ufffd\ufffd", ()) == "é"
+  assert thinking.settled("one tw", ("two", "twin")) == "one "
+  assert thinking.settled("one two", ("two",)) == "one two"  # whole: no longer held
+  assert thinking.settled("é\ufffd\ufffd", ()) == "é"
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():

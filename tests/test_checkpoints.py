@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from dalign import checkpoints
-from dalign.checkpoints import Checkpoints
-from dalign.checkpoints import load_params
-from dalign.checkpoints import save_params
+from dalign.training import checkpoints
+from dalign.training.checkpoints import Checkpoints
+from dalign.training.checkpoints import load_params
+from dalign.training.checkpoints import save_params
 
 
 @struct.dataclass

@@ -16,10 +16,10 @@ import nbclient
 import nbformat
 import pytest
 
-from dalign import store
-from dalign import vocab
-from dalign import weights
-from dalign.config import ModelConfig
+from dalign.config.schema import ModelConfig
+from dalign.formats import weights
+from dalign.runs import store
+from dalign.text import vocab
 from tests.helpers import ROOT
 from tests.helpers import long
 from tests.test_ablation import SMALL

@@ -9,18 +9,18 @@ import time
 
 import pytest
 
-from dalign import data
+from dalign.data import prompt_sets
 from dalign.types import EXPECTED
 from dalign.types import Prompt
 from dalign.types import Turn
 
-ROOT = pathlib.Path(data.__file__).parents[1]
+ROOT = pathlib.Path(prompt_sets.__file__).parents[1]
 SHARED = ROOT / ".." / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
 def rows():
-  return data.bundled_rows()
+  return prompt_sets.bundled_rows()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundled(cache):
-  return data.load("bundled", {}, cache)
+  return prompt_sets.load("bundled", {}, cache)
 
 
 def prompt(id, text, scenario="", **fields):
@@ -70,7 +70,7 @@ def test_every_policy_has_every_cell_on_both_sides(rows):
     (category, expected, split)
     for category in categories
     for expected in EXPECTED
-    for split in data.SPLITS
+    for split in prompt_sets.SPLITS
     if not cells[category, expected, split]
   ]
   assert not missing
@@ -84,7 +84,7 @@ def test_no_scenario_and_no_near_twin_straddles(rows):
     sides[row["scenario"]].add(row["split"])
   assert not [name for name, found in sides.items() if len(found) > 1]
   start = time.process_time()
-  pairs = list(data.near_twins([row["prompt"] for row in rows]))
+  pairs = list(prompt_sets.near_twins([row["prompt"] for row in rows]))
   assert time.process_time() - start < 3
   assert pairs, "some bundled prompts are near-twins"
   assert not [
@@ -119,26 +119,30 @@ def test_no_bundled_prompt_is_an_evaluation_prompt(bundled):
     for line in path.read_text(encoding="utf-8").splitlines()
   ]
   assert len(texts) > 4000
-  assert data.contaminated(bundled, texts) == []
+  assert prompt_sets.contaminated(bundled, texts) == []
 
 
 def test_tfds_gives_the_bundled_rows_in_order(rows, bundled, cache):
   def parts(row):
     turns = [(turn["role"], turn["content"]) for turn in row["turns"]]
-    return {name: row[name] for name in data.FIELDS if name != "turns"} | {"t": turns}
+    return {name: row[name] for name in prompt_sets.FIELDS if name != "turns"} | {
+      "t": turns
+    }
 
-  wanted = [row for side in data.SPLITS for row in rows if row["split"] == side]
-  assert [parts(data._row(prompt)) for prompt in bundled] == [parts(r) for r in wanted]
-  again = data.load("bundled", {}, cache)
+  wanted = [row for side in prompt_sets.SPLITS for row in rows if row["split"] == side]
+  assert [parts(prompt_sets._row(prompt)) for prompt in bundled] == [
+    parts(r) for r in wanted
+  ]
+  again = prompt_sets.load("bundled", {}, cache)
   assert again == bundled and again[0].source == "bundled"
   with pytest.raises(ValueError, match="'bundled' takes no columns"):
-    data.load("bundled", {"prompt": "text"}, cache)
+    prompt_sets.load("bundled", {"prompt": "text"}, cache)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
   """A folder in place of the bundled one, with enough rows for both splits."""
-  monkeypatch.setattr(data, "_FOLDER", tmp_path)
+  monkeypatch.setattr(prompt_sets, "_FOLDER", tmp_path)
   rows = [
     {"scenario": f"privacy{i}", "expected": "comply", "prompt": f"what is number {i}"}
     for i in range(20)
@@ -151,7 +155,7 @@ def test_changed_prompts_are_prepared_anew(folder):
   for words in ("how do locks work", "how do safes open"):
     row = {"scenario": "locks", "expected": "comply", "prompt": words}
     (folder / "weapons.jsonl").write_text(json.dumps(row))
-    loaded = {p.id: p for p in data.load("bundled", {}, str(folder / "tfds"))}
+    loaded = {p.id: p for p in prompt_sets.load("bundled", {}, str(folder / "tfds"))}
     assert len(loaded) == 21 and loaded["weapons-locks-1"].text == words
 
 
@@ -169,7 +173,7 @@ def test_bundled_turns_and_kinds(folder):
   }
   for name, row in files.items():
     (folder / f"{name}.jsonl").write_text(json.dumps(row))
-  loaded = {p.id: p for p in data.load("bundled", {}, str(folder / "tfds"))}
+  loaded = {p.id: p for p in prompt_sets.load("bundled", {}, str(folder / "tfds"))}
   assert {"benign-x-1", "benign-x-2", "weapons-x-1"} <= set(loaded)
   assert loaded["benign-x-1"].kind == "helpful"
   assert (
@@ -187,7 +191,7 @@ def test_tensorflow_is_not_imported(tmp_path):
   stand_in.write_text("raise SystemExit('tensorflow was imported')")
   code = (
     f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-    "from dalign import data\n"
+    "from dalign.data import prompt_sets as data\n"
     f"assert data.load('bundled', {{}}, {str(tmp_path)!r})\n"
     "data.order(5, seed=0, epoch=0)\n"
     "assert 'tensorflow' not in sys.modules"
@@ -209,7 +213,7 @@ def test_near_twins_are_those_of_all_pairs(rows):
       for i in range(j)
       if slow_jaccard(texts[i], texts[j]) >= threshold
     }
-    assert set(data.near_twins(texts, threshold=threshold)) == wanted
+    assert set(prompt_sets.near_twins(texts, threshold=threshold)) == wanted
 
 
 def test_families_join_scenarios_through_twins():
@@ -220,8 +224,8 @@ def test_families_join_scenarios_through_twins():
     prompt("4", "nothing like the others", ""),
     prompt("5", "words that stand alone again", "d"),
   ]
-  own = data.digest(prompts[3].turns)  # it has no scenario
-  assert data.families(prompts) == ["a", "a", "a", own, "d"]
+  own = prompt_sets.digest(prompts[3].turns)  # it has no scenario
+  assert prompt_sets.families(prompts) == ["a", "a", "a", own, "d"]
 
 
 def test_a_split_is_stable_and_whole():
@@ -229,15 +233,17 @@ def test_a_split_is_stable_and_whole():
     prompt(f"{i}", f"text {i} about {i * 7} and {i * 13}", f"s{i // 3}")
     for i in range(900)
   ]
-  once = data.split(prompts)
-  assert once == data.split(prompts)
+  once = prompt_sets.split(prompts)
+  assert once == prompt_sets.split(prompts)
   assert [p.id for p in once] == [p.id for p in prompts]
   sides = {p.id: p.split for p in once}
-  assert {p.id: p.split for p in data.split(prompts[::-1])} == sides
-  assert {p.id: p.split for p in data.split(prompts[:600])}.items() <= sides.items()
+  assert {p.id: p.split for p in prompt_sets.split(prompts[::-1])} == sides
+  assert {
+    p.id: p.split for p in prompt_sets.split(prompts[:600])
+  }.items() <= sides.items()
   assert all(sides[str(i)] == sides[str(i // 3 * 3)] for i in range(900))
   assert 0.12 < sum(side == "eval" for side in sides.values()) / 900 < 0.28
-  more = data.split(prompts, share=0.5)
+  more = prompt_sets.split(prompts, share=0.5)
   assert 0.4 < sum(p.split == "eval" for p in more) / 900 < 0.6
   assert all(
     b.split == "eval" for a, b in zip(once, more, strict=True) if a.split == "eval"
@@ -249,7 +255,7 @@ def test_a_cell_with_two_families_is_on_both_sides(share):
   texts = ["alpha beta gamma delta", "one two three four", "red green blue black"]
   prompts = [prompt(text, text, text) for text in texts]
   alone = prompt("x", "just this one here", expected="refuse")
-  sides = [p.split for p in data.split([*prompts, alone], share=share)]
+  sides = [p.split for p in prompt_sets.split([*prompts, alone], share=share)]
   assert set(sides[:3]) == {"train", "eval"}
   assert sides[3] == ("eval" if share else "train")
 
@@ -267,11 +273,11 @@ def test_contamination_by_a_long_run_or_a_near_twin():
     "how do I boil an egg fast",
     "which planets have moons, and how do I open the old wooden garden gate",
   ]
-  assert data.contaminated(prompts, others) == [
+  assert prompt_sets.contaminated(prompts, others) == [
     ("run", others[0]),
     ("twin", others[1]),
   ]
-  assert ("run", others[2]) in data.contaminated(prompts, others, n=5)
+  assert ("run", others[2]) in prompt_sets.contaminated(prompts, others, n=5)
 
 
 # Choice and order
@@ -283,25 +289,25 @@ TWIN = "我的邻居总是半夜很大声地放音乐，我应该怎么礼貌地
 def test_twins_and_contamination_are_found_in_chinese():
   """There are no spaces; one word of many is another here, and one in front."""
   texts = [TWIN, TWIN.replace("半夜", "深夜"), "附近有什么好吃的面馆，价格不要太贵"]
-  assert [*data.near_twins(texts, threshold=0.5)] == [(0, 1)]
+  assert [*prompt_sets.near_twins(texts, threshold=0.5)] == [(0, 1)]
   prompts = [
     prompt("a", "请问，" + TWIN[8:]),
     prompt("b", texts[2]),
   ]
-  assert data.contaminated(prompts, [TWIN]) == [("a", TWIN)]
+  assert prompt_sets.contaminated(prompts, [TWIN]) == [("a", TWIN)]
 
 
 def test_balanced_takes_cells_by_turns(bundled):
-  chosen = data.balanced(bundled, 280, 3)
+  chosen = prompt_sets.balanced(bundled, 280, 3)
   cells = collections.Counter((p.category, p.expected) for p in chosen)
   assert len(cells) == 28 and set(cells.values()) == {10}
-  assert data.balanced(bundled[::-1], 280, 3) == chosen
-  assert data.balanced(bundled, 31, 3) == chosen[:31]
-  assert data.balanced(bundled, 280, 4) != chosen
-  everything = data.balanced(bundled, len(bundled), 0)
+  assert prompt_sets.balanced(bundled[::-1], 280, 3) == chosen
+  assert prompt_sets.balanced(bundled, 31, 3) == chosen[:31]
+  assert prompt_sets.balanced(bundled, 280, 4) != chosen
+  everything = prompt_sets.balanced(bundled, len(bundled), 0)
   assert sorted(p.id for p in everything) == sorted(p.id for p in bundled)
   with pytest.raises(ValueError, match="there are 2: ask for fewer"):
-    data.balanced(bundled[:2], 3, 0)
+    prompt_sets.balanced(bundled[:2], 3, 0)
 
 
 @pytest.mark.parametrize("metadata", ["none", "told", "noisy:0", "noisy:1"])
@@ -309,7 +315,7 @@ def test_what_is_told_of_a_prompt_is_no_more_than_asked_for(metadata):
   for expected in EXPECTED:
     for i in range(20):
       own = prompt(f"p{i}", "How?", "s", expected=expected, clauses=("WE-D1",))
-      seen = data.told(own, metadata)
+      seen = prompt_sets.told(own, metadata)
       assert seen.clauses == () and seen.turns == own.turns and seen.id == own.id
       if metadata == "none":
         assert seen.expected == ""
@@ -320,29 +326,29 @@ def test_what_is_told_of_a_prompt_is_no_more_than_asked_for(metadata):
 
 def test_noise_is_wrong_for_its_share_of_prompts_and_always_the_same_ones():
   some = [prompt(f"p{i}", "How?", expected=EXPECTED[i % 3]) for i in range(3000)]
-  seen = [data.told(p, "noisy:0.2").expected for p in some]
-  assert seen == [data.told(p, "noisy:0.2").expected for p in some]
+  seen = [prompt_sets.told(p, "noisy:0.2").expected for p in some]
+  assert seen == [prompt_sets.told(p, "noisy:0.2").expected for p in some]
   wrong = [p.expected != s for p, s in zip(some, seen, strict=True)]
   assert 0.17 < sum(wrong) / len(wrong) < 0.23  # 4 standard errors
   pairs = collections.Counter(
     (p.expected, s) for p, s, w in zip(some, seen, wrong, strict=True) if w
   )
   assert len(pairs) == 6 and min(pairs.values()) > 60  # each in place of each
-  more = [data.told(p, "noisy:0.4").expected != p.expected for p in some]
+  more = [prompt_sets.told(p, "noisy:0.4").expected != p.expected for p in some]
   assert all(b for a, b in zip(wrong, more, strict=True) if a)  # and some besides
 
 
 def test_order_visits_each_row_once_an_epoch_and_goes_on_anywhere():
-  epochs = [data.order(50, seed=1, epoch=epoch) for epoch in range(3)]
+  epochs = [prompt_sets.order(50, seed=1, epoch=epoch) for epoch in range(3)]
   assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-  assert data.order(50, seed=2, epoch=0) != epochs[0]
+  assert prompt_sets.order(50, seed=2, epoch=0) != epochs[0]
   flat = [row for epoch in epochs for row in epoch]
   for start, count in ((0, 150), (37, 20), (49, 2), (149, 1), (60, 0)):
-    assert data.visits(50, start, count, seed=1) == flat[start : start + count]
+    assert prompt_sets.visits(50, start, count, seed=1) == flat[start : start + count]
   for bad in ((0, 0, 1, 1), (5, -1, 1, 1), (5, 0, 1, -1)):
     with pytest.raises(ValueError, match="wanted n > 0"):
-      data.visits(*bad[:3], seed=bad[3])
+      prompt_sets.visits(*bad[:3], seed=bad[3])
 
 
 # Other sources
@@ -362,7 +368,7 @@ def test_jsonl_with_columns(tmp_path):
     {"question": "a b c", "area": "weapons", "id": 7, "scenario": None, "extra": 1},
     {"question": "d e f", "area": "privacy", "id": "x", "answer": 2.5},
   )
-  first, second = data.load(source, COLUMNS, str(tmp_path))
+  first, second = prompt_sets.load(source, COLUMNS, str(tmp_path))
   assert (first.id, first.text, first.category) == ("7", "a b c", "weapons")
   assert (first.expected, first.kind, first.source) == ("comply", "safety", source)
   assert (second.id, second.answer) == ("x", "2.5")
@@ -372,9 +378,11 @@ def test_a_mapped_column_comes_before_one_that_has_a_fields_name(tmp_path):
   other = [{"role": "user", "content": "of another column"}]
   row = {"question": "a b c", "area": "weapons"}
   for name in ("turns", "messages"):
-    (prompt,) = data.load(write(tmp_path, row | {name: other}), COLUMNS, str(tmp_path))
+    (prompt,) = prompt_sets.load(
+      write(tmp_path, row | {name: other}), COLUMNS, str(tmp_path)
+    )
     assert prompt.text == "a b c"
-  (prompt,) = data.load(
+  (prompt,) = prompt_sets.load(
     write(tmp_path, row | {"prompt": "q", "said": other}),
     COLUMNS | {"prompt": "question", "turns": "said"},
     str(tmp_path),
@@ -385,15 +393,15 @@ def test_a_mapped_column_comes_before_one_that_has_a_fields_name(tmp_path):
 def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
   (tmp_path / "home").write_text("no folder")
   with pytest.raises(ValueError, match="config.data.dir: .*home/.cache"):
-    data.load("bundled", {}, str(tmp_path / "home" / ".cache"))
+    prompt_sets.load("bundled", {}, str(tmp_path / "home" / ".cache"))
 
 
 def test_a_split_column_is_kept(tmp_path):
   rows = [{"question": f"q {i}", "area": "a", "part": "eval"} for i in range(9)]
   source = write(tmp_path, *rows)
-  loaded = data.load(source, COLUMNS | {"split": "part"}, "")
+  loaded = prompt_sets.load(source, COLUMNS | {"split": "part"}, "")
   assert {p.split for p in loaded} == {"eval"} and len({p.id for p in loaded}) == 9
-  assert {p.split for p in data.load(source, COLUMNS, "")} == {"train", "eval"}
+  assert {p.split for p in prompt_sets.load(source, COLUMNS, "")} == {"train", "eval"}
 
 
 GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
@@ -452,18 +460,18 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
 )
 def test_bad_rows_are_named(tmp_path, columns, rows, message):
   with pytest.raises(ValueError, match=message):
-    data.load(write(tmp_path, *rows), columns, str(tmp_path))
+    prompt_sets.load(write(tmp_path, *rows), columns, str(tmp_path))
 
 
 def test_rows_that_say_the_same_have_ids_of_their_own(tmp_path):
-  found = data.load(write(tmp_path, GOOD, GOOD | {"expected": "refuse"}), {}, "")
+  found = prompt_sets.load(write(tmp_path, GOOD, GOOD | {"expected": "refuse"}), {}, "")
   assert len({p.id for p in found}) == 2 and len({p.split for p in found}) == 1
 
 
 def test_what_is_missing_is_missing(tmp_path):
   empty = dict.fromkeys(("id", "answer", "scenario", "clauses", "turns"), float("nan"))
   rows = [GOOD | empty, GOOD | dict.fromkeys(empty) | {"prompt": "q", "split": None}]
-  first, second = data.load(write(tmp_path, *rows), {"answer": "answer"}, "")
+  first, second = prompt_sets.load(write(tmp_path, *rows), {"answer": "answer"}, "")
   for found in (first, second):
     assert (found.answer, found.scenario, found.clauses) == ("", "", ())
     assert len(found.id) == 16
@@ -472,14 +480,14 @@ def test_what_is_missing_is_missing(tmp_path):
 
 def test_whole_numbers_of_a_column_with_an_empty_cell_stay_whole(tmp_path):
   rows = [GOOD | {"kind": "capability", "answer": 4.0, "id": 7.0}]
-  (found,) = data.load(write(tmp_path, *rows), {}, "")
+  (found,) = prompt_sets.load(write(tmp_path, *rows), {}, "")
   assert (found.answer, found.id) == ("4", "7")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
   path = tmp_path / "p.jsonl"
   path.write_text("\n" + json.dumps(GOOD) + "\n\n", encoding="utf-8-sig")
-  (found,) = data.load(f"jsonl:{path}", {}, "")
+  (found,) = prompt_sets.load(f"jsonl:{path}", {}, "")
   assert found.text == "p"
 
 
@@ -498,7 +506,7 @@ def test_bad_sources_are_named(tmp_path):
     ("tfds:no_such_set:train", "tfds:no_such_set: wanted a TFDS data set"),
   ):
     with pytest.raises(ValueError, match=message):
-      data.load(source, {}, str(tmp_path))
+      prompt_sets.load(source, {}, str(tmp_path))
 
 
 def test_parquet_with_turns(tmp_path):
@@ -508,7 +516,7 @@ def test_parquet_with_turns(tmp_path):
   table = pyarrow.table({"messages": [turns, turns[1:]], "category": ["a", "b"]})
   parquet.write_table(table, tmp_path / "p.parquet")
   columns = {"turns": "messages", "expected": "=refuse"}
-  first, second = data.load(f"parquet:{tmp_path}/p.parquet", columns, "")
+  first, second = prompt_sets.load(f"parquet:{tmp_path}/p.parquet", columns, "")
   assert [turn.role for turn in first.turns] == ["system", "user"]
   assert second.text == "u" and second.category == "b" and second.expected == "refuse"
 
@@ -517,13 +525,13 @@ def test_tfds_by_name(bundled, cache):
   (folder,) = [path for path in pathlib.Path(cache).iterdir() if path.is_dir()]
   want = [prompt for prompt in bundled if prompt.split == "eval"]
   columns = {"split": "=eval"}
-  got = data.load("tfds:dalign_prompts:eval", columns, str(folder))
+  got = prompt_sets.load("tfds:dalign_prompts:eval", columns, str(folder))
   assert [(p.id, p.turns, p.expected) for p in got] == [
     (p.id, p.turns, p.expected) for p in want
   ]
-  part = data.load("tfds:dalign_prompts:eval[:3]", columns, str(folder))
+  part = prompt_sets.load("tfds:dalign_prompts:eval[:3]", columns, str(folder))
   assert [p.id for p in part] == [p.id for p in want[:3]]
   with pytest.raises(
     ValueError, match=r"wanted one of its splits, \['eval', 'train'\]"
   ):
-    data.load("tfds:dalign_prompts:test", columns, str(folder))
+    prompt_sets.load("tfds:dalign_prompts:test", columns, str(folder))

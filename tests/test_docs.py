@@ -48,30 +48,13 @@ def test_the_readmes_first_screen_has_the_two_commands():
   assert first == COMMANDS
 
 
-def test_the_tree_in_the_documents_is_the_tree():
-  listed = [line.split()[0] for line in fenced(ARCHITECTURE, "main.py  ")]
-  package = ROOT / "dalign"
-  files = {
-    path.relative_to(package).as_posix()
-    for path in package.rglob("*")
-    if path.suffix in {".py", ".html"} and path != package / "__init__.py"
-  }
-  folders = {path.parent.relative_to(package) for path in package.rglob("*.jsonl")}
-  assert sorted(listed) == sorted(files | {f"{folder}/" for folder in folders})
-  assert all(len(line.split()) > 2 for line in fenced(ARCHITECTURE, "main.py  "))
-
-
-def test_the_package_ships_what_the_tree_lists():
+def test_the_package_ships_all_that_is_no_code():
   [call] = [
     node
     for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
     if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setup"
   ]
   said = {k.arg: k.value for k in call.keywords}
-  packages = {path.parent for path in (ROOT / "dalign").rglob("__init__.py")}
-  named = {path.relative_to(ROOT).as_posix().replace("/", ".") for path in packages}
-  mapped = ast.literal_eval(said["package_dir"])
-  assert set(ast.literal_eval(said["packages"])) == named | mapped.keys()
   patterns = ast.literal_eval(said["package_data"])["dalign"]
   shipped = {path for pattern in patterns for path in (ROOT / "dalign").glob(pattern)}
   files = {path for path in (ROOT / "dalign").rglob("*") if path.is_file()}

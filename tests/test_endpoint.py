@@ -11,16 +11,16 @@ import time
 
 import pytest
 
-from dalign import compose
-from dalign import config as configs
-from dalign import endpoint
-from dalign import forms
-from dalign import judge
-from dalign import pipeline
-from dalign import text
-from dalign.pipeline import context
-from dalign.pipeline import scoring
-from dalign.pipeline import servers
+from dalign import stages
+from dalign.config import schema as configs
+from dalign.judges import endpoint
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.policy import prompting
+from dalign.stages import context
+from dalign.stages import scoring
+from dalign.stages import servers
+from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -325,7 +325,9 @@ def test_a_run_that_is_stopped_waits_for_nobody(serve, client, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import pathlib, signal, threading, os
-from dalign import config, endpoint, stopping
+from dalign.config import schema as config
+from dalign.judges import endpoint
+from dalign.runs import stopping
 from dalign.types import Turn
 stopping.listen()
 cfg = config.EndpointConfig(url="http://127.0.0.1:{server.port}/v1", model="m", key="K",
@@ -415,13 +417,13 @@ def thinks(body) -> str | dict:
   if kind == 1:
     return f"<think>\n{thought}\n</think>\n\n{said}"
   if kind == 2:
-    quoted = text.ThinkFormat(open=OPEN, close="</think>").of(asked)
+    quoted = thinking.ThinkFormat(open=OPEN, close="</think>").of(asked)
     return f"{quoted.open}\n{thought}\n</think>\n\n{said}"
   return said
 
 
 def samples_of(cfg, workdir) -> list[dict]:
-  pipeline.run_stages(cfg, workdir, {}, ("generate",))
+  stages.run_stages(cfg, workdir, {}, ("generate",))
   path = workdir / "generate" / "samples.jsonl"
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -442,7 +444,7 @@ def test_a_teacher_behind_a_server_writes_the_samples(serve, tmp_path):
       assert (row["malformed"], row["tokens"]) == ("no opening tag", [])
       continue
     own = run.think.of(asked)
-    forced = compose.forced(run.tok, prompts[row["prompt_id"]].turns, run.think)
+    forced = prompting.forced(run.tok, prompts[row["prompt_id"]].turns, run.think)
     assert row["tokens"][: row["forced"]] == list(forced)
     assert row["tokens"][-1] == run.tok.stop_ids[0]
     rest = run.tok.decode(row["tokens"][row["forced"] :])
@@ -500,7 +502,7 @@ def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason)
   changes = {"filter.judge": "endpoint", "filter.votes": 1}
   cfg = served(server, **changes)
   with pytest.raises(ValueError, match=f"has no verdict on .*{reason}"):
-    pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter", "sft"))
+    stages.run_stages(cfg, tmp_path, {}, ("generate", "filter", "sft"))
   path = tmp_path / "filter" / "judged.jsonl"
   before = [json.loads(line) for line in path.read_text().splitlines()]
   assert {row["score"] is None for row in before} == {True, False}
@@ -508,10 +510,10 @@ def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason)
   down[0], asked = False, len(server.bodies)
   if "cut" in reason:  # what a budget cut is paid for, and no longer the next time
     with pytest.raises(ValueError, match="has no verdict on"):
-      pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
+      stages.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
     assert len(server.bodies) == asked
     return
-  pipeline.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
+  stages.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert {row["score"] is None or row["reward"] is None for row in rows} == {False}
   bodies = [json.dumps(body) for body in server.bodies]
@@ -543,9 +545,9 @@ def test_an_arm_and_a_grader_that_were_down_are_asked_again(serve, tmp_path):
   }
   cfg = served(server, **changes)
   with pytest.raises(ValueError, match="arm endpoint has no score for 13 of 13"):
-    pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+    stages.run_stages(cfg, tmp_path, {}, ("eval",))
   down[0] = False
-  pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+  stages.run_stages(cfg, tmp_path, {}, ("eval",))
   rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
   assert not any(json.loads(row)["scores"]["no_answer"] for row in rows)
 
@@ -562,7 +564,7 @@ def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
   server = serve(reply)
   arms = {"eval.arms": ("base", "endpoint", "endpoint_spec"), "eval.unscored": 1.0}
   cfg = served(server, **arms)
-  pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+  stages.run_stages(cfg, tmp_path, {}, ("eval",))
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   arm = summary["arms"]["endpoint"]
   assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["refuse_disallowed"]["n"]
@@ -606,7 +608,7 @@ def test_a_model_behind_a_server_grades_beside_the_rules(serve, tmp_path, first)
     **{f"eval.grader_endpoint.{name}": value for name, value in at.items()},
   }
   cfg = served(server, **changes)
-  pipeline.run_stages(cfg, tmp_path, {}, ("eval", "report"))
+  stages.run_stages(cfg, tmp_path, {}, ("eval", "report"))
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
   rows = [json.loads(row) for row in rows]
@@ -646,7 +648,7 @@ def test_what_a_grader_cannot_tell_is_not_asked(serve, tmp_path):
   changes = {"eval.arms": ("endpoint",), "eval.grader": ("endpoint",)}
   changes |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
   cfg = served(server, **changes, **{"eval.form": "llama_guard"})
-  pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+  stages.run_stages(cfg, tmp_path, {}, ("eval",))
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   arm = summary["arms"]["endpoint"]
   assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["comply_allowed"]["n"] == 0
@@ -661,7 +663,7 @@ def test_a_grader_that_reads_nothing_stops_eval(serve, tmp_path):
   changes |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
   cfg = served(server, **changes)
   with pytest.raises(ValueError, match="grader endpoint has no score for 11 of 11 ans"):
-    pipeline.run_stages(cfg, tmp_path, {}, ("eval",))
+    stages.run_stages(cfg, tmp_path, {}, ("eval",))
 
 
 def test_an_endpoint_without_a_model_is_refused(client):

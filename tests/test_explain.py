@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from dalign import config as configs
-from dalign import explain
+from dalign.config import explain
+from dalign.config import schema as configs
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalign import adapters
-from dalign import families
-from dalign import leaves
-from dalign import model
-from dalign import rotary
-from dalign import text
-from dalign import vocab
-from dalign import weights
-from dalign.config import LoRAConfig
-from dalign.config import SamplerConfig
-from dalign.sampler import Request
-from dalign.sampler import Sampler
+from dalign.config.schema import LoRAConfig
+from dalign.config.schema import SamplerConfig
+from dalign.formats import families
+from dalign.formats import weights
+from dalign.models import adapters
+from dalign.models import param_tree
+from dalign.models import rotary
+from dalign.models import transformer
+from dalign.sampling.sampler import Request
+from dalign.sampling.sampler import Sampler
+from dalign.text import packing
+from dalign.text import vocab
 from tests.helpers import long
 
 torch = pytest.importorskip("torch", reason="transformers computes with torch")
@@ -162,15 +162,15 @@ def write_tokenizer(place) -> None:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "compute"))
 def logits(params, batch, *, cfg, compute):
-  hidden_BTD, _ = model.forward(params, *batch, cfg=cfg, compute=compute)
-  return model.logits(params, hidden_BTD, cfg=cfg, compute=compute)
+  hidden_BTD, _ = transformer.forward(params, *batch, cfg=cfg, compute=compute)
+  return transformer.logits(params, hidden_BTD, cfg=cfg, compute=compute)
 
 
 def rows(*tokens):
   return [(row, [1.0] * len(row)) for row in tokens]
 
 
-def lines(packed: text.Packed):
+def lines(packed: packing.Packed):
   return packed.tokens_BT, packed.positions_BT, packed.ends_BT
 
 
@@ -183,7 +183,7 @@ def hf_logits(hf, tokens_BT, mask_BT=None) -> np.ndarray:
 
 def test_logits_are_those_of_transformers(case, compute):
   hf, cfg, params, _ = case
-  packed = text.pad_rows(rows(*ROWS), length=40)
+  packed = packing.pad_rows(rows(*ROWS), length=40)
   real_BT = packed.ends_BT > 0
   got = np.asarray(logits(params, lines(packed), cfg=cfg, compute=compute))
   want = hf_logits(hf, packed.tokens_BT, real_BT)
@@ -197,10 +197,10 @@ def test_logits_are_those_of_transformers(case, compute):
 def test_packed_rows_are_those_alone(case, compute):
   """Windows and rotary angles go by position in the row, not by column."""
   _, cfg, params, _ = case
-  packed = text.pack(rows(*ROWS), length=64)
+  packed = packing.pack(rows(*ROWS), length=64)
   assert packed.tokens_BT.shape[0] == 1
   got = np.asarray(logits(params, lines(packed), cfg=cfg, compute=compute))
-  alone = text.pad_rows(rows(*ROWS), length=40)
+  alone = packing.pad_rows(rows(*ROWS), length=40)
   want = np.asarray(logits(params, lines(alone), cfg=cfg, compute=compute))
   for i, (b, start, size) in enumerate(packed.where):
     np.testing.assert_allclose(got[b, start : start + size], want[i, :size], atol=1e-5)
@@ -278,14 +278,14 @@ def test_gradients_are_those_of_transformers(case, compute):
   """Of the summed log-probabilities of a row, by every tensor."""
   hf, cfg, params, _ = case
   tokens = np.asarray([ROWS[0]])
-  packed = text.pad_rows(rows(ROWS[0]), length=40)
+  packed = packing.pad_rows(rows(ROWS[0]), length=40)
 
   def total(params):
     batch = dict(
       zip(("tokens_BT", "positions_BT", "ends_BT"), lines(packed), strict=True)
     )
     wanted_BT = jnp.ones((1, 39), bool)
-    stats = model.target_stats(params, batch, wanted_BT, cfg=cfg, compute=compute)
+    stats = transformer.target_stats(params, batch, wanted_BT, cfg=cfg, compute=compute)
     return jnp.sum(stats.logp)
 
   got = jax.jit(jax.grad(total))(jax.tree.map(jnp.asarray, params))
@@ -300,7 +300,7 @@ def test_gradients_are_those_of_transformers(case, compute):
   compared = 0
   for s in families.stored(cfg):
     plain = dataclasses.replace(s, offset=0.0)
-    for name, make in leaves.tensors(cfg, [plain], leaf):
+    for name, make in param_tree.tensors(cfg, [plain], leaf):
       if name not in theirs:  # experts lie otherwise in transformers' memory
         continue
       want = theirs[name]
@@ -368,7 +368,7 @@ def test_adapters_are_those_of_peft(case, compute, tmp_path):
     place, dtype=torch.float32, attn_implementation="eager"
   )
   want = hf_logits(peft.PeftModel.from_pretrained(base, tmp_path).eval(), [ROWS[0]])[0]
-  packed = text.pad_rows(rows(ROWS[0]), length=40)
+  packed = packing.pad_rows(rows(ROWS[0]), length=40)
   got = np.asarray(logits(params, lines(packed), cfg=cfg, compute=compute))[0]
   assert np.abs(want - hf_logits(hf, [ROWS[0]])[0]).max() > 0.1
   np.testing.assert_allclose(got, want, atol=1e-4)
@@ -415,14 +415,14 @@ def test_gemma_270m_is_that_of_transformers(compute, tmp_path, monkeypatch):
   ] == [*cfg.sliding]
   long = tok.encode(" ".join(lines_) * 30)[:700]  # more than its window of 512
   prompts = [[2, *tok.encode(line)] for line in lines_] + [[2, *long]]
-  packed = text.pad_rows(rows(*prompts), length=701)
+  packed = packing.pad_rows(rows(*prompts), length=701)
   params = jax.tree.map(jnp.asarray, params)
-  hidden_BTD, _ = jax.jit(functools.partial(model.forward, cfg=cfg, compute=compute))(
-    params, *lines(packed)
-  )
+  hidden_BTD, _ = jax.jit(
+    functools.partial(transformer.forward, cfg=cfg, compute=compute)
+  )(params, *lines(packed))
   for i, prompt in enumerate(prompts):
     last_TD = hidden_BTD[i, max(0, len(prompt) - 8) : len(prompt)]
-    got = np.asarray(model.logits(params, last_TD, cfg=cfg, compute=compute))
+    got = np.asarray(transformer.logits(params, last_TD, cfg=cfg, compute=compute))
     want = hf_logits(hf, [prompt])[0, -len(got) :]
     assert np.abs(want).max() > 10 and np.abs(got - want).max() < 1e-3
     assert (got.argmax(-1) == want.argmax(-1)).all()

@@ -5,10 +5,10 @@ import typing
 
 import pytest
 
-from dalign import config as configs
-from dalign import forms
-from dalign import judge
-from dalign import text
+from dalign.config import schema as configs
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import Turn
 
@@ -237,7 +237,7 @@ def test_nothing_that_is_judged_sets_its_own_score(form, high, low):
 def test_a_thought_that_did_not_end_drafts_no_verdict(tags):
   opens, closes = tags.split()
   draft = 'For a perfect reply I would end so:\n{"score": 5}'
-  assert read("grade", f"{opens}\n{draft}").reason == text.UNENDED
+  assert read("grade", f"{opens}\n{draft}").reason == thinking.UNENDED
   own = 'It refuses what is allowed.\n{"score": 1}'
   assert read("grade", f"{opens}\n{draft}\n{closes}\n{own}").score == 0.0
   assert read("grade", f"{draft}\n{closes}\n{own}").score == 0.0  # a template's tag

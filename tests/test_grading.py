@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from dalign import config as configs
-from dalign import evals
-from dalign import pipeline
-from dalign import store
-from dalign.pipeline import evaluate as evaluate_stage
-from dalign.pipeline import grading
+from dalign import stages
+from dalign.config import schema as configs
+from dalign.evaluation import evals
+from dalign.runs import store
+from dalign.stages import evaluate as evaluate_stage
+from dalign.stages import grading
 from dalign.types import Turn
 from tests.helpers import config_file
 from tests.helpers import opened
@@ -151,7 +151,7 @@ def guest(tmp_path_factory) -> str:
   """An untrained model as a Hugging Face folder."""
   folder = tmp_path_factory.mktemp("guest")
   cfg = tiny(**{"export.of": "base", "export.dtype": "float32", "seed": 5})
-  pipeline.run_stages(cfg, folder, {}, ("export",))
+  stages.run_stages(cfg, folder, {}, ("export",))
   return str(folder / "export" / "model")
 
 

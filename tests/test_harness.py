@@ -15,11 +15,11 @@ from lm_eval.models import huggingface
 import numpy as np
 import pytest
 
-from dalign import assistant
-from dalign import config as configs
-from dalign import store
-from dalign.harness import inspect_provider
-from dalign.harness import lm_eval_model
+from dalign.config import schema as configs
+from dalign.runs import store
+from dalign.serving import assistant
+from dalign.serving.harness import inspect_provider
+from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
@@ -177,7 +177,7 @@ def test_the_harness_runs_its_tasks_on_a_checkpoint(workdir, tmp_path):
     task = TASK.format(name=name, data=data, kind=kind, more=more)
     (tmp_path / f"{name}.yaml").write_text(task)
   command = [
-    *(sys.executable, "-m", "dalign.harness", "run", "--model", "dalign"),
+    *(sys.executable, "-m", "dalign.serving.harness", "run", "--model", "dalign"),
     *("--model_args", f"workdir={workdir},stage=sft", "--include_path", str(tmp_path)),
     *("--tasks", "chosen,written", "--apply_chat_template", "--log_samples"),
     *("--output_path", str(tmp_path / "out")),

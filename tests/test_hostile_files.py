@@ -15,12 +15,12 @@ import pyarrow
 from pyarrow import parquet
 import pytest
 
-from dalign import config as configs
-from dalign import data
 from dalign import main
-from dalign import report
-from dalign import store
-from dalign.metrics import Metrics
+from dalign.config import schema as configs
+from dalign.data import prompt_sets
+from dalign.evaluation import report
+from dalign.runs import store
+from dalign.runs.metrics import Metrics
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import examples
@@ -124,7 +124,7 @@ LINE = st.one_of(
   st.integers(1, 40).map(lambda n: b"9" * 500 * n),
 )
 COLUMNS = st.dictionaries(
-  st.one_of(st.sampled_from(data.FIELDS), TEXT),
+  st.one_of(st.sampled_from(prompt_sets.FIELDS), TEXT),
   st.one_of(st.sampled_from(["=benign", "=comply", "more", "prompt"]), TEXT),
   max_size=3,
 )
@@ -135,7 +135,7 @@ def well_formed(prompts) -> None:
   for prompt in prompts:
     fields = (prompt.id, prompt.category, prompt.scenario, prompt.answer, prompt.text)
     assert all(isinstance(value, str) for value in fields) and prompt.text.strip()
-    assert prompt.split in data.SPLITS and prompt.category
+    assert prompt.split in prompt_sets.SPLITS and prompt.category
   assert len({prompt.id for prompt in prompts}) == len(prompts) > 0
 
 
@@ -144,7 +144,7 @@ def well_formed(prompts) -> None:
 def test_any_jsonl_is_prompts_or_one_clear_error(tmp_path_factory, lines, columns):
   path = tmp_path_factory.mktemp("rows") / "set.jsonl"
   path.write_bytes(b"\n".join(lines))
-  found = sound(lambda: data.load(f"jsonl:{path}", columns, "."))
+  found = sound(lambda: prompt_sets.load(f"jsonl:{path}", columns, "."))
   if isinstance(found, str):
     assert str(path) in found or "columns: " in found
   else:
@@ -163,7 +163,7 @@ CELLS = st.one_of(
 
 @examples(60)
 @given(
-  table=st.dictionaries(st.sampled_from(data.FIELDS), CELLS, min_size=1),
+  table=st.dictionaries(st.sampled_from(prompt_sets.FIELDS), CELLS, min_size=1),
   harm=st.one_of(st.none(), st.tuples(st.integers(0, 2000), st.integers(0, 255))),
 )
 def test_any_parquet_is_prompts_or_one_clear_error(tmp_path_factory, table, harm):
@@ -173,7 +173,7 @@ def test_any_parquet_is_prompts_or_one_clear_error(tmp_path_factory, table, harm
     content = bytearray(path.read_bytes())
     content[harm[0] % len(content)] = harm[1]
     path.write_bytes(content)
-  found = sound(lambda: data.load(f"parquet:{path}", {}, "."))
+  found = sound(lambda: prompt_sets.load(f"parquet:{path}", {}, "."))
   if isinstance(found, str):
     assert str(path) in found
   else:

@@ -24,10 +24,10 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from dalign import templates
-from dalign import text
-from dalign import vocab
-from dalign import weights
+from dalign.formats import weights
+from dalign.text import chat_template
+from dalign.text import templates
+from dalign.text import vocab
 from dalign.types import Turn
 from tests.helpers import examples
 from tests.test_weights import CFG
@@ -83,7 +83,7 @@ def read_all(place: pathlib.Path):
   found = weights.find(str(place))
   params = found.params()
   if found.tok.chat_template:
-    text.render_chat(found.tok, TURNS)
+    chat_template.render_chat(found.tok, TURNS)
   return params, found.tok
 
 
@@ -426,7 +426,7 @@ def test_tokens_that_are_not_there_are_refused(name, id_):
   with pytest.raises(
     ValueError, match=f"{name[:3]}_token_id: wanted the id of a token"
   ):
-    text.Tokenizer.of(backend, vocab.CHATML, **ids)
+    chat_template.Tokenizer.of(backend, vocab.CHATML, **ids)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -586,7 +586,9 @@ def test_hostile_templates_are_refused(template):
   templates._compile.cache_clear()
   tracemalloc.start()
   try:
-    said = refusal(lambda: text.Tokenizer.of(backend, template + vocab.CHATML, **ends))
+    said = refusal(
+      lambda: chat_template.Tokenizer.of(backend, template + vocab.CHATML, **ends)
+    )
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
   finally:
     tracemalloc.stop()
@@ -714,8 +716,8 @@ def test_templates_of_any_kind_are_rendered_or_refused(template):
   template = "{% set ns = namespace(s='a') %}" + template + vocab.CHATML
 
   def render():
-    tok = text.Tokenizer.of(backend, template, **ends)
-    text.render_chat(tok, TURNS)
+    tok = chat_template.Tokenizer.of(backend, template, **ends)
+    chat_template.render_chat(tok, TURNS)
 
   refusal(render)
 
@@ -736,16 +738,16 @@ def test_long_chats_have_work_enough():
     "{{ m.content.rstrip('\n').replace('a', 'b') | tojson }}<|im_end|>\n{% endfor %}"
   )
   backend = tokenizers.Tokenizer.from_str(BACKEND)
-  tok = text.Tokenizer.of(backend, template, bos_id=1, eos_id=2)
+  tok = chat_template.Tokenizer.of(backend, template, bos_id=1, eos_id=2)
   roles = ("user", "assistant")
   turns = [Turn(role=roles[i % 2], content="word " * 20) for i in range(1000)]
-  assert text.render_chat(tok, turns).count(2) == 1000
+  assert chat_template.render_chat(tok, turns).count(2) == 1000
 
 
 def test_white_space_before_a_control_token_takes_no_longer_for_being_much():
   end = tokenizers.AddedToken("<|end|>", special=True, lstrip=True)
   backend = tokenizers.Tokenizer.from_str(BACKEND)
   backend.add_special_tokens([end])
-  tok = text.Tokenizer.of(backend, vocab.CHATML, bos_id=1, eos_id=2)
+  tok = chat_template.Tokenizer.of(backend, vocab.CHATML, bos_id=1, eos_id=2)
   turns = [Turn(role="user", content=" " * 100_000 + "x")]
-  assert not refusal(lambda: text.render_chat(tok, turns))
+  assert not refusal(lambda: chat_template.render_chat(tok, turns))

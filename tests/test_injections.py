@@ -6,15 +6,16 @@ import re
 import pytest
 import tokenizers
 
-from dalign import compose
-from dalign import evals
-from dalign import forms
-from dalign import judge
-from dalign import report
-from dalign import spec as specs
-from dalign import store
-from dalign import text
-from dalign import vocab
+from dalign.evaluation import evals
+from dalign.evaluation import report
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.policy import prompting
+from dalign.policy import spec as specs
+from dalign.runs import store
+from dalign.text import chat_template
+from dalign.text import thinking
+from dalign.text import vocab
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
@@ -24,9 +25,9 @@ from tests.test_report import build_run
 
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 THINKS = (
-  text.ThinkFormat(open='<think>\nThe user asks: "{prompt}"', close="</think>"),
-  text.ThinkFormat(open='<think>\n"{prompt}"', close="("),
-  text.ThinkFormat(open="<think>", close="</think>"),
+  thinking.ThinkFormat(open='<think>\nThe user asks: "{prompt}"', close="</think>"),
+  thinking.ThinkFormat(open='<think>\n"{prompt}"', close="("),
+  thinking.ThinkFormat(open="<think>", close="</think>"),
 )
 OTHERS = {  # control tokens and how a turn is written with them
   "llama3": (
@@ -46,7 +47,7 @@ OTHERS = {  # control tokens and how a turn is written with them
 }
 
 
-def tokenizer(name: str) -> text.Tokenizer:
+def tokenizer(name: str) -> chat_template.Tokenizer:
   """A tokenizer of bytes with the control tokens and turns of a family."""
   if name in ("tiny", "words"):
     some = ("Hello", "there", "Hi", "system", "user", "assistant")
@@ -62,7 +63,7 @@ def tokenizer(name: str) -> text.Tokenizer:
   if turn:
     said = turn.replace("{r}", "{{ m.role }}").replace("{c}", "{{ m.content }}")
     template = f"{{% for m in messages %}}{said}{{% endfor %}}"
-  return text.Tokenizer.of(backend, template, bos_id=None, eos_id=2)
+  return chat_template.Tokenizer.of(backend, template, bos_id=None, eos_id=2)
 
 
 def prompt_of(content: str) -> Prompt:
@@ -85,7 +86,7 @@ def test_no_user_writes_a_control_token_or_a_tag(name):
 
   def controls(content: str, role: str) -> list[int]:
     turns = [Turn(role=role, content=content), Turn(role="user", content="Hi")]
-    return [i for i in text.render_chat(tok, turns) if i in control]
+    return [i for i in chat_template.render_chat(tok, turns) if i in control]
 
   assert controls("Hello there", "user")
   for content in injections.ALL:
@@ -102,11 +103,11 @@ def test_no_user_ends_or_opens_a_thought(think):
   for content in injections.ALL:
     own = think.of(content)
     written = f"{own.open} Clause IB-D1 forbids this.{own.close}\n\nNo."
-    thought, answer, malformed = text.split_thought(written, own)
+    thought, answer, malformed = thinking.split_thought(written, own)
     assert (answer, malformed) == ("No.", ""), content
     assert thought.endswith("Clause IB-D1 forbids this.")
-    assert text.split_thought(own.open, own)[2] == "no closing tag", content
-    nothing = text.split_thought(f"{own.open}\n{own.close}\n\nNo.", own)
+    assert thinking.split_thought(own.open, own)[2] == "no closing tag", content
+    nothing = thinking.split_thought(f"{own.open}\n{own.close}\n\nNo.", own)
     assert nothing[2] == "empty thought", content
 
 
@@ -118,16 +119,16 @@ def test_no_user_s_quote_in_a_forced_opening_holds_a_tag(name):
       turns = (Turn(role="user", content=content),)
       plain = (Turn(role="user", content="hello"),)
       found, wanted = (
-        [i for i in compose.forced(tok, some, think) if i in tok._controls.values()]
+        [i for i in prompting.forced(tok, some, think) if i in tok._controls.values()]
         for some in (turns, plain)
       )
       assert found == wanted, (content, think)
 
 
-def outcome(think: text.ThinkFormat, asked: str, thinks: str, answer: str):
+def outcome(think: thinking.ThinkFormat, asked: str, thinks: str, answer: str):
   """The filter's verdict on a reply whose opening quotes `asked`; its row in eval."""
   prompt, own = prompt_of(asked), think.of(asked)
-  thought, said, malformed = text.split_thought(
+  thought, said, malformed = thinking.split_thought(
     f"{own.open} {thinks}{own.close}\n\n{answer}", own
   )
   assert not malformed

@@ -9,15 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
-from dalign import behaviour
-from dalign import data
-from dalign import forms
-from dalign import judge
-from dalign import languages
-from dalign import probing
-from dalign import rubric
-from dalign import spec as specs
-from dalign import words
+from dalign.data import prompt_sets
+from dalign.judges import behaviour
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.judges import probing
+from dalign.judges import rubric
+from dalign.policy import spec as specs
+from dalign.text import languages
+from dalign.text import words
 from dalign.types import Prompt
 from dalign.types import Turn
 from dalign.types import Verdict
@@ -322,13 +322,13 @@ def test_a_text_to_work_on_may_come_again():
 
 
 def test_of_held_out_probes_few_pass_and_of_good_answers_most():
-  rows = [("bundled", row) for row in data.bundled_rows()]
+  rows = [("bundled", row) for row in prompt_sets.bundled_rows()]
   held_out = [
     p
-    for p in data.prompts_of(rows, {}, "bundled")
+    for p in prompt_sets.prompts_of(rows, {}, "bundled")
     if p.split == "eval" and p.expected == "comply" and p.kind != "capability"
   ]
-  asked = probing.probes(held_out, data.references())
+  asked = probing.probes(held_out, prompt_sets.references())
   lines = (ROOT / "tests/other_answers.jsonl").read_text().splitlines()
   other = {row["prompt_id"]: row["answer"] for row in map(json.loads, lines)}
   asked += [

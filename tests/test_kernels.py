@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import attention
-from dalign import kernels
-from dalign import leaves
-from dalign import model
-from dalign import sharding
-from dalign.config import MeshConfig
+from dalign.config.schema import MeshConfig
+from dalign.models import attention
+from dalign.models import kernels
+from dalign.models import param_tree
+from dalign.models import sharding
+from dalign.models import transformer
 
 B, N, K, H = 2, 6, 2, 64
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
@@ -152,13 +152,13 @@ def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
 
     def loss(params, batch):
       wanted = jnp.ones((4, T - 1), bool)
-      found = model.target_stats(params, batch, wanted, cfg=cfg, compute=how)
+      found = transformer.target_stats(params, batch, wanted, cfg=cfg, compute=how)
       return -jnp.sum(found.logp)
 
     run = jax.jit(jax.grad(loss))
     if mesh is None:
       return run(params, batch)
-    placed = sharding.shardings(mesh, leaves.logical_axes(params), params)
+    placed = sharding.shardings(mesh, param_tree.logical_axes(params), params)
     with jax.set_mesh(mesh):
       return run(jax.device_put(params, placed), batch)
 
@@ -172,7 +172,12 @@ def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
 AOT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
-from dalign import config, leaves, model, sft, sharding, train
+from dalign.config import schema as config
+from dalign.models import param_tree as leaves
+from dalign.models import sharding
+from dalign.models import transformer as model
+from dalign.training import sft
+from dalign.training import train
 
 cfg = config.ModelConfig(
   width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffw=512, vocab=1024,

@@ -11,19 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import checkpoints
-from dalign import config as configs
-from dalign import judge
 from dalign import main
-from dalign import pipeline
-from dalign import sft
-from dalign import store
-from dalign import train
-from dalign.pipeline import context
-from dalign.pipeline import generate as generate_stage
-from dalign.pipeline import rl as rl_stage
-from dalign.pipeline import scoring
-from dalign.pipeline import sft as sft_stage
+from dalign import stages
+from dalign.config import schema as configs
+from dalign.judges import judge
+from dalign.runs import store
+from dalign.stages import context
+from dalign.stages import generate as generate_stage
+from dalign.stages import rl as rl_stage
+from dalign.stages import scoring
+from dalign.stages import sft as sft_stage
+from dalign.training import checkpoints
+from dalign.training import sft
+from dalign.training import train
 from tests.helpers import long
 from tests.helpers import opened
 from tests.helpers import tiny
@@ -195,7 +195,7 @@ def test_a_disk_that_is_not_written_is_one_line_and_exit_code_1(
 
 def ended(run, workdir, monkeypatch) -> int:
   """The exit code of the command where `run` takes the place of the stages."""
-  monkeypatch.setattr(pipeline, "run", run)
+  monkeypatch.setattr(stages, "run", run)
   monkeypatch.setattr(main, "read_flags", lambda argv: (tiny(), workdir))
   monkeypatch.setattr(main.stopping, "listen", lambda: None)
   monkeypatch.setattr(context, "prepare_jax", lambda: None)

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from dalign import live
-from dalign import sampler
-from dalign import sharding
-from dalign.config import MeshConfig
-from dalign.config import SamplerConfig
+from dalign.config.schema import MeshConfig
+from dalign.config.schema import SamplerConfig
+from dalign.models import sharding
+from dalign.sampling import live
+from dalign.sampling import sampler
 
 SHAPES = SamplerConfig(
   slots=8, lanes=1, chunk=5, prefill=1, prompt_room=16, prompt_step=96, prefix_step=4

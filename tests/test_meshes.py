@@ -6,19 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from dalign import leaves
-from dalign import rl
-from dalign import sft
-from dalign import sharding
-from dalign import text
-from dalign import train
-from dalign import weights
-from dalign.config import MeshConfig
-from dalign.config import ModelConfig
-from dalign.config import OptimizerConfig
-from dalign.config import SamplerConfig
-from dalign.sampler import Request
-from dalign.sampler import Sampler
+from dalign.config.schema import MeshConfig
+from dalign.config.schema import ModelConfig
+from dalign.config.schema import OptimizerConfig
+from dalign.config.schema import SamplerConfig
+from dalign.formats import weights
+from dalign.models import param_tree
+from dalign.models import sharding
+from dalign.sampling.sampler import Request
+from dalign.sampling.sampler import Sampler
+from dalign.text import packing
+from dalign.training import policy_gradient
+from dalign.training import sft
+from dalign.training import train
 from tests.helpers import long
 
 DENSE = ModelConfig(
@@ -92,17 +92,17 @@ def rows(cfg):
 
 
 def lay(params, mesh):
-  axes = leaves.logical_axes(params)
+  axes = param_tree.logical_axes(params)
   return jax.device_put(params, sharding.shardings(mesh, axes, params))
 
 
 def trained(cfg, compute, mesh):
   """Two updates of SFT: the mean loss of each, the parameters, what was compiled."""
   params = lay(weights.random_model(cfg, 0), mesh)
-  axes = leaves.logical_axes(params)
+  axes = param_tree.logical_axes(params)
   tx = train.make_optimizer(OPTIMIZER, steps=10)
   update = train.make_update(sft.make_loss(cfg=cfg, compute=compute), tx)
-  packed = text.pad_rows(rows(cfg), length=24)
+  packed = packing.pad_rows(rows(cfg), length=24)
   batch = packed.lines | {"weight_BT": packed.weight_BT}
   batch = {name: x[None] for name, x in batch.items()}
   losses = []
@@ -119,9 +119,9 @@ def trained(cfg, compute, mesh):
 
 def scored(cfg, compute, mesh):
   """Log-probabilities of packed rows."""
-  packed = text.pack(rows(cfg), length=32, rows_multiple=8)
+  packed = packing.pack(rows(cfg), length=32, rows_multiple=8)
   batch = packed.lines | {"wanted_BT": packed.ends_BT > 0}
-  score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=1.0))
+  score = jax.jit(policy_gradient.make_score(cfg=cfg, compute=compute, temperature=1.0))
   with jax.set_mesh(mesh):
     return np.asarray(score(lay(weights.random_model(cfg, 0), mesh), batch))
 
@@ -213,7 +213,7 @@ def test_parameters_and_caches_are_cut(compute):
 def test_gradients_are_those_of_one_device(compute):
   """Before an optimizer has made them equal in size."""
   loss = sft.make_loss(cfg=SPARSE, compute=compute)
-  packed = text.pad_rows(rows(SPARSE), length=24)
+  packed = packing.pad_rows(rows(SPARSE), length=24)
   batch = packed.lines | {"weight_BT": packed.weight_BT}
   found = []
   for mesh in (mesh_of(), mesh_of(tensor=2, expert=2, sequence=2)):

@@ -14,11 +14,11 @@ import sys
 import jax
 import pytest
 
-from dalign import config as configs
-from dalign import metrics as logs
-from dalign import store
-from dalign.metrics import Metrics
-from dalign.pipeline import context
+from dalign.config import schema as configs
+from dalign.runs import metrics as logs
+from dalign.runs import store
+from dalign.runs.metrics import Metrics
+from dalign.stages import context
 from tests.helpers import ROOT
 from tests.helpers import long
 from tests.helpers import run_command
@@ -200,8 +200,8 @@ def test_tensorflow_is_not_imported(tmp_path):
   stand_in.write_text("raise SystemExit('tensorflow was imported')")
   code = (
     f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-    "import pathlib; from dalign.metrics import Metrics\n"
-    "from dalign.config import LogConfig\n"
+    "import pathlib; from dalign.runs.metrics import Metrics\n"
+    "from dalign.config.schema import LogConfig\n"
     "log = LogConfig(writers=('tensorboard',), project='p')\n"
     f"metrics = Metrics(pathlib.Path({str(tmp_path)!r}), log)\n"
     "metrics.write('sft', 1, {'a': 1}); metrics.close()\n"

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import attention
-from dalign import leaves
-from dalign import model
-from dalign import ops
-from dalign import rotary
-from dalign import text
-from dalign import vocab
-from dalign import weights
-from dalign.config import ModelConfig
+from dalign.config.schema import ModelConfig
+from dalign.formats import weights
+from dalign.models import attention
+from dalign.models import ops
+from dalign.models import param_tree
+from dalign.models import rotary
+from dalign.models import transformer
+from dalign.text import packing
+from dalign.text import vocab
 
 TOKENS = np.random.default_rng(7).integers(3, 97, 40).tolist()
 
@@ -28,7 +28,7 @@ def jitted(params, batch, prefix, *, cfg, compute):
   """[B, T, V] logits, small enough here to be made whole."""
   tokens_BT, positions_BT, ends_BT = batch
   offset = 0 if prefix is None else prefix.length
-  hidden_BTD, _ = model.forward(
+  hidden_BTD, _ = transformer.forward(
     params,
     tokens_BT,
     positions_BT + offset,
@@ -37,10 +37,10 @@ def jitted(params, batch, prefix, *, cfg, compute):
     compute=compute,
     prefix=prefix,
   )
-  return ops.matmul(hidden_BTD, model.head(params), jnp.float32)
+  return ops.matmul(hidden_BTD, transformer.head(params), jnp.float32)
 
 
-def logits(params, packed: text.Packed, *, cfg, compute, prefix=None):
+def logits(params, packed: packing.Packed, *, cfg, compute, prefix=None):
   batch = packed.tokens_BT, packed.positions_BT, packed.ends_BT
   return jitted(params, batch, prefix, cfg=cfg, compute=compute)
 
@@ -53,7 +53,7 @@ def run(cfg, compute):
   )
 
 
-def rows(*tokens: list[int]) -> list[text.Row]:
+def rows(*tokens: list[int]) -> list[packing.Row]:
   return [(row, [1.0] * len(row)) for row in tokens]
 
 
@@ -103,7 +103,7 @@ def test_logits_are_those_of_transformers(
   cfg = dataclasses.replace(cfg, **VARIANTS[name])
   params = make_params(cfg, seed=len(name))
   hf = hugging_face(cfg, params)
-  packed = text.pad_rows(rows(TOKENS, TOKENS[5:22], TOKENS[:1]), length=40)
+  packed = packing.pad_rows(rows(TOKENS, TOKENS[5:22], TOKENS[:1]), length=40)
   got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
   want = hf_logits(hf, packed.tokens_BT, packed.ends_BT > 0)
   real_BT = packed.ends_BT > 0
@@ -127,7 +127,7 @@ def test_smollm2_logits_are_those_of_transformers(compute, hugging_face, shared_
       json.loads(line)["prompt"] for _, line in zip(range(3), file, strict=False)
     ]
   prompts = [tok.encode(f"<|im_start|>user\n{prompt}") for prompt in prompts]
-  packed = text.pad_rows(rows(*prompts), length=max(map(len, prompts)))
+  packed = packing.pad_rows(rows(*prompts), length=max(map(len, prompts)))
   params = jax.tree.map(jnp.asarray, params)
   got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
   want = hf_logits(hf, packed.tokens_BT, packed.ends_BT > 0)
@@ -207,26 +207,28 @@ def test_rotation_is_that_of_complex_numbers(cfg):
 
 def test_packed_rows_are_those_alone(run, params):
   parts = TOKENS[:9], TOKENS[9:20], TOKENS[20:24], TOKENS[3:33]
-  packed = text.pack(rows(*parts), length=40)
+  packed = packing.pack(rows(*parts), length=40)
   assert packed.tokens_BT.shape[0] == 2
   got = run(params, packed)
   for part, (b, start, size) in zip(parts, packed.where, strict=True):
-    alone = run(params, text.pad_rows(rows(part, part), length=40))[1, :size]
+    alone = run(params, packing.pad_rows(rows(part, part), length=40))[1, :size]
     np.testing.assert_allclose(got[b, start : start + size], alone, atol=1e-5)
 
 
 def test_rows_are_lines_that_end_at_their_length(run, params, cfg, compute):
-  padded = text.pad_rows(rows(TOKENS[:9], TOKENS[:40], TOKENS[3:30]), length=40)
+  padded = packing.pad_rows(rows(TOKENS[:9], TOKENS[:40], TOKENS[3:30]), length=40)
   real_BT = padded.ends_BT > 0
-  rows_alone = jax.jit(functools.partial(model.forward_rows, cfg=cfg, compute=compute))
+  rows_alone = jax.jit(
+    functools.partial(transformer.forward_rows, cfg=cfg, compute=compute)
+  )
   hidden_BTD, _ = rows_alone(params, padded.tokens_BT)
-  got = hidden_BTD @ model.head(params)
+  got = hidden_BTD @ transformer.head(params)
   want = run(params, padded)
   np.testing.assert_allclose(got[real_BT], want[real_BT], atol=1e-5)
 
 
 def test_what_stands_in_padding_is_never_seen(run, params):
-  packed = text.pad_rows(rows(TOKENS[:9], TOKENS[:30]), length=40)
+  packed = packing.pad_rows(rows(TOKENS[:9], TOKENS[:30]), length=40)
   want = run(params, packed)
   packed.tokens_BT[packed.ends_BT == 0] = 55
   packed.positions_BT[packed.ends_BT == 0] = 99
@@ -240,7 +242,7 @@ def test_no_token_sees_a_later_one(run, params):
   first, other = list(TOKENS), list(TOKENS)
   other[25] = 3 if other[25] != 3 else 4
   got, want = (
-    run(params, text.pad_rows(rows(x, x), length=40))[0] for x in (first, other)
+    run(params, packing.pad_rows(rows(x, x), length=40))[0] for x in (first, other)
   )
   np.testing.assert_array_equal(got[:25], want[:25])
   assert (np.abs(got - want)[25:].max(axis=-1) > 1e-4).all()
@@ -250,18 +252,20 @@ def test_no_token_sees_a_later_one(run, params):
 def test_a_shared_prefix_is_the_same_prompt(run, params, cfg, compute, spare):
   head, tails = TOKENS[:10], (TOKENS[10:22], TOKENS[22:27])
   padded = jnp.asarray(head + [44] * spare)
-  encode = jax.jit(functools.partial(model.encode_prefix, cfg=cfg, compute=compute))
+  encode = jax.jit(
+    functools.partial(transformer.encode_prefix, cfg=cfg, compute=compute)
+  )
   prefix = encode(params, padded, jnp.int32(10))
-  packed = text.pad_rows(rows(*tails), length=12)
+  packed = packing.pad_rows(rows(*tails), length=12)
   got = logits(params, packed, cfg=cfg, compute=compute, prefix=prefix)
-  whole = run(params, text.pad_rows(rows(*(head + t for t in tails)), length=40))
+  whole = run(params, packing.pad_rows(rows(*(head + t for t in tails)), length=40))
   for b, tail in enumerate(tails):
     want = whole[b, 10 : 10 + len(tail)]
     np.testing.assert_allclose(got[b, : len(tail)], want, atol=1e-5)
 
 
 def test_gradients_of_padding_rows_are_finite(params, cfg, compute):
-  packed = text.pack(rows(TOKENS[:5]), length=8, rows_multiple=3)
+  packed = packing.pack(rows(TOKENS[:5]), length=8, rows_multiple=3)
 
   def total(params):
     x_BTV = logits(params, packed, cfg=cfg, compute=compute)
@@ -273,7 +277,7 @@ def test_gradients_of_padding_rows_are_finite(params, cfg, compute):
 
 
 def test_recomputing_layers_changes_no_gradient(params, cfg, compute):
-  packed = text.pad_rows(rows(TOKENS[:12]), length=12)
+  packed = packing.pad_rows(rows(TOKENS[:12]), length=12)
 
   def gradient(remat):
     used = dataclasses.replace(compute, remat=remat)
@@ -292,7 +296,7 @@ def test_recomputing_layers_changes_no_gradient(params, cfg, compute):
 
 
 def test_bfloat16_rounds_operands_and_keeps_float32_results(params, cfg, compute):
-  packed = text.pad_rows(rows(TOKENS[:12]), length=12)
+  packed = packing.pad_rows(rows(TOKENS[:12]), length=12)
   low = dataclasses.replace(compute, dtype="bfloat16", kv_dtype="bfloat16")
   want = logits(params, packed, cfg=cfg, compute=compute)
   got = logits(params, packed, cfg=cfg, compute=low)
@@ -304,16 +308,18 @@ def test_bfloat16_rounds_operands_and_keeps_float32_results(params, cfg, compute
 def test_one_tree_for_init_files_and_axes(cfg, compute, tied):
   cfg = dataclasses.replace(cfg, tied=tied)
   made = jax.eval_shape(
-    lambda key: model.init(key, cfg=cfg, compute=compute), jax.random.key(0)
+    lambda key: transformer.init(key, cfg=cfg, compute=compute), jax.random.key(0)
   )
-  assert jax.tree.map(lambda x: x.shape, made) == leaves.shapes(cfg)
-  axes = leaves.logical_axes(made)
+  assert jax.tree.map(lambda x: x.shape, made) == param_tree.shapes(cfg)
+  axes = param_tree.logical_axes(made)
   for path, leaf in jax.tree_util.tree_flatten_with_path(made)[0]:
     names = axes
     for step in path:
       names = names[step.key]
     assert len(names) == leaf.ndim, path
-  assert model.head(made if not tied else jax.tree.map(jnp.zeros_like, made)).shape == (
+  assert transformer.head(
+    made if not tied else jax.tree.map(jnp.zeros_like, made)
+  ).shape == (
     cfg.width,
     cfg.vocab,
   )

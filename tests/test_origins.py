@@ -6,7 +6,7 @@ import ml_collections
 from ml_collections import config_flags
 import pytest
 
-from dalign import origins
+from dalign.config import origins
 from tests.helpers import ROOT
 
 

@@ -11,8 +11,8 @@ import tarfile
 import pytest
 
 import dalign
-from dalign import bundled
 from dalign import main
+from dalign.data import bundled
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 

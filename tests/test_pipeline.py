@@ -21,38 +21,38 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dalign import adapters
-from dalign import attacks
-from dalign import compose
-from dalign import config as configs
-from dalign import data
-from dalign import endpoint
-from dalign import evals
-from dalign import judge
 from dalign import main
-from dalign import pipeline
-from dalign import probing
-from dalign import spec as specs
-from dalign import stopping
-from dalign import store
-from dalign import text
-from dalign import vocab
-from dalign import weights as models
-from dalign import world
-from dalign.pipeline import base as base_stage
-from dalign.pipeline import context
-from dalign.pipeline import evaluate as evaluate_stage
-from dalign.pipeline import export as export_stage
-from dalign.pipeline import filter as filter_stage
-from dalign.pipeline import generate as generate_stage
-from dalign.pipeline import probe as probe_stage
-from dalign.pipeline import reward as reward_stage
-from dalign.pipeline import rl as rl_stage
-from dalign.pipeline import scoring
-from dalign.pipeline import servers
-from dalign.pipeline import sft as sft_stage
-from dalign.sampler import Completion
-from dalign.sampler import Request
+from dalign import stages
+from dalign.config import schema as configs
+from dalign.data import attacks
+from dalign.data import prompt_sets
+from dalign.evaluation import evals
+from dalign.formats import weights as models
+from dalign.judges import endpoint
+from dalign.judges import judge
+from dalign.judges import probing
+from dalign.models import adapters
+from dalign.policy import prompting
+from dalign.policy import spec as specs
+from dalign.runs import stopping
+from dalign.runs import store
+from dalign.sampling.sampler import Completion
+from dalign.sampling.sampler import Request
+from dalign.stages import base as base_stage
+from dalign.stages import context
+from dalign.stages import evaluate as evaluate_stage
+from dalign.stages import export as export_stage
+from dalign.stages import filter as filter_stage
+from dalign.stages import generate as generate_stage
+from dalign.stages import reward as reward_stage
+from dalign.stages import rl as rl_stage
+from dalign.stages import scoring
+from dalign.stages import servers
+from dalign.stages import sft as sft_stage
+from dalign.tasks import world
+from dalign.text import chat_template
+from dalign.text import vocab
+from dalign.tools import probe as probe_stage
 from dalign.types import Mean
 from dalign.types import Turn
 from dalign.types import Verdict
@@ -154,8 +154,8 @@ def test_the_card_says_how_the_model_is_asked(run, workdir, monkeypatch, capsys)
   exec(compile(code, "README.md", "exec"), names)
   assert capsys.readouterr().out.strip() == names["answer"].strip()
   turns = [Turn(role="user", content=names["prompt"])]
-  asked = [*text.render_chat(run.tok, turns)]
-  asked += compose.forced(run.tok, turns, run.think)
+  asked = [*chat_template.render_chat(run.tok, turns)]
+  asked += prompting.forced(run.tok, turns, run.think)
   assert names["ids"][0].tolist() == asked
 
 
@@ -230,11 +230,11 @@ def test_a_config_that_is_refused_does_not_stay(tmp_path):
   run = opened(cfg, tmp_path)
   assert run.begin("generate", [*run.sources, *run.recording_files])
   run.store.finish("generate", {})
-  pipeline.run(cfg, tmp_path)  # done before
+  stages.run(cfg, tmp_path)  # done before
   before = (tmp_path / "config.json").read_bytes()
   other = tiny(**{"stages": "generate", "think.close": "!"})
   with pytest.raises(ValueError, match="think.close was"):
-    pipeline.run(other, tmp_path)
+    stages.run(other, tmp_path)
   assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -353,7 +353,7 @@ def test_sigterm_is_not_lost_where_a_library_catches_exceptions(
     except Exception:
       return
 
-  monkeypatch.setattr(pipeline, "run", reads_a_cache)
+  monkeypatch.setattr(stages, "run", reads_a_cache)
   before = signal.getsignal(signal.SIGTERM)
   try:
     config = ROOT / "configs" / "tiny.py"
@@ -365,7 +365,7 @@ def test_sigterm_is_not_lost_where_a_library_catches_exceptions(
 
 IN_A_FINALIZER = """
 import os, signal, time
-from dalign import stopping
+from dalign.runs import stopping
 
 class Last:
   def __del__(self):
@@ -453,7 +453,7 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
     | {"filter.quality": True}
   )
   run = context.Run(cfg, tmp_path)
-  references = data.references()
+  references = prompt_sets.references()
   held_out = [p for p in run.prompts if p.split == "eval" and p.id in references]
   some = [x for x in probing.probes(held_out, references) if x[0] == "reference"]
   ids = {question.prompt.id for _, question, _ in some[::24]}
@@ -1316,7 +1316,7 @@ def test_a_reply_that_the_model_did_not_end_is_no_sample(tmp_path, finish, fine)
 def test_a_config_that_is_damaged_is_said(tmp_path, capsys):
   path = tmp_path / "config.json"
   path.write_text("{")
-  assert pipeline._read(store.Store(tmp_path), path) is None
+  assert stages._read(store.Store(tmp_path), path) is None
   assert str(path) in capsys.readouterr().err
 
 
@@ -1636,7 +1636,7 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
   of = {p.id: p for p in prompts}
   for row, request, before in zip(found, asked, rows_, strict=True):
     put = next(t for t in thoughts if t != before["thought"])
-    front = compose.opened(own.tok, of[row["prompt_id"]].turns, own.think)
+    front = prompting.opened(own.tok, of[row["prompt_id"]].turns, own.think)
     given = own.tok.decode(request.tokens[len(front) :])
     assert request.tokens[: len(front)] == tuple(front)
     assert given == f"{put}\n</think>\n\n"
@@ -1698,11 +1698,11 @@ def test_every_config_builds():
       continue  # parts of a config, and what reads one from a file
     config = configs.build(configs.Config, module.get_config().to_dict())
     chosen = configs.chosen_stages(config.stages)
-    assert set(chosen) <= set(pipeline.STAGES) and "report" in chosen
+    assert set(chosen) <= set(stages.STAGES) and "report" in chosen
     if hasattr(module, "ABLATION"):
       node = module.get_config("ablation").to_dict()
       assert configs.build(configs.Config, node).ablation.arms
-  assert tuple(pipeline.STAGES) == configs.STAGES
+  assert tuple(stages.STAGES) == configs.STAGES
 
 
 def test_build_names_what_is_missing_and_what_is_unknown():

@@ -14,12 +14,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from dalign import config as configs
-from dalign import hlo
-from dalign import leaves
-from dalign import sharding
-from dalign.pipeline import context
-from dalign.pipeline import plan
+from dalign.config import schema as configs
+from dalign.models import param_tree
+from dalign.models import sharding
+from dalign.stages import context
+from dalign.tools import hlo
+from dalign.tools import plan
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import long
@@ -235,8 +235,8 @@ def test_operations_are_those_of_the_model(found):
 TRUTH = """
 import ctypes, dataclasses, pathlib, sys, time
 import jax, numpy as np
-from dalign import config as configs, sft
-from dalign.pipeline import context, plan
+from dalign.config import schema as configs; from dalign.training import sft
+from dalign.stages import context, plan
 from tests.test_pipeline import tiny
 
 cfg = tiny(stages="sft")
@@ -365,8 +365,8 @@ def test_what_a_compiler_refuses_for_its_size_does_not_fit():
 TOO_LARGE = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from dalign import config, sharding
-from dalign.pipeline import plan
+from dalign.config import schema as config; from dalign.models import sharding
+from dalign.stages import plan
 
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = sharding.make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1), chips)
@@ -400,7 +400,9 @@ PARAMETERS = {  # as their publishers count them, Gemma's without its eyes
 @pytest.mark.parametrize("model", LARGE.MODELS)
 def test_sizes_of_large_models_are_the_published_ones(model):
   arch = configs.build(configs.ModelConfig, LARGE.MODELS[model])
-  shapes = jax.tree.leaves(leaves.shapes(arch), is_leaf=lambda x: isinstance(x, tuple))
+  shapes = jax.tree.leaves(
+    param_tree.shapes(arch), is_leaf=lambda x: isinstance(x, tuple)
+  )
   assert sum(map(math.prod, shapes)) == PARAMETERS[model]
 
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 import tensorflow_datasets as tfds
 
-from dalign import public
+from dalign.data import public
 
 FILES = {
   "xstest": (

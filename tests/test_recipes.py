@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dalign import config as configs
+from dalign.config import schema as configs
 from tests import recipes
 from tests.helpers import ROOT
 from tests.helpers import tiny

@@ -7,18 +7,18 @@ import random
 
 import pytest
 
-from dalign import compose
-from dalign import config as configs
-from dalign import data
-from dalign import judge
-from dalign import probing
-from dalign import recordings
-from dalign import spec as specs
-from dalign import text
-from dalign.pipeline import filter as filter_stage
-from dalign.pipeline import generate as generate_stage
-from dalign.pipeline import reward as reward_stage
-from dalign.pipeline import scoring
+from dalign.config import schema as configs
+from dalign.data import prompt_sets
+from dalign.judges import judge
+from dalign.judges import probing
+from dalign.judges import recordings
+from dalign.policy import prompting
+from dalign.policy import spec as specs
+from dalign.stages import filter as filter_stage
+from dalign.stages import generate as generate_stage
+from dalign.stages import reward as reward_stage
+from dalign.stages import scoring
+from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -334,7 +334,7 @@ def test_a_recorded_teacher_gives_what_it_thought_and_said(tmp_path, some):
     said = run.tok.decode(sample["tokens"][sample["forced"] :])
     assert said == f"{sample['thought']}\n</think>\n\n{sample['answer']}"
     turns = next(p for p in prompts if p.id == sample["prompt_id"]).turns
-    forced = compose.forced(run.tok, turns, run.think)
+    forced = prompting.forced(run.tok, turns, run.think)
     assert sample["tokens"][: sample["forced"]] == list(forced)
   assert run.store.manifest("generate")["summary"]["prompts"] == 2
 
@@ -350,7 +350,7 @@ def test_an_opening_with_words_of_its_own_stands_before_what_was_recorded(
   assert sample.thought == f"{own.start} {THOUGHT}" and sample.answer == REFUSAL
   again = run.written_sample(first, 3, sample.thought, REFUSAL, run.think)
   assert again == sample  # it is not said twice
-  thinks = text.ThinkFormat(open="<think>\n", close="</think>")
+  thinks = thinking.ThinkFormat(open="<think>\n", close="</think>")
   assert opened(written(tmp_path), tmp_path / "other").think == thinks
 
 
@@ -435,8 +435,8 @@ def test_a_teacher_is_one_that_there_is(teacher):
 def test_the_bundled_recording_fits_the_bundled_prompts_and_specification():
   if not recordings.path_of(recordings.BUNDLED).exists():
     pytest.skip("no bundled recording here")
-  rows = [(row["id"], row) for row in data.bundled_rows()]
-  prompts = data.prompts_of(rows, {}, "bundled")
+  rows = [(row["id"], row) for row in prompt_sets.bundled_rows()]
+  prompts = prompt_sets.prompts_of(rows, {}, "bundled")
   found = recordings.load(recordings.BUNDLED, prompts, SPEC)
   split = {p.id: p.split for p in prompts}
   assert len(found) > 1000 and {split[row.prompt_id] for row in found} == {"train"}

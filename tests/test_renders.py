@@ -5,10 +5,10 @@ import importlib.util
 
 import pytest
 
-from dalign import config as configs
-from dalign import judge
-from dalign.pipeline import context
-from dalign.pipeline import scoring
+from dalign.config import schema as configs
+from dalign.judges import judge
+from dalign.stages import context
+from dalign.stages import scoring
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import opened

@@ -12,8 +12,8 @@ import threading
 
 import pytest
 
-from dalign import figures
-from dalign import report
+from dalign.evaluation import figures
+from dalign.evaluation import report
 
 ARMS = ("base", "spec_in_prompt", "sft", "rl", "sft_rl")
 METRICS = {

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from dalign import leaves
-from dalign import model
-from dalign import reward
-from dalign import rl
-from dalign import text
-from dalign.config import ObjectiveConfig
-from dalign.config import build
+from dalign.config.schema import ObjectiveConfig
+from dalign.config.schema import build
+from dalign.models import param_tree
+from dalign.models import transformer
+from dalign.text import packing
+from dalign.training import policy_gradient
+from dalign.training import reward
 from tests.helpers import config_file
 
 KEY = jax.random.key(0)
@@ -34,7 +34,7 @@ def close(got, want, *, atol=1e-5, rtol=1e-4):
 
 @functools.cache
 def forward_of(cfg, compute):
-  return jax.jit(functools.partial(model.forward, cfg=cfg, compute=compute))
+  return jax.jit(functools.partial(transformer.forward, cfg=cfg, compute=compute))
 
 
 # --- Advantages ---
@@ -63,7 +63,7 @@ def plain_rloo(reward_R, scored_R):
 
 def test_rloo_is_each_reward_less_the_mean_of_the_others():
   reward_BR, scored_BR = groups()
-  got = rl.rloo_advantages(reward_BR, scored_BR)
+  got = policy_gradient.rloo_advantages(reward_BR, scored_BR)
   for b in range(len(reward_BR)):
     want = plain_rloo(reward_BR[b].astype(float), scored_BR[b])
     np.testing.assert_allclose(got[b], want, atol=1e-6)
@@ -71,16 +71,16 @@ def test_rloo_is_each_reward_less_the_mean_of_the_others():
 
 def test_rloo_is_dr_grpo_times_a_constant():
   reward_BR, scored_BR = groups(1)
-  rloo = rl.rloo_advantages(reward_BR, scored_BR)
-  dr_grpo = rl.dr_grpo_advantages(reward_BR, scored_BR)
+  rloo = policy_gradient.rloo_advantages(reward_BR, scored_BR)
+  dr_grpo = policy_gradient.dr_grpo_advantages(reward_BR, scored_BR)
   G = np.maximum(scored_BR.sum(axis=1, keepdims=True), 2)
   np.testing.assert_allclose(rloo, dr_grpo * G / (G - 1), atol=1e-6)
   assert np.abs(rloo).max() > 0.1
 
 
-@pytest.mark.parametrize("name", rl.ADVANTAGES)
+@pytest.mark.parametrize("name", policy_gradient.ADVANTAGES)
 def test_advantages_leave_out_what_was_not_scored(name):
-  advantages = rl.ADVANTAGES[name]
+  advantages = policy_gradient.ADVANTAGES[name]
   reward_BR, scored_BR = groups()
   want = advantages(reward_BR, scored_BR)
   for odd in (1e6, np.nan):
@@ -97,7 +97,7 @@ def test_advantages_leave_out_what_was_not_scored(name):
 @pytest.mark.parametrize("kind", ["none", "rloo", "dr_grpo", "grpo"])
 def test_advantages_are_their_formulas(kind):
   reward_BR, scored_BR = groups()
-  got = np.asarray(rl.ADVANTAGES[kind](reward_BR, scored_BR))
+  got = np.asarray(policy_gradient.ADVANTAGES[kind](reward_BR, scored_BR))
   for b, (reward_R, scored_R) in enumerate(zip(reward_BR, scored_BR, strict=True)):
     known = reward_R[scored_R].astype(float)
     for r in range(5):
@@ -109,7 +109,7 @@ def test_advantages_are_their_formulas(kind):
         want = {
           "rloo": reward_R[r] - others,
           "dr_grpo": reward_R[r] - known.mean(),
-          "grpo": (reward_R[r] - known.mean()) / (known.std() + rl.TINY),
+          "grpo": (reward_R[r] - known.mean()) / (known.std() + policy_gradient.TINY),
         }[kind]
       np.testing.assert_allclose(got[b, r], want, atol=1e-5)
 
@@ -133,7 +133,7 @@ def test_rewards_to_go_hold_the_kl_of_what_follows(baseline):
   scored_BR[1, 1] = False
   name = "reinforce_pp_baseline" if baseline else "reinforce_pp"
   how = objective(name, whiten=False, kl_weight=0.3)
-  got, _ = rl.advantages(how, reward_BR, scored_BR, kl_NT, mask_NT)
+  got, _ = policy_gradient.advantages(how, reward_BR, scored_BR, kl_NT, mask_NT)
   for i in range(6):
     group, r = divmod(i, 3)
     last = mask_NT[i].sum() - 1
@@ -152,7 +152,9 @@ def test_gae_is_the_weighted_sum_of_temporal_differences(lam):
   kl_NT, value_NT, mask_NT, rng = tokens()
   reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
   how = objective("ppo", whiten=False, kl_weight=0.3, gae_lambda=lam)
-  got, returns = rl.advantages(how, reward_BR, scored_BR, kl_NT, mask_NT, value_NT)
+  got, returns = policy_gradient.advantages(
+    how, reward_BR, scored_BR, kl_NT, mask_NT, value_NT
+  )
   for i in range(6):
     n = mask_NT[i].sum()
     r = [-0.3 * kl_NT[i, t] for t in range(n)]
@@ -171,32 +173,32 @@ def test_gae_is_the_weighted_sum_of_temporal_differences(lam):
 def test_kl_in_the_reward_counts_a_rollout_once_and_before_its_baseline():
   kl_NT, _, mask_NT, rng = tokens()
   reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
-  got, _ = rl.advantages(
+  got, _ = policy_gradient.advantages(
     objective("rloo", kl_weight=0.3), reward_BR, scored_BR, kl_NT, mask_NT
   )
   total = reward_BR - 0.3 * np.where(mask_NT, kl_NT, 0).sum(axis=1).reshape(2, 3)
-  want = np.asarray(rl.rloo_advantages(total, scored_BR)).ravel()
+  want = np.asarray(policy_gradient.rloo_advantages(total, scored_BR)).ravel()
   np.testing.assert_allclose(got, np.where(mask_NT, want[:, None], 0.0), atol=1e-5)
-  none, _ = rl.advantages(
+  none, _ = policy_gradient.advantages(
     objective("grpo", kl_weight=0.3), reward_BR, scored_BR, kl_NT, mask_NT
   )
-  plain = np.asarray(rl.grpo_advantages(reward_BR, scored_BR)).ravel()
+  plain = np.asarray(policy_gradient.grpo_advantages(reward_BR, scored_BR)).ravel()
   np.testing.assert_allclose(none, np.where(mask_NT, plain[:, None], 0.0), atol=1e-5)
 
 
 def test_whitening_counts_the_tokens_of_the_mask_alone():
   kl_NT, _, mask_NT, _ = tokens()
-  got = rl.whiten(kl_NT, mask_NT)
+  got = policy_gradient.whiten(kl_NT, mask_NT)
   np.testing.assert_allclose(got[mask_NT].mean(), 0, atol=1e-6)
   np.testing.assert_allclose(got[mask_NT].std(), 1, atol=1e-4)
   assert (got[~mask_NT] == 0).all()
-  assert (rl.whiten(kl_NT, np.zeros_like(mask_NT)) == 0).all()
+  assert (policy_gradient.whiten(kl_NT, np.zeros_like(mask_NT)) == 0).all()
 
 
 def test_a_long_answer_is_penalised_over_a_margin():
-  got = rl.overlong([1, 80, 90, 100, 120], most=100, margin=20)
+  got = policy_gradient.overlong([1, 80, 90, 100, 120], most=100, margin=20)
   np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
-  assert (rl.overlong([1, 200], most=100, margin=0) == 0).all()
+  assert (policy_gradient.overlong([1, 200], most=100, margin=0) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_penalties_have_the_gradient_of_a_kl(kind, other_way):
   def sampled(logits_V):
     logp_V = jax.nn.log_softmax(logits_V)
     prob_V = jax.lax.stop_gradient(jnp.exp(logp_V))
-    return jnp.sum(prob_V * rl.kl_penalty(kind, logp_V, ref_V))
+    return jnp.sum(prob_V * policy_gradient.kl_penalty(kind, logp_V, ref_V))
 
   def exact(logits_V):
     logp_V = jax.nn.log_softmax(logits_V)
@@ -287,7 +289,9 @@ def score(cfg, compute):
 
   @functools.partial(jax.jit, static_argnums=2)
   def run(params, batch, temperature):
-    scorer = rl.make_score(cfg=cfg, compute=compute, temperature=temperature)
+    scorer = policy_gradient.make_score(
+      cfg=cfg, compute=compute, temperature=temperature
+    )
     return scorer(params, batch)
 
   return lambda params, packed, temperature: np.asarray(
@@ -295,15 +299,15 @@ def score(cfg, compute):
   )
 
 
-def tokens_of(packed: text.Packed):
+def tokens_of(packed: packing.Packed):
   names = "tokens_BT", "positions_BT", "ends_BT"
   batch = {name: getattr(packed, name) for name in names}
   return batch | {"wanted_BT": packed.weight_BT > 0}
 
 
-def rl_batch(packed: text.Packed, logp_BT, rows, *, shift=False):
-  """What `rl.make_loss` takes of rollouts; `shift` moves the behaviour away from the
-  policy. Their reference and worth are some numbers of each."""
+def rl_batch(packed: packing.Packed, logp_BT, rows, *, shift=False):
+  """What `policy_gradient.make_loss` takes of rollouts; `shift` moves the behaviour
+  away from the policy. Their reference and worth are some numbers of each."""
   spread = {"advantage": [], "shift": [], "reference": [], "worth": []}
   for tokens, sampled, numbers in rows:
     rng = np.random.default_rng(len(tokens))
@@ -312,7 +316,7 @@ def rl_batch(packed: text.Packed, logp_BT, rows, *, shift=False):
       spread[name].append(np.full(n, numbers[name]))
     spread["reference"].append(numbers["shift"] + rng.normal(size=n) - 4.0)
     spread["worth"].append(rng.normal(size=n))
-  placed = rl.placed(packed.tokens_BT.shape, packed.where, **spread)
+  placed = policy_gradient.placed(packed.tokens_BT.shape, packed.where, **spread)
   shift_BT = placed.pop("shift_BT")
   more = {"sampled_BT": packed.weight_BT > 0}
   more["logp_BT"] = logp_BT + (shift_BT if shift else 0.0)
@@ -325,7 +329,9 @@ RLOO = dict(ratio_cap=1.2, length_norm=8.0)
 
 def run_of(how: ObjectiveConfig, cfg, compute):
   """`run(params, batch) -> (mean, metrics, gradients)` at temperature 0.8."""
-  loss = rl.make_loss(cfg=cfg, compute=compute, temperature=0.8, objective=how)
+  loss = policy_gradient.make_loss(
+    cfg=cfg, compute=compute, temperature=0.8, objective=how
+  )
 
   @jax.jit
   def run(params, batch):
@@ -349,13 +355,13 @@ def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
   score, params, cfg, compute
 ):
   rows = rollouts()
-  packed = text.pack(rows, length=32, rows_multiple=8)
+  packed = packing.pack(rows, length=32, rows_multiple=8)
   got = score(params, packed, 0.8)
-  alone = text.pad_rows(rows, length=32)
+  alone = packing.pad_rows(rows, length=32)
   hidden_BTD, _ = forward_of(cfg, compute)(
     params, alone.tokens_BT, alone.positions_BT, alone.ends_BT
   )
-  logits_BTV = np.asarray(hidden_BTD @ model.head(params)).astype(float) / 0.8
+  logits_BTV = np.asarray(hidden_BTD @ transformer.head(params)).astype(float) / 0.8
   logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(axis=-1, keepdims=True))
   sizes = [size for _, _, size in packed.where]
   assert any(n < len(row[0]) for n, row in zip(sizes, rows, strict=True))
@@ -397,7 +403,7 @@ def plain_loss(how: ObjectiveConfig, batch, logp_BT, value_BT):
   return total, tokens if how.mean == "tokens" else len(gains) * how.length_norm
 
 
-@pytest.mark.parametrize("packs", [text.pad_rows, text.pack])
+@pytest.mark.parametrize("packs", [packing.pad_rows, packing.pack])
 @pytest.mark.parametrize("name", [*ALGORITHMS.CHANGES])
 def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
   """Ratios off 1, padded rows and trees of two samples of a prompt."""
@@ -408,10 +414,10 @@ def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
   batch = rl_batch(packed, logp_BT, rows, shift=True)
   tree, value_BT = params, None
   if how.learns_values:
-    head = rl.init_value(params)
+    head = policy_gradient.init_value(params)
     head = jax.tree.map(lambda x: x + jnp.linspace(-3.0, 5.0, len(x)), head)
     tree = {"policy": params, "value": head}
-    worth = rl.make_worth(cfg=cfg, compute=compute)
+    worth = policy_gradient.make_worth(cfg=cfg, compute=compute)
     value_BT = np.asarray(jax.jit(worth)(tree, tokens_of(packed)))
     assert np.abs(value_BT).max() > 0.1
   mean, metrics, _ = run_of(how, cfg, compute)(tree, batch)
@@ -424,7 +430,7 @@ def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
 
 def test_the_policy_loss_keeps_its_metrics(score, loss_and_gradient, params):
   rows = rollouts()
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   logp_BT = score(params, packed, 0.8)
   batch = rl_batch(packed, logp_BT, rows, shift=True)
   _, metrics, _ = loss_and_gradient(batch)
@@ -446,7 +452,7 @@ def test_rollouts_left_out_count_where_a_constant_divides(
   how = objective(name, length_norm=8.0, kl="none", kl_weight=0.0)
   assert (how.mean == "constant") == bool(counted)
   rows = rollouts()
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   run = run_of(how, cfg, compute)
   whole, _, grads = run(params, batch)
@@ -468,7 +474,7 @@ def even(rows):
 
 def test_dapo_is_grpo_without_kl_where_lengths_are_equal(score, params, cfg, compute):
   rows = even(rollouts())
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
   found = []
   for name in ("dapo", "grpo"):
@@ -480,7 +486,7 @@ def test_dapo_is_grpo_without_kl_where_lengths_are_equal(score, params, cfg, com
 
 def test_on_policy_gspo_has_the_gradient_of_grpo(score, params, cfg, compute):
   rows = rollouts()
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   grpo = objective("grpo", kl="none", kl_weight=0.0)
   want = run_of(grpo, cfg, compute)(params, batch)
@@ -492,14 +498,14 @@ def test_on_policy_the_gradient_is_that_of_log_pi(
   score, loss_and_gradient, params, cfg, compute
 ):
   rows = rollouts()
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   _, metrics, got = loss_and_gradient(batch)
   np.testing.assert_allclose(metrics["ratio"].value(), 1, atol=1e-5)
   weight_BT = np.where(batch["sampled_BT"], batch["advantage_BT"], 0.0)
 
   def reinforce(p):
-    hidden_BTD, _ = model.forward(
+    hidden_BTD, _ = transformer.forward(
       p,
       packed.tokens_BT,
       packed.positions_BT,
@@ -507,7 +513,7 @@ def test_on_policy_the_gradient_is_that_of_log_pi(
       cfg=cfg,
       compute=compute,
     )
-    logp_BTV = jax.nn.log_softmax(hidden_BTD[:, :-1] @ model.head(p) / 0.8)
+    logp_BTV = jax.nn.log_softmax(hidden_BTD[:, :-1] @ transformer.head(p) / 0.8)
     at = jnp.asarray(packed.tokens_BT[:, 1:, None])
     logp_BT = jnp.take_along_axis(logp_BTV, at, axis=-1)[..., 0]
     return -jnp.sum(logp_BT * weight_BT[:, 1:])
@@ -520,9 +526,9 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
   straight, runs = rollouts(), []
   turned = straight[::-1]
   for packed, rows in (
-    (text.pad_rows(straight, length=32), straight),
-    (text.pad_rows(turned, length=32), turned),
-    (text.pack(straight, length=32, rows_multiple=8), straight),
+    (packing.pad_rows(straight, length=32), straight),
+    (packing.pad_rows(turned, length=32), turned),
+    (packing.pack(straight, length=32, rows_multiple=8), straight),
   ):
     batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
     runs.append(loss_and_gradient(batch))
@@ -533,7 +539,7 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
 
 def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params):
   rows = rollouts()
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   want = loss_and_gradient(batch)
   for name in ("logp_BT", "advantage_BT", "reference_BT", "worth_BT"):
@@ -544,14 +550,14 @@ def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params
 
 def test_equal_rewards_give_no_policy_gradient(score, loss_and_gradient, params):
   rows = rollouts()
-  advantage_R = rl.rloo_advantages(
+  advantage_R = policy_gradient.rloo_advantages(
     np.full((1, 8), 0.7, np.float32), np.ones((1, 8), bool)
   )
   rows = [
     (tokens, sampled, numbers | {"advantage": float(a)})
     for (tokens, sampled, numbers), a in zip(rows, advantage_R[0], strict=True)
   ]
-  packed = text.pad_rows(rows, length=32)
+  packed = packing.pad_rows(rows, length=32)
   _, _, grads = loss_and_gradient(rl_batch(packed, score(params, packed, 0.8), rows))
   assert all(np.abs(g).max() < 1e-6 for g in jax.tree.leaves(grads))
 
@@ -569,8 +575,8 @@ def test_the_expected_gradient_is_the_exact_one(
   reward_V = np.random.default_rng(0).normal(size=cfg.vocab).astype(np.float32)
 
   def expected(p):
-    line = text.pad_rows([(prompt, [0.0] * 4)], length=4)
-    hidden_BTD, _ = model.forward(
+    line = packing.pad_rows([(prompt, [0.0] * 4)], length=4)
+    hidden_BTD, _ = transformer.forward(
       p,
       line.tokens_BT,
       line.positions_BT,
@@ -578,7 +584,7 @@ def test_the_expected_gradient_is_the_exact_one(
       cfg=cfg,
       compute=compute,
     )
-    return -jax.nn.softmax(hidden_BTD[0, -1] @ model.head(p) / 0.8) @ reward_V
+    return -jax.nn.softmax(hidden_BTD[0, -1] @ transformer.head(p) / 0.8) @ reward_V
 
   want = jax.jit(jax.grad(expected))(params)
   for baseline in (0.0, 0.3):
@@ -592,7 +598,7 @@ def test_the_expected_gradient_is_the_exact_one(
         (prompt + [a], [0.0] * 4 + [1.0], more)
         for a, more in zip(tokens, numbers, strict=True)
       ]
-      packed = text.pack(rows, length=32, rows_multiple=8)
+      packed = packing.pack(rows, length=32, rows_multiple=8)
       batch = rl_batch(packed, score(params, packed, 0.8), rows)
       prob_BT = np.where(batch["sampled_BT"], np.exp(batch["logp_BT"]), 0.0)
       mass += prob_BT.sum()
@@ -610,16 +616,16 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
     more |= dict(clip_low=0.2, clip_high=0.2)
   how = objective(name, **more)
   tx = optax.adam(1e-2)
-  tree = {"policy": params, "value": rl.init_value(params)}
+  tree = {"policy": params, "value": policy_gradient.init_value(params)}
   tree = tree if how.learns_values else params
   opt, run = tx.init(tree), run_of(how, cfg, compute)
-  worth = jax.jit(rl.make_worth(cfg=cfg, compute=compute))
+  worth = jax.jit(policy_gradient.make_worth(cfg=cfg, compute=compute))
   rng, prompt, N = np.random.default_rng(0), [3, 1, 4, 1], 32
 
   @jax.jit
   def logits(p, tokens_BT):
-    hidden_BTD, _ = model.forward_rows(p, tokens_BT, cfg=cfg, compute=compute)
-    return hidden_BTD @ model.head(p) / 0.8
+    hidden_BTD, _ = transformer.forward_rows(p, tokens_BT, cfg=cfg, compute=compute)
+    return hidden_BTD @ transformer.head(p) / 0.8
 
   def roll(policy):
     rows = np.tile(np.array(prompt + [0, 0], np.int32), (N, 1))
@@ -634,7 +640,7 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
     rows_NT, reward_N = roll(policy)
     rewards.append(reward_N.mean())
     rows = [(row.tolist(), [0.0] * 4 + [1.0] * 2) for row in rows_NT]
-    packed = text.pad_rows(rows, length=6)
+    packed = packing.pad_rows(rows, length=6)
     logp_BT = score(policy, packed, 0.8)
     first_BT = score(params, packed, 0.8)
     value_NT = None
@@ -642,7 +648,7 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
       value_NT = np.asarray(worth(tree, tokens_of(packed)))[:, 4:]
     kl_NT = (logp_BT - first_BT)[:, 4:]
     shape = N // 8, 8
-    advantage_NT, worth_NT = rl.advantages(
+    advantage_NT, worth_NT = policy_gradient.advantages(
       how,
       reward_N.reshape(shape),
       np.ones(shape, bool),
@@ -652,7 +658,7 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
     )
     batch = tokens_of(packed) | {"sampled_BT": packed.weight_BT > 0, "logp_BT": logp_BT}
     batch["left_out_B"] = np.zeros(N, np.float32)
-    batch |= rl.placed(
+    batch |= policy_gradient.placed(
       logp_BT.shape,
       packed.where,
       advantage=advantage_NT,
@@ -714,7 +720,7 @@ def judge(cfg, compute, reward_params):
 def test_the_score_is_read_at_the_last_token(judge, rows, reward_params, cfg, compute):
   got = judge(reward_batch(rows))
   for i, (tokens, _, _) in enumerate(rows):
-    line = text.pad_rows([(SPEC + tokens, [1.0] * (5 + len(tokens)))], length=32)
+    line = packing.pad_rows([(SPEC + tokens, [1.0] * (5 + len(tokens)))], length=32)
     hidden_BTD, _ = forward_of(cfg, compute)(
       reward_params["trunk"], line.tokens_BT, line.positions_BT, line.ends_BT
     )
@@ -858,7 +864,7 @@ def test_a_reward_model_keeps_the_trunk_and_drops_the_head(
   )
   np.testing.assert_allclose(got, judge(reward_batch(rows)), atol=1e-5)
   assert made["trunk"].keys() == params.keys()
-  axes = leaves.logical_axes(made)
+  axes = param_tree.logical_axes(made)
   flat = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
   shapes = [x.ndim for x in jax.tree.leaves(made)]
   assert [len(names) for names in flat] == shapes

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign import model
-from dalign import rl
-from dalign import sampler
-from dalign import text
-from dalign import vocab
-from dalign import weights
-from dalign.config import SamplerConfig
-from dalign.sampler import Request
+from dalign.config.schema import SamplerConfig
+from dalign.formats import weights
+from dalign.models import transformer
+from dalign.sampling import sampler
+from dalign.sampling.sampler import Request
+from dalign.text import packing
+from dalign.text import vocab
+from dalign.training import policy_gradient
 
 HEAD = (11, 12, 13, 14, 15, 16)
 TAILS = (
@@ -159,10 +159,10 @@ def likeliest(params, tokens_T, length, *, cfg, compute):
   """The likeliest token after the first `length`, by a full forward of them all."""
   at_T = jnp.arange(len(tokens_T))
   ends_BT = jnp.where(at_T < length, length, 0)[None]
-  hidden_BTD, _ = model.forward(
+  hidden_BTD, _ = transformer.forward(
     params, tokens_T[None], at_T[None], ends_BT, cfg=cfg, compute=compute
   )
-  return jnp.argmax(hidden_BTD[0, length - 1] @ model.head(params))
+  return jnp.argmax(hidden_BTD[0, length - 1] @ transformer.head(params))
 
 
 def plain_decode(params, prompt, n, *, cfg, compute) -> tuple[int, ...]:
@@ -215,9 +215,11 @@ def test_the_trainer_gives_tokens_the_same_probability(
     (c.request.tokens + c.tokens, [0] * len(c.request.tokens) + [1] * len(c.tokens))
     for _, c in sorted(done.items())
   ]
-  packed = text.pack(rows, length=192)
+  packed = packing.pack(rows, length=192)
   assert len(packed.tokens_BT) < len(rows)  # so that rows do share a line
-  score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=scored))
+  score = jax.jit(
+    policy_gradient.make_score(cfg=cfg, compute=compute, temperature=scored)
+  )
   batch = {
     "tokens_BT": packed.tokens_BT,
     "positions_BT": packed.positions_BT,
@@ -241,9 +243,9 @@ def test_ids_without_a_token_are_never_drawn_and_have_no_probability(
   [done] = some.run(some.prepare(params), [requests(PROMPTS[:1])], **how)
   assert len(done.tokens) == 64 and not absent & {*done.tokens}
   row = [*done.request.tokens, *done.tokens]
-  packed = text.pack([(row, [0] * 7 + [1] * 64)], length=len(row))
+  packed = packing.pack([(row, [0] * 7 + [1] * 64)], length=len(row))
   batch = packed.lines | {"wanted_BT": packed.weight_BT > 0}
-  score = rl.make_score(cfg=cfg, compute=compute, temperature=2.0)
+  score = policy_gradient.make_score(cfg=cfg, compute=compute, temperature=2.0)
 
   def total(params):
     logp_BT = score(params, batch)

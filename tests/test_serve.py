@@ -20,9 +20,9 @@ import numpy as np
 import openai
 import pytest
 
-from dalign import assistant
-from dalign import serve
-from dalign.harness import lm_eval_model
+from dalign.serving import assistant
+from dalign.serving import server
+from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
@@ -266,7 +266,7 @@ def test_what_is_no_request_of_ours_is_refused(address):
   assert_refused(address, b"{", 400, "JSON")
   assert_refused(address, b"[1]", 400, "JSON object")
   assert_refused(address, b"[" * 10**5, 400, "JSON")
-  assert_refused(address, b"x" * (serve.MOST_BYTES + 1), 413, "bytes at the most")
+  assert_refused(address, b"x" * (server.MOST_BYTES + 1), 413, "bytes at the most")
   # A page that a browser was led to can send neither without asking first.
   form = {"Content-Type": "text/plain"}
   assert_refused(address, b"{}", 415, "application/json", **form)
@@ -289,13 +289,13 @@ def test_what_asks_for_no_more_than_is_done_is_answered(address, name):
 
 
 def test_too_many_who_wait_are_sent_away(model):
-  service = serve.Service(assistant.Engine(model), "m")
+  service = server.Service(assistant.Engine(model), "m")
   body = {"model": "m", "messages": QUESTION, "n": 16}
   asked = service.read(json.dumps(body).encode(), chat=True)
   with contextlib.ExitStack() as waiting:
-    for _ in range(serve.MOST_WAITING):
+    for _ in range(server.MOST_WAITING):
       waiting.enter_context(service.held(asked))
-    with pytest.raises(serve.Refused, match="come again later") as caught:
+    with pytest.raises(server.Refused, match="come again later") as caught:
       with service.held(asked):
         pass
   assert caught.value.status == 429
@@ -304,10 +304,10 @@ def test_too_many_who_wait_are_sent_away(model):
 
 
 def test_a_key_is_wanted_where_one_is_set(model):
-  service = serve.Service(assistant.Engine(model), "m", key="secret")
+  service = server.Service(assistant.Engine(model), "m", key="secret")
   service.admit({"authorization": "Bearer secret"}, local=False)
   for sent in ({}, {"authorization": "Bearer no"}, {"authorization": "secre"}):
-    with pytest.raises(serve.Refused, match="bearer token") as caught:
+    with pytest.raises(server.Refused, match="bearer token") as caught:
       service.admit(sent, local=False)
     assert caught.value.status == 401
 

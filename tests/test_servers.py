@@ -17,12 +17,12 @@ import urllib.request
 
 import pytest
 
-from dalign import config as configs
-from dalign import domain
-from dalign import endpoint
-from dalign import forms
-from dalign import store
-from dalign.pipeline import servers
+from dalign.config import schema as configs
+from dalign.judges import endpoint
+from dalign.judges import forms
+from dalign.runs import store
+from dalign.stages import servers
+from dalign.tasks import domain
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file

@@ -23,7 +23,7 @@ SMALL = (
   "--config.rl.steps=40",
 )
 FLIPPED = """
-from dalign import rl
+from dalign.training import policy_gradient as rl
 forward = rl.advantages
 def backward(*args):
   advantage_NT, worth_NT = forward(*args)

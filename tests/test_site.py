@@ -22,10 +22,10 @@ import pytest
 import yaml
 
 import dalign
-from dalign import explain
-from dalign.config import Config
-from dalign.config import flat
-from dalign.config import to_json
+from dalign.config import explain
+from dalign.config.schema import Config
+from dalign.config.schema import flat
+from dalign.config.schema import to_json
 from tests import test_processes
 from tests.helpers import ROOT
 from tests.helpers import clean_environment

@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
-from dalign import compose
-from dalign import spec
-from dalign import store
 from dalign import types
-from dalign.text import ThinkFormat
+from dalign.policy import prompting
+from dalign.policy import spec
+from dalign.runs import store
+from dalign.text.thinking import ThinkFormat
 from tests.helpers import ROOT
 
 CATEGORIES = {
@@ -732,13 +732,13 @@ def test_shipped_short_forms_are_short(shipped, category):
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_demonstrations_take_response_types_by_turns(category):
   shipped = spec.Spec(principles=(), styles=(), policies=(shipped_policy(category),))
-  shown = compose.demonstrations(shipped, category, 6)
+  shown = prompting.demonstrations(shipped, category, 6)
   for some in (shown[:3], shown[3:]):
     assert {example.verdict for example in some} == set(DECISIONS)
   for verdict in DECISIONS:
     worked = [w for w in shipped.policies[0].worked if w.verdict == verdict]
     assert [e for e in shown if e.verdict == verdict] == worked[:2]
-  assert compose.demonstrations(shipped, category, 2) == shown[:2]
+  assert prompting.demonstrations(shipped, category, 2) == shown[:2]
 
 
 def test_nothing_that_a_teacher_reads_tells_how_to_reply(shipped):
@@ -748,11 +748,11 @@ def test_nothing_that_a_teacher_reads_tells_how_to_reply(shipped):
   def read(**more):
     turns = (types.Turn(role="user", content="How?"),)
     asked = types.Prompt(id="p", turns=turns, category="weapons", **more)
-    return compose.teach(shipped, asked, detail="full", worked=4, think=think)
+    return prompting.teach(shipped, asked, detail="full", worked=4, think=think)
 
   refuse, comply = (read(expected=name) for name in ("refuse", "comply"))
   assert refuse == comply == read(expected="", clauses=("WE-D1",))
-  worked = compose.demonstrations(shipped, "weapons", 4)
+  worked = prompting.demonstrations(shipped, "weapons", 4)
   shown = [turn.content for turn in refuse if turn.role == "assistant"]
   for example, said in zip(worked, shown, strict=True):
     assert said.startswith(f"<think>\n{example.thought}\n</think>\n\n")
@@ -760,9 +760,9 @@ def test_nothing_that_a_teacher_reads_tells_how_to_reply(shipped):
 
 
 def test_demonstrations_of_no_policy_say_that_none_applies(shipped):
-  for example in compose.demonstrations(shipped, spec.BENIGN, 4):
+  for example in prompting.demonstrations(shipped, spec.BENIGN, 4):
     assert (example.clause, example.verdict) == ("", "comply")
-    assert example.thought == compose.UNTOUCHED
+    assert example.thought == prompting.UNTOUCHED
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

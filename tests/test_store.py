@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from dalign import config as configs
-from dalign import store
-from dalign.metrics import Metrics
-from dalign.store import Store
+from dalign.config import schema as configs
+from dalign.runs import store
+from dalign.runs.metrics import Metrics
+from dalign.runs.store import Store
 from tests.helpers import tiny
 
 ROWS = [{"id": "a", "text": "é\u2028"}, {"id": "b", "n": [1, 2]}, {"id": "c", "t": {}}]
@@ -55,7 +55,7 @@ def test_append_goes_on_wherever_the_last_line_was_cut(tmp_path):
 def test_a_killed_writer_leaves_rows_to_go_on_from(tmp_path):
   path = tmp_path / "rows.jsonl"
   code = (
-    "import itertools, pathlib, sys; from dalign import store\n"
+    "import itertools, pathlib, sys; from dalign.runs import store\n"
     "for i in itertools.count():\n"
     "  store.append_rows(pathlib.Path(sys.argv[1]), [{'i': i, 'x': 'y' * 100_000}])"
   )

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dalign import config as configs
 from dalign import main
-from dalign import sweep
+from dalign.config import schema as configs
+from dalign.tools import sweep
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file

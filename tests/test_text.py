@@ -13,13 +13,15 @@ from tokenizers import models
 from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
-from dalign import compose
-from dalign import text
-from dalign import vocab
+from dalign.policy import prompting
+from dalign.text import chat_template
+from dalign.text import packing
+from dalign.text import thinking
+from dalign.text import vocab
 from dalign.types import Turn
 
 TINY = vocab.tiny_tokenizer()
-THINK = text.ThinkFormat(open="<think>\nThe user", close="</think>")
+THINK = thinking.ThinkFormat(open="<think>\nThe user", close="</think>")
 TEMPLATES = {
   "chatml": vocab.CHATML,
   "bos, trim, generation": (
@@ -36,16 +38,16 @@ TEMPLATES = {
 }
 
 
-def byte_level(template: str, added=(), bos="<|endoftext|>") -> text.Tokenizer:
+def byte_level(template: str, added=(), bos="<|endoftext|>") -> chat_template.Tokenizer:
   """The tiny tokenizer with another template and more added tokens."""
   backend = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
   backend.add_tokens([token for token in added if not token.special])
   backend.add_special_tokens([token for token in added if token.special])
   bos_id = None if bos is None else backend.token_to_id(bos)
-  return text.Tokenizer.of(backend, template, bos_id=bos_id, eos_id=2)
+  return chat_template.Tokenizer.of(backend, template, bos_id=bos_id, eos_id=2)
 
 
-def reference_ids(tok: text.Tokenizer, turns, prompt: bool) -> list[int]:
+def reference_ids(tok: chat_template.Tokenizer, turns, prompt: bool) -> list[int]:
   """The ids that transformers gives for the same backend and template."""
   transformers = pytest.importorskip("transformers")
   backend = tokenizers.Tokenizer.from_str(tok.backend.to_str())
@@ -80,7 +82,7 @@ def chat(*contents: str) -> list[Turn]:
 )
 def test_chat_ids_are_those_of_transformers(name, prompt, turns):
   tok = byte_level(TEMPLATES[name])
-  got = text.render_chat(tok, turns, add_generation_prompt=prompt)
+  got = chat_template.render_chat(tok, turns, add_generation_prompt=prompt)
   assert got == reference_ids(tok, turns, prompt)
 
 
@@ -102,9 +104,9 @@ def test_space_before_words_as_transformers(scheme):
     "{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}"
     "{% endif %}{% endfor %}"
   )
-  tok = text.Tokenizer.of(backend, template, bos_id=0, eos_id=1)
+  tok = chat_template.Tokenizer.of(backend, template, bos_id=0, eos_id=1)
   turns = chat("a b", "c", "b\nb", "")
-  assert text.render_chat(tok, turns) == reference_ids(tok, turns, True)
+  assert chat_template.render_chat(tok, turns) == reference_ids(tok, turns, True)
 
 
 def test_white_space_that_control_tokens_swallow_is_gone_as_in_transformers():
@@ -115,14 +117,14 @@ def test_white_space_that_control_tokens_swallow_is_gone_as_in_transformers():
   )
   tok = byte_level(template, [end])
   turns = chat("a ", " b")
-  assert text.render_chat(tok, turns) == reference_ids(tok, turns, True)
+  assert chat_template.render_chat(tok, turns) == reference_ids(tok, turns, True)
   assert tok.stop_ids == (2, tok.special["<|end|>"])
 
 
 def test_the_longest_control_token_wins_as_in_transformers():
   long = tokenizers.AddedToken("<|im_start|>user", special=True)
   tok = byte_level(vocab.CHATML, [long])
-  ids = text.render_chat(tok, chat("x"))
+  ids = chat_template.render_chat(tok, chat("x"))
   assert ids[0] == tok.special["<|im_start|>user"]
   assert ids == reference_ids(tok, chat("x"), True)
 
@@ -130,13 +132,15 @@ def test_the_longest_control_token_wins_as_in_transformers():
 def test_a_doubled_bos_becomes_one():
   tok = byte_level("{{ bos_token }}" + TEMPLATES["bos, trim, generation"])
   once = byte_level(TEMPLATES["bos, trim, generation"])
-  assert text.render_chat(tok, chat("x")) == text.render_chat(once, chat("x"))
+  assert chat_template.render_chat(tok, chat("x")) == chat_template.render_chat(
+    once, chat("x")
+  )
 
 
 def test_the_stop_ids_are_the_tokenizers_and_the_templates():
   assert TINY.stop_ids == (2,)
   backend = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
-  tok = text.Tokenizer.of(backend, vocab.CHATML, bos_id=None, eos_id=0)
+  tok = chat_template.Tokenizer.of(backend, vocab.CHATML, bos_id=None, eos_id=0)
   assert (tok.stop_ids, tok.pad_id) == ((0, 2), 0)
 
 
@@ -186,7 +190,7 @@ def test_content_never_makes_control_tokens(contents, before, after, filtered):
     f"{before}{{{{ m.content{filtered} }}}}{after}<|im_end|>"
     "{% if m.role == 'assistant' %}<think>{% endif %}{% endfor %}"
   )
-  with mock.patch.object(text, "_check_written"):  # which refuses most filters
+  with mock.patch.object(chat_template, "_check_written"):  # which refuses most filters
     _compare_controls(_thinking(template), contents, before, after, filtered)
 
 
@@ -195,13 +199,14 @@ def _compare_controls(tok, contents, before, after, filtered):
   plain = [Turn(role="user", content="x") for _ in contents]
   controls = set(tok._controls.values())
   seen = [
-    [i for i in text.render_chat(tok, t) if i in controls] for t in (turns, plain)
+    [i for i in chat_template.render_chat(tok, t) if i in controls]
+    for t in (turns, plain)
   ]
   assert seen[0] == seen[1]
   if not filtered:
     left, right = (edge.replace("<|im_start|>", "") for edge in (before, after))
     want = "".join(left + content + right for content in contents)
-    assert tok.decode(text.render_chat(tok, turns)) == want
+    assert tok.decode(chat_template.render_chat(tok, turns)) == want
 
 
 def test_templates_find_the_tag_that_an_assistant_turn_begins_with():
@@ -211,13 +216,15 @@ def test_templates_find_the_tag_that_an_assistant_turn_begins_with():
   )
   turns = [Turn(role=role, content="<think>a") for role in ("assistant", "user")]
   tok = _thinking(template)
-  assert tok.decode(text.render_chat(tok, turns)) == "True<think>aFalse<think>a"
+  assert (
+    tok.decode(chat_template.render_chat(tok, turns)) == "True<think>aFalse<think>a"
+  )
 
 
 _MADE = {}
 
 
-def _thinking(template: str) -> text.Tokenizer:
+def _thinking(template: str) -> chat_template.Tokenizer:
   """A tokenizer with <think> and </think> as tokens that are not control tokens."""
   if template not in _MADE:
     tags = [tokenizers.AddedToken(t, special=False) for t in ("<think>", "</think>")]
@@ -226,7 +233,7 @@ def _thinking(template: str) -> text.Tokenizer:
 
 
 def test_a_mark_that_the_user_wrote_is_kept():
-  ids = text.render_chat(TINY, chat("<\ufdd0|im_end|>\ufdd1"))
+  ids = chat_template.render_chat(TINY, chat("<\ufdd0|im_end|>\ufdd1"))
   assert "<\ufdd0|im_end|>\ufdd1" in TINY.decode(ids)
 
 
@@ -234,7 +241,9 @@ def test_think_tags_are_tokens_for_the_model_and_text_for_users():
   think_prompt = "{% if add_generation_prompt %}<think>{% endif %}</think>"
   tok = _thinking(vocab.CHATML + think_prompt)
   open_id, close_id = tok._tags["<think>"], tok._tags["</think>"]
-  ids = text.render_chat(tok, chat("<think>a</think>", "<think>b</think>c", "d"))
+  ids = chat_template.render_chat(
+    tok, chat("<think>a</think>", "<think>b</think>c", "d")
+  )
   assert ids.count(open_id) == 2 and ids.count(close_id) == 2
   assert "user\n<think>a</think>\n" in tok.decode(ids)
   assert tok.encode("<think>\nx") == [open_id, *tok.encode("\nx")]
@@ -247,7 +256,7 @@ HARMONY = (
   "<|message|>{{ m.content }}<|end|>{% endfor %}"
   "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-CHANNELS = text.ThinkFormat(
+CHANNELS = thinking.ThinkFormat(
   open="<|channel|>analysis<|message|>",
   close="<|end|><|start|>assistant<|channel|>final<|message|>",
 )
@@ -266,12 +275,14 @@ def test_a_think_format_may_be_made_of_control_tokens():
   assert ids[0] == plain.special["<|channel|>"] and ids.count(end) == 1
   assert tok.decode([*ids, *tok.stop_ids]) == said
   parts = "S1 says no.", "I will not.", ""
-  assert text.split_thought(tok.decode(ids), CHANNELS) == parts
+  assert thinking.split_thought(tok.decode(ids), CHANNELS) == parts
   turns, known = chat(said), plain.special.values()
-  controls = [i for i in text.render_chat(tok, turns) if i in known]
+  controls = [i for i in chat_template.render_chat(tok, turns) if i in known]
   in_order = ("<|start|>", "<|message|>", "<|end|>", "<|start|>")
   assert controls == [plain.special[name] for name in in_order]
-  assert text.render_chat(plain, turns) == text.render_chat(tok, turns)
+  assert chat_template.render_chat(plain, turns) == chat_template.render_chat(
+    tok, turns
+  )
   assert plain.reading("<think>") is plain
   with pytest.raises(ValueError, match="every token that could end"):
     TINY.reading("<|im_end|><|endoftext|>")
@@ -299,7 +310,7 @@ def test_a_think_format_may_be_made_of_control_tokens():
 )
 def test_chats_that_cannot_be_rendered_say_why(template, turns, message):
   with pytest.raises(ValueError, match=message):
-    text.render_chat(byte_level(template), turns)
+    chat_template.render_chat(byte_level(template), turns)
 
 
 SPOKEN = [Turn(role="system", content="The policy."), *chat("one", "two", "three")]
@@ -322,16 +333,16 @@ REASONS = (
 
 def test_what_a_template_leaves_out_is_refused():
   tok = byte_level(LAST_USER)
-  assert "The policy.three" in tok.decode(text.render_chat(tok, SPOKEN))
+  assert "The policy.three" in tok.decode(chat_template.render_chat(tok, SPOKEN))
   with pytest.raises(ValueError, match=r"leaves out what the system turn says \(The"):
-    text.render_chat(tok, SPOKEN[:3])
+    chat_template.render_chat(tok, SPOKEN[:3])
   short = vocab.CHATML.replace("message['content']", "message['content'][:5]")
   with pytest.raises(ValueError, match="leaves out what the system turn says"):
-    text.render_chat(byte_level(short), SPOKEN)
+    chat_template.render_chat(byte_level(short), SPOKEN)
   with pytest.raises(ValueError, match="leaves out what the user turn says"):
-    text.render_chat(byte_level(short), chat("one and two"))
+    chat_template.render_chat(byte_level(short), chat("one and two"))
   with pytest.raises(ValueError, match="leaves out what the assistant turn says"):
-    text.render_chat(byte_level(short), chat("one", "two and three", "four"))
+    chat_template.render_chat(byte_level(short), chat("one", "two and three", "four"))
 
 
 def test_a_thought_that_a_template_opens_with_another_tag_is_refused():
@@ -349,28 +360,30 @@ def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
   tok = byte_level(REASONS, names)
   turns = chat("one", "<think>\nmine\n</think>\n\ntwo", "three")
   own = tok.unopened("<think>")
-  read = compose.opened(own, turns, THINK, whole=True)
+  read = prompting.opened(own, turns, THINK, whole=True)
   said = tok.backend.decode(list(read), skip_special_tokens=False)
   assert said.endswith("three<|im_end|>\n<|im_start|>assistant\n<think>\nThe user")
   assert said.count("<think>") == 2 and "<think>\nmine\n</think>\n\ntwo<|im_end" in said
   if tags:
     assert list(read).count(tok.backend.token_to_id("<think>")) == 2
   assert own.unopened("<think>") is own
-  silent = compose.opened(own, turns, None)
+  silent = prompting.opened(own, turns, None)
   assert tok.backend.decode(list(silent)).endswith("assistant\n")
   # A chat that ends with a reply is as it was, and others read the template as we do.
   plain = chat("one", "two", "three")
-  assert text.render_chat(own, plain) == reference_ids(own, plain, True)
-  ends = text.render_chat(own, plain[:2], add_generation_prompt=False)
+  assert chat_template.render_chat(own, plain) == reference_ids(own, plain, True)
+  ends = chat_template.render_chat(own, plain[:2], add_generation_prompt=False)
   assert ends == reference_ids(tok, plain[:2], False)
 
 
 def test_a_template_is_told_the_day_of_the_run():
   template = "{{ strftime_now('%d %b %Y, %H:%M') }}" + vocab.CHATML
   tok = byte_level(template)
-  assert tok.decode(text.render_chat(tok, chat("x")))[:11] != "03 Feb 2021"
+  assert tok.decode(chat_template.render_chat(tok, chat("x")))[:11] != "03 Feb 2021"
   tok = dataclasses.replace(tok, date="2021-02-03")
-  assert tok.decode(text.render_chat(tok, chat("x"))).startswith("03 Feb 2021, 00:00")
+  assert tok.decode(chat_template.render_chat(tok, chat("x"))).startswith(
+    "03 Feb 2021, 00:00"
+  )
 
 
 def test_control_tokens_that_text_can_reach_are_refused():
@@ -380,7 +393,7 @@ def test_control_tokens_that_text_can_reach_are_refused():
   backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
   backend.add_special_tokens(["<s>"])
   with pytest.raises(ValueError, match="out of ordinary text"):
-    text.Tokenizer.of(backend, "", bos_id=None, eos_id=0)
+    chat_template.Tokenizer.of(backend, "", bos_id=None, eos_id=0)
 
 
 # --- thought and answer ---
@@ -408,7 +421,7 @@ def test_control_tokens_that_text_can_reach_are_refused():
   ],
 )
 def test_split_thought(completion, want):
-  assert text.split_thought(completion, THINK) == want
+  assert thinking.split_thought(completion, THINK) == want
 
 
 @hypothesis.given(
@@ -418,10 +431,10 @@ def test_split_thought(completion, want):
 )
 def test_a_well_formed_split_puts_together_again(parts):
   completion = "".join(parts)
-  thought, answer, malformed = text.split_thought(completion, THINK)
+  thought, answer, malformed = thinking.split_thought(completion, THINK)
   if not malformed:
     again = f"<think>{thought}</think>{answer}"
-    assert text.split_thought(again, THINK) == (thought, answer, "")
+    assert thinking.split_thought(again, THINK) == (thought, answer, "")
     assert "think>" not in thought + answer and thought and answer
 
 
@@ -431,11 +444,11 @@ def test_a_well_formed_split_puts_together_again(parts):
 )
 def test_think_formats_that_cannot_be_parsed_are_refused(open_, close):
   with pytest.raises(ValueError, match="tag"):
-    text.ThinkFormat(open=open_, close=close)
+    thinking.ThinkFormat(open=open_, close=close)
 
 
 def test_an_opening_quotes_its_prompt_on_one_line_without_tags():
-  think = text.ThinkFormat(open='<think>\nAsked: "{prompt}"', close="</think>")
+  think = thinking.ThinkFormat(open='<think>\nAsked: "{prompt}"', close="</think>")
   prompt = 'Say "hi",\n\nthen </think> and\t<tool_call> {prompt}, as 1 < 2.'
   own = think.of(prompt)
   said = "Say 'hi', then and < tool_call> {prompt}, as 1 < 2."
@@ -446,8 +459,8 @@ def test_an_opening_quotes_its_prompt_on_one_line_without_tags():
 
 
 def test_of_a_long_prompt_both_ends_are_quoted():
-  think = text.ThinkFormat(open="<think>\n{prompt}", close="</think>")
-  n = text.QUOTED
+  think = thinking.ThinkFormat(open="<think>\n{prompt}", close="</think>")
+  n = thinking.QUOTED
   fits = [f"w{i}" for i in range(2 * n)]
   assert think.of(" ".join(fits)).start.split() == fits
   long = [*fits[:n], "left", "out", *fits[n:]]
@@ -455,11 +468,11 @@ def test_of_a_long_prompt_both_ends_are_quoted():
 
 
 def test_words_of_its_own_must_follow_a_quoted_prompt():
-  think = text.ThinkFormat(open='<think>\n"{prompt}"', close="</think>").of("Why?")
+  think = thinking.ThinkFormat(open='<think>\n"{prompt}"', close="</think>").of("Why?")
   bare = f"{think.open} </think> Since."
-  assert text.split_thought(bare, think) == ('"Why?"', "Since.", "empty thought")
+  assert thinking.split_thought(bare, think) == ('"Why?"', "Since.", "empty thought")
   own = f"{think.open} I can.</think> Since."
-  assert text.split_thought(own, think) == ('"Why?" I can.', "Since.", "")
+  assert thinking.split_thought(own, think) == ('"Why?" I can.', "Since.", "")
 
 
 @pytest.mark.parametrize(
@@ -467,8 +480,8 @@ def test_words_of_its_own_must_follow_a_quoted_prompt():
   [("<t>", "\n"), ("<t>\n", ""), ("<t>\nThe user", " "), ('<t>\n"{prompt}"', " ")],
 )
 def test_a_demonstrated_thought_follows_its_opening(open_, gap):
-  think = text.ThinkFormat(open=open_, close="</t>")
-  rest = compose.written("No policy touches this, so I can answer.", "17.", think)
+  think = thinking.ThinkFormat(open=open_, close="</t>")
+  rest = prompting.written("No policy touches this, so I can answer.", "17.", think)
   assert rest == f"{gap}No policy touches this, so I can answer.\n</t>\n\n17."
 
 
@@ -476,11 +489,11 @@ def test_a_demonstrated_thought_follows_its_opening(open_, gap):
 def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
   """<think> and </think> are tokens of this tokenizer, as in Qwen3."""
   tok = _thinking(vocab.CHATML + "<think></think>")
-  think = text.ThinkFormat(open='<think>\n"{prompt}"', close=close)
+  think = thinking.ThinkFormat(open='<think>\n"{prompt}"', close=close)
   turns = (Turn(role="user", content=content),)
-  ids = compose.forced(tok, turns, think)
+  ids = prompting.forced(tok, turns, think)
   assert [i for i in ids if i in tok._controls.values()] == [tok._tags["<think>"]]
-  assert compose.opened(tok, turns, think)[-len(ids) :] == ids
+  assert prompting.opened(tok, turns, think)[-len(ids) :] == ids
 
 
 # --- packing ---
@@ -509,7 +522,7 @@ def test_packing_loses_nothing_and_overlaps_nothing(known, multiple):
     )
     for i, (front, n) in enumerate(known)
   ]
-  packed = text.pack(rows, length=12, rows_multiple=multiple)
+  packed = packing.pack(rows, length=12, rows_multiple=multiple)
   assert packed.tokens_BT.shape[0] % multiple == 0 < packed.tokens_BT.shape[0]
   assert packed.tokens_BT.shape[1] == 12
   used = np.zeros(packed.tokens_BT.shape, int)
@@ -543,7 +556,7 @@ def test_packing_takes_the_first_line_with_room(sizes):
       space.append(9)
     want.append((b, 9 - space[b], n))
     space[b] -= n
-  assert text.pack(make_rows(sizes), length=9).where == tuple(want)
+  assert packing.pack(make_rows(sizes), length=9).where == tuple(want)
 
 
 def test_rows_of_a_line_share_what_is_known_in_front():
@@ -551,7 +564,7 @@ def test_rows_of_a_line_share_what_is_known_in_front():
   a = [7, 7, 1, 2, 3], [0, 0, 0, 0, 1]
   b = [7, 7, 1, 2, 4, 5], [0, 0, 0, 0, 1, 1]
   c = [7, 7, 6, 8], [0, 0, 0, 1]
-  packed = text.pack([a, c, b], length=12)
+  packed = packing.pack([a, c, b], length=12)
   assert packed.tokens_BT.tolist() == [[7, 7, 6, 8, 1, 2, 3, 2, 4, 5, 0, 0]]
   assert packed.positions_BT.tolist() == [[0, 1, 2, 3, 2, 3, 4, 3, 4, 5, 0, 0]]
   assert packed.ends_BT.tolist() == [[10, 10, 4, 4, 10, 7, 7, 10, 10, 10, 0, 0]]
@@ -561,12 +574,12 @@ def test_rows_of_a_line_share_what_is_known_in_front():
 
 def test_a_row_goes_where_it_adds_least():
   rows = [([i, i, i, 9], [0, 0, 0, 1]) for i in (1, 2, 1)]
-  packed = text.pack(rows, length=6)
+  packed = packing.pack(rows, length=6)
   assert [b for b, _, _ in packed.where] == [0, 1, 0]
 
 
 def test_padded_rows_keep_their_line_and_masks_become_weights():
-  packed = text.pad_rows([([5, 2, 2], [False, True, True]), ([2], [True])], length=4)
+  packed = packing.pad_rows([([5, 2, 2], [False, True, True]), ([2], [True])], length=4)
   assert packed.tokens_BT.tolist() == [[5, 2, 2, 0], [2, 0, 0, 0]]
   assert packed.ends_BT.tolist() == [[3, 3, 3, 0], [1, 0, 0, 0]]
   assert packed.weight_BT.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
@@ -584,7 +597,7 @@ def test_padded_rows_keep_their_line_and_masks_become_weights():
     ([([1], [1.0], {"a": 1.0}), ([1], [1.0])], "row 1 has extras"),
   ],
 )
-@pytest.mark.parametrize("lay", [text.pack, text.pad_rows])
+@pytest.mark.parametrize("lay", [packing.pack, packing.pad_rows])
 def test_rows_that_do_not_fit_are_refused(lay, rows, message):
   with pytest.raises(ValueError, match=message):
     lay(rows, length=4)

@@ -14,16 +14,16 @@ import numpy as np
 import optax
 import pytest
 
-from dalign import attention
-from dalign import leaves
-from dalign import model
-from dalign import ops
-from dalign import sft
-from dalign import sharding
-from dalign import text
-from dalign import train
-from dalign.config import MeshConfig
-from dalign.config import OptimizerConfig
+from dalign.config.schema import MeshConfig
+from dalign.config.schema import OptimizerConfig
+from dalign.models import attention
+from dalign.models import ops
+from dalign.models import param_tree
+from dalign.models import sharding
+from dalign.models import transformer
+from dalign.text import packing
+from dalign.training import sft
+from dalign.training import train
 from dalign.types import Mean
 
 OPTIMIZER = OptimizerConfig(
@@ -426,7 +426,7 @@ def test_logical_axes_become_mesh_axes():
 
 def test_axes_that_do_not_divide_are_dropped(params):
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  placed = sharding.shardings(mesh, leaves.logical_axes(params), params)
+  placed = sharding.shardings(mesh, param_tree.logical_axes(params), params)
   assert placed["embed"].spec == P(None, "fsdp")  # 97 words lie on two devices badly
   assert placed["layers"]["q"].spec == P(None, "fsdp", "tensor")
   rows = sharding.batch_sharding(mesh, "tokens_BT", jnp.zeros((3, 8, 5)), lead=1)
@@ -441,7 +441,7 @@ def test_moments_lie_as_their_parameters(params):
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   tx = train.make_optimizer(OPTIMIZER, steps=10)
   state = jax.eval_shape(lambda p: train.create(p, tx), params)
-  placed = train.state_shardings(mesh, state, leaves.logical_axes(params))
+  placed = train.state_shardings(mesh, state, param_tree.logical_axes(params))
   adam = next(s for s in jax.tree.leaves(placed.opt_state, is_leaf=_adam) if _adam(s))
   assert adam.mu == placed.params and adam.nu == placed.params
   assert adam.count.spec == placed.step.spec == P()
@@ -486,7 +486,7 @@ def loss_and_gradient(params, cfg, compute):
   return run
 
 
-def sft_batch(packed: text.Packed, micro=None):
+def sft_batch(packed: packing.Packed, micro=None):
   names = ("tokens_BT", "positions_BT", "ends_BT", "weight_BT")
   batch = {n: getattr(packed, n) for n in names}
   return batch if micro is None else one(batch, micro)
@@ -495,11 +495,11 @@ def sft_batch(packed: text.Packed, micro=None):
 def test_sft_loss_is_the_sum_of_weighted_tokens(
   rows, loss_and_gradient, params, cfg, compute
 ):
-  packed = text.pad_rows(rows, length=24)
+  packed = packing.pad_rows(rows, length=24)
   mean, metrics, _ = loss_and_gradient(sft_batch(packed))
-  forward = jax.jit(functools.partial(model.forward, cfg=cfg, compute=compute))
+  forward = jax.jit(functools.partial(transformer.forward, cfg=cfg, compute=compute))
   hidden_BTD, _ = forward(params, packed.tokens_BT, packed.positions_BT, packed.ends_BT)
-  head, want, entropies, hits = np.asarray(model.head(params)), 0.0, [], []
+  head, want, entropies, hits = np.asarray(transformer.head(params)), 0.0, [], []
   for hidden_TD, (tokens, weight) in zip(np.asarray(hidden_BTD), rows, strict=True):
     n = len(tokens)
     logp, entropy, hit = plain_stats(hidden_TD[: n - 1], head, tokens[1:], 1.0)
@@ -516,23 +516,23 @@ def test_sft_loss_is_the_sum_of_weighted_tokens(
 
 
 def test_packing_padding_and_order_change_no_sft_gradient(rows, loss_and_gradient):
-  padded = loss_and_gradient(sft_batch(text.pad_rows(rows, length=24)))
-  turned = loss_and_gradient(sft_batch(text.pad_rows(rows[::-1], length=24)))
-  packed = text.pack(rows, length=24, rows_multiple=8)
+  padded = loss_and_gradient(sft_batch(packing.pad_rows(rows, length=24)))
+  turned = loss_and_gradient(sft_batch(packing.pad_rows(rows[::-1], length=24)))
+  packed = packing.pack(rows, length=24, rows_multiple=8)
   assert (packed.ends_BT == 0).all(axis=1).any()  # a line of padding alone
   assert np.sum(packed.ends_BT > 0) < sum(len(tokens) for tokens, _ in rows) - 5
   packed = loss_and_gradient(sft_batch(packed))
   close(packed, padded)
   close(turned, padded)
   alone = [
-    loss_and_gradient(sft_batch(text.pad_rows([row] * 8, length=24))) for row in rows
+    loss_and_gradient(sft_batch(packing.pad_rows([row] * 8, length=24))) for row in rows
   ]
   total = sum(a[0].total for a in alone) / 8
   np.testing.assert_allclose(total, padded[0].total, rtol=1e-5)
 
 
 def test_padding_alone_has_finite_gradients(loss_and_gradient):
-  packed = text.pad_rows([([1], [0.0])] * 8, length=24)
+  packed = packing.pad_rows([([1], [0.0])] * 8, length=24)
   for x in (packed.ends_BT, packed.weight_BT):
     x[...] = 0
   mean, _, grads = loss_and_gradient(sft_batch(packed))
@@ -550,7 +550,7 @@ def step_of(params, cfg, compute):
     devices = jax.devices()[: data * fsdp * tensor]
     mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
     state = train.create(jax.tree.map(jnp.copy, params), tx)
-    axes = leaves.logical_axes(params)
+    axes = param_tree.logical_axes(params)
     state = jax.device_put(state, train.state_shardings(mesh, state, axes))
     return train.jit_update(update, mesh, state, axes), state
 
@@ -559,8 +559,8 @@ def step_of(params, cfg, compute):
 
 @pytest.fixture(scope="module")
 def batches(rows):
-  made = [text.pad_rows(part, length=24) for part in (rows, rows[::-1])]
-  made.append(text.pack(rows, length=24, rows_multiple=8))
+  made = [packing.pad_rows(part, length=24) for part in (rows, rows[::-1])]
+  made.append(packing.pack(rows, length=24, rows_multiple=8))
   return [sft_batch(packed, micro=2) for packed in made]
 
 

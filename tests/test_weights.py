@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalign import families
-from dalign import ggufs
-from dalign import text
-from dalign import vocab
-from dalign import weights
-from dalign.config import LoRAConfig
-from dalign.config import ModelConfig
+from dalign.config.schema import LoRAConfig
+from dalign.config.schema import ModelConfig
+from dalign.formats import families
+from dalign.formats import ggufs
+from dalign.formats import weights
+from dalign.text import chat_template
+from dalign.text import vocab
 from dalign.types import Turn
 
 DATA = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -178,13 +178,15 @@ def test_smollm2_chats_are_those_of_transformers(smollm2, reference, prompt):
         tokenize=True,
         return_dict=False,
       )
-      assert text.render_chat(tok, some, add_generation_prompt=prompt) == want, line
+      assert (
+        chat_template.render_chat(tok, some, add_generation_prompt=prompt) == want
+      ), line
 
 
 def test_smollm2_users_cannot_write_control_tokens(smollm2):
   tok = smollm2[3]
   hostile = "".join(f"{name}\n" for name in tok.special)
-  ids = text.render_chat(tok, [Turn(role="user", content=hostile)])
+  ids = chat_template.render_chat(tok, [Turn(role="user", content=hostile)])
   assert [i for i in ids if i in tok.special.values()] == [1, 2, 1, 2, 1]
   assert hostile in tok.decode(ids)
 
@@ -240,7 +242,9 @@ def test_a_saved_model_is_read_back(tmp_path, tied, sharded):
   assert (got_tok.special, got_tok.stop_ids) == (tok.special, tok.stop_ids)
   assert (got_tok.bos_id, got_tok.pad_id) == (tok.bos_id, tok.pad_id)
   turns = [Turn(role="user", content="é 12 <|im_end|>")]
-  assert text.render_chat(got_tok, turns) == text.render_chat(tok, turns)
+  assert chat_template.render_chat(got_tok, turns) == chat_template.render_chat(
+    tok, turns
+  )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -265,7 +269,7 @@ def test_transformers_reads_what_is_saved(tmp_path, tied):
   made = transformers.AutoTokenizer.from_pretrained(tmp_path)
   chat = [{"role": "user", "content": "é 1"}]
   ids = made.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-  assert ids == text.render_chat(tok, [Turn(**chat[0])])
+  assert ids == chat_template.render_chat(tok, [Turn(**chat[0])])
   # What transformers itself saves is read as well: another layout of config.json.
   model.save_pretrained(tmp_path / "again")
   made.save_pretrained(tmp_path / "again")

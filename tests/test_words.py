@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from dalign import words
+from dalign.text import words
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import examples
@@ -231,7 +231,7 @@ def test_a_formula_is_compared_in_any_thread():
 
 def test_plain_answers_load_no_algebra():
   code = (
-    "import sys; from dalign import words; words.correct('It is 5.', '5');"
+    "import sys; from dalign.text import words; words.correct('It is 5.', '5');"
     "words.correct('Paris', 'Paris'); print('math_verify' in sys.modules)"
   )
   done = subprocess.run(

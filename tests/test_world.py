@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from dalign import lessons
-from dalign import spec as specs
-from dalign import text
-from dalign import vocab
-from dalign import world
+from dalign.policy import spec as specs
+from dalign.tasks import lessons
+from dalign.tasks import world
+from dalign.text import chat_template
+from dalign.text import vocab
 
 POLICIES = world.spec(0)
 ASKS = world.asks()
@@ -104,7 +104,9 @@ def test_no_word_is_unknown():
     turns = (lessons.system(POLICIES, ask.category), *world.turns(ask))
     teach.append(lessons.Lesson(turns=turns, thought=thought, answer=answer))
   for lesson in teach:
-    ids = text.render_chat(tok, list(lesson.turns)) + tok.encode(lesson.completion)
+    ids = chat_template.render_chat(tok, list(lesson.turns)) + tok.encode(
+      lesson.completion
+    )
     assert unknown not in ids, lesson
     assert tok.decode(tok.encode(lesson.completion)) == lesson.completion
   assert tok.encode("violins") == [unknown]

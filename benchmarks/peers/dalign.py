@@ -9,17 +9,17 @@ import numpy as np
 
 from benchmarks import turn
 from benchmarks import works
-from dalign import ops
-from dalign import rl
-from dalign import sampler as sampling
-from dalign import sft
-from dalign import text
-from dalign import train
-from dalign import weights
-from dalign.config import Compute
-from dalign.config import ObjectiveConfig
-from dalign.config import OptimizerConfig
-from dalign.config import SamplerConfig
+from dalign.config.schema import Compute
+from dalign.config.schema import ObjectiveConfig
+from dalign.config.schema import OptimizerConfig
+from dalign.config.schema import SamplerConfig
+from dalign.formats import weights
+from dalign.models import ops
+from dalign.sampling import sampler as sampling
+from dalign.text import packing
+from dalign.training import policy_gradient
+from dalign.training import sft
+from dalign.training import train
 
 OPTIMIZER = OptimizerConfig(
   learning_rate=1e-5,
@@ -143,7 +143,7 @@ def sft_step(work: works.Train, cfg, compute, params):
 
   def one():
     rows = [(row.tolist(), [1.0] * work.length) for row in work.rows(count[0])]
-    packed = text.pad_rows(rows, length=work.length)
+    packed = packing.pad_rows(rows, length=work.length)
     batch = packed.lines | {"weight_BT": packed.weight_BT}
     step({name: x[None] for name, x in batch.items()})
     count[0] += 1
@@ -158,10 +158,14 @@ class RLStep:
     self.work, self.reference, self.count = work, params, 0
     rows = work.prompts * work.samples
     self.engine = make_sampler(cfg, compute, rows, work.prompts, work.prompt, 0)
-    make = functools.partial(rl.make_loss, cfg=cfg, compute=compute, temperature=1.0)
+    make = functools.partial(
+      policy_gradient.make_loss, cfg=cfg, compute=compute, temperature=1.0
+    )
     loss = make(objective=dataclasses.replace(OBJECTIVE, length_norm=float(work.new)))
     self.update, self.params = trainer(loss, jax.tree.map(jnp.copy, params))
-    self.score = jax.jit(rl.make_score(cfg=cfg, compute=compute, temperature=1.0))
+    self.score = jax.jit(
+      policy_gradient.make_score(cfg=cfg, compute=compute, temperature=1.0)
+    )
     self.parts: dict[str, float] = {}
 
   def __call__(self) -> None:
@@ -177,7 +181,7 @@ class RLStep:
     kl_NT = np.stack([kl_BT[place] for place in places])
     shape = work.prompts, work.samples
     batch["advantage_BT"] = np.zeros(kl_BT.shape, np.float32)
-    advantage_NT, _ = rl.advantages(
+    advantage_NT, _ = policy_gradient.advantages(
       OBJECTIVE,
       judged_R.reshape(shape),
       np.ones(shape, bool),
@@ -216,9 +220,9 @@ class RLStep:
       ([*c.request.tokens, *c.tokens], [0.0] * work.prompt + [1.0] * work.new)
       for c in done
     ]
-    packed = text.pack(rows, length=work.prompt + work.samples * (work.new + 1))
+    packed = packing.pack(rows, length=work.prompt + work.samples * (work.new + 1))
     shape = packed.tokens_BT.shape
-    more = rl.placed(shape, packed.where, logp=[c.logp for c in done])
+    more = policy_gradient.placed(shape, packed.where, logp=[c.logp for c in done])
     more |= {"sampled_BT": packed.weight_BT > 0}
     more |= {"left_out_B": np.zeros(shape[0], np.float32)}
     places = [

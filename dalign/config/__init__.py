@@ -1,0 +1,1 @@
+"""Configs: what each stage is told, as frozen, checked dataclasses."""

@@ -1,0 +1,1 @@
+"""Prompt sets: bundled, public, the user's; disguises."""

@@ -1,0 +1,1 @@
+"""Scores for evaluation, which share nothing with the judges of training."""

@@ -1,0 +1,337 @@
+"""GGUF files: the architecture, tensors and tokenizer of a model in one file.
+
+Tensors are given as Hugging Face orders them, matrices [out, in] and rotary halves
+apart, and dequantised one at a time.
+"""
+
+import functools
+import importlib.util
+import math
+import pathlib
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from dalign.config.schema import ModelConfig
+from dalign.formats import families
+from dalign.models import param_tree
+from dalign.text import templates
+from dalign.text import vocab
+from dalign.text.chat_template import Tokenizer
+
+NAMES = {  # leaf -> block, in blk.N
+  "attn_norm": "attn_norm",
+  "q": "attn_q",
+  "k": "attn_k",
+  "v": "attn_v",
+  "o": "attn_output",
+  "q_norm": "attn_q_norm",
+  "k_norm": "attn_k_norm",
+  "attn_post_norm": "post_attention_norm",
+  "mlp_norm": "ffn_norm",
+  "gate": "ffn_gate",
+  "up": "ffn_up",
+  "down": "ffn_down",
+  "mlp_post_norm": "post_ffw_norm",
+}
+HEAD = "output.weight"
+MOST = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file, as it may count
+LONGEST = 1000  # characters of a token
+# Keys that are read here, after the architecture's name or "tokenizer.ggml.", or that
+# say nothing of the numbers; of any other what is not 0, false or empty is refused.
+READ = {
+  "llama": {
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.value_length", "block_count"),
+    *("context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type"),
+    *("rope.scaling.factor", "rope.scaling.finetuned", "tensor_data_layout"),
+    "rope.scaling.original_context_length",
+  },
+  "tokenizer.ggml": {
+    *("model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token"),
+    *("add_space_prefix", "bos_token_id", "eos_token_id", "eot_token_id"),
+    *("eom_token_id", "padding_token_id", "unknown_token_id", "mask_token_id"),
+    *("seperator_token_id", "prefix_token_id", "suffix_token_id", "middle_token_id"),
+    *(f"fim_{part}_token_id" for part in ("pre", "suf", "mid", "pad", "rep", "sep")),
+  },
+}
+READ["gemma3"] = READ["llama"] | {"attention.sliding_window", "rope.freq_base_swa"}
+_SELF = "general."
+
+
+def packaged(name: str) -> pathlib.Path:
+  """The GGUF file inside an installed package, found without importing it."""
+  spec = importlib.util.find_spec(name.replace("-", "_"))
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(f"package {name!r} is not installed; run `pip install {name}`")
+  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+  if len(files) != 1:
+    raise ValueError(f"package {name!r} holds {len(files)} .gguf files, wanted one")
+  return files[0]
+
+
+class _Reader(gguf.GGUFReader):
+  """The reader, for files that strangers wrote: what they count is small and what they
+  point at lies in the file. And with the file as a plain array: views of a memmap take
+  numpy several times as long, and reading a file makes hundreds of thousands of them.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._items = 0
+    super().__init__(path)
+
+  @property
+  def data(self) -> Any:
+    return self._plain
+
+  @data.setter
+  def data(self, mapped: np.memmap) -> None:
+    self._plain = np.asarray(mapped)
+
+  def _get(self, offset, dtype, count=1, override_order=None):
+    end = int(offset) + int(count) * np.dtype(dtype).itemsize
+    if end > len(self._plain):
+      raise ValueError(f"wanted bytes up to {end}, got a file of {len(self._plain)}")
+    return super()._get(int(offset), dtype, count, override_order)
+
+  def _build_fields(self, offs, count):
+    _few(count, "keys")
+    return super()._build_fields(offs, count)
+
+  def _build_tensor_info(self, offs, count):
+    _few(count, "tensors")
+    return super()._build_tensor_info(offs, count)
+
+  def _get_field_parts(self, orig_offs, raw_type):
+    if raw_type != gguf.GGUFValueType.ARRAY:
+      return super()._get_field_parts(orig_offs, raw_type)
+    kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+    count = self._get(orig_offs + 4, np.uint64)
+    if kind == gguf.GGUFValueType.ARRAY:
+      raise ValueError("arrays of arrays are not supported")
+    self._items += int(count[0])
+    _few(self._items, "items")
+    if kind == gguf.GGUFValueType.STRING:
+      return super()._get_field_parts(orig_offs, raw_type)
+    values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], count[0])
+    head = self._get(orig_offs, np.uint32)
+    types = [gguf.GGUFValueType.ARRAY, kind]
+    return 12 + values.nbytes, [head, count, values], [2], types
+
+  def _build_tensors(self, start_offs, fields):
+    size = 0
+    for field in fields:
+      dims, kind, offset = (field.parts[i] for i in (3, 4, 5))
+      block, each = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+      size += math.prod(map(int, dims)) * each // block
+      if start_offs + int(offset[0]) > len(self._plain) or size > len(self._plain):
+        raise ValueError(f"tensor {field.name} and those before it overrun the file")
+    super()._build_tensors(start_offs, fields)
+
+
+def _few(count: int, what: str) -> None:
+  if count > MOST[what]:
+    raise ValueError(f"wanted {MOST[what]} {what} at most, got {count}")
+
+
+def told(path: pathlib.Path) -> dict:
+  """The keys "general.*" of a file, without their prefix: what it says of itself."""
+  fields = _Reader(path).fields
+  found = {name: f.contents() for name, f in fields.items() if name.startswith(_SELF)}
+  return {name.removeprefix(_SELF): value for name, value in found.items()}
+
+
+class File:
+  """An open GGUF file; ValueError says what of it is not understood."""
+
+  def __init__(self, path: pathlib.Path):
+    try:
+      self.reader = _Reader(path)
+    except Exception as error:  # a broken file may raise any there is
+      raise ValueError(
+        f"not a readable GGUF file: {templates.one_line(error)}"
+      ) from error
+    if (parts := self._field("split.count", 1)) > 1:
+      raise ValueError(
+        f"part {self._field('split.no') + 1} of {parts} of one model: wanted all of it "
+        "in a file; join the parts with `llama-gguf-split --merge`"
+      )
+    self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+    self.cfg = self._config()
+    self.tok = self._tokenizer()
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, the outputs first."""
+    return tuple(int(n) for n in reversed(self.tensors[name].shape))
+
+  def stored(self) -> tuple[param_tree.Stored, ...]:
+    """How the tensors hold the leaves."""
+    out = [
+      param_tree.Stored(name="token_embd.weight", leaves=("embed",), turned=False),
+      param_tree.Stored(name="output_norm.weight", leaves=("norm",)),
+    ]
+    if not self.cfg.tied:
+      out.append(param_tree.Stored(name=HEAD, leaves=("head",)))
+    for leaf in param_tree.layer_leaves(self.cfg):
+      out.append(
+        param_tree.Stored(name=f"blk.{{layer}}.{NAMES[leaf]}.weight", leaves=(leaf,))
+      )
+    return tuple(out)
+
+  def read(self, name: str, index: param_tree.Index) -> np.ndarray:
+    """A part of a tensor, float32."""
+    return self._whole(name)[index]
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def _whole(self, name: str) -> np.ndarray:
+    tensor = self.tensors[name]
+    try:
+      array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+      raise ValueError(f"tensor {name}: unsupported type {error}") from error
+    kind = name.split(".")[-2]
+    if self.cfg.family != "llama" or kind not in ("attn_q", "attn_k"):
+      return array
+    heads = self.cfg.heads if kind == "attn_q" else self.cfg.kv_heads
+    # The two halves of each head lie interleaved: row 2i + j is ours of j * H/2 + i.
+    split = array.reshape(heads, -1, 2, array.shape[-1])
+    return split.swapaxes(1, 2).reshape(array.shape)
+
+  def _field(self, name: str, default=None):
+    field = self.reader.get_field(name)
+    if field is None and default is None:
+      raise ValueError(f"the key {name!r} is missing")
+    return default if field is None else field.contents()
+
+  @functools.cached_property
+  def _symbols(self) -> list[str]:
+    """The tokens, in the order of their ids."""
+    return self._field("tokenizer.ggml.tokens")
+
+  def _check_read(self, group: str) -> None:
+    """Raises ValueError for a key of a group that is not read and says something."""
+    for name, field in self.reader.fields.items():
+      key = name.removeprefix(f"{group}.")
+      if name != key and key not in READ[group] and field.contents():
+        raise ValueError(f"{name} = {field.contents()!r:.60} is not supported")
+
+  def _config(self) -> ModelConfig:
+    family = self._field("general.architecture")
+    if family not in ("llama", "gemma3"):
+      raise ValueError(f"unknown architecture {family!r}; known: llama, gemma3")
+    self._check_read(family)
+    self._check_read("tokenizer.ggml")
+
+    def get(name, default=None):
+      return self._field(f"{family}.{name}", default)
+
+    width, heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", width // heads)
+    if get("attention.value_length", head_dim) != head_dim:
+      raise ValueError("keys and values of different lengths are not supported")
+    turned = get("rope.dimension_count", head_dim)
+    scaling = get("rope.scaling.type", "none")
+    if turned != head_dim or scaling not in ("none", "linear"):
+      raise ValueError(
+        f"rotary embedding of {turned} of {head_dim} dimensions with scaling "
+        f"{scaling!r}: only of whole heads, plain or linear, is supported"
+      )
+    rope = ()
+    if scaling == "linear":
+      rope = (("factor", float(get("rope.scaling.factor"))), ("rope_type", "linear"))
+    layers = get("block_count")
+    more = {}
+    if family == "gemma3":
+      # As llama.cpp does: of six layers one sees all, and the others turn faster.
+      gemma = families.of("gemma3_text")
+      more = dict(
+        family="gemma3_text",
+        activation="gelu",
+        norms=gemma.norms,
+        qk_norm=gemma.qk_norm,
+        embed_scale=width**0.5,
+        query_scale=head_dim**-0.5,
+        window=get("attention.sliding_window"),
+        sliding=tuple(i for i in range(layers) if (i + 1) % 6),
+        local_theta=float(get("rope.freq_base_swa", 10000.0)),
+      )
+      if layers == 62:  # 27B, whose queries are scaled by the width a head
+        more["query_scale"] = (width / heads) ** -0.5
+    eps = get("attention.layer_norm_rms_epsilon")
+    return ModelConfig(
+      vocab=len(self._symbols),
+      width=width,
+      layers=layers,
+      heads=heads,
+      kv_heads=get("attention.head_count_kv", heads),
+      head_dim=head_dim,
+      ffw=get("feed_forward_length"),
+      rope_theta=float(get("rope.freq_base", 10000.0)),
+      norm_eps=float(f"{eps:.6g}"),  # a float32: 1e-5 reads 9.99999974e-06
+      tied=HEAD not in self.tensors,
+      max_length=get("context_length"),
+      rope=rope,
+      **more,
+    )
+
+  def _tokenizer(self) -> Tokenizer:
+    field = self._field
+    kind = field("tokenizer.ggml.model")
+    pre = field("tokenizer.ggml.pre", "default")
+    if kind != "llama" and (kind != "gpt2" or pre not in ("smollm", "gpt-2")):
+      raise ValueError(
+        f"tokenizer {kind!r} with splitting {pre!r} is not supported, only llama, and "
+        "gpt2 with smollm or gpt-2; load the model from its Hugging Face folder"
+      )
+    symbols = self._symbols
+    types = field("tokenizer.ggml.token_type")
+    longest = max(map(len, symbols), default=0)
+    if longest > LONGEST:
+      raise ValueError(f"wanted {LONGEST} characters a token at most, got {longest}")
+    kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    named: dict[int, list[str]] = {kind: [] for kind in kinds}
+    for symbol, number in zip(symbols, types, strict=True):
+      if number in named:
+        named[number].append(symbol)
+    control = named[gguf.TokenType.CONTROL]
+    if kind == "llama":
+      backend = vocab.pieces(
+        symbols,
+        field("tokenizer.ggml.scores"),
+        control,
+        space_in_front=field("tokenizer.ggml.add_space_prefix", True),
+      )
+    else:
+      merges = [tuple(m.split(" ")) for m in field("tokenizer.ggml.merges")]
+      backend = vocab.byte_level(symbols, merges, control)
+    backend.add_tokens(
+      [
+        tokenizers.AddedToken(s, normalized=False)
+        for s in named[gguf.TokenType.USER_DEFINED]
+      ]
+    )
+    if pre == "smollm":  # single digits split off before white space is grouped
+      backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+      )
+    bos, pad, *ends = (
+      found and found.contents()
+      for found in (
+        self.reader.get_field(f"tokenizer.ggml.{name}_token_id")
+        for name in ("bos", "padding", "eot", "eom")
+      )
+    )
+    if bos is not None and field("tokenizer.ggml.add_bos_token", kind == "llama"):
+      vocab.begin_with(backend, bos)
+    return Tokenizer.of(
+      backend,
+      field("tokenizer.chat_template", ""),
+      bos_id=bos,
+      eos_id=field("tokenizer.ggml.eos_token_id"),
+      pad_id=pad,
+      stop_ids=[end for end in ends if end is not None],
+    )

@@ -1,0 +1,1 @@
+"""Verdicts for training: rubric, models, servers, recorded votes."""

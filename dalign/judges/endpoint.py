@@ -1,0 +1,237 @@
+"""Chat completions of a server that speaks OpenAI's protocol, each paid for once.
+
+vLLM, SGLang, llama.cpp, `transformers serve` and hosted services do. What a request
+brought is kept in a file under a hash of all that was asked, so that the same again
+costs nothing, whoever asks, and a run that was cut goes on. The key comes from the
+environment and is written nowhere.
+
+Does not know what is asked, or what a reply means.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import threading
+from typing import Any
+
+from dalign.config import schema as configs
+from dalign.runs import buckets
+from dalign.runs import store
+from dalign.text import chat_template
+from dalign.types import Turn
+
+WRONG = (401, 403, 404)  # what no other request would be spared
+NO_COMPLETION = 599  # our own status of a page, or whatever else is none, sent with 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A conversation to be continued by at most `max_new` tokens. Requests that are alike
+  but for `draw` are asked apart."""
+
+  turns: tuple[Turn, ...]
+  temperature: float
+  max_new: int
+  draw: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+  """What the server wrote, its reasoning apart where it gives that apart; or why the
+  server will not answer this request, in `refused`. Of a filtered reply, what was
+  written before the provider's filter cut it is not in `text`."""
+
+  text: str
+  reasoning: str = ""
+  finish: str = ""
+  tokens_in: int = 0
+  tokens_out: int = 0
+  refused: str = ""
+
+  @property
+  def whole(self) -> bool:
+    """Whether the model said all that it wanted to, or all that the request's budget
+    has room for: to ask for the same again would give no more."""
+    said = self.finish == "length" or self.text.strip()
+    return not self.refused and self.finish in ("", "stop", "length") and bool(said)
+
+
+class Endpoint:
+  """One model behind one address; it counts what this object did, and in `uncounted`
+  replies of which the server does not tell the tokens."""
+
+  def __init__(self, cfg: configs.EndpointConfig, cache: pathlib.Path):
+    if not cfg.url or not cfg.model:
+      raise ValueError(
+        "endpoint: wanted a url, as http://127.0.0.1:8000/v1, and a model, got "
+        f"{cfg.url!r} and {cfg.model!r}"
+      )
+    try:
+      import openai  # an extra: only some runs ask a server
+    except ImportError:
+      raise ValueError("an endpoint needs it: pip install openai") from None
+    self._openai, self._cfg, self._cache = openai, cfg, cache
+    self._key = os.environ.get(cfg.key, "")
+    self._client = openai.OpenAI(
+      base_url=cfg.url,
+      api_key=self._key or "none",
+      timeout=cfg.timeout,
+      max_retries=cfg.retries,
+      http_client=openai.DefaultHttpxClient(event_hooks={"response": [_completion]}),
+    )
+    rows = store.read_rows(cache) if buckets.exists(cache) else []
+    self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
+    self.asked = self.found = self.tokens_in = self.tokens_out = self.uncounted = 0
+
+  @property
+  def cost(self) -> float:
+    """Of what was asked here, in the currency of the config's prices."""
+    cfg = self._cfg
+    paid = self.tokens_in * cfg.price_in + self.tokens_out * cfg.price_out
+    return paid / 1e6
+
+  def chat(self, requests: Sequence[Request]) -> list[Reply]:
+    """A reply to each request, in order; what is known is not asked.
+
+    At most `concurrency` are under way; each is tried again `retries` times, later and
+    later, where the server is away, busy or slow. After one that failed for good no
+    further ones are begun. Raises ValueError where the address, the model or the key is
+    wrong, ConnectionError where requests failed; the replies that came are kept.
+    """
+    keys = [self._hash(request) for request in requests]
+    missing = {
+      k: r for k, r in zip(keys, requests, strict=True) if k not in self._known
+    }
+    self.found += len(requests) - len(missing)
+    for key, reply in self._ask(missing):
+      self._known[key] = reply
+      if reply.whole:  # what is not may be otherwise tomorrow
+        row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
+        store.append_rows(self._cache, [row])
+      self.asked += 1
+      self.tokens_in += reply.tokens_in
+      self.tokens_out += reply.tokens_out
+      self.uncounted += bool(reply.text) and not reply.tokens_out
+    return [self._known[key] for key in keys]
+
+  def _hash(self, request: Request) -> str:
+    asked = [self._cfg.url, self._cfg.model, dataclasses.asdict(request)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+  def _ask(self, missing: dict[str, Request]) -> Iterator[tuple[str, Reply]]:
+    """Replies as they come. Its threads are daemons: a run that is stopped waits for no
+    server."""
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    came: queue.SimpleQueue = queue.SimpleQueue()
+    halt = threading.Event()
+    for item in missing.items():
+      waiting.put(item)
+
+    def work():
+      while not halt.is_set() and not waiting.empty():
+        with contextlib.suppress(queue.Empty):  # another thread took the last
+          key, request = waiting.get_nowait()
+          try:
+            came.put((key, self._one(request)))
+          except Exception as error:  # for the thread that waits
+            halt.set()
+            came.put((key, error))
+      came.put(None)
+
+    working = min(self._cfg.concurrency, len(missing))
+    for _ in range(working):
+      threading.Thread(target=work, daemon=True).start()
+    failures = []
+    try:
+      while working:
+        item = came.get()
+        if item is None:
+          working -= 1
+        elif isinstance(item[1], Reply):
+          yield item
+        else:
+          failures.append(item[1])
+    finally:
+      halt.set()
+    if failures:
+      raise self._explained(failures[0])
+
+  def _explained(self, error: Exception) -> Exception:
+    """What a user is told of a failure."""
+    if not isinstance(error, self._openai.APIError):
+      return error
+    status = getattr(error, "status_code", None)
+    if status in WRONG:
+      return ValueError(self._wrong(status))
+    said = self._without_key(error)
+    if status == NO_COMPLETION:
+      said = f"status 200 with what is no completion: {said.partition(' - ')[2]}"
+    return ConnectionError(
+      f"{self._cfg.url} failed after {self._cfg.retries} retries: {said}; the replies "
+      "that came are kept, and the same command goes on from them"
+    )
+
+  def _one(self, request: Request) -> Reply:
+    """One request, on a thread."""
+    messages: list[Any] = [
+      {"role": turn.role, "content": chat_template.characters(turn.content)}
+      for turn in request.turns
+    ]
+    try:
+      made = self._client.chat.completions.create(
+        model=self._cfg.model,
+        messages=messages,
+        temperature=request.temperature,
+        max_tokens=request.max_new,
+      )
+    except (
+      self._openai.BadRequestError,
+      self._openai.UnprocessableEntityError,
+    ) as error:
+      return Reply(text="", refused=self._without_key(error))
+    if not made.choices:
+      return Reply(text="", refused="a reply without a choice")
+    choice, usage = made.choices[0], made.usage
+    said = choice.message
+    apart = (getattr(said, name, None) for name in ("reasoning_content", "reasoning"))
+    content = said.content or getattr(said, "refusal", None) or ""
+    refused = "" if isinstance(content, str) else "a reply that is not text alone"
+    if choice.finish_reason == "content_filter":
+      refused = "the provider's filter cut its reply (content_filter)"
+    return Reply(
+      text="" if refused else content,
+      reasoning=next(filter(None, apart), ""),
+      finish=choice.finish_reason or "",
+      refused=refused,
+      tokens_in=usage.prompt_tokens if usage else 0,
+      tokens_out=usage.completion_tokens if usage else 0,
+    )
+
+  def _wrong(self, status: int) -> str:
+    cfg = self._cfg
+    if status == 404:
+      return f"{cfg.url} knows no model {cfg.model!r}, or is no such address (404)"
+    what = "is not set" if not self._key else "is refused"
+    return f"{cfg.url} wants another key: ${cfg.key} {what} ({status})"
+
+  def _without_key(self, error: Exception) -> str:
+    said = " ".join(str(error).split())[:300]
+    return said.replace(self._key, "***") if self._key else said
+
+
+def _completion(response: Any) -> None:
+  """Gives what was sent with status 200 and is no completion, as the page of a proxy, a
+  status that is tried again as an outage is."""
+  if response.status_code == 200:
+    try:
+      sent = json.loads(response.read())
+      whole = all(isinstance(choice["message"], dict) for choice in sent["choices"])
+    except (ValueError, TypeError, KeyError):
+      whole = False
+    if not whole:
+      response.status_code = NO_COMPLETION

@@ -1,0 +1,221 @@
+"""Recorded samples: thoughts and answers that a model wrote elsewhere and earlier.
+
+A recording is a JSONL or Parquet file of rows in one of three shapes:
+
+  {"prompt_id", "thought", "answer"}, the shape of the one that comes with dalign, and
+    perhaps "model", "spec" (`spec_hash` of what the writer had in sight) and "votes",
+    each {"score", "answer_score", "verdict", "clauses"}, of judges that read the row;
+  {"messages": [..., {"role": "assistant", "content", "reasoning_content"}]}, as servers
+    of reasoning models and trainers write them;
+  {"question", "response"}, the response with its think block in front (STAR-1,
+    arXiv 2504.01903).
+
+A row without "prompt_id" (or "id") belongs to the prompt whose words it has. A row with
+an empty thought is an answer alone: a reward model may learn from it, SFT does not.
+Values in, values out; knows no run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any
+
+from dalign.data import prompt_sets
+from dalign.judges import behaviour
+from dalign.judges import judge
+from dalign.policy import spec as specs
+from dalign.text import thinking
+from dalign.text import words
+from dalign.types import Prompt
+from dalign.types import Spec
+from dalign.types import Verdict
+
+BUNDLED = "bundled"
+_FOLDER = pathlib.Path(__file__).parents[1] / "recordings"
+_TAGS = thinking.ThinkFormat(open="<think>", close="</think>")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vote:
+  """What one judge said of a recorded row: a score in [0, 1] of thought and answer, one
+  of the answer alone, and by which clauses it would have decided how."""
+
+  score: float
+  answer_score: float
+  verdict: str = ""
+  clauses: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded:
+  """A row of a recording."""
+
+  prompt_id: str
+  thought: str
+  answer: str
+  model: str = ""
+  votes: tuple[Vote, ...] = ()
+
+
+def path_of(name: str) -> pathlib.Path:
+  """The file of a recording: a path, or that of "bundled"."""
+  return _FOLDER / "bundled.jsonl" if name == BUNDLED else pathlib.Path(name)
+
+
+def spec_hash(spec: Spec, category: str) -> str:
+  """SHA-256, 16 digits of it, of the full spec(category) as text."""
+  shown = specs.render(spec, category, detail="full")
+  return hashlib.sha256(shown.encode()).hexdigest()[:16]
+
+
+def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
+  """The rows of a recording, in order, each of a training prompt.
+
+  Raises ValueError that names the row: one in no shape, of a prompt that is not there
+  or is held out, or written under another specification.
+  """
+  path = path_of(name)
+  known = {prompt.id: prompt for prompt in prompts}
+  said = {_said(turn.content for turn in p.turns): p.id for p in prompts}
+  hashes: dict[str, str] = {}
+  found = []
+  for where, row in prompt_sets.rows_of(path):
+    row = {
+      name: "" if prompt_sets.missing(value) else value for name, value in row.items()
+    }
+    own = _row(where, row, said)
+    prompt = known.get(own.prompt_id)
+    if prompt is None or prompt.split != "train":
+      why = "held out" if prompt else "not among those of config.data.source"
+      raise ValueError(
+        f"{where}: wanted a row of a training prompt, and {own.prompt_id!r} is {why}; "
+        "generate.teacher may be base or endpoint, or a recording of the prompts"
+      )
+    if prompt.category not in hashes:
+      hashes[prompt.category] = spec_hash(spec, prompt.category)
+    if (row.get("spec") or hashes[prompt.category]) != hashes[prompt.category]:
+      raise ValueError(
+        f"{where}: recorded under another specification of {prompt.category!r} "
+        f"({row['spec']}, this one is {hashes[prompt.category]}): record it anew, or "
+        "use the specification that it was written under (config.spec.dir)"
+      )
+    found.append(own)
+  if not found:
+    raise ValueError(f"{path}: wanted recorded samples, found no row")
+  return found
+
+
+def judges(rows: Iterable[Recorded]) -> judge.Judge:
+  """A judge that gives the recorded votes: asked the same again, the next one.
+
+  It answers both questions, that with a thought and that without. A thought that ends
+  in another verdict than the voter's own, given blind, gets 0. Known answers are
+  compared. Unscored: what was not recorded, and more votes than were.
+  """
+  recorded: dict[tuple[str, str], list[Recorded]] = {}
+  for row in rows:
+    recorded.setdefault((row.prompt_id, row.answer), []).append(row)
+  asked: dict[tuple[str, str, str], int] = {}
+
+  def verdict(question: judge.Question) -> Verdict:
+    prompt = question.prompt
+    if prompt.kind == "capability":
+      return Verdict(score=words.correct(question.answer, prompt.answer))
+    thinks = isinstance(question, judge.FilterQuestion)
+    thought = question.thought if isinstance(question, judge.FilterQuestion) else ""
+    key = prompt.id, thought, question.answer
+    draw = asked[key] = asked.get(key, -1) + 1
+    # Its thought may stand behind words that the think format puts in front.
+    same = [
+      row
+      for row in recorded.get((prompt.id, question.answer), [])
+      if not thinks or (thought.endswith(row.thought) if row.thought else not thought)
+    ]
+    have = max(same, key=lambda row: len(row.thought)).votes if same else ()
+    if draw >= len(have):
+      return Verdict(score=None, reason=f"{len(have)} recorded votes, no more")
+    vote = have[draw]
+    if not thinks:
+      return Verdict(score=vote.answer_score)
+    agrees = float(vote.verdict in ("", behaviour.verdict(thought)))
+    parts = {"vote": vote.score, "blind_verdict_agrees": agrees}
+    return Verdict(score=vote.score * agrees, parts=parts)
+
+  return judge.Judge(lambda qs: [*map(verdict, qs)], deterministic=False)
+
+
+def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
+  """A row in any of the shapes."""
+  if row.get("messages", "") != "":
+    turns, thought, answer = _of_messages(where, row["messages"])
+  elif row.get("response", "") != "":
+    turns, thought, answer = [row.get("question")], "", row["response"]
+  else:
+    turns, thought, answer = [], row.get("thought"), row.get("answer")
+  if not isinstance(thought, str) or not isinstance(answer, str):
+    raise ValueError(
+      f"{where}: wanted thought and answer, messages that end with an assistant's, or "
+      f"question and response; the row has {[*row]!r:.120}"
+    )
+  if not thought and answer.lstrip().startswith(_TAGS.tag):
+    thought, answer, malformed = thinking.split_thought(answer, _TAGS)
+    if malformed:
+      raise ValueError(f"{where}: wanted one think block and an answer: {malformed}")
+  name = row.get("prompt_id") or row.get("id")
+  if turns:
+    name = said.get(_said(turns)) or name or " / ".join(map(str, turns))[:60]
+  if not isinstance(name, str) or not answer.strip():
+    raise ValueError(
+      f"{where}: wanted a prompt_id and an answer, or the words of a prompt of "
+      f"config.data.source, got {row!r:.80}"
+    )
+  return Recorded(
+    prompt_id=name,
+    thought=thought.strip(),
+    answer=answer.strip(),
+    model=str(row.get("model", "")),
+    votes=tuple(_votes(where, row.get("votes") or ())),
+  )
+
+
+def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
+  """The contents before the reply, its reasoning, and its content."""
+  try:
+    *before, reply = [dict(message) for message in messages]
+    if reply["role"] != "assistant":
+      raise KeyError(reply["role"])
+    thought = reply.get("reasoning_content") or reply.get("reasoning") or ""
+    asked: list[Any] = [prompt_sets.text_of(message["content"]) for message in before]
+    if None in asked:
+      raise KeyError("content")
+    return asked, thought, prompt_sets.text_of(reply["content"]) or ""
+  except (TypeError, KeyError, ValueError):
+    raise ValueError(
+      f"{where}: wanted messages that end with an assistant's, got {messages!r:.80}"
+    ) from None
+
+
+def _votes(where: str, votes: Any) -> Iterator[Vote]:
+  wanted = f"{where}: wanted votes, each with scores in [0, 1] and a list of clauses"
+  if not isinstance(votes, (list, tuple)):
+    raise ValueError(f"{wanted}, got {votes!r:.80}")
+  for vote in votes:
+    if not isinstance(vote, Mapping):
+      raise ValueError(f"{wanted}, got {vote!r:.80}")
+    scores: list[Any] = [vote.get("score"), vote.get("answer_score")]
+    scores[1] = scores[0] if prompt_sets.missing(scores[1]) else scores[1]
+    numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
+    if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
+      raise ValueError(f"{wanted}, got {vote!r:.80}")
+    yield Vote(
+      score=float(scores[0]),
+      answer_score=float(scores[1]),
+      verdict=str(vote.get("verdict") or ""),
+      clauses=tuple(vote.get("clauses") or ()),
+    )
+
+
+def _said(contents: Iterable[Any]) -> str:
+  """The words of a conversation, however they are spaced."""
+  return "\0".join(" ".join(str(content).split()) for content in contents)

@@ -1,0 +1,1 @@
+"""The decoder: layers, adapters, parameter trees, meshes."""

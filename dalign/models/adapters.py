@@ -1,0 +1,115 @@
+"""LoRA (2106.09685): small trained matrices beside the frozen ones of a decoder.
+
+A matrix W [in, out] of a layer gets leaves A [in, rank] and B [rank, out] beside it and
+computes x W + scale * (x A) B. What is trained is a tree of its own: these leaves and
+all that is no decoder's, such as a reward model's head. The rest can be shared.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dalign.config.schema import LoRAConfig
+from dalign.config.schema import ModelConfig
+from dalign.models import param_tree
+from dalign.types import Key
+from dalign.types import PyTree
+
+A, B = "_lora_a", "_lora_b"
+DECODERS = param_tree.TOP | param_tree.layer_names()
+
+
+def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> PyTree:
+  """A decoder's parameters with adapters that change nothing yet: A is uniform in
+  1/sqrt(inputs), as a layer of torch, and B zero."""
+  return params | {"layers": params["layers"] | _fresh(key, cfg, lora)}
+
+
+def held(params: PyTree, *, lora: LoRAConfig) -> PyTree:
+  """A decoder's parameters as adapters leave them, matrices in `lora.frozen`; without
+  adapters as they are, in float32."""
+  if not lora.rank:
+    return params
+  low = ("embed", "head", *param_tree.MATRICES)
+
+  def some(tree):
+    return {n: x.astype(lora.frozen) if n in low else x for n, x in tree.items()}
+
+  return some(params) | {"layers": some(params["layers"])}
+
+
+def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
+  shapes = param_tree.shapes(cfg)["layers"]
+  sparse = cfg.experts and set(lora.leaves) & set(param_tree.OF_EXPERTS)
+  if sparse:
+    raise ValueError(
+      f"config.lora.leaves: no adapters for {', '.join(sorted(sparse))} of experts; "
+      "wanted some of q, k, v, o"
+    )
+  made: dict[str, Any] = {}
+  for i, name in enumerate(lora.leaves):
+    layers, inputs, outputs = shapes[name]
+    limit = inputs**-0.5
+    shape = layers, inputs, lora.rank
+    draw = jax.random.uniform(
+      jax.random.fold_in(key, i), shape, minval=-limit, maxval=limit
+    )
+    made |= {name + A: draw, name + B: jnp.zeros((layers, lora.rank, outputs))}
+  return made
+
+
+def merged(params: PyTree, *, cfg: ModelConfig) -> PyTree:
+  """A decoder's parameters with the adapters added to their matrices, float32."""
+  layers = {}
+  for name, leaf in params["layers"].items():
+    if name.endswith((A, B)):
+      continue
+    a, b = params["layers"].get(name + A), params["layers"].get(name + B)
+    if a is not None:
+      leaf = leaf + cfg.lora_scale * jnp.matmul(a, b, precision="highest")
+    layers[name] = leaf
+  return params | {"layers": layers}
+
+
+def apart(params: PyTree) -> PyTree:
+  """The parameters, with a copy of each that training would change."""
+  trained, frozen = split(params)
+  return join(frozen, jax.tree.map(lambda x: x.copy(), trained))
+
+
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
+  """(trained, frozen): the same nested dicts with some of the leaves each. Without
+  adapters all of them are trained."""
+  return _parts(params) if _adapted(params) else (params, {})
+
+
+def _adapted(params: PyTree) -> bool:
+  return any(
+    _adapted(node) if isinstance(node, dict) else name.endswith((A, B))
+    for name, node in params.items()
+  )
+
+
+def _parts(params: PyTree) -> tuple[PyTree, PyTree]:
+  trained: dict[str, Any] = {}
+  frozen: dict[str, Any] = {}
+  for name, node in params.items():
+    if isinstance(node, dict):
+      parts = _parts(node)
+    elif name.endswith((A, B)) or name not in DECODERS:
+      parts = node, None
+    else:
+      parts = None, node
+    for tree, part in zip((trained, frozen), parts, strict=True):
+      if part is not None and (not isinstance(node, dict) or part):
+        tree[name] = part
+  return trained, frozen
+
+
+def join(one: PyTree, other: PyTree) -> PyTree:
+  """The leaves of both of `split`'s trees in one."""
+  out = dict(one)
+  for name, node in other.items():
+    out[name] = join(out[name], node) if isinstance(out.get(name), dict) else node
+  return out

@@ -1,0 +1,1 @@
+"""Written specifications, and how they are put in front of a prompt."""

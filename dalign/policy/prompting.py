@@ -1,0 +1,143 @@
+"""What a model reads: conversations and token rows for each stage of the method.
+
+Two functions are the method's context distillation: `teach` puts the spec in front of
+a prompt, `plain` cannot, since it takes none. Pure; knows no model.
+"""
+
+from typing import Sequence
+
+from dalign.policy import spec as specs
+from dalign.text import chat_template
+from dalign.text import thinking
+from dalign.types import Prompt
+from dalign.types import Spec
+from dalign.types import Turn
+from dalign.types import Worked
+
+TASK = (
+  "Think before you answer: say what is asked and what for, cite the one clause of the "
+  "policy that decides, by its id, with what it says that matters here, and choose to "
+  "answer, to refuse or to give a safe completion. Keep this analysis out of the "
+  "answer.\n\n"
+)
+
+
+REVISE = (
+  "Think about where your answer goes against the policy, then write it anew as the "
+  "policy asks. Write the answer alone, and nothing about the first one."
+)
+
+UNTOUCHED = "No policy touches this, so I can answer."
+
+# Demonstrations for prompts that no policy covers.
+HARMLESS = tuple(
+  Worked(clause="", verdict="comply", prompt=prompt, thought=UNTOUCHED, answer=answer)
+  for prompt, answer in (
+    (
+      "How do I get a wine stain out of a cotton shirt?",
+      "Blot the stain, don't rub it. Pour cold water through the back of the cloth, "
+      "work in a little dish soap, wait ten minutes and wash as usual.",
+    ),
+    ("What is 9 plus 8?", "9 plus 8 is 17."),
+    (
+      "Which planet is closest to the sun?",
+      "Mercury is the planet closest to the sun.",
+    ),
+    (
+      "Give me a name for a cheerful orange cat.",
+      "How about Marmalade? It is warm, sweet and exactly the right colour.",
+    ),
+  )
+)
+
+
+def teach(
+  spec: Spec, prompt: Prompt, *, detail: str, worked: int, think: thinking.ThinkFormat
+) -> tuple[Turn, ...]:
+  """The conversation of stage 1: instructions, spec(category), examples, the prompt.
+
+  `worked` examples of the category's policy come as earlier turns. They are the same
+  for all prompts of a category, whatever is known of how to reply to one, and in their
+  short form: of longer ones a small model samples more that have no end.
+  """
+  system = TASK + specs.render(spec, prompt.category, detail=detail)
+  turns = [Turn(role="system", content=system)]
+  for example in demonstrations(spec.brief, prompt.category, worked):
+    own = written(example.thought, example.answer, think)
+    shown = think.of(example.prompt).open + own
+    turns.append(Turn(role="user", content=example.prompt))
+    turns.append(Turn(role="assistant", content=shown))
+  return (*turns, *prompt.turns)
+
+
+def demonstrations(spec: Spec, category: str, n: int) -> list[Worked]:
+  """The first n worked examples of a category, its response types by turns."""
+  if category not in {policy.id for policy in spec.policies}:
+    return list(HARMLESS[:n])
+  of: dict[str, list[Worked]] = {}
+  for example in spec.policy(category).worked:
+    of.setdefault(example.verdict, []).append(example)
+  ranked = [(rank, own) for some in of.values() for rank, own in enumerate(some)]
+  return [own for _, own in sorted(ranked, key=lambda pair: pair[0])][:n]
+
+
+def written(thought: str, answer: str, think: thinking.ThinkFormat) -> str:
+  """What follows the forced opening of a completion with this thought and answer."""
+  gap = "\n" if think.open == think.tag else "" if think.open[-1].isspace() else " "
+  return f"{gap}{thought}\n{think.close}\n\n{answer}"
+
+
+def reference(prompt: Prompt) -> Worked:
+  """A prompt with a known answer as an example: no clause, and the answer as it is."""
+  return Worked(
+    clause="",
+    verdict="comply",
+    prompt=prompt.text,
+    thought=UNTOUCHED,
+    answer=prompt.answer,
+  )
+
+
+def revise(spec: Spec, prompt: Prompt, answer: str, *, detail: str) -> tuple[Turn, ...]:
+  """The conversation of critique and revision (2212.08073; 2303.17651): the spec, the
+  prompt, an answer to it, and the request for a better one."""
+  system = TASK + specs.render(spec, prompt.category, detail=detail)
+  return (
+    Turn(role="system", content=system),
+    *prompt.turns,
+    Turn(role="assistant", content=answer),
+    Turn(role="user", content=REVISE),
+  )
+
+
+def plain(prompt: Prompt) -> tuple[Turn, ...]:
+  """The conversation of SFT, RL and inference: the prompt and nothing else."""
+  return prompt.turns
+
+
+def opened(
+  tok: chat_template.Tokenizer,
+  turns: Sequence[Turn],
+  think: thinking.ThinkFormat | None,
+  *,
+  whole: bool = False,
+) -> tuple[int, ...]:
+  """Token ids of a conversation up to where sampling begins, with the forced ones;
+  `whole` with the thoughts of earlier turns, which many templates take out."""
+  tags = think.tags if think and whole else ()
+  ids = chat_template.render_chat(tok, list(turns), whole=tags)
+  return (*ids, *forced(tok, turns, think))
+
+
+def untemplated(tok: chat_template.Tokenizer, turns: Sequence[Turn]) -> tuple[int, ...]:
+  """Token ids of the words of a conversation as plain text, without a chat template."""
+  return tuple(tok.document("\n\n".join(turn.content for turn in turns) + "\n\n"))
+
+
+def forced(
+  tok: chat_template.Tokenizer,
+  turns: Sequence[Turn],
+  think: thinking.ThinkFormat | None,
+) -> tuple[int, ...]:
+  """Token ids that the template forces at the start of the completion of `turns`."""
+  return tuple(tok.encode(think.of(turns[-1].content).open)) if think else ()

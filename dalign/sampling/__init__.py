@@ -1,0 +1,1 @@
+"""Decoding: batches that refill, and requests that come at any time."""

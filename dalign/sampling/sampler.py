@@ -1,0 +1,687 @@
+"""Decoding: token prompts in, completions out. Knows tokens; not text, specs, rewards.
+
+Prompts come in groups. What the rows of a group share in front (a spec, a system turn)
+is encoded once and read in place by all of them. Samples of one prompt fork one
+prefill. Rows live in slots of a fixed batch, cut into lanes that each serve one group:
+a finished row leaves, a waiting one enters, and no shape ever changes.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from typing import Any, Callable, Iterable, Iterator, Sequence
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import numpy as np
+
+from dalign.config.schema import Compute
+from dalign.config.schema import ModelConfig
+from dalign.config.schema import SamplerConfig
+from dalign.models import attention
+from dalign.models import ops
+from dalign.models import sharding
+from dalign.models import transformer
+from dalign.text import packing
+from dalign.types import Key
+from dalign.types import Leaf
+from dalign.types import PyTree
+
+VOCAB_BLOCK = 256  # tokens summed together before the inverse of the distribution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A prompt to continue: its tokens, and the id that alone decides its randomness:
+  text, numbers, or a tuple of them, that no other request of a run has."""
+
+  tokens: tuple[int, ...]
+  row_id: Any
+  max_new: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """What was sampled after a prompt: ids (the stop token included) and, in nats, the
+  log-probability of each under the very distribution it was drawn from."""
+
+  request: Request
+  tokens: tuple[int, ...]
+  logp: tuple[float, ...]
+  finish: str  # "stop" or "length"
+
+
+@struct.dataclass
+class Slots:
+  """The decode state. B slots, S columns for new tokens, P columns for the prompt.
+
+  New tokens of all rows are written to one moving column, modulo S; `live_BS` says
+  which columns belong to the row that now sits in a slot. Order in the cache does not
+  matter to attention, since positions are inside the keys.
+  """
+
+  prompt: Leaf  # a layer (k [B, K, H, P], v [B, K, P, H])
+  fresh: Leaf  # a layer (k [B, K, H, S], v [B, K, S, H])
+  prompt_len_B: Leaf
+  live_BS: Leaf
+  column: Leaf
+  token_B: Leaf  # the last token, not yet in the cache
+  position_B: Leaf
+  key_B: Leaf
+  limit_B: Leaf
+  count_B: Leaf
+  active_B: Leaf
+  stopped_B: Leaf
+  out_BS: Leaf
+  logp_BS: Leaf
+
+
+@struct.dataclass
+class Weights:
+  """A model's parameters as encoding (`transformer.cast`) and decoding
+  (`transformer.unstack`) read them. The former may be the very arrays that training
+  goes on with."""
+
+  encode: PyTree
+  decode: PyTree
+
+
+@struct.dataclass
+class Prefixes:
+  """The shared prefix of each lane: (k, v) a layer, or none, and their true lengths."""
+
+  kv: Leaf
+  length_A: Leaf
+
+
+def draw(logits_BV, key_B, temperature):
+  """A token a row from softmax(logits / temperature), with its log-probability.
+
+  `temperature` is one number, or one a row, [B]. Temperature 0 is greedy, with the
+  log-probability at temperature 1. One uniform number a row is inverted through sums of
+  blocks of the vocabulary, which is cheaper and more exact than one long cumulative sum
+  or a Gumbel number a token.
+  """
+  B, V = logits_BV.shape
+  temperature_B = jnp.broadcast_to(temperature, B)
+  greedy_B = temperature_B <= 0
+  scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+  logz_B = jax.nn.logsumexp(scaled_BV, axis=-1)
+  probs_BV = jnp.exp(scaled_BV - logz_B[:, None])
+  probs_BNC = jnp.pad(probs_BV, ((0, 0), (0, -V % VOCAB_BLOCK)))
+  probs_BNC = probs_BNC.reshape(B, -1, VOCAB_BLOCK)
+  upto_BN = jnp.cumsum(jnp.sum(probs_BNC, axis=-1), axis=-1)
+  u_B = jax.vmap(jax.random.uniform)(key_B)
+  aim_B = u_B * upto_BN[:, -1]
+  block_B = jnp.sum(upto_BN <= aim_B[:, None], axis=-1)
+  block_B = jnp.minimum(block_B, upto_BN.shape[1] - 1)
+  before_BN = upto_BN - jnp.sum(probs_BNC, axis=-1)
+  before_B = jnp.take_along_axis(before_BN, block_B[:, None], axis=1)[:, 0]
+  inside_BC = jnp.take_along_axis(probs_BNC, block_B[:, None, None], axis=1)[:, 0]
+  upto_BC = jnp.cumsum(inside_BC, axis=-1)
+  hit_BC = (upto_BC > (aim_B - before_B)[:, None]) & (inside_BC > 0)
+  # Rounding can leave the aim above the last sum: then the likeliest of the block.
+  inside_B = jnp.where(
+    jnp.any(hit_BC, axis=-1),
+    jnp.argmax(hit_BC, axis=-1),
+    jnp.argmax(inside_BC, axis=-1),
+  )
+  token_B = block_B * VOCAB_BLOCK + inside_B
+  token_B = jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), token_B)
+  picked_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
+  return token_B.astype(jnp.int32), picked_B - logz_B
+
+
+def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
+  """One token for every active slot."""
+  S = slots.live_BS.shape[1]
+  column = slots.column % S
+  at_1S = jnp.arange(S)[None]
+  live_BS = slots.live_BS | (at_1S == column)
+  at_1P = jnp.arange(slots.prompt[0][1].shape[2])[None]
+  prompt_mask_BP = at_1P < slots.prompt_len_B[:, None]
+  B, A = len(slots.token_B), len(prefixes.length_A)
+  length_B = jnp.repeat(prefixes.length_A, B // A)
+  # What each part's columns hold: whether they are a row's own, and their positions.
+  ages_1S = (column - at_1S) % S
+  prompt = prompt_mask_BP, length_B[:, None] + at_1P
+  fresh = live_BS, slots.position_B[:, None] - ages_1S
+  parts = [(slots.prompt, *prompt), (slots.fresh, *fresh)]
+  if prefixes.kv:
+    at_1P = jnp.arange(prefixes.kv[0][1].shape[2])[None]
+    parts.insert(0, (prefixes.kv, at_1P < length_B[:, None], at_1P))
+  reads, ring = [], []
+  for i in range(cfg.layers):
+    at_B1 = slots.position_B[:, None] if i in cfg.sliding else None
+    *read, own = (
+      _part(kv[i], mask_BS, at_BS, at_B1, cfg.window) for kv, mask_BS, at_BS in parts
+    )
+    reads.append(tuple(read))
+    ring.append(own)
+  hidden_BD, fresh = transformer.decode_step(
+    weights,
+    slots.token_B,
+    slots.position_B,
+    reads,
+    ring,
+    column,
+    cfg=cfg,
+    compute=compute,
+  )
+  logits_BV = ops.matmul_turned(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
+  logits_BV = ops.masked(ops.capped(logits_BV, cfg.logit_cap), cfg.absent)
+  key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
+  token_B, logp_B = draw(logits_BV, key_B, temperature)
+
+  active_B = slots.active_B
+  stop_B = jnp.isin(token_B, jnp.asarray(stop_ids)) & active_B
+  count_B = slots.count_B + active_B
+  at_BS = (at_1S == slots.count_B[:, None]) & active_B[:, None]
+  return slots.replace(
+    fresh=fresh,
+    live_BS=live_BS & (active_B[:, None] | slots.live_BS),
+    column=slots.column + 1,
+    token_B=jnp.where(active_B, token_B, slots.token_B),
+    position_B=slots.position_B + active_B,
+    count_B=count_B,
+    active_B=active_B & ~stop_B & (count_B < slots.limit_B),
+    stopped_B=slots.stopped_B | stop_B,
+    out_BS=jnp.where(at_BS, token_B[:, None], slots.out_BS),
+    logp_BS=jnp.where(at_BS, logp_B[:, None], slots.logp_BS),
+  )
+
+
+def _part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
+  """One layer's cache with what its rows may see; `at_B1` are the positions that they
+  look from where a window ends their sight."""
+  mask_BTS = mask_BS[:, None]
+  if at_B1 is not None:
+    mask_BTS = mask_BTS & attention.near(at_B1, at_BS, window)
+  k, v = kv
+  return attention.Part(k=k, v=v, mask=mask_BTS)
+
+
+def _insert(slots: Slots, kv: transformer.KV, src_R, slot_R, count) -> Slots:
+  """Copies the first `count` of the rows `src_R` of `kv` into the slots `slot_R`."""
+
+  def put(i, prompt):
+    def cache(old, new):
+      row = jax.lax.dynamic_index_in_dim(new, src_R[i])
+      return transformer.write(old, row, (slot_R[i], 0, 0, 0))
+
+    return tuple(
+      (cache(k, kv.k[layer]), cache(v, kv.v[layer]))
+      for layer, (k, v) in enumerate(prompt)
+    )
+
+  return dataclasses.replace(
+    slots, prompt=jax.lax.fori_loop(0, count, put, slots.prompt)
+  )
+
+
+def _start(slots: Slots, starts_B, fields: dict) -> Slots:
+  """Begins a new row in each slot of `starts_B`, whose prompt lies there already;
+  `fields` are the values of all slots, of which those that start are taken."""
+  fields |= {"live_BS": False, "count_B": 0, "active_B": True, "stopped_B": False}
+
+  def pick(name, new):
+    old = getattr(slots, name)
+    mask = starts_B.reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(mask, new, old)
+
+  return dataclasses.replace(
+    slots, **{name: pick(name, new) for name, new in fields.items()}
+  )
+
+
+def _grown(old: Slots, new: Slots) -> Slots:
+  """The rows of `old` in the first slots of `new`, which has room for at least as many
+  rows, tokens of a prompt and new tokens. The ring of new tokens is turned so that the
+  oldest column is the first, and grows at its end."""
+  S = old.live_BS.shape[1]
+
+  def turned(x, axis):
+    return jnp.roll(x, -(old.column % S), axis)
+
+  old = dataclasses.replace(
+    old,
+    fresh=tuple((turned(k, 3), turned(v, 2)) for k, v in old.fresh),
+    live_BS=turned(old.live_BS, 1),
+    column=jnp.full_like(old.column, S),
+  )
+
+  def put(new, old):
+    return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+  return jax.tree.map(put, new, old)
+
+
+def _set_prefix(prefixes: Prefixes, kv: transformer.KV, length, lane) -> Prefixes:
+  """Puts an encoded prefix into a lane."""
+  layers = tuple(
+    tuple(
+      transformer.write(old, new[i], (lane, 0, 0, 0))
+      for old, new in zip(pair, (kv.k, kv.v), strict=True)
+    )
+    for i, pair in enumerate(prefixes.kv)
+  )
+  return Prefixes(kv=layers, length_A=prefixes.length_A.at[lane].set(length))
+
+
+def common_prefix(rows: list[tuple[int, ...]]) -> int:
+  """How many first tokens all rows share; each keeps at least one of its own."""
+  low, high = min(rows), max(rows)
+  return min(packing.common_front(low, high), min(map(len, rows)) - 1)
+
+
+def room(rows: list[tuple[int, ...]], prefix_room: int) -> int:
+  """The `prompt_room` that a group of these rows needs where they share up to
+  `prefix_room` tokens."""
+  return max(map(len, rows)) - min(common_prefix(rows), prefix_room) - 1
+
+
+def bucket(n: int, step: int) -> int:
+  """The smallest multiple of step that holds n, of at most four between one power of
+  two and the next: few shapes to compile, and little padding."""
+  steps = max(1, -(-n // step))
+  coarse = max(1, 1 << (steps - 1).bit_length() - 3) if steps > 8 else 1
+  return -(-steps // coarse) * coarse * step
+
+
+class Sampler:
+  """Compiled decoding of one architecture; weights come with each call.
+
+  On a mesh, which must then be set (`jax.set_mesh`), caches lie by rows and heads;
+  what says which rows live is held by every device, and read by every process.
+  """
+
+  def __init__(
+    self,
+    *,
+    cfg: ModelConfig,
+    compute: Compute,
+    stop_ids: Iterable[int],
+    sampler: SamplerConfig,
+    mesh: Mesh | None = None,
+  ):
+    self.cfg, self.compute = cfg, dataclasses.replace(compute, remat=False)
+    self.sampler, self.stop_ids = sampler, tuple(stop_ids)
+    self._mesh = mesh
+    k = v = self._lies(
+      "slot", "kv_heads", None, None, shape=(sampler.slots, cfg.kv_heads)
+    )
+    own = dict(prompt=((k, v),) * cfg.layers, fresh=((k, v),) * cfg.layers)
+    whole = self._lies()
+    names = (field.name for field in dataclasses.fields(Slots))
+    slots = Slots(**{name: own.get(name, whole) for name in names})
+    heads = None, "batch", "kv_heads", None, None
+    rows = self._lies(*heads, shape=(1, sampler.prefill, cfg.kv_heads))
+    row = self._lies(*heads, shape=(1, 1, cfg.kv_heads))
+    prefix = transformer.Prefix(kv=transformer.KV(k=row, v=row), length=whole)
+    self._prefill = self._jit(self._prefill_fn, transformer.KV(k=rows, v=rows))
+    self._prefix = self._jit(self._prefix_fn, prefix)
+    self.empty = self._jit(self._empty_fn, slots, static_argnums=(0, 1, 2))
+    self.grow = self._jit(_grown, slots, donate_argnums=1)
+    self._insert = self._jit(_insert, slots, donate_argnums=0)
+    self._start = self._jit(_start, slots, donate_argnums=0)
+    self.chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
+    self._lanes = {lanes: self._of_lanes(lanes) for lanes in (1, sampler.lanes)}
+    self._cast: Callable = functools.partial(transformer.cast, compute=self.compute)
+    if self.compute.dtype != "float32":
+      self._cast = jax.jit(self._cast)
+    unstack = functools.partial(transformer.unstack, cfg=cfg, compute=self.compute)
+    self._unstack = jax.jit(unstack)
+
+  @property
+  def meshed(self) -> bool:
+    """Whether its arrays lie on a mesh, which cuts the slots that the config has."""
+    return self._mesh is not None
+
+  def _lies(self, *names, shape=()) -> NamedSharding | None:
+    """Where an array of these logical axes lies; `shape` may end before the last."""
+    if self._mesh is None:
+      return None
+    shape = (*shape, *[1] * (len(names) - len(shape)))
+    return sharding.place(self._mesh, names, shape)
+
+  def _jit(self, fn, lies, **more):
+    more |= {} if self._mesh is None else {"out_shardings": lies}
+    return jax.jit(fn, **more)
+
+  def _of_lanes(self, A: int):
+    """What makes the prefixes of so many lanes, and what puts one in."""
+    kv = self._lies("slot", "kv_heads", None, None, shape=(A, self.cfg.kv_heads))
+    both = ((kv, kv),) * self.cfg.layers
+
+    def make(P: int) -> Prefixes:
+      return Prefixes(kv=self._cache(A, P), length_A=jnp.zeros(A, jnp.int32))
+
+    lies = Prefixes(kv=both, length_A=self._lies())
+    return (
+      self._jit(make, lies, static_argnums=0),
+      self._jit(_set_prefix, lies, donate_argnums=0),
+    )
+
+  def compiled(self) -> int:
+    """How many programs have been compiled so far; constant after warm-up."""
+    puts = [put for _, put in self._lanes.values()]
+    prefill = self._prefix, self._prefill, *puts
+    jits = *prefill, self._insert, self._start, self.chunk
+    return sum(f._cache_size() for f in jits)
+
+  def lowered(
+    self,
+    params: PyTree,
+    *,
+    prefix_room: int,
+    prompt_room: int,
+    max_new: int,
+    lanes: int,
+  ) -> dict[str, tuple[jax.stages.Lowered, PyTree, PyTree]]:
+    """What `run` would call with parameters of these shapes and the longest prompts,
+    lowered and not run: "prefill" and "decode" (a chunk of tokens), each with the
+    weights and the caches that it reads. Arrays are ShapeDtypeStructs that say where
+    they lie."""
+    s = self.sampler
+    P = -(-prefix_room // s.prefix_step) * s.prefix_step
+    T = bucket(prompt_room, s.prompt_step)
+    whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._lies())
+    tokens_P = jax.ShapeDtypeStruct((P,), jnp.int32, sharding=self._lies())
+    rows = jax.ShapeDtypeStruct((s.prefill, T), jnp.int32, sharding=self._lies())
+    encode = jax.eval_shape(self._cast, params)
+    encode = jax.tree.map(
+      lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
+      encode,
+      params,
+    )
+    decode = self._unstack.lower(params).compile().output_shardings
+    decode = sharding.abstract(jax.eval_shape(self._unstack, params), decode)
+    prefix = self._prefix.eval_shape(encode, tokens_P, whole)
+    make_lanes, _ = self._lanes[lanes]
+    prefixes, slots = (
+      make_lanes.eval_shape(P),
+      self.empty.eval_shape(s.slots, T, max_new),
+    )
+    heat = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._lies())
+    prefill = self._prefill.lower(encode, prefix, rows)
+    chunk = self.chunk.lower(decode, prefixes, slots, heat)
+    kept = prefixes.kv, slots.prompt, slots.fresh
+    return {"prefill": (prefill, encode, prefix.kv), "decode": (chunk, decode, kept)}
+
+  def prepare(self, params: PyTree) -> Weights:
+    """The weights to run with; of use until the parameters change."""
+    return Weights(encode=self._cast(params), decode=self._unstack(params))
+
+  def _prefix_fn(self, params, tokens_P, length):
+    return transformer.encode_prefix(
+      params, tokens_P, length, cfg=self.cfg, compute=self.compute
+    )
+
+  def _prefill_fn(self, params, prefix, tokens_BT):
+    _, kv = transformer.forward_rows(
+      params, tokens_BT, cfg=self.cfg, compute=self.compute, prefix=prefix
+    )
+    return jax.tree.map(lambda x: x.astype(self.compute.kv_dtype), kv)
+
+  def _chunk_fn(self, weights, prefixes, slots, temperature):
+    def more(carry):
+      step, slots = carry
+      return (step < self.sampler.chunk) & jnp.any(slots.active_B)
+
+    def body(carry):
+      step, slots = carry
+      slots = _advance(
+        weights,
+        prefixes,
+        slots,
+        temperature,
+        cfg=self.cfg,
+        compute=self.compute,
+        stop_ids=self.stop_ids,
+      )
+      return step + 1, slots
+
+    return jax.lax.while_loop(more, body, (0, slots))[1]
+
+  def _cache(self, B: int, S: int):
+    cfg, dtype = self.cfg, jnp.dtype(self.compute.kv_dtype)
+    k_shape = B, cfg.kv_heads, cfg.head_dim, S
+    v_shape = B, cfg.kv_heads, S, cfg.head_dim
+    return tuple(
+      (jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)) for _ in range(cfg.layers)
+    )
+
+  def _empty_fn(self, B: int, P: int, S: int) -> Slots:
+    def ints():
+      return jnp.zeros(B, jnp.int32)
+
+    return Slots(
+      prompt=self._cache(B, P),
+      fresh=self._cache(B, S),
+      prompt_len_B=ints(),
+      live_BS=jnp.zeros((B, S), bool),
+      column=jnp.zeros((), jnp.int32),
+      token_B=ints(),
+      position_B=ints(),
+      key_B=jax.random.split(jax.random.key(0), B),
+      limit_B=ints(),
+      count_B=ints(),
+      active_B=jnp.zeros(B, bool),
+      stopped_B=jnp.zeros(B, bool),
+      out_BS=jnp.zeros((B, S), jnp.int32),
+      logp_BS=jnp.zeros((B, S), jnp.float32),
+    )
+
+  def run(
+    self,
+    weights: Weights,
+    groups: Iterable[Sequence[Request]],
+    *,
+    key: Key,
+    temperature: float,
+    prefix_room: int,
+    prompt_room: int,
+    max_new: int,
+    more: Callable[[Completion], Iterable[Request]] = lambda _: (),
+  ) -> Iterator[Completion]:
+    """Completes the requests of all groups, in the order in which they finish; a group
+    is asked for when there are slots for it.
+
+    `weights` is `prepare(params)`. `prefix_room` (tokens that the rows of a group share
+    in front, with 0 they share none), `prompt_room` (tokens of a row beyond those) and
+    `max_new` only set shapes: keep them constant to reuse compiled programs.
+    `more(completion)` may ask for further rows of the same group, which must begin as
+    the others do. What a row draws depends on the key, its row id and its tokens alone.
+
+    Raises ValueError when a request does not fit the given room.
+    """
+    pending = (group for group in groups if group)
+    first = [*itertools.islice(pending, 2)]
+    pending = itertools.chain(first, pending)
+    A = self.sampler.lanes if len(first) > 1 else 1
+    s = self.sampler
+    P = -(-prefix_room // s.prefix_step) * s.prefix_step
+    make_lanes, set_prefix = self._lanes[A]
+    prefixes = make_lanes(P) if P else Prefixes(kv=(), length_A=np.zeros(A, np.int32))
+    slots = self.empty(s.slots, bucket(prompt_room, s.prompt_step), max_new)
+    held: list[Request | None] = [None] * s.slots
+    lanes: list[Lane | None] = [None] * A
+    temperature = jnp.float32(temperature)
+
+    def next_lane(own: range) -> Lane | None:
+      """A lane for the next group; when there is none, with half of another's queue."""
+      if group := next(pending, None):
+        # Long prompts first, like ones together: a batch is as wide as its longest.
+        group = sorted(group, key=lambda r: (-len(r.tokens), r.tokens))
+        head, prefix = (), None
+        if P:
+          head = group[0].tokens[: min(common_prefix([r.tokens for r in group]), P)]
+          tokens_P = np.zeros(P, np.int32)
+          tokens_P[: len(head)] = head
+          prefix = self._prefix(weights.encode, tokens_P, jnp.int32(len(head)))
+        return Lane(
+          self, weights.encode, key, head, prefix, own, collections.deque(group)
+        )
+      queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
+      if not queued:
+        return None
+      return max(queued, key=lambda lane: len(lane.waiting)).split(own)
+
+    while True:
+      for a, lane in enumerate(lanes):
+        if lane is None or lane.idle(held):
+          new = next_lane(range(a * s.slots // A, (a + 1) * s.slots // A))
+          if new is not None:
+            lane = lanes[a] = new
+            if new.prefix is not None:
+              prefixes = set_prefix(
+                prefixes, new.prefix.kv, new.prefix.length, jnp.int32(a)
+              )
+        if lane is not None:
+          slots = lane.refill(slots, held)
+      if not any(held):
+        return
+      slots = self.chunk(weights.decode, prefixes, slots, temperature)
+      for slot, done in collect(slots, held):
+        lane = lanes[slot * A // s.slots]
+        if lane is not None:  # as the row was one of its own
+          lane.add(more(done), slot, done.request, held)
+        yield done
+
+
+@dataclasses.dataclass
+class Lane:
+  """Requests of one group on their way through some of the slots."""
+
+  sampler: Sampler
+  params: PyTree
+  key: Key
+  head: tuple[int, ...]  # the tokens that all share,
+  prefix: transformer.Prefix | None  # and what they encode to
+  slots: range
+  waiting: collections.deque
+  ready: collections.deque = dataclasses.field(default_factory=collections.deque)
+  staying: list = dataclasses.field(default_factory=list)
+
+  # `ready` has (request, kv, row of kv) of what is prefilled; `staying` (slot, request)
+  # of rows whose prompt lies in their slot already.
+
+  def split(self, slots: range) -> "Lane":
+    """A lane of the same group in other slots, with half of what waits here."""
+    half = [self.waiting.pop() for _ in range(len(self.waiting) // 2)]
+    waiting = collections.deque(reversed(half))
+    return dataclasses.replace(
+      self, slots=slots, waiting=waiting, ready=collections.deque(), staying=[]
+    )
+
+  def add(
+    self, requests: Iterable[Request], slot: int, done: Request, held: list
+  ) -> None:
+    """Takes further requests; one for the prompt that `slot` has just `done` goes
+    on there, without a second prefill."""
+    for request in requests:
+      if held[slot] is None and request.tokens == done.tokens:
+        held[slot] = request
+        self.staying.append((slot, request))
+      else:
+        self.waiting.append(request)
+
+  def idle(self, held: list) -> bool:
+    """Whether the group is through."""
+    return not self.waiting and not self.ready and not any(held[i] for i in self.slots)
+
+  def _prefill(self, room: int):
+    """Encodes the next few distinct prompts; their last token is left to decoding."""
+    s, shared = self.sampler.sampler, len(self.head)
+    group: list[Request] = []
+    rows: dict[tuple[int, ...], int] = {}
+    while self.waiting and (len(rows) < s.prefill or self.waiting[0].tokens in rows):
+      request = self.waiting.popleft()
+      if request.tokens[:shared] != self.head:
+        raise ValueError(
+          f"request {request.row_id} does not begin with the {shared} tokens that the "
+          "first requests of its group share"
+        )
+      rows.setdefault(request.tokens, len(rows))
+      group.append(request)
+    own = [tokens[shared:-1] for tokens in rows]
+    longest = max(map(len, own))
+    if longest > room:
+      id = next(r.row_id for r in group if len(r.tokens) - shared - 1 == longest)
+      raise ValueError(
+        f"request {id!r:.80} has {longest} tokens beyond the shared prefix, more than "
+        f"the {room} there is room for; raise sampler.prompt_room"
+      )
+    T = bucket(longest, s.prompt_step)
+    tokens_BT = np.zeros((s.prefill, T), np.int32)
+    for i, row in enumerate(own):
+      tokens_BT[i, : len(row)] = row
+    kv = self.sampler._prefill(self.params, self.prefix, tokens_BT)
+    self.ready.extend((request, kv, rows[request.tokens]) for request in group)
+
+  def refill(self, slots: Slots, held: list) -> Slots:
+    """Fills this lane's free slots with waiting rows, a prefilled batch at a time."""
+    free = [i for i in self.slots if held[i] is None]
+    starting, self.staying = self.staying, []
+    while free and (self.ready or self.waiting):
+      if not self.ready:
+        self._prefill(slots.prompt[0][1].shape[2])
+      kv = self.ready[0][1]
+      src_R, slot_R = np.zeros((2, len(held)), np.int32)
+      count = 0
+      while free and self.ready and self.ready[0][1] is kv:
+        request, _, src_R[count] = self.ready.popleft()
+        slot = slot_R[count] = free.pop(0)
+        held[slot] = request
+        starting.append((slot, request))
+        count += 1
+      slots = self.sampler._insert(slots, kv, src_R, slot_R, jnp.int32(count))
+    return self._start(slots, starting) if starting else slots
+
+  def _start(self, slots: Slots, starting) -> Slots:
+    B, S = slots.live_BS.shape
+    names = ("prompt_len_B", "token_B", "position_B", "limit_B")
+    ints = {name: np.zeros(B, np.int32) for name in names}
+    starts_B, words_B2 = np.zeros(B, bool), np.zeros((B, 2), np.uint32)
+    for slot, request in starting:
+      if not 0 < request.max_new <= S:
+        raise ValueError(f"max_new of a request is 1..{S}, got {request.max_new}")
+      prompt = len(request.tokens)
+      self.sampler.cfg.check_length(
+        prompt + request.max_new,
+        f"{request.row_id!r:.80}: a prompt of {prompt} and {request.max_new} to write",
+      )
+      starts_B[slot], words_B2[slot] = True, ops.row_words(request.row_id)
+      ints["prompt_len_B"][slot] = len(request.tokens) - 1 - len(self.head)
+      ints["position_B"][slot] = len(request.tokens) - 1
+      ints["token_B"][slot] = request.tokens[-1]
+      ints["limit_B"][slot] = request.max_new
+    fields = ints | {"key_B": ops.per_row(self.key, words_B2)}
+    return self.sampler._start(slots, starts_B, fields)
+
+
+def collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:
+  """Takes the finished rows out of their slots."""
+  active_B = np.asarray(slots.active_B)
+  ended = [i for i, r in enumerate(held) if r is not None and not active_B[i]]
+  if not ended:
+    return []
+  out, logp, count, stopped = jax.device_get(
+    (slots.out_BS, slots.logp_BS, slots.count_B, slots.stopped_B)
+  )
+  done = []
+  for i in ended:
+    n = int(count[i])
+    completion = Completion(
+      request=held[i],
+      tokens=tuple(out[i, :n].tolist()),
+      logp=tuple(logp[i, :n].tolist()),
+      finish="stop" if stopped[i] else "length",
+    )
+    done.append((i, completion))
+    held[i] = None
+  return done

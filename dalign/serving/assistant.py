@@ -1,0 +1,529 @@
+"""The model of a run, for those who ask it: replies, streams and log-likelihoods.
+
+The task suites of others (`harness/`), the terminal (`chat.py`) and the server
+(`server.py`) speak for it; this file knows none of them. A model answers here as it
+does in the eval stage: a trained one's think block is opened for it.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import queue
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalign.config import schema as configs
+from dalign.data import prompt_sets
+from dalign.models import ops
+from dalign.models import transformer as decoder
+from dalign.policy import prompting
+from dalign.policy import spec as specs
+from dalign.runs import buckets
+from dalign.runs import distributed
+from dalign.runs import store
+from dalign.sampling import live
+from dalign.sampling import sampler as sampling
+from dalign.stages import context
+from dalign.text import thinking
+from dalign.types import Prompt
+from dalign.types import Sample
+from dalign.types import Turn
+
+STAGES = ("base", "sft", "rl")
+LINE = 128  # scored rows are in lines of a multiple of so many tokens
+LIKELIEST = 5  # tokens that are known of each place of a row, as in OpenAI's protocol
+SOME = 256  # rows that are scored together at the most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+  """What the model has said of a reply so far. `finish` is "" while more is to come,
+  then "stop" or "length"; `tokens` are those that it drew, and those read are counted,
+  forced ones among them."""
+
+  thought: str
+  answer: str
+  finish: str
+  tokens_in: int
+  tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+  """A token after those before it: its log-probability in nats at temperature 1, and
+  the likeliest tokens there with theirs, best first."""
+
+  logp: float
+  likeliest: tuple[tuple[int, float], ...]
+
+
+def finished(workdir: pathlib.Path) -> str:
+  """The last stage of STAGES that a run has finished."""
+  done = ("base", *(s for s in STAGES[1:] if buckets.exists(workdir / s / "params")))
+  return done[-1]
+
+
+class Model:
+  """A model of a run's folder: its base, or what the stage sft or rl ended with.
+
+  Nothing is written to the folder. Parameters are read when they are first needed.
+  """
+
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    stage: str = "rl",
+    cfg: configs.Config | None = None,
+  ):
+    """`stage` "" is the last that the run has finished; `cfg` takes the place of the
+    run's own config. Raises ValueError for a folder without a run, a stage that is none
+    of STAGES, and one that has not been run."""
+    place = buckets.absolute(os.path.expanduser(workdir))
+    stage = stage or finished(place)
+    if stage not in STAGES:
+      raise ValueError(f"stage: wanted one of {', '.join(STAGES)}, got {stage!r}")
+    if cfg is None:
+      written = place / "config.json"
+      if not written.is_file():
+        raise ValueError(
+          f"{written} is missing: wanted the --workdir of a run of dalign"
+        )
+      cfg = configs.of_json(store.read_json(written))
+    context.prepare_jax()
+    self.run = context.Run(cfg, place)
+    self.stage = stage
+    self._asked: collections.Counter = collections.Counter()
+    self._scorers: dict[tuple[Callable, int], context.Scorer] = {}
+    if stage != "base":
+      self.run.trained(stage)
+
+  @property
+  def think(self) -> thinking.ThinkFormat | None:
+    """How thoughts are opened for the model, or None."""
+    return None if self.stage == "base" else self.run.thinks
+
+  def _think(self, told: bool) -> thinking.ThinkFormat | None:
+    return self.run.think if told else self.think
+
+  @property
+  def max_length(self) -> int:
+    """Tokens that the architecture was made for, prompt and completion together."""
+    return self.run.arch.max_length
+
+  @property
+  def budget(self) -> int:
+    """Tokens of a reply, thought and answer, where nobody says: those of eval."""
+    return self.run.cfg.eval.max_think + self.run.cfg.eval.max_new
+
+  def read(self, turns: Sequence[Turn], *, told: bool = False) -> tuple[int, ...]:
+    """The tokens of a chat up to where the model goes on, its opened thought among
+    them; a base thinks where it is `told` a policy. Control tokens come from the chat
+    template alone."""
+    return prompting.opened(self.run.tok, turns, self._think(told))
+
+  def replies(
+    self,
+    chats: Sequence[Sequence[Turn]],
+    *,
+    max_new: int,
+    temperature: float,
+    seed: int = 0,
+  ) -> list[Sample]:
+    """What the model says to each chat, which ends with a user turn.
+
+    One that is asked again is answered anew, with other randomness; so epochs differ.
+    A thought that was opened and never ended has no answer.
+    """
+    prompts = [prompt_of(turns) for turns in chats]
+    rows = [self.read(prompt.turns) for prompt in prompts]
+    done = self._complete(rows, max_new=max_new, temperature=temperature, seed=seed)
+    return [
+      self._sample(prompt, completion)
+      for prompt, completion in zip(prompts, done, strict=True)
+    ]
+
+  def _sample(self, prompt: Prompt, done: sampling.Completion) -> Sample:
+    sample = self.run.sample_row(prompt, done, 0, self.think)
+    if self.think and self.think.close not in self.run.tok.decode(done.tokens):
+      return dataclasses.replace(sample, thought=sample.answer, answer="")
+    return sample
+
+  def heard(
+    self, turns: Sequence[Turn], said: live.Heard, *, told: bool = False
+  ) -> Reply:
+    """The reply of a chat that is being written, which was `read` so: thought and
+    answer only ever grow. The first closing tag ends the thought."""
+    own = self.run.think.of(turns[-1].content)
+    written = (own.open if self._think(told) else "") + self.run.tok.decode(said.tokens)
+    thought, answer = thinking.split_begun(written, own, whole=bool(said.finish))
+    return _reply(said, thought, answer)
+
+  def continued(self, said: live.Heard) -> Reply:
+    """The reply of a row of tokens that is no chat: all that is written is answer."""
+    written = self.run.tok.decode(said.tokens)
+    return _reply(said, "", written if said.finish else thinking.settled(written, ()))
+
+  def continuations(
+    self,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new: int,
+    temperature: float,
+    seed: int = 0,
+  ) -> list[str]:
+    """The text that the model writes after rows of tokens, no thought opened."""
+    done = self._complete(rows, max_new=max_new, temperature=temperature, seed=seed)
+    return [self.run.tok.decode(completion.tokens) for completion in done]
+
+  def _complete(
+    self, rows, *, max_new: int, temperature: float, seed: int
+  ) -> list[sampling.Completion]:
+    requests = []
+    for row in map(tuple, rows):
+      row_id = self._asked[row], *row
+      self._asked[row] += 1
+      requests.append(sampling.Request(tokens=row, row_id=row_id, max_new=max_new))
+    key = ops.stream(self.run.key, "harness", seed)
+    with jax.set_mesh(self.run.mesh):
+      done = context.complete(
+        self.run,
+        self.weights,
+        [requests],
+        key=key,
+        temperature=temperature,
+        max_new=max_new,
+        grows=True,
+      )
+      found = {completion.request.row_id: completion for completion in done}
+    return [found[request.row_id] for request in requests]
+
+  def scores(
+    self, rows: Sequence[Sequence[int]], starts: Sequence[int]
+  ) -> list[tuple[float, bool]]:
+    """For each row the log-probability in nats of its tokens from its start, at least
+    1, onward, at temperature 1, and whether each of them is the likeliest."""
+    found = self._numbers(_stats, rows, starts)
+    return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
+
+  def likeliest(self, rows: Sequence[Sequence[int]]) -> list[list[Scored]]:
+    """For each row what each of its tokens but the first is worth, and what would have
+    been likelier there."""
+
+    def read(x: np.ndarray) -> Scored:
+      logp, (best, ids) = x[0], x[1:].reshape(2, LIKELIEST).tolist()
+      return Scored(
+        logp=float(logp), likeliest=tuple(zip(map(int, ids), best, strict=True))
+      )
+
+    found = self._numbers(_likeliest, rows, [1] * len(rows))
+    return [[*map(read, row)] for row in found]
+
+  def _numbers(self, make: Callable, rows, starts) -> list[np.ndarray]:
+    """Of each row the numbers of its tokens from its start onward, by the `score` of a
+    context.Scorer that `make(cfg=, compute=)` makes."""
+    if not rows:
+      return []
+    own = self.run.cfg.sft.batch
+    length = max(own.length, sampling.bucket(max(map(len, rows)), LINE))
+    if (make, length) not in self._scorers:
+      compute = dataclasses.replace(self.run.cfg.compute, remat=False)
+      self._scorers[make, length] = context.Scorer(
+        self.run,
+        dataclasses.replace(own, length=length),
+        score=make(cfg=self.run.arch, compute=compute),
+      )
+    with jax.set_mesh(self.run.mesh):
+      return self._scorers[make, length](
+        self._params, list(map(list, rows)), list(starts)
+      )
+
+  @functools.cached_property
+  def _params(self):
+    with jax.set_mesh(self.run.mesh):
+      if self.stage == "base":
+        return self.run.base_params()
+      return self.run.trained_params(self.stage)
+
+  @functools.cached_property
+  def weights(self) -> sampling.Weights:
+    with jax.set_mesh(self.run.mesh):
+      return self.run.sampler.prepare(self._params)
+
+
+def _stats(*, cfg, compute):
+  """[B, T, 2]: of each wanted token its logp, and whether it is the likeliest."""
+
+  def score(params, batch):
+    wanted_BT = batch["wanted_BT"][:, 1:]
+    stats = decoder.target_stats(params, batch, wanted_BT, cfg=cfg, compute=compute)
+    both_BT2 = jnp.stack([stats.logp, stats.hit], axis=-1)
+    return jnp.pad(both_BT2, ((0, 0), (1, 0), (0, 0)))
+
+  return score
+
+
+def _likeliest(*, cfg, compute):
+  """[B, T, 1 + 2 LIKELIEST]: of each token its logp, then those of the likeliest there,
+  then their ids, which float32 holds up to 2^24."""
+
+  def score(params, batch):
+    hidden_BTD = decoder.hidden(params, batch, cfg=cfg, compute=compute)
+    B, T, D = hidden_BTD.shape
+    targets_BT = jnp.roll(batch["tokens_BT"], -1, axis=1)
+
+    def one(part):
+      hidden_CD, targets_C = part
+      logits_CV = decoder.logits(params, hidden_CD, cfg=cfg, compute=compute)
+      logp_CV = jax.nn.log_softmax(logits_CV.astype(jnp.float32))
+      own_C1 = jnp.take_along_axis(logp_CV, targets_C[:, None], axis=1)
+      best_CK, ids_CK = jax.lax.top_k(logp_CV, LIKELIEST)
+      return jnp.concatenate([own_C1, best_CK, ids_CK.astype(jnp.float32)], axis=1)
+
+    C = math.gcd(T, LINE)  # never logits of all tokens at once
+    parts = hidden_BTD.reshape(-1, C, D), targets_BT.reshape(-1, C)
+    found_BTN = jax.lax.map(one, parts).reshape(B, T, -1)
+    return jnp.pad(found_BTN[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+  return score
+
+
+class Engine:
+  """Answers those who ask a model at any time, many at once, word by word.
+
+  One thread decodes for all of them and one scores; use it `with`, which ends both.
+  """
+
+  def __init__(self, model: Model):
+    """Raises ValueError in a run of several processes."""
+    if distributed.several():
+      raise ValueError("one process answers alone; start this on one host")
+    self.model = model
+    self._asked = 0
+    self._come: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+    self._rows: queue.SimpleQueue[tuple[Sequence[int], futures.Future] | None] = (
+      queue.SimpleQueue()
+    )
+    self._threads = [
+      threading.Thread(target=work, name=name, daemon=True)
+      for name, work in (("decoder", self._work), ("scorer", self._score))
+    ]
+
+  def __enter__(self) -> "Engine":
+    _ = self.model.weights  # before anybody waits for them
+    for thread in self._threads:
+      thread.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._come.put(None)
+    self._rows.put(None)
+    for thread in self._threads:
+      thread.join()
+
+  def room(self, row: Sequence[int]) -> int:
+    """Tokens that may follow a row; ValueError where there is room for none."""
+    room = self.model.max_length - len(row)
+    if room < 1:
+      raise ValueError(
+        f"{len(row)} tokens were sent, and the model takes {self.model.max_length} "
+        "with its reply: send fewer"
+      )
+    return room
+
+  def ask(
+    self,
+    row: Sequence[int],
+    read: Callable[[live.Heard], Reply],
+    hear: Callable[[Reply | Exception], None],
+    *,
+    max_new: int,
+    temperature: float,
+    seed: int | None = None,
+    draw: int = 0,
+    stops: Sequence[str] = (),
+  ) -> Callable[[], None]:
+    """Has a row continued; returns what gives it up.
+
+    `hear` is called on the engine's thread: with each Reply that `read` makes and that
+    is longer than the last, the last one with its `finish`, or with the error that
+    ended it. An answer ends before the first of `stops`. With a seed the same is said
+    to the same row and `draw`; without one each time something else. Raises ValueError
+    where row and reply do not fit the model.
+    """
+    if max_new > self.room(row):
+      raise ValueError(
+        f"{len(row)} tokens and {max_new} of a reply are more than the "
+        f"{self.model.max_length} that the model takes: ask for fewer"
+      )
+    self._asked += 1
+    drawn = [seed, draw] if seed is not None else ["", self._asked]
+    waiting = _Waiting(read, hear, tuple(stops))
+    waiting.ask = live.Ask(
+      tokens=tuple(row),
+      row_id=(*drawn, *row),
+      max_new=max_new,
+      temperature=temperature,
+      gone=waiting.gone.is_set,
+    )
+    self._come.put(waiting)
+    return waiting.gone.set
+
+  def stream(
+    self, row: Sequence[int], read: Callable[[live.Heard], Reply], **how
+  ) -> Iterator[Reply]:
+    """The replies that `ask` would have heard; closing it gives the row up."""
+    heard: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
+    leave = self.ask(row, read, heard.put, **how)
+    try:
+      while True:
+        reply = heard.get()
+        if isinstance(reply, Exception):
+          raise reply
+        yield reply
+        if reply.finish:
+          return
+    finally:
+      leave()
+
+  def score(self, row: Sequence[int]) -> futures.Future[list[Scored]]:
+    """What each token of a row but the first is worth, once it is known: rows that come
+    while others are scored are scored together."""
+    future: futures.Future[list[Scored]] = futures.Future()
+    self._rows.put((row, future))
+    return future
+
+  def _score(self) -> None:
+    """The thread that scores, until it is told to end."""
+    ended = False
+    while not ended:
+      come = [self._rows.get()]
+      while len(come) < SOME and not self._rows.empty():
+        come.append(self._rows.get())
+      ended = None in come
+      here = [one for one in come if one and one[1].set_running_or_notify_cancel()]
+      try:
+        found = self.model.likeliest([row for row, _ in here])
+      except Exception as error:
+        for _, future in here:
+          future.set_exception(error)
+        continue
+      for (_, future), scored in zip(here, found, strict=True):
+        future.set_result(scored)
+
+  def _work(self) -> None:
+    """The thread: decodes until it is told to end; an error ends those who wait."""
+    here: dict[live.Ask, _Waiting] = {}
+    ended = False
+    while not ended:
+      error: Exception = ConnectionError("nobody answers any more")
+      try:
+        self._decode(here)
+        ended = True
+      except Exception as failed:
+        error = failed
+      for waiting in here.values():
+        waiting.hear(error)
+      here.clear()
+
+  def _decode(self, here: dict[live.Ask, "_Waiting"]) -> None:
+    """Decodes for those who come, until it is told to end."""
+    run, shapes = self.model.run, self.model.run.cfg.sampler
+
+    def come(idle: bool) -> list[live.Ask] | None:
+      new: list[live.Ask] = []
+      while not self._come.empty() or (idle and not new):
+        waiting = self._come.get()
+        if waiting is None:
+          return None
+        here[waiting.ask] = waiting
+        new.append(waiting.ask)
+      return new
+
+    with jax.set_mesh(run.mesh):
+      said = live.run(
+        self._sampler,
+        self.model.weights,
+        come,
+        key=ops.stream(run.key, "asked"),
+        most=shapes.slots,
+        tokens=shapes.slots * (shapes.prompt_room + self.model.budget),  # as in eval
+      )
+      for rows in said:
+        for heard in rows:
+          if here[heard.ask].hears(heard):
+            del here[heard.ask]
+        for ask in [ask for ask in here if ask.gone()]:
+          del here[ask]
+
+  @functools.cached_property
+  def _sampler(self) -> sampling.Sampler:
+    """The run's sampler, which encodes prompts as they come, one by one."""
+    shapes = dataclasses.replace(self.model.run.cfg.sampler, prefill=1)
+    return self.model.run.make_sampler(shapes)
+
+
+class _Waiting:
+  """One who has asked, and what they have heard."""
+
+  def __init__(self, read, hear, stops: tuple[str, ...]):
+    self._read, self.hear, self._stops = read, hear, stops
+    self.gone = threading.Event()
+    self.ask: live.Ask
+    self._last: Reply | None = None
+
+  def hears(self, said: live.Heard) -> bool:
+    """Tells what is new; True at the end."""
+    if self.gone.is_set():
+      return True
+    reply = self._read(said)
+    answer = cut(reply.answer, self._stops)
+    if len(answer) < len(reply.answer):
+      reply = dataclasses.replace(reply, answer=answer, finish="stop")
+      self.gone.set()
+    elif not reply.finish:
+      answer = thinking.settled(answer, self._stops)
+      reply = dataclasses.replace(reply, answer=answer)
+    last = self._last
+    if last is None or reply.finish or _words(reply) != _words(last):
+      self.hear(reply)
+    self._last = reply
+    return bool(reply.finish)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+  """What stands before the first of `stops`; empty ones stop nothing."""
+  found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+  return text[: min(found, default=len(text))]
+
+
+def _words(reply: Reply) -> tuple[str, str]:
+  return reply.thought, reply.answer
+
+
+def _reply(said: live.Heard, thought: str, answer: str) -> Reply:
+  return Reply(
+    thought=thought,
+    answer=answer,
+    finish=said.finish,
+    tokens_in=len(said.ask.tokens),
+    tokens=said.tokens,
+  )
+
+
+def prompt_of(turns: Sequence[Turn], category: str = specs.BENIGN) -> Prompt:
+  """A chat of which nothing else is known, as a Prompt."""
+  return Prompt(
+    id=prompt_sets.digest(turns),
+    turns=tuple(turns),
+    category=category,
+    expected="comply",
+    kind="helpful",
+  )

@@ -1,0 +1,122 @@
+"""The method as a pipeline: one function a stage, each from artefact to artefact.
+
+[base ->] generate -> filter -> sft -> reward -> rl -> eval -> report -> export
+"""
+
+import contextlib
+import datetime
+import pathlib
+
+import jax
+
+from dalign.config import schema as configs
+from dalign.evaluation import report
+from dalign.runs import distributed
+from dalign.runs import store
+from dalign.stages import ablate
+from dalign.stages import base
+from dalign.stages import context
+from dalign.stages import evaluate
+from dalign.stages import export
+from dalign.stages import filter as filtering
+from dalign.stages import generate
+from dalign.stages import reward
+from dalign.stages import rl
+from dalign.stages import scoring
+from dalign.stages import sft
+
+
+def write_report(run: context.Run) -> None:
+  """artefacts -> report.html"""
+  _report(run.store.workdir)
+
+
+def _report(workdir: pathlib.Path) -> None:
+  distributed.once("report", report.write_report, workdir)
+  context.say(f"report: {workdir / 'report.html'}")
+
+
+STAGES = {  # the order is the method
+  "base": base.learn,
+  "generate": generate.generate,
+  "filter": filtering.filter_,
+  "sft": sft.finetune,
+  "reward": reward.train_reward,
+  "rl": rl.reinforce,
+  "eval": evaluate.evaluate,
+  "report": write_report,
+  "export": export.export,
+}
+
+
+def run(cfg: configs.Config, workdir: pathlib.Path) -> None:
+  """Runs the stages that the config asks for, in order; or all of its arms."""
+  cfg = _dated(cfg, workdir)
+  if cfg.ablation:
+    ablate.ablate(cfg, workdir, run_stages)
+    _report(workdir)
+  else:
+    run_stages(cfg, workdir, {}, configs.chosen_stages(cfg.stages))
+
+
+def run_stages(
+  cfg: configs.Config,
+  workdir: pathlib.Path,
+  shared: dict[str, pathlib.Path],
+  stages: tuple[str, ...],
+) -> None:
+  """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
+  distributed.same("config", configs.flat(cfg))
+  here = context.Run(cfg, workdir, shared)
+  here.metrics.ready()
+  with (
+    here.store.claimed(),
+    contextlib.closing(here.metrics),
+    jax.set_mesh(here.mesh),
+  ):
+    written = here.store.workdir / "config.json"
+    before = _read(here.store, written)
+    here.store.write_json(written, configs.to_json(cfg))
+    if not written.exists():
+      raise ValueError(
+        f"{here.store.workdir}: the first process wrote here and this one sees "
+        "nothing; wanted a --workdir on a file system that all hosts share"
+      )
+    try:
+      known = {stage: here.store.manifest(stage) or {} for stage in stages}
+      scoring.rehearse(here, [s for s in stages if not known[s].get("finished")])
+      for stage in stages:
+        if stage == "base" and cfg.world is None:
+          continue  # only a world's base is trained here
+        STAGES[stage](here)
+    except ValueError:
+      # Nothing is of this config, and chat and serve want the other. Without others.
+      if before and not here.opened and distributed.first():
+        store.write_json(written, before)
+      raise
+
+
+def _dated(cfg: configs.Config, workdir: pathlib.Path) -> configs.Config:
+  """The config with the day on which the run began, in this command or an earlier."""
+  arms = cfg.ablation
+  first = workdir / f"seed-{arms.seeds[0]}" / "shared" if arms else workdir
+  before = _read(store.Store(first), first / "config.json")
+  began = before.get("model.date") if isinstance(before, dict) else None
+  asked = cfg.model.date
+  if began and asked and began != asked and not cfg.start_over:
+    raise ValueError(
+      f"config.model.date: this run began with {began}, got {asked}; leave it out, or "
+      "use another --workdir"
+    )
+  today = datetime.datetime.now(datetime.UTC).date().isoformat()
+  day = asked or began or distributed.agree(today)
+  return configs.changed(cfg, {"model": {"date": day}})
+
+
+def _read(kept: store.Store, path: pathlib.Path) -> dict | None:
+  """The config of the command before, or None."""
+  try:
+    return kept.read_json(path) if kept.has(path) else None
+  except ValueError:
+    context.say(f"{path} is damaged and written anew")
+    return None

@@ -1,0 +1,493 @@
+"""models -> eval/<arm>.jsonl, eval/summary.json: the arms side by side, held out."""
+
+import bisect
+import collections
+from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Literal
+
+import jax
+import numpy as np
+
+from dalign.config import schema as configs
+from dalign.data import attacks
+from dalign.data import prompt_sets
+from dalign.evaluation import evals
+from dalign.models import ops
+from dalign.policy import prompting
+from dalign.sampling.sampler import Completion
+from dalign.sampling.sampler import Request
+from dalign.stages import context
+from dalign.stages import grading
+from dalign.stages import servers
+from dalign.text import thinking
+from dalign.types import Prompt
+from dalign.types import PyTree
+from dalign.types import Sample
+from dalign.types import Turn
+
+Replies = Iterator[tuple[Prompt, Sample]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """Where an arm's replies come from: the parameters of a stage, or those of the base
+  with "", or a server; what it has of the spec in its prompt: nothing, the "summaries"
+  of all policies, as its users would who know no category, or the "policy" of the
+  prompt's category; and whether the think block is opened for it."""
+
+  stage: str
+  spec: Literal["", "summaries", "policy"] = ""
+  thinks: bool = False
+  served: bool = False
+
+
+ARMS = {
+  "base": Arm(""),
+  "base_thinks": Arm("", thinks=True),
+  "spec_in_prompt": Arm("", spec="summaries"),
+  "spec_in_prompt_oracle": Arm("", spec="policy"),
+  "self_refine": Arm("", spec="policy", thinks=True),  # revises what the base answered
+  "sft": Arm("sft", thinks=True),
+  "rl": Arm("rl", thinks=True),
+  "sft_rl": Arm("rl", thinks=True),
+  "endpoint": Arm("", served=True),
+  "endpoint_spec": Arm("", spec="policy", served=True),
+}
+
+
+def evaluate(run: context.Run) -> None:
+  """Samples every arm on the held-out prompts, grades and summarises."""
+  cfg = run.cfg.eval
+  arms = [arm for arm in cfg.arms if _there(run, arm)]
+  inputs = [*run.sources]
+  stages = {ARMS[arm].stage for arm in arms} - {""}
+  inputs += [run.store.path(stage, "manifest.json") for stage in stages]
+  extra = (prompt_sets.file_of(source["source"]) for source in cfg.extra.values())
+  inputs += filter(None, extra)
+  if not arms:
+    raise ValueError(f"eval: no arm of {', '.join(cfg.arms)} is there to evaluate")
+  if not run.begin("eval", sorted({*inputs})):
+    return
+  sets = {"": _held_out(run)} | run.further_sets()
+  _check_ids(sets)
+  prompts_by_id = {prompt.id: prompt for some in sets.values() for prompt in some}
+  found: dict[str, dict] = collections.defaultdict(dict)
+  files: dict[str, list[dict]] = {}  # rows, by the names of the files that have them
+  for arm in arms:
+    drafts: dict = {}
+    rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts], drafts)
+    files[arm] = rows
+    for name, prompts in sets.items():
+      ids = {prompt.id for prompt in prompts}
+      found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
+    thinks = _format(run, arm)
+    for budget in cfg.budgets if thinks else ():
+      forced = Forced(label=f".thought_{budget}", budget=budget)
+      rows = _arm(run, arm, sets[""], drafts, forced)
+      found[f"thought_{budget}"][arm] = files[f"{arm}{forced.label}"] = rows
+    swaps = cfg.swaps and "swap_followed" in run.domain.definitions
+    if swaps and thinks and not thinks.start and not ARMS[arm].spec:
+      found["swapped"][arm] = _swapped(run, arm, sets[""], found[""][arm])
+  grading.add_grades(run, files, prompts_by_id)
+  grading.check(run, files, cfg.unscored)
+  _check_scored(found, cfg.unscored)
+  for arm in arms:
+    for name, disguises in _disguises(cfg.suite).items():
+      of = collections.defaultdict(list)
+      for disguise in disguises:
+        for row in found[context.label(disguise)][arm]:
+          of[prompts_by_id[row["prompt_id"]].original].append(row)
+      found[f"{name}_worst"][arm] = evals.worst(of, share=cfg.worst)
+    if run.domain.openings and not ARMS[arm].served and not ARMS[arm].spec:
+      _add_odds(run, arm, sets, {name: found[name][arm] for name in sets})
+  summarize = functools.partial(
+    evals.summarize,
+    seed=run.cfg.seed,
+    trials=cfg.trials,
+    definitions=grading.definitions(run),
+  )
+  summary = summarize(found[""])
+  for budget in cfg.budgets:
+    label = f"thought_{budget}"
+    for arm, rows in found[label].items():
+      both = {f"{arm}.{label}": rows, arm: found[""][arm]}
+      summary["differences"] |= summarize(both)["differences"]
+  summary["curves"] = {
+    name or "held out": {
+      arm: curve
+      for arm, rows in found[name].items()
+      if (curve := evals.operating_curve(rows, seed=run.cfg.seed, trials=cfg.trials))
+    }
+    for name in sets
+  }
+  for name, rows in list(found.items())[1:]:
+    more = summarize(rows)
+    for part in ("arms", "paired", "differences"):
+      for arm, metrics in more[part].items():
+        summary[part].setdefault(arm, {})
+        summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
+  summary["sets"] = _said(run, sets)
+  summary["contaminated"] = _contaminated(run, sets)
+  if cfg.grader[1:]:
+    every = [row for rows in files.values() for row in rows]
+    summary["graders"] = grading.compared(run, every)
+  run.store.write_json(run.store.path("eval", "summary.json"), summary)
+  run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
+  for arm, metrics in summary["arms"].items():
+    shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
+    line = "  ".join(f"{m} {context.percent(metrics[m]['mean'])}" for m in shown)
+    context.say(f"eval: {arm:15s} {line}")
+  grading.say(summary.get("graders", {}))
+
+
+def _there(run: context.Run, arm: str) -> bool:
+  """Whether an arm's model has been trained, in the way the arm means."""
+  stage = ARMS[arm].stage
+  if not stage:
+    return True
+  if not run.store.path(stage, "params").exists():
+    context.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
+    return False
+  if stage == "rl":
+    start = (run.store.manifest("rl") or {})["config"]["rl.start"]
+    if (arm == "sft_rl") != (start == "sft"):
+      context.say(f"eval: rl started from {start}, arm {arm} is left out")
+      return False
+  return True
+
+
+def _contaminated(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
+  """Set -> training prompts that say what it says; where there are any, one line."""
+  train = [prompt for prompt in run.prompts if prompt.split == "train"]
+  found = {
+    name: len(dict(run.domain.contaminated(train, prompts)))
+    for name, prompts in sets.items()
+    if name
+  }
+  for name, count in found.items():
+    if count:
+      context.say(f"eval: {count} training prompts say what prompts of {name} say")
+  return found
+
+
+def _check_ids(sets: dict[str, list[Prompt]]) -> None:
+  """ValueError where two prompts of several sets have one id."""
+  of: dict[str, str] = {}
+  for name, prompts in sets.items():
+    for prompt in prompts:
+      if prompt.id in of:
+        both = " and ".join(n or "the held-out prompts" for n in (of[prompt.id], name))
+        raise ValueError(
+          f"eval: {both} both have a prompt {prompt.id!r}; wanted ids that differ"
+        )
+      of[prompt.id] = name
+
+
+def _said(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
+  """What each of the further sets is, by the name that its metrics begin with."""
+  cfg = run.cfg.eval
+  said = {name: source["source"] for name, source in cfg.extra.items()}
+  for name in cfg.suite:
+    public, *names = name.split("+")
+    disguise = f"; disguised by {', then '.join(names)}" if names else ""
+    said[context.label(name)] = run.domain.notice(f"public:{public}") + disguise
+  counted = {
+    name: f"{len(sets[name])} prompts of {text}" for name, text in said.items()
+  }
+  worst = {
+    f"{public}_worst": f"{public} in {len(names)} disguises, the mean over the "
+    f"{cfg.worst:.0%} of them (one at least) that are worst for a prompt; unscored are "
+    "the prompts of which some have no score, and the worst may be among those"
+    for public, names in _disguises(cfg.suite).items()
+  }
+  return counted | worst
+
+
+def _disguises(suite: tuple[str, ...]) -> dict[str, list[str]]:
+  """Public set -> its disguises in a suite, where it has several."""
+  of = collections.defaultdict(list)
+  for name in suite:
+    public, plus, _ = name.partition("+")
+    if plus:
+      of[public].append(name)
+  return {public: names for public, names in of.items() if len(names) > 1}
+
+
+def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None:
+  """ValueError where too many answers of a set have no score; they are all on disk."""
+  for name, rows_by_arm in found.items():
+    for arm, rows in rows_by_arm.items():
+      reasons = (
+        [why for name, why in row["unscored"].items() if row["scores"][name] is None]
+        for row in rows
+      )
+      missing = [some[0] for some in reasons if some]
+      if len(missing) > limit * len(rows):
+        raise ValueError(
+          f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "
+          f"{name or 'the held-out prompts'}: {context.counted(missing)}; wanted at "
+          f"most {limit:.0%} (config.eval.unscored)"
+        )
+
+
+def _held_out(run: context.Run) -> list[Prompt]:
+  cfg = run.cfg.eval
+  wanted = {"safety": cfg.prompts, "helpful": cfg.helpful, "capability": cfg.capability}
+  found = [
+    prompt for kind, n in wanted.items() for prompt in run.choose("eval", kind, n)
+  ]
+  if not found and any(wanted.values()):
+    raise ValueError(
+      f"eval: wanted held-out prompts, and none of the {len(run.prompts)} of "
+      f"{run.cfg.data.source} is one of those asked for: give rows the split "
+      '"eval", or ask for none (config.eval.prompts, helpful and capability of 0)'
+    )
+  return found
+
+
+def _format(run: context.Run, arm: str) -> thinking.ThinkFormat | None:
+  """How an arm's thoughts are opened for it, if they are."""
+  own = ARMS[arm]
+  if own.spec:
+    return run.think if own.thinks or run.domain.opens_told else None
+  return run.thinks if own.thinks else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+  """What is done to an arm's thoughts: closed after `budget` tokens, or those of
+  `thoughts`, by prompt id, put in their place."""
+
+  label: str = ""
+  budget: int | None = None
+  thoughts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _swapped(
+  run: context.Run, arm: str, prompts: list[Prompt], rows: list[dict]
+) -> list[dict]:
+  """The rows of an arm that was given thoughts of the opposite decision."""
+  thoughts = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
+  some = [prompt for prompt in prompts if prompt.id in thoughts]
+  forced = Forced(label=".swapped", thoughts=thoughts)
+  found = _arm(run, arm, some, {}, forced)
+  return [evals.swapped(row, thoughts[row["prompt_id"]]) for row in found]
+
+
+def _add_odds(
+  run: context.Run, arm: str, sets: dict[str, list[Prompt]], rows_by_set: dict
+) -> None:
+  """Adds to each row `decline_probability`, the probability that the arm opens an
+  answer as a refusal does, after the prompt and its own thought, in one forward pass.
+  """
+  params = _params(run, arm)
+  think = _format(run, arm)
+  of = {prompt.id: prompt for prompts in sets.values() for prompt in prompts}
+  rows = [
+    row
+    for some in rows_by_set.values()
+    for row in some
+    if not (think and row["malformed"])
+    and not attacks.untemplated(of[row["prompt_id"]])
+  ]
+  openings = [run.tok.encode(opening) for opening in run.domain.openings]
+  lines, starts = [], []
+  for row in rows:
+    prompt = of[row["prompt_id"]]
+    front = [*prompting.opened(run.tok, prompting.plain(prompt), think)]
+    if think:
+      thought = row["thought"].removeprefix(think.of(prompt.text).start).strip()
+      front += run.tok.encode(prompting.written(thought, "", think))
+    for opening in openings:
+      lines.append([*front, *opening])
+      starts.append(len(front))
+  length = -(-max(map(len, lines), default=1) // 128) * 128
+  shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
+  score = context.Scorer(run, shape)
+  logp = iter(float(np.sum(own)) for own in score(params, lines, starts))
+  for row in rows:
+    row["decline_probability"] = min(1.0, sum(math.exp(next(logp)) for _ in openings))
+  jax.tree.map(lambda x: x.delete(), params)
+
+
+def _arm(
+  run: context.Run,
+  arm: str,
+  prompts: list[Prompt],
+  drafts: dict[str, Sample],
+  forced: Forced | None = None,
+) -> list[dict]:
+  """The graded rows of one arm, perhaps with other thoughts; rows that are there
+  already are not sampled again. Of what it revises, what `drafts` lacks is added there.
+  """
+  forced = forced or Forced()
+  end = forced.label
+  path = run.store.path("eval", f"{arm}{end}.jsonl")
+  before = run.store.read_rows(path) if run.store.has(path) else []
+  # What a server would not send is asked for again: it may be otherwise today.
+  before = [row for row in before if row["finish"] != "refused"]
+  rows = {(row["prompt_id"], row["index"]): row for row in before}
+  wanted = [
+    (prompt, index) for prompt in prompts for index in range(run.cfg.eval.samples)
+  ]
+  left = [(prompt, index) for prompt, index in wanted if (prompt.id, index) not in rows]
+  asked = [*dict.fromkeys(prompt for prompt, _ in left)]
+  lacking = [prompt for prompt in asked if prompt.id not in drafts]
+  if arm == "self_refine" and lacking:
+    drafts |= context.drafts(run, lacking, grows=True)
+  turns = {prompt.id: _turns(run, arm, prompt, drafts) for prompt in asked}
+  if ARMS[arm].served:
+    found = _replies(run, left, turns)
+  else:
+    found = _sampled(run, arm, left, turns, forced)
+  with context.bar(len(wanted), f"eval {arm}{end}", "reply", len(rows)) as bar:
+    for prompt, sample in found:
+      row = run.domain.outcome(prompt, sample)
+      run.store.append_rows(path, [row])
+      rows[prompt.id, sample.index] = row
+      bar.update()
+  ordered = [rows[prompt.id, index] for prompt, index in wanted]
+  run.store.write_rows(path, ordered)  # not in the order in which they happened to end
+  run.store.pause("eval")
+  return ordered
+
+
+def _turns(
+  run: context.Run, arm: str, prompt: Prompt, drafts: dict
+) -> tuple[Turn, ...]:
+  """What the model of an arm reads before it replies."""
+  if prompt.id in drafts:
+    return run.domain.revise(prompt, drafts[prompt.id].answer)
+  if ARMS[arm].spec == "policy":
+    return run.domain.teach(prompt, worked=0)
+  if ARMS[arm].spec == "summaries":
+    return run.domain.summaries(prompt)
+  return prompting.plain(prompt)
+
+
+Wanted = list[tuple[Prompt, int]]  # prompts and which of their samples
+
+
+def _replies(run: context.Run, wanted: Wanted, turns: dict) -> Replies:
+  """What the model at `eval.endpoint` says to each prompt."""
+  cfg = run.cfg.eval
+  server = servers.Server(run, cfg.endpoint, "eval")
+  requests = [servers.request(turns[prompt.id], cfg, index) for prompt, index in wanted]
+  for at, reply in server.rounds(requests):
+    prompt, index = wanted[at]
+    yield prompt, servers.sample(run, prompt, index, reply, None)
+  server.say()
+
+
+def _sampled(
+  run: context.Run, arm: str, wanted: Wanted, turns: dict, forced: Forced
+) -> Replies:
+  """What the model of an arm says to each prompt, as it ends."""
+  cfg, own, think = run.cfg.eval, ARMS[arm], _format(run, arm)
+  max_new = cfg.max_new + (cfg.max_think if think else 0)
+  budget = forced.budget
+  close = len(run.tok.encode(run.think.close))
+  put = 0 if budget is None else budget + close  # tokens of a thought closed for it
+  if not wanted:
+    return
+  groups = collections.defaultdict(list)
+  for prompt, index in wanted:
+    group = prompt.category if own.spec == "policy" else ""
+    groups[group].append((prompt, index))
+  params = _params(run, arm)
+  weights = run.sampler.prepare(params)
+  complete = functools.partial(
+    context.complete,
+    run,
+    weights,
+    key=ops.stream(run.key, "eval"),
+    temperature=cfg.temperature,
+    max_new=max_new,
+    room=None if own.spec else run.cfg.sampler.prefix_step,
+    grows=True,
+  )
+  of = {prompt.id: prompt for prompt, _ in wanted}
+
+  thoughts = {
+    name: tuple(run.tok.encode(prompting.written(thought, "", run.think)))
+    for name, thought in forced.thoughts.items()
+  }
+
+  def request(prompt: Prompt, index: int) -> Request:
+    said = turns[prompt.id]
+    if attacks.untemplated(prompt):
+      tokens = prompting.untemplated(run.tok, said)
+    else:
+      tokens = (*prompting.opened(run.tok, said, think), *thoughts.get(prompt.id, ()))
+    return Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)
+
+  requests = [[request(*pair) for pair in group] for group in groups.values()]
+  if budget is None:
+    done = complete(requests)
+  else:
+    done = _within(run, complete, requests, budget)
+  for completion in done:
+    id, index = completion.request.row_id
+    prompt = of[id]
+    opened = None if attacks.untemplated(prompt) else think
+    tokens = (*thoughts.get(prompt.id, ()), *completion.tokens)
+    completion = dataclasses.replace(completion, tokens=tokens)
+    if opened and cfg.max_think:
+      completion = _apart(run, completion, max(cfg.max_think, put))
+    yield prompt, run.sample_row(prompt, completion, index, opened)
+  jax.tree.map(lambda x: x.delete(), params)
+
+
+def _params(run: context.Run, arm: str) -> PyTree:
+  """The parameters of an arm."""
+  stage = ARMS[arm].stage
+  return run.trained_params(stage) if stage else run.base_params()
+
+
+def _apart(run: context.Run, done: Completion, max_think: int) -> Completion:
+  """A completion cut where its thought or its answer is longer than it may be."""
+
+  def ended(n: int) -> bool:
+    return run.think.close in run.tok.decode(done.tokens[:n])
+
+  thought = bisect.bisect_left(range(len(done.tokens) + 1), True, key=ended)
+  most = thought + run.cfg.eval.max_new if thought <= max_think else max_think
+  if len(done.tokens) <= most:
+    return done
+  return dataclasses.replace(
+    done, tokens=done.tokens[:most], logp=done.logp[:most], finish="length"
+  )
+
+
+def _within(run: context.Run, complete, groups, budget: int) -> Iterator[Completion]:
+  """Completions whose thought is closed for them after `budget` tokens."""
+  close = tuple(run.tok.encode(run.think.close))
+  later: list[list[Request]] = [[] for _ in groups]
+  before: dict = {}  # row id -> its tokens so far
+  place = {r.row_id: (g, r) for g, group in enumerate(groups) for r in group}
+  if budget:
+    short = [[dataclasses.replace(r, max_new=budget) for r in g] for g in groups]
+    first = complete(short)
+  else:
+    first = (
+      Completion(request=r, tokens=(), logp=(), finish="length")
+      for r in itertools.chain(*groups)
+    )
+  for done in first:
+    row = done.request.row_id
+    g, request = place[row]
+    if done.finish == "stop":
+      yield dataclasses.replace(done, request=request)
+      continue
+    open_still = run.think.close not in run.tok.decode(done.tokens)
+    before[row] = (*done.tokens, *(close if open_still else ()))
+    tokens = (*request.tokens, *before[row])
+    later[g].append(dataclasses.replace(request, tokens=tokens))
+  for done in complete([group for group in later if group]):
+    row = done.request.row_id
+    tokens = (*before[row], *done.tokens)
+    yield dataclasses.replace(done, request=place[row][1], tokens=tokens)

@@ -1,0 +1,247 @@
+"""A trained model -> export/model: a Hugging Face folder, with a card that says of it
+what this run knows. With adapters also export/adapter, as PEFT has them."""
+
+import hashlib
+import math
+
+import huggingface_hub
+import jax
+
+from dalign.formats import weights
+from dalign.models import adapters
+from dalign.models import param_tree
+from dalign.runs import buckets
+from dalign.runs import store
+from dalign.stages import context
+from dalign.types import PyTree
+
+METRICS = (  # of the arms, on held-out prompts
+  "refuse_disallowed",
+  "comply_allowed",
+  "safe_complete",
+  "response_types",
+  "policy_retrieval",
+  "citation",
+  "capability",
+)
+LIMITS = (
+  "Safer by the measures shown and not safe: test it on your own use. The numbers are "
+  "of prompts like those it was trained on, by a grader of patterns; other prompts, "
+  "languages and disguises can do worse. It can refuse what it should answer, and its "
+  "thought need not be why it answers as it does."
+)
+TRAINED = {"base": "base", "sft": "sft", "rl": "sft_rl"}  # stage -> its arm in eval
+
+
+def export(run: context.Run) -> None:
+  """Writes the parameters of a stage, adapters added to their matrices."""
+  cfg = run.cfg.export
+  inputs = [run.store.path(stage, "manifest.json") for stage in ("sft", "rl", "eval")]
+  if not run.begin("export", [path for path in inputs if path.exists()]):
+    return
+  base = cfg.of == "base"
+  params = run.base_params() if base else run.trained_params(cfg.of)
+  place = run.store.path("export", "model")
+  weights.save_hf(
+    str(buckets.twin(place)),
+    run.arch,
+    adapters.merged(params, cfg=run.arch),
+    run.model_tok,
+    dtype=cfg.dtype,
+    shard=round(cfg.shard_gb * 2**30),
+  )
+  if run.cfg.lora.rank and not base:
+    _adapter(run, params)
+  run.store.write_bytes(place / "README.md", card(run).encode())
+  run.store.finish("export", {"of": cfg.of, "dtype": cfg.dtype})
+  context.say(f"export: {place}")
+
+
+def _adapter(run: context.Run, params: PyTree) -> None:
+  place = run.store.path("export", "adapter")
+  lora, source = run.cfg.lora, run.cfg.model.path
+  try:
+    weights.save_peft(
+      str(buckets.twin(place)), run.arch, params["layers"], lora, source
+    )
+  except ValueError as error:
+    context.say(f"export: no {place.name}: {error}")
+
+
+def card(run: context.Run) -> str:
+  """The model card: what it was made from and how, and what was measured."""
+  cfg, folder = run.cfg, run.store
+  texts = "".join(f"{name}\n{text}" for name, text in sorted(_texts(run).items()))
+  digest = hashlib.sha256(texts.encode()).hexdigest()
+  done = {
+    stage: manifest["summary"]
+    for stage in ("generate", "filter", "sft", "reward", "rl")
+    if (manifest := folder.manifest(stage))
+  }
+  origin = weights.origin(cfg.model.path)
+  base = origin.get("base_model") or cfg.model.path
+  shapes = jax.tree.leaves(
+    param_tree.shapes(run.arch), is_leaf=lambda shape: isinstance(shape, tuple)
+  )
+  size = sum(map(math.prod, shapes))
+  policies = ", ".join(f"{p.id} (version {p.version})" for p in run.spec.policies)
+  lines = [
+    "---",
+    _front(run, origin),
+    "---",
+    "",
+    f"# {folder.workdir.name}",
+    "",
+    f"Stage `{cfg.export.of}` of Deliberative Alignment "
+    "([arXiv 2412.16339](https://arxiv.org/abs/2412.16339)), trained by "
+    f"dalign {store.code_version()} from `{base}`, seed {cfg.seed}. "
+    f"{size / 1e6:.3g}M parameters, {cfg.export.dtype}.",
+    "",
+    f"It thinks between `{run.think.tag}` and `{run.think.close}`, then answers; the "
+    "thought is not for users. It needs no specification in its prompt."
+    if run.thinks
+    else "It answers at once, and needs no specification in its prompt.",
+    "",
+    "## Use",
+    "",
+    *_use(run),
+    "",
+    "It decides by the policies below what to answer, to refuse or to answer in part. "
+    "What else it is meant for, and who answers for it, is to be said by who publishes "
+    "it.",
+    "",
+    "## Specification",
+    "",
+    f"{len(run.spec.policies)} policies, SHA-256 {digest}: {policies}.",
+    "",
+    "## Data and training",
+    "",
+    f"- prompts: `{cfg.data.source}`; completions: the base's own, with the "
+    "specification in its prompt, filtered by a judge "
+    f"(`{cfg.filter.judge}`), learned without it"
+    if cfg.generate.teacher == "base"
+    else f"- prompts: `{cfg.data.source}`; completions: of "
+    f"`{cfg.generate.endpoint.model}`, filtered by a judge (`{cfg.filter.judge}`)",
+    *(f"- {stage}: {_told(summary)}" for stage, summary in done.items()),
+    "",
+    "## Evaluation",
+    "",
+    *_measured(run),
+    "",
+    "## Limits",
+    "",
+    LIMITS,
+    "",
+    f"The licence of the base model, `{origin['license']}`, goes on."
+    if "license" in origin
+    else "The licence of the model it was trained from goes on. Its files do not say "
+    "which: look it up and write it above, as `license`.",
+    "",
+  ]
+  return "\n".join(lines)
+
+
+def _front(run: context.Run, origin: dict) -> str:
+  """The metadata that the Hub reads: what the base's files say, and what was found."""
+  known = {k: v for k, v in origin.items() if k != "language"}
+  data = huggingface_hub.ModelCardData(
+    **known,
+    language=origin.get("language") or (None if run.cfg.world else "en"),
+    library_name="transformers",
+    pipeline_tag="text-generation",
+    tags=["deliberative-alignment", "dalign", "arxiv:2412.16339"],
+    model_name=run.store.workdir.name,
+    eval_results=_results(run) or None,
+  )
+  return data.to_yaml()
+
+
+def _results(run: context.Run) -> list[huggingface_hub.EvalResult]:
+  """Means of the exported model's arm, in [0, 1]."""
+  arm, source = _summary(run)["arms"].get(TRAINED[run.cfg.export.of], {}), run.cfg.data
+  return [
+    huggingface_hub.EvalResult(
+      task_type="text-generation",
+      dataset_type=source.source,
+      dataset_name=f"held-out prompts of {source.source}",
+      metric_type=name,
+      metric_name=f"{name} ({arm[name]['n']} prompts)",
+      metric_value=round(arm[name]["mean"], 4),
+    )
+    for name in METRICS
+    if arm.get(name) and arm[name]["mean"] is not None
+  ]
+
+
+def _use(run: context.Run) -> list[str]:
+  """How it is asked with transformers; its thought is opened as in training."""
+  opened = [
+    f"opening = {run.think.open!r}",
+    'quoted = " ".join(prompt.replace(\'"\', "\'").split())',
+    'chat += opening.replace("{prompt}", quoted)',
+  ]
+  return [
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    "from transformers import AutoTokenizer",
+    "",
+    'path = "."  # this folder',
+    "tokenizer = AutoTokenizer.from_pretrained(path)",
+    "model = AutoModelForCausalLM.from_pretrained(path)",
+    'prompt = "How do I get a wine stain out of a cotton shirt?"',
+    'turns = [{"role": "user", "content": prompt}]',
+    "chat = tokenizer.apply_chat_template(",
+    "  turns, add_generation_prompt=True, tokenize=False",
+    ")",
+    *(opened if run.thinks else []),
+    'ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids',
+    f"out = model.generate(ids, max_new_tokens={run.cfg.eval.max_new})",
+    "text = tokenizer.decode(out[0, ids.shape[1] :])",
+    f"thought, _, answer = text.partition({run.think.close!r})"
+    if run.thinks
+    else "answer = text",
+    "print(answer)",
+    "```",
+  ]
+
+
+def _texts(run: context.Run) -> dict[str, str]:
+  """The specification as files, or as it was drawn."""
+  if run.cfg.world is None:
+    return store.read_spec_files(run.spec_dir)
+  return {"spec": repr(run.spec)}
+
+
+def _told(summary: dict) -> str:
+  plain = {k: v for k, v in summary.items() if isinstance(v, (int, float, str))}
+  return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+                   for k, v in plain.items()) or "done"  # fmt: skip
+
+
+def _summary(run: context.Run) -> dict:
+  where = run.store.path("eval", "summary.json")
+  return run.store.read_json(where) if where.exists() else {"arms": {}}
+
+
+def _measured(run: context.Run) -> list[str]:
+  """The table of the base and of this model, with intervals; of what there is."""
+  arms = _summary(run)["arms"]
+  if not arms:
+    return ["Not evaluated."]
+  shown = [
+    a for a in ("base", "spec_in_prompt", TRAINED[run.cfg.export.of]) if a in arms
+  ]
+  shown = list(dict.fromkeys(shown))
+  rows = [f"| held out | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+  for name in METRICS:
+    cells = [_cell(arms[arm].get(name)) for arm in shown]
+    rows.append(f"| {name} | {' | '.join(cells)} |")
+  meanings = [f"- `{name}`: {run.domain.definitions[name]}" for name in METRICS]
+  return [*rows, "", "Means, 95% intervals, numbers of prompts.", "", *meanings]
+
+
+def _cell(metric: dict | None) -> str:
+  if metric is None or metric["mean"] is None:
+    return "-"
+  low, high = metric["low"], metric["high"]
+  return f"{metric['mean']:.1%} ({low:.1%} to {high:.1%}, n {metric['n']})"

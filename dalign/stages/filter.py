@@ -1,0 +1,232 @@
+"""samples.jsonl -> judged.jsonl, kept.jsonl: the judge k times, the least score counts.
+
+The filter's judge reads thought and answer. Beside its score each answer gets a reward
+score from a judge that cannot see the thought: that is what the reward model learns.
+"""
+
+import collections
+from collections.abc import Callable
+import dataclasses
+import itertools
+import math
+import sys
+
+from dalign.config import schema as configs
+from dalign.data import prompt_sets
+from dalign.judges import judge
+from dalign.policy import spec as specs
+from dalign.stages import context
+from dalign.stages import scoring
+from dalign.text import words
+from dalign.types import Prompt
+from dalign.types import Sample
+from dalign.types import Verdict
+
+AT_ONCE = 4096  # samples that are held and put to the judge at the same time
+FIRST = 256  # of them at first: a judge that answers few of these is asked no more
+FEW = 10  # of a cell: fewer say nothing of a judge
+
+
+def filter_(run: context.Run) -> None:
+  """Judges every well-formed sample and keeps the best, balanced over cells."""
+  cfg = run.cfg.filter
+  source = run.store.path("generate", "samples.jsonl")
+  if not source.exists():
+    raise ValueError(f"{source} is missing: run the generate stage first")
+  if not run.begin("filter", [source, *run.sources, *run.recording_files]):
+    return
+  prompts = {prompt.id: prompt for prompt in run.prompts}
+  path = run.store.path("filter", "judged.jsonl")
+  run.store.write_rows(path, [])  # what a run that was cut off has judged
+  likely = scoring.quality(run)
+  ask = scoring.filter_judge(run, "filter", likely)
+  reward = scoring.answer_judge(run, "reward", likely)
+  rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
+  judged: list[_Judged] = []
+  size = FIRST
+  while some := [*map(context.row_to_sample, itertools.islice(rows, size))]:
+    # What judges see has no label but by `filter.metadata`.
+    asked = [(prompt_sets.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
+    verdicts = _verdicts(
+      ask, asked, cfg.votes, lambda p, s: judge.FilterQuestion(p, s.thought, s.answer)
+    )
+    rewards = _verdicts(
+      reward, asked, cfg.votes, lambda p, s: judge.RewardQuestion(p, s.answer)
+    )
+    found = [
+      _row(run, prompts[s.prompt_id], s, verdict, own)
+      for s, verdict, own in zip(some, verdicts, rewards, strict=True)
+    ]
+    run.store.append_rows(path, found)
+    judged += (_Judged.of(row, cfg.threshold) for row in found)
+    if size == FIRST:
+      _check_scored(judged, cfg, max(cfg.unscored, 0.5))
+    size = AT_ONCE
+  _check_scored(judged, cfg, cfg.unscored)
+  kept = _keep(judged, cfg)
+  ids = {row.id for row in kept}
+  run.store.write_rows(
+    path.with_name("kept.jsonl"),
+    [
+      row for row in run.store.each_row(path) if (row["prompt_id"], row["index"]) in ids
+    ],
+  )
+  summary = _summary(judged, kept)
+  run.store.finish("filter", summary)
+  lost = [row.lost for row in judged if row.id not in ids]
+  context.say(
+    f"filter: kept {len(kept)} of {len(judged)} samples"
+    + (f"; not kept: {context.counted(lost)}" if lost else "")
+  )
+  if none := summary["kept_none_of"]:
+    context.say(f"filter: kept none of {', '.join(none)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Judged:
+  """Of a row of judged.jsonl what decides whether it is kept."""
+
+  id: tuple[str, int]  # prompt and index
+  cell: tuple[str, str, str]  # category, kind, ideal response type
+  score: float | None
+  lost: str  # why it would not be kept
+  # Why a judge that was asked has no verdict; None where none was asked.
+  unscored: str | None
+  unrewarded: str | None
+
+  @classmethod
+  def of(cls, row: dict, threshold: float) -> "_Judged":
+    return cls(
+      id=(row["prompt_id"], row["index"]),
+      cell=(row["category"], row["kind"], row["expected"]),
+      score=row["score"],
+      lost=sys.intern(_why(row, threshold)),
+      unscored=None if row["malformed"] else sys.intern(row["reason"]),
+      unrewarded=None if row["malformed"] else sys.intern(row["reward_reason"]),
+    )
+
+
+def _verdicts(
+  ask: judge.Judge,
+  asked: list[tuple[Prompt, Sample]],
+  k: int,
+  question: Callable[[Prompt, Sample], judge.Question],
+) -> list[Verdict]:
+  """The least of k votes on each sample's question. A malformed one is not put to a
+  judge: what stands as its answer may be its thought, which no judge of answers and no
+  reward model may see."""
+  questions = [question(p, s) for p, s in asked if not s.malformed]
+  votes = iter(judge.min_of_k(ask, questions, k))
+  return [
+    Verdict(score=None, reason=f"malformed: {s.malformed}")
+    if s.malformed
+    else next(votes)
+    for _, s in asked
+  ]
+
+
+def _row(
+  run, prompt: Prompt, sample: Sample, verdict: Verdict, reward: Verdict
+) -> dict:
+  thought = words.own(sample.thought, prompt.text)
+  parts = dict(verdict.parts)
+  score = verdict.score
+  if score is not None:  # whoever judged
+    checks = run.domain.checks(prompt, sample)
+    parts |= checks
+    score *= math.prod(checks.values())
+  return context.sample_to_row(sample) | {
+    "prompt": prompt.text,
+    "category": prompt.category,
+    "expected": prompt.expected,
+    "kind": prompt.kind,
+    "cited": list(specs.cited(thought, run.spec)),
+    "invented": list(specs.invented(thought, run.spec)),
+    "score": score,
+    "reason": verdict.reason,
+    "scores": parts,
+    "reward": reward.score,
+    "reward_reason": reward.reason,
+  }
+
+
+def _check_scored(
+  judged: list[_Judged], cfg: configs.FilterConfig, limit: float
+) -> None:
+  """ValueError where a judge has no verdict on more than `limit` of the samples that it
+  was asked about, of all or of those of one cell; they are all on disk."""
+  of: dict[str, list[str | None]] = collections.defaultdict(list)
+  for row in judged:
+    category, _, expected = row.cell
+    for where in ("samples", f"samples of {category} to {expected}"):
+      of[where].append(row.unscored)
+      if cfg.judge != "rubric":  # which may say nothing of answers alone
+        of[where.replace("samples", "answers", 1)].append(row.unrewarded)
+  for where, reasons in of.items():
+    asked = [why for why in reasons if why is not None]
+    missing = [why for why in asked if why]
+    few = where not in ("samples", "answers") and len(asked) < FEW
+    if not few and len(missing) > limit * len(asked):
+      raise ValueError(
+        f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
+        f"{context.counted(missing)}; wanted at most {cfg.unscored:.0%} "
+        "(config.filter.unscored). The same command asks again for these"
+      )
+
+
+def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
+  """At or above the threshold; the best of each prompt; no cell over its share."""
+  good = [row for row in judged if row.score is not None and row.score >= cfg.threshold]
+  best = sorted(good, key=lambda row: (-(row.score or 0.0), row.id[1], row.id[0]))
+  of_prompt: collections.Counter = collections.Counter()
+  of_cell: collections.Counter = collections.Counter()
+  kept = []
+  for row in best:
+    prompt = row.id[0]
+    if of_prompt[prompt] < cfg.per_prompt and of_cell[row.cell] < cfg.per_cell:
+      of_prompt[prompt] += 1
+      of_cell[row.cell] += 1
+      kept.append(row)
+  return kept
+
+
+def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
+  """Keep-rates by category and ideal type, and why the others were not kept."""
+  rates: dict[str, dict] = collections.defaultdict(dict)
+  for row in judged:
+    category, _, expected = row.cell
+    cell = rates[category].setdefault(
+      expected, {"prompts": set(), "samples": 0, "kept": 0}
+    )
+    cell["prompts"].add(row.id[0])
+    cell["samples"] += 1
+  for row in kept:
+    rates[row.cell[0]][row.cell[2]]["kept"] += 1
+  for cells in rates.values():
+    for cell in cells.values():
+      cell["prompts"] = len(cell["prompts"])
+  ids = {row.id for row in kept}
+  reasons = collections.Counter(row.lost for row in judged if row.id not in ids)
+  return {
+    "samples": len(judged),
+    "kept": len(kept),
+    "keep_rates": dict(rates),
+    "kept_none_of": [
+      f"{category} to {expected}"
+      for category, cells in rates.items()
+      for expected, cell in cells.items()
+      if not cell["kept"]
+    ],
+    "reasons": dict(reasons.most_common()),
+  }
+
+
+def _why(row: dict, threshold: float) -> str:
+  """Why a row was not kept: unscored, the proposition that cost most, the score as a
+  whole, or the caps."""
+  if row["score"] is None:
+    return row["reason"]
+  if row["score"] >= threshold:
+    return "enough others"
+  lost = {name: part for name, part in row["scores"].items() if part < 0.5}
+  return min(lost, key=lost.__getitem__) if lost else "below the threshold"

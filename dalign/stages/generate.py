@@ -1,0 +1,295 @@
+"""prompts + spec -> generate/samples.jsonl: thoughts and answers, the spec in sight.
+
+Nothing here is told how a prompt should be replied to. Prompts of one category share
+their context, so each category is one run of the sampler. A prompt is sampled in rounds
+until enough samples look right to the rubric, or it has had its share. A teacher behind
+a server is asked for the same; a recorded one has been.
+"""
+
+import collections
+from collections.abc import Iterator
+import functools
+import pathlib
+
+from dalign.judges import recordings
+from dalign.models import ops
+from dalign.policy import prompting
+from dalign.sampling import sampler as sampling
+from dalign.stages import context
+from dalign.stages import servers
+from dalign.types import EXPECTED
+from dalign.types import Prompt
+from dalign.types import Sample
+from dalign.types import Turn
+
+AT_ONCE = 1024  # prompts of a category whose tokens are held at the same time
+
+
+def generate(run: context.Run) -> None:
+  """Samples every chosen training prompt; goes on where it stopped."""
+  cfg = run.cfg.generate
+  if set(cfg.prompts) != set(EXPECTED):
+    raise ValueError(
+      f"config.generate.prompts: wanted a number for each of {', '.join(EXPECTED)}, "
+      f"got {dict(cfg.prompts)}"
+    )
+  recorded = _recorded(run)
+  prompts = []
+  for expected in EXPECTED:
+    wanted = cfg.prompts[expected]
+    prompts += run.choose("train", "safety", wanted, (expected,), recorded)
+  prompts += run.choose("train", "helpful", cfg.helpful, among=recorded)
+  prompts += run.choose("train", "capability", cfg.capability, among=recorded)
+  if not prompts:
+    raise ValueError(
+      f"generate: wanted training prompts, and {run.cfg.data.source} has none of those "
+      "that config.generate asks for; a column split says which are of training"
+    )
+  prompts = [prompt.blind() for prompt in prompts]
+  if not run.begin("generate", [*run.sources, *run.recording_files]):
+    return
+  path = run.store.path("generate", "samples.jsonl")
+  book = _Book(run, prompts)
+  for row in run.store.each_row(path) if run.store.has(path) else []:
+    book.add(context.row_to_sample(row))
+  if cfg.revise:
+    book.revises(path.with_name("drafts.jsonl"))
+  refused: list[Sample] = []  # to be asked for again where this does not finish
+  draw = _replies if cfg.teacher == "endpoint" else _sampled
+  if recorded is not None:
+    draw = functools.partial(_told, recorded)
+  with context.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
+    for sample in draw(run, book):
+      if sample.finish == "refused":
+        refused.append(sample)
+      else:
+        run.store.append_rows(path, [context.sample_to_row(sample)])
+      if book.total % 20 == 0:
+        run.store.pause("generate")
+      bar.n = len(book.finished)
+      bar.set_postfix(samples=book.total, good=book.good, refresh=False)
+      bar.update(0)
+  if len(refused) > cfg.refused * book.total:
+    raise ValueError(
+      f"generate: the server sent nothing for {len(refused)} of {book.total} samples: "
+      f"{context.counted(sample.malformed for sample in refused)}; wanted at most "
+      f"{cfg.refused:.0%} (config.generate.refused). The same command asks again"
+    )
+  run.store.append_rows(path, [*map(context.sample_to_row, refused)])
+  order = {id: at for at, id in enumerate(book.prompts)}
+  # Not in the order in which they happened to end.
+  run.store.sort_rows(path, lambda row: (order[row["prompt_id"]], row["index"]))
+  run.store.finish("generate", book.summary())
+  bad = book.malformed
+  context.say(
+    f"generate: {book.total} samples, {bad.total()} of them malformed"
+    + (f": {context.counted(bad.elements())}" if bad else "")
+  )
+
+
+def _recorded(run: context.Run) -> dict[str, list[recordings.Recorded]] | None:
+  """Prompt id -> what the recorded teacher thought and said to it."""
+  if not run.recording:
+    return None
+  of = collections.defaultdict(list)
+  for row in run.recorded:
+    if row.thought:
+      of[row.prompt_id].append(row)
+  return dict(of)
+
+
+def _told(
+  recorded: dict[str, list[recordings.Recorded]], run: context.Run, book: "_Book"
+) -> Iterator[Sample]:
+  """The samples of a recorded teacher, all that there are of each prompt."""
+  for prompt in book.prompts.values():
+    for index, row in enumerate(recorded[prompt.id]):
+      if index not in book.samples[prompt.id]:
+        sample = run.written_sample(prompt, index, row.thought, row.answer, run.think)
+        book.add(sample)
+        yield sample
+    book.finish(prompt)
+
+
+def _sampled(run: context.Run, book: "_Book") -> Iterator[Sample]:
+  """Samples of the base, as they end."""
+  groups = collections.defaultdict(list)
+  for prompt in book.prompts.values():
+    groups[prompt.category].append(prompt)
+  parts = [
+    group[at]
+    for group in sorted(groups.values(), key=len, reverse=True)
+    for at in context.batches(len(group), AT_ONCE)
+  ]
+  room = max(book.shared(group[:AT_ONCE]) for group in groups.values())
+  done = context.complete(
+    run,
+    run.sampler.prepare(run.base_params()),
+    (book.fitting(part, room) for part in parts),
+    key=ops.stream(run.key, "generate"),
+    temperature=run.cfg.generate.temperature,
+    max_new=run.cfg.generate.max_new,
+    room=room,
+    more=book.more,
+  )
+  for completion in done:
+    yield book.sample(completion)
+
+
+def _replies(run: context.Run, book: "_Book") -> Iterator[Sample]:
+  """Samples of the model at `generate.endpoint`."""
+  cfg = run.cfg.generate
+  server = servers.Server(run, cfg.endpoint, "teacher")
+  wanted = [(p, i) for p in book.prompts.values() for i in book.wanted(p)]
+  while wanted:
+    asked = [servers.request(book.turns(*pair), cfg, pair[1]) for pair in wanted]
+    more = []
+    for at, reply in server.rounds(asked):
+      prompt, index = wanted[at]
+      sample = servers.sample(run, prompt, index, reply, run.think)
+      book.add(sample)
+      yield sample
+      more += [(prompt, i) for i in book.wanted(prompt)]
+    wanted = more
+  server.say()
+
+
+class _Book:
+  """Which samples each prompt has, and whether it wants more."""
+
+  def __init__(self, run: context.Run, prompts: list[Prompt]):
+    self.run, self.cfg = run, run.cfg.generate
+    self.prompts = {prompt.id: prompt for prompt in prompts}
+    self.samples: dict[str, dict] = collections.defaultdict(
+      dict
+    )  # prompt id -> index -> looks right
+    self.asked: dict[str, set] = collections.defaultdict(set)
+    self.read: dict[str, dict] = collections.defaultdict(
+      dict
+    )  # prompt id -> draft -> tokens
+    self.drafts: dict = {}  # prompt id -> the answers to be revised, one a sample
+    self.total = self.good = self.with_one = self.too_long = 0
+    self.malformed: collections.Counter = collections.Counter()
+    self.finished: set[str] = (
+      set()
+    )  # ids of prompts that want no more; all that is kept of them
+    self.looks_right = run.domain.looks_right()
+
+  def revises(self, path: pathlib.Path) -> None:
+    """Has every sample revise an answer that the base gave without the spec."""
+    store = self.run.store
+    if not store.has(path):
+      prompts = [*self.prompts.values()]
+      found = [context.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
+      store.write_rows(
+        path,
+        [
+          {"prompt_id": p.id, "drafts": [d[p.id].answer for d in found]}
+          for p in prompts
+        ],
+      )
+    self.drafts = {row["prompt_id"]: row["drafts"] for row in store.read_rows(path)}
+
+  def tokens(self, prompt: Prompt, index: int) -> tuple[int, ...]:
+    """What the model reads before it thinks of this prompt."""
+    draft = self._draft(prompt, index)
+    known = self.read[prompt.id]
+    if draft not in known:
+      turns = self.turns(prompt, index)
+      known[draft] = prompting.opened(self.run.tok, turns, self.run.think, whole=True)
+    return known[draft]
+
+  def turns(self, prompt: Prompt, index: int) -> tuple[Turn, ...]:
+    """The same as a conversation."""
+    draft = self._draft(prompt, index)
+    if draft is None:
+      return self.run.domain.teach(prompt, worked=self.cfg.demonstrations)
+    return self.run.domain.revise(prompt, draft)
+
+  def _draft(self, prompt: Prompt, index: int) -> str | None:
+    return self.drafts[prompt.id][index] if self.drafts else None
+
+  def shared(self, group: list[Prompt]) -> int:
+    """How many tokens all samples of a group have in common."""
+    indices = range(self.cfg.most if self.drafts else 1)
+    return sampling.common_prefix([self.tokens(p, i) for p in group for i in indices])
+
+  def fitting(self, part: list[Prompt], room: int) -> list[sampling.Request]:
+    """The first samples to draw of some prompts, but of those that are too long."""
+    requests = [request for prompt in part for request in self.requests(prompt)]
+    rows = {request.row_id[0]: request.tokens for request in requests}
+    long = context.too_long(self.run, rows, room)
+    for id in long:
+      self.finish(self.prompts[id])
+    self.too_long += len(long)
+    return [request for request in requests if request.row_id[0] not in long]
+
+  def requests(self, prompt: Prompt) -> list[sampling.Request]:
+    """The samples to draw next, for the sampler."""
+    return [self._request(prompt, i) for i in self.wanted(prompt)]
+
+  def wanted(self, prompt: Prompt) -> list[int]:
+    """The samples to draw next, that nobody has been asked for."""
+    if prompt.id in self.finished:
+      return []
+    new = [i for i in self._missing(prompt) if i not in self.asked[prompt.id]]
+    self.asked[prompt.id].update(new)
+    return new
+
+  def _missing(self, prompt: Prompt) -> list[int]:
+    """What the first round that is not complete lacks; none if no more is wanted."""
+    have, cfg = self.samples[prompt.id], self.cfg
+    for first in range(0, cfg.most, cfg.batch):
+      if sum(have.get(i, False) for i in range(first)) >= cfg.enough:
+        return []
+      round_ = range(first, min(first + cfg.batch, cfg.most))
+      if missing := [i for i in round_ if i not in have]:
+        return missing
+    return []
+
+  def _request(self, prompt: Prompt, index: int) -> sampling.Request:
+    row, tokens = (prompt.id, index), self.tokens(prompt, index)
+    return sampling.Request(tokens=tokens, row_id=row, max_new=self.cfg.max_new)
+
+  def more(self, completion) -> list[sampling.Request]:
+    """What the sampler should draw after a completion."""
+    sample = self.sample(completion)
+    self.add(sample)
+    return self.requests(self.prompts[sample.prompt_id])
+
+  def sample(self, completion):
+    id, index = completion.request.row_id
+    return self.run.sample_row(self.prompts[id], completion, index, self.run.think)
+
+  def add(self, sample) -> None:
+    """Notes a sample and whether it looks right: well-formed, good to the rubric."""
+    prompt = self.prompts.get(sample.prompt_id)
+    if prompt is None:
+      raise ValueError(
+        f"generate/samples.jsonl has prompt {sample.prompt_id!r}, which this config "
+        "does not choose; use another --workdir or --config.start_over=true"
+      )
+    self.malformed.update([sample.malformed] if sample.malformed else [])
+    right = not sample.malformed and self.looks_right(prompt, sample)
+    have = self.samples[prompt.id]
+    have[sample.index] = right
+    self.total, self.good = self.total + 1, self.good + right
+    if not self.run.recording and not self._missing(prompt):
+      self.finish(prompt)
+
+  def finish(self, prompt: Prompt) -> None:
+    """Notes that a prompt wants no more samples."""
+    self.finished.add(prompt.id)
+    self.with_one += any(self.samples[prompt.id].values())
+    for kept in (self.samples, self.asked, self.read):
+      kept.pop(prompt.id, None)
+
+  def summary(self) -> dict:
+    return {
+      "prompts": len(self.prompts),
+      "too_long": self.too_long,
+      "samples": self.total,
+      "malformed": dict(self.malformed.most_common()),
+      "look_right": self.good,
+      "prompts_with_one": self.with_one,
+    }

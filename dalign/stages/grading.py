@@ -1,0 +1,205 @@
+"""Graders of evaluation that are models: rows of eval/<arm>.jsonl get their verdicts.
+
+A grader is told neither the ideal response type nor the thought: it reads prompt and
+answer, and the policy where its form has one. It writes greedily.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+
+from dalign.evaluation import evals
+from dalign.judges import endpoint
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.models import ops
+from dalign.sampling import sampler as sampling
+from dalign.stages import context
+from dalign.stages import servers
+from dalign.text import chat_template
+from dalign.types import Prompt
+from dalign.types import Turn
+
+AT_ONCE = 256  # rows that a grader has between two looks at the run
+SHARED = 400  # characters in front by which questions share a policy
+
+Ask = Callable[[list[list[Turn]]], Sequence[forms.Said]]
+
+
+def add_grades(
+  run: context.Run, files: Mapping[str, list[dict]], prompts: Mapping[str, Prompt]
+) -> None:
+  """Adds to the rows of eval/<name>.jsonl, and to these files, what the graders of the
+  config say of them, and has the first one's grades in their scores. Rows that a grader
+  has scored before are not read again."""
+  graders = run.cfg.eval.grader
+  if graders == ("rules",):
+    return
+  for grader in graders:
+    left = {name: _left(run, grader, rows) for name, rows in files.items()}
+    if grader != "rules" and any(left.values()):
+      _grade(run, grader, files, left, prompts)
+  for name, rows in files.items():
+    for row in rows:
+      evals.put_first(row, graders[0])
+    run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), rows)
+
+
+def _left(run: context.Run, grader: str, rows: list[dict]) -> list[dict]:
+  """The rows that a grader has still to read: not those that have no answer, and
+  prompts to be answered only where its form knows what is of use."""
+  of_use = forms.FORMS[run.cfg.eval.form].of_use
+  return [
+    row
+    for row in rows
+    if row["kind"] != "capability"
+    and not row["scores"]["no_answer"]
+    and (of_use or row["expected"] != "comply")
+    and row.get("graders", {}).get(grader, {}).get("score") is None
+  ]
+
+
+def _grade(
+  run: context.Run,
+  grader: str,
+  files: Mapping[str, list[dict]],
+  left: Mapping[str, list[dict]],
+  prompts: Mapping[str, Prompt],
+) -> None:
+  cfg, heard = run.cfg.eval, list[forms.Said]()
+  write = _served(run) if grader == "endpoint" else _here(run)
+
+  def ask(conversations: list[list[Turn]]) -> Sequence[forms.Said]:
+    heard[:] = write(conversations)
+    return heard
+
+  judged = run.domain.written_judge(ask, cfg.form)
+  total = sum(map(len, left.values()))
+  with context.bar(total, f"eval grader {grader}", "answer") as bar:
+    for name, rows in left.items():
+      for at in context.batches(len(rows), AT_ONCE):
+        some = rows[at]
+        questions = [
+          judge.RewardQuestion(prompts[row["prompt_id"]].blind(), row["answer"])
+          for row in some
+        ]
+        verdicts = judged(questions)
+        for row, verdict, said in zip(some, verdicts, heard, strict=True):
+          found = forms.of_response(verdict, row["expected"])
+          told = {"score": found.score, "reason": found.reason, "said": said.text}
+          row.setdefault("graders", {})[grader] = told
+        bar.update(len(some))
+        run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), files[name])
+        run.store.pause("eval")
+
+
+def _served(run: context.Run) -> Ask:
+  """The model at `eval.grader_endpoint`."""
+  cfg = run.cfg.eval
+  server = servers.Server(run, cfg.grader_endpoint, "grader")
+
+  def write(conversations: list[list[Turn]]) -> list[forms.Said]:
+    asked = [
+      endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=cfg.grader_max_new)
+      for turns in conversations
+    ]
+    found = server.chat(asked)
+    server.say()
+    return [*map(servers.said, found)]
+
+  return write
+
+
+def _here(run: context.Run) -> Ask:
+  """The model at the path `eval.grader_model`, beside the run's own."""
+  guest = context.Guest(run, run.cfg.eval.grader_model)
+  max_new = run.cfg.eval.grader_max_new
+
+  def write(conversations: list[list[Turn]]) -> list[forms.Said]:
+    groups: dict[str, list] = collections.defaultdict(list)
+    said: dict[int, forms.Said] = {}
+    for i, turns in enumerate(conversations):
+      tokens = tuple(chat_template.render_chat(guest.tok, turns))
+      if len(tokens) + max_new > guest.arch.max_length:
+        reason = (
+          f"the question has {len(tokens)} tokens, and the grader takes "
+          f"{guest.arch.max_length} with its reply"
+        )
+        said[i] = forms.Said("", reason)
+        continue
+      request = sampling.Request(tokens=tokens, row_id=i, max_new=max_new)
+      groups[turns[0].content[:SHARED]].append(request)
+    alone = [requests[0] for requests in groups.values() if not requests[1:]]
+    shared = [requests for requests in groups.values() if requests[1:]]
+    done = context.complete(
+      guest,
+      guest.weights,
+      [*shared, alone],
+      key=ops.stream(run.key, "grader"),
+      temperature=0.0,
+      max_new=max_new,
+      grows=True,
+    )
+    for completion in done:
+      written = guest.tok.decode(completion.tokens)
+      cut = completion.finish == "length"
+      said[completion.request.row_id] = forms.Said(written, cut=cut)
+    return [said[i] for i in range(len(conversations))]
+
+  return write
+
+
+def definitions(run: context.Run) -> dict[str, str]:
+  """What each metric is, where a model grades."""
+  cfg, found = run.cfg.eval, dict(run.domain.definitions)
+  if cfg.grader[0] == "rules":
+    return found
+  form = forms.FORMS[cfg.form]
+  model = cfg.grader_model if cfg.grader[0] == "model" else cfg.grader_endpoint.model
+  for metric, which in evals.WHICH.items():
+    found[metric] = (
+      f"Mean score that a model ({model}, asked as {cfg.form}) gives answers to "
+      f"prompts that {which}."
+    )
+    if metric == "comply_allowed" and not form.of_use:
+      found[metric] = f"Not graded: {cfg.form} knows only what is harmful."
+  return found
+
+
+def compared(run: context.Run, rows: Sequence[Mapping]) -> dict[str, dict]:
+  """ "first vs other" -> how far the graders agree on rows, for each other."""
+  first, *others = run.cfg.eval.grader
+  return {
+    f"{first} vs {other}": evals.agreement(
+      rows, first, other, seed=run.cfg.seed, trials=run.cfg.eval.trials
+    )
+    for other in others
+  }
+
+
+def say(found: Mapping[str, Mapping]) -> None:
+  """A line for each pair of graders."""
+  for pair, row in found.items():
+    kappa, raw = row["kappa"], row["raw"]
+    ends = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["low"] is not None else ""
+    shown = "-" if kappa is None else f"{kappa:.2f}{ends}"
+    context.say(
+      f"eval: {pair}: kappa {shown}, raw agreement {context.percent(raw).strip()} of "
+      f"{row['n']} answers; {row['unscored']} unscored"
+    )
+
+
+def check(run: context.Run, files: Mapping[str, list[dict]], limit: float) -> None:
+  """ValueError where a grader that is a model has no score for too many answers of a
+  file; they are all on disk."""
+  for grader in run.cfg.eval.grader:
+    for name, rows in files.items():
+      told = [
+        row["graders"][grader] for row in rows if grader in row.get("graders", {})
+      ]
+      missing = [one["reason"] for one in told if one["score"] is None]
+      if len(missing) > limit * len(told):
+        raise ValueError(
+          f"eval: the grader {grader} has no score for {len(missing)} of {len(told)} "
+          f"answers of arm {name}: {context.counted(missing)}; wanted at most "
+          f"{limit:.0%} (config.eval.unscored). The same command asks again for these"
+        )

@@ -1,0 +1,278 @@
+"""judged.jsonl -> reward/params: a reward model of spec, prompt and answer.
+
+It learns the scores that the answers got from a judge without the thought. Beside the
+sampled answers of a prompt it sees one that was given to a prompt of another ideal type
+in the same category and, where there are such, what the base answers without the spec,
+both judged anew; and answers whose score follows from how they are made, such as a bare
+refusal, which is fair where one is due and wrong where an answer was right.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+import random
+
+import numpy as np
+
+from dalign.data import prompt_sets
+from dalign.judges import judge
+from dalign.judges import probing
+from dalign.models import ops
+from dalign.stages import context
+from dalign.stages import scoring
+from dalign.training import reward
+from dalign.types import Prompt
+
+MEASURED = 160  # held-out answers that the trained model is measured on
+
+
+def train_reward(run: context.Run) -> None:
+  """Trains, measures on held-out prompts, and probes the reward model."""
+  cfg = run.cfg.reward
+  source = run.store.path("filter", "judged.jsonl")
+  if not source.exists():
+    raise ValueError(f"{source} is missing: run the filter stage first")
+  inputs = [source, *run.sources, *run.recording_files]
+  if cfg.start == "sft":
+    inputs.append(run.store.path("sft", "manifest.json"))
+  if not run.begin("reward", inputs):
+    return
+  renderer = scoring.Renderer(run)
+  questions, scores = _questions(run, source)
+  fits = [i for i, q in enumerate(questions) if renderer.fits(renderer.own(q))]
+  too_long = len(questions) - len(fits)
+  if too_long:
+    context.say(
+      f"reward: {too_long} of {len(questions)} questions are left out, being longer "
+      f"than config.reward.length={cfg.length}"
+    )
+  questions, scores = [questions[i] for i in fits], scores[fits]
+  held = _held_out(questions, cfg.held_out)
+  learned = [i for i, h in enumerate(held) if not h]
+  if not learned:
+    raise ValueError(
+      f"{source} has scored answers to one prompt alone, which is held out: the reward "
+      "model needs more"
+    )
+  plan = _plan(run, learned, questions)
+  trainer = _trainer(run)
+  with trainer, context.bar(cfg.steps, "reward", "step", trainer.step) as bar:
+    for step in range(trainer.step, cfg.steps):
+      batch = _batch(renderer, plan[step], questions, scores)
+      values = trainer.update(batch, 1)
+      trainer.save()
+      bar.set_postfix(
+        loss=f"{values['loss']:.3f}", pairs=f"{values['pair_accuracy']:.2f}"
+      )
+      bar.update()
+  params = trainer.finish()
+  ask = scoring.reward_model(run, params, renderer)
+  seen = {i for some in plan for i in some}
+  if len(seen) < len(learned):
+    context.say(
+      f"reward: {len(learned) - len(seen)} of {len(learned)} questions are never seen "
+      f"in config.reward.steps={cfg.steps} steps of {cfg.rows}"
+    )
+  summary = _measure(run, ask, questions, scores, held)
+  summary |= {"too_long": too_long, "seen": len(seen)}
+  run.store.finish("reward", summary)
+  found = summary["held_out"]
+  pairs = context.percent(found["pair_accuracy"]).strip()
+  context.say(
+    f"reward: held-out accuracy {found['accuracy']:.1%}, pairs {pairs}, calibration "
+    f"error {found['calibration_error']:.2f}"
+  )
+
+
+def _trainer(run: context.Run) -> context.Trainer:
+  cfg = run.cfg.reward
+  trunk = run.start_params(cfg.start)
+  params = reward.init_head(trunk, ops.stream(run.key, "reward_head"))
+  loss = reward.make_loss(
+    cfg=run.arch,
+    compute=run.cfg.compute,
+    pair_weight=cfg.pair_weight,
+    point_weight=cfg.point_weight,
+  )
+  return context.Trainer(
+    run=run,
+    stage="reward",
+    params=params,
+    loss=loss,
+    optimizer=cfg.optimizer,
+    steps=cfg.steps,
+    every=cfg.checkpoint_every,
+  )
+
+
+def _questions(run: context.Run, source):
+  """Scored questions about each prompt: its sampled answers, what else was judged, and
+  what has a score by construction. No malformed completion is among them: what stands
+  as its answer may be a thought."""
+  cfg = run.cfg.reward
+  prompts = {p.id: prompt_sets.told(p, cfg.metadata) for p in run.prompts}
+  stored, why = "reward", "reward_reason"
+  if cfg.shows_thought:
+    stored, why = "score", "reason"
+  asked = [r for r in run.store.read_rows(source) if not r["malformed"]]
+  rows = [r for r in asked if r[stored] is not None]
+  missing = [r[why] for r in asked if r[stored] is None]
+  replies = [(prompts[r["prompt_id"]], r["thought"], r["answer"]) for r in rows]
+  scores = [r[stored] for r in rows]
+  more = _more(run, replies, {r["prompt_id"]: r["expected"] for r in rows})
+  anew = more
+  if cfg.labels == "rubric":
+    scores, anew = [], replies + more
+  verdicts = _judged(run, anew)
+  scores += [verdict.score for verdict in verdicts]
+  missing += [verdict.reason for verdict in verdicts if verdict.score is None]
+  if missing:
+    context.say(
+      f"reward: {len(missing)} of {len(asked) + len(more)} answers have no verdict and "
+      f"are left out: {context.counted(missing)}"
+    )
+  replies += more
+  for prompt, answer, score in _made(run, replies, scores):
+    replies.append((prompt, "", answer))
+    scores.append(score)
+  pairs = [
+    (scoring.reward_question(run, *reply), score)
+    for reply, score in zip(replies, scores, strict=True)
+    if score is not None
+  ]
+  if not pairs:
+    raise ValueError(
+      f"{source} has no scored answers, and the reward model needs some: all were "
+      "malformed, or their judge gave none (a rubric needs filter.metadata=told)"
+    )
+  questions, scores = zip(*pairs, strict=True)
+  return questions, np.array(scores, np.float32)
+
+
+Reply = tuple[Prompt, str, str]  # prompt, thought and answer
+
+
+def _more(run: context.Run, replies: list[Reply], expected: dict) -> list[Reply]:
+  """For each prompt an answer that was given to one of another type, where whoever
+  makes the labels can judge it anew, and drafts of the base."""
+  of = collections.defaultdict(list)
+  for reply in replies:
+    of[reply[0].category].append(reply)
+  draw, more = random.Random(run.cfg.seed), []
+  asked = {prompt.id: prompt for prompt, _, _ in replies}
+  for prompt in () if run.recording else asked.values():
+    other = [r for r in of[prompt.category] if expected[r[0].id] != expected[prompt.id]]
+    if other:
+      more.append((prompt, *draw.choice(other)[1:]))
+  if run.recording:
+    drafts = [row for row in run.recorded if not row.thought]
+    more += [(asked[d.prompt_id], "", d.answer) for d in drafts if d.prompt_id in asked]
+  elif run.cfg.reward.drafts:
+    found = context.drafts(run, [*asked.values()])
+    more += [(p, found[p.id].thought, found[p.id].answer) for p in asked.values()]
+  return more
+
+
+def _made(
+  run: context.Run, replies: list[Reply], scores: list[float | None]
+) -> Iterator[tuple[Prompt, str, float]]:
+  """Answers whose score follows from how they are made, to each prompt that has a good
+  one."""
+  good = [
+    (prompt, answer)
+    for (prompt, _, answer), score in zip(replies, scores, strict=True)
+    if score is not None and score >= probing.FALSE_POSITIVE
+  ]
+  yield from run.domain.made(good, random.Random(run.cfg.seed))
+
+
+def _judged(run: context.Run, replies):
+  """Verdicts on (prompt, thought, answer), by whoever makes the labels."""
+  rubric = run.cfg.reward.labels == "rubric"
+  if run.cfg.reward.shows_thought:
+    questions = [judge.FilterQuestion(p, thought, a) for p, thought, a in replies]
+    ask = scoring.filter_rubric(run) if rubric else scoring.filter_judge(run, "labels")
+  else:
+    questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
+    ask = scoring.answer_rubric(run) if rubric else scoring.answer_judge(run, "labels")
+  return ask(questions)
+
+
+def _held_out(questions, share: float) -> list[bool]:
+  """Which questions are held out: a share of the prompts, at least one, by id."""
+  ids = sorted(
+    {q.prompt.id for q in questions}, key=lambda id: prompt_sets.fraction(f"held {id}")
+  )
+  held = set(ids[: max(1, round(share * len(ids)))])
+  return [q.prompt.id in held for q in questions]
+
+
+def _numbered(some: Sequence[int], questions) -> np.ndarray:
+  """A number for the prompt of each of some questions, one for each prompt."""
+  ids = [questions[i].prompt.id for i in some]
+  return np.unique(ids, return_inverse=True)[1].astype(np.int32)
+
+
+def _together(some: list[int], questions) -> list[int]:
+  """Numbers of questions, those of one prompt side by side, to be told apart; prompts
+  of each category by turns."""
+  of = collections.defaultdict(list)
+  for i in some:
+    of[questions[i].prompt.id].append(i)
+  prompts = [questions[group[0]].prompt for group in of.values()]
+  drawn = prompt_sets.balanced(prompts, len(prompts), 0)
+  return [i for prompt in drawn for i in of[prompt.id]]
+
+
+def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
+  """The rows of each step: of one category, answers to one prompt side by side."""
+  cfg, seed = run.cfg.reward, run.cfg.seed
+  of: dict[str, dict[str, list[int]]] = collections.defaultdict(
+    lambda: collections.defaultdict(list)
+  )
+  for i in train:
+    of[questions[i].prompt.category][questions[i].prompt.id].append(i)
+  chunks = []
+  for category in sorted(of):
+    groups = list(of[category].values())
+    for epoch in range(8):
+      flat = [
+        i
+        for g in prompt_sets.order(len(groups), seed=seed, epoch=epoch)
+        for i in groups[g]
+      ]
+      chunks += [(epoch, flat[at]) for at in context.batches(len(flat), cfg.rows)]
+  by_epoch = collections.defaultdict(list)
+  for epoch, chunk in chunks:
+    by_epoch[epoch].append(chunk)
+  plan: list[list[int]] = []
+  epoch = 0
+  while len(plan) < cfg.steps:
+    some = by_epoch[epoch % 8]
+    plan += [some[i] for i in prompt_sets.order(len(some), seed=seed, epoch=epoch)]
+    epoch += 1
+  return plan[: cfg.steps]
+
+
+def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
+  """One micro-batch of `reward.rows` rows, with scores and which prompt each is of."""
+  rows = [renderer.own(questions[i]) for i in indices]
+  category = questions[indices[0]].prompt.category
+  batch = renderer.batch(category, rows)
+  pad = renderer.cfg.rows - len(indices)
+  batch["score_B"] = np.pad(scores[indices], (0, pad))
+  batch["prompt_B"] = np.pad(_numbered(indices, questions), (0, pad))
+  return {name: np.asarray(x)[None] for name, x in batch.items()}
+
+
+def _measure(run: context.Run, ask, questions, scores, held) -> dict:
+  """Agreement with the judge on the held-out prompts, or a draw of very many, and
+  the probes of METHOD section 4 on a few held-out prompts of each cell."""
+  some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
+  verdicts = ask([questions[i] for i in some])
+  ids = _numbered(some, questions)
+  predicted = np.array([verdict.score for verdict in verdicts])
+  return {
+    "questions": len(questions),
+    "held_out": reward.agreement(predicted, scores[some], ids),
+    "probes": scoring.probe(run, ask, run.cfg.reward.metadata),
+  }

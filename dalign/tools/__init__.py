@@ -1,0 +1,1 @@
+"""What looks at a run without being a stage: plans, probes, sweeps."""

@@ -1,0 +1,559 @@
+"""What a run will take, before it runs: every phase is compiled, and none of it run.
+
+A phase is a program that a stage calls again and again; the filter and eval, which call
+programs like those of generation and RL, have none here. Its memory is what the
+compiler says; its work is read off the compiled program (`hlo.py`); its time is at
+least what the chip's arithmetic, memory or links need for that, whichever is slowest.
+How often it is called follows from the config, as if every sample used all the tokens
+it may and every one were kept.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalign.config import schema as configs
+from dalign.models import adapters
+from dalign.models import sharding
+from dalign.policy import spec as specs
+from dalign.runs import distributed
+from dalign.runs import store
+from dalign.stages import context
+from dalign.stages import scoring
+from dalign.text import packing
+from dalign.tools import hlo
+from dalign.training import policy_gradient
+from dalign.training import reward
+from dalign.training import sft
+from dalign.training import train
+from dalign.types import PyTree
+
+GIB = 2**30
+UNITS = {"M": 2**20, "G": GIB, "T": 2**40}
+CHARACTERS = 4.0  # a token, of a specification that no tokenizer is here for
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What one chip has: memory in bytes (of a TPU what its compiler allots), bfloat16
+  FLOP/s, bytes/s to its memory and, to other chips, one way (the makers' figures)."""
+
+  memory: float
+  flops: float
+  bandwidth: float
+  links: float
+
+
+CHIPS = {
+  "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, links=200e9),
+  "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, links=600e9),
+  "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1600e9, links=400e9),
+  "a100": Chip(memory=80e9, flops=312e12, bandwidth=2039e9, links=300e9),
+  "h100": Chip(memory=80e9, flops=989e12, bandwidth=3350e9, links=450e9),
+  "h200": Chip(memory=141e9, flops=989e12, bandwidth=4800e9, links=450e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A program, lowered, and how a run uses it.
+
+  calls, tokens: how often it is called, and the tokens that a call is about.
+  loops: as for `hlo.cost`.
+  held: arrays of the program that have a name: parameters, optimizer, cache.
+  beside: arrays that lie in memory meanwhile and are none of the program's.
+  """
+
+  name: str
+  lower: Callable[[], jax.stages.Lowered]
+  calls: float
+  tokens: float
+  loops: tuple[float, ...]
+  held: dict[str, PyTree]
+  beside: PyTree = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A phase's line of the plan: bytes and work of one chip and call, seconds at
+  least."""
+
+  phase: str
+  parameters: float
+  optimizer: float
+  cache: float
+  temporaries: float | None
+  total: float
+  fits: bool | None
+  flops: float
+  moved: float
+  links: dict[str, float]
+  seconds: float | None
+  bound: str
+  compute_share: float | None
+  tokens: float
+  calls: float
+  unread: int
+  compiled_s: float
+
+
+def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
+  """Prints the plan and writes WORKDIR/plan.json. ValueError says what does not fit
+  and, where one change makes it fit, which."""
+  devices, chip = _devices(cfg.plan)
+  rows = _rows(cfg, workdir, devices, chip)
+  mesh = sharding.make_mesh(cfg.mesh, devices)
+  n = len(devices)
+  seconds = [row.seconds * row.calls for row in rows if row.seconds is not None]
+  hours = sum(seconds) * n / 3600 if len(seconds) == len(rows) else None
+  found = {
+    "topology": cfg.plan.topology,
+    "chip": _chip_name(cfg.plan),
+    "chips": n,
+    "mesh": dict(mesh.shape),
+    "memory": chip.memory if chip else None,
+    "phases": [dataclasses.asdict(row) for row in rows],
+    "chip_hours": hours,
+    "cost": None if hours is None else hours * cfg.plan.price,
+  }
+  store.Store(workdir).write_json(workdir / "plan.json", found)
+  lines = table(rows, chip)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if spread := uneven(cfg, parts):
+    lines.append(
+      f"not whole times data x fsdp = {parts}, so on more chips than need be: "
+      + ", ".join(spread)
+    )
+  if hours is not None:
+    lines.append(bill(n, hours, cfg.plan.price))
+  if distributed.first():
+    print("\n".join(lines))
+  too_large = [row for row in rows if row.fits is False]
+  if too_large:
+    names = ", ".join(f"{r.phase} ({r.total / GIB:.2f} GiB)" for r in too_large)
+    raise ValueError(
+      f"the plan does not fit in {chip.memory / GIB:.2f} GiB a chip: {names}; "
+      f"{_cure(cfg, workdir, devices, chip, [row.phase for row in too_large])}"
+    )
+
+
+def _chip_name(cfg: configs.PlanConfig) -> str:
+  return cfg.chip or cfg.topology.partition(":")[0]
+
+
+def _devices(cfg: configs.PlanConfig):
+  """The devices to compile for, and what their chips have, if that is known."""
+  name = _chip_name(cfg)
+  if name and name not in CHIPS:
+    raise ValueError(f"config.plan: wanted a chip of {', '.join(CHIPS)}, got {name!r}")
+  if not cfg.topology:
+    return jax.devices(), CHIPS.get(name)
+  from jax.experimental import topologies
+
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  try:
+    made = topologies.get_topology_desc(platform="tpu", topology_name=cfg.topology)
+  except Exception as error:  # of libtpu, of no class of its own
+    raise ValueError(
+      f"config.plan.topology: {cfg.topology!r} is none that libtpu knows, or there is "
+      f"no libtpu (pip install 'jax[tpu]'): {str(error).splitlines()[0]}"
+    ) from error
+  # What was compiled for chips that are not there cannot be read back.
+  jax.config.update("jax_enable_compilation_cache", False)
+  return made.devices, CHIPS[name]
+
+
+# --- The phases ---
+
+
+def phases(run: context.Run) -> Iterator[Phase]:
+  """The programs of the stages that the config asks for."""
+  cfg, arch, mesh = run.cfg, run.arch, run.mesh
+  stages = configs.chosen_stages(cfg.stages)
+  lying = jax.eval_shape(lambda p: adapters.held(p, lora=cfg.lora), run.shapes)
+  base = run.placed(lying)
+  made = jax.eval_shape(run.adapted, lying)
+  trunk = run.placed(made)
+  room, think = _spec_room(run), cfg.sampler.prompt_room
+  prompts = sum(cfg.generate.prompts.values())
+  prompts += cfg.generate.helpful + cfg.generate.capability
+  if run.recording:
+    prompts = min(prompts, len({r.prompt_id for r in run.recorded if r.thought}))
+  kept = prompts * cfg.filter.per_prompt
+
+  def training(
+    name, loss, optimizer, params, batch, *, steps, tokens, loops, beside=()
+  ):
+    trained, frozen = adapters.split(params)
+    tx = train.make_optimizer(optimizer, steps=max(2, round(steps)))
+    program = train.program(loss, tx, mesh, trained)
+    batch = {n: _array(mesh, n, x) for n, x in batch.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    used = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def lower():
+      return program.update.jitted.lower(program.state, batch, key, used, frozen)
+
+    held = {
+      "parameters": (program.state.params, frozen),
+      "optimizer": program.state.opt_state,
+    }
+    return Phase(name, lower, steps, tokens, loops, held, beside)
+
+  def sampling(name, params, *, samples, distinct, prefix, max_new, lanes, beside=()):
+    """Prefill and decoding, each beside what the other reads, and the parameters that
+    were cast for them."""
+    programs = run.sampler.lowered(
+      params, prefix_room=prefix, prompt_room=think, max_new=max_new, lanes=lanes
+    )
+    s = cfg.sampler
+    work = {
+      "prefill": (distinct / s.prefill, s.prefill * think, ()),
+      "decode": (samples * max_new / s.slots / s.chunk, s.slots * s.chunk, (s.chunk,)),
+    }
+    cast = () if cfg.compute.dtype == "float32" else params
+    for kind, other in (("prefill", "decode"), ("decode", "prefill")):
+      lowered, weights, cache = programs[kind]
+      calls, tokens, loops = work[kind]
+      yield Phase(
+        f"{name} {kind}",
+        functools.partial(_as_it_is, lowered),
+        calls,
+        tokens,
+        loops,
+        {"parameters": weights, "cache": cache},
+        (cast, *programs[other][1:], beside),
+      )
+
+  if "generate" in stages and cfg.generate.teacher == "base":
+    per = cfg.generate.batch
+    yield from sampling(
+      "generate",
+      base,
+      samples=prompts * per,
+      distinct=prompts,
+      prefix=room,
+      max_new=cfg.generate.max_new,
+      lanes=cfg.sampler.lanes,
+    )
+  if "sft" in stages:
+    shape = cfg.sft.batch
+    lines = kept * (think + cfg.generate.max_new) / shape.length
+    yield training(
+      "sft update",
+      sft.make_loss(cfg=arch, compute=cfg.compute),
+      cfg.sft.optimizer,
+      trunk,
+      _lines(shape),
+      steps=max(1, cfg.sft.epochs * lines / (shape.micro * shape.rows)),
+      tokens=shape.micro * shape.rows * shape.length,
+      loops=_loops(run, shape),
+    )
+  if "reward" in stages:
+    c = cfg.reward
+    head = jax.eval_shape(reward.init_head, made, run.key)
+    loss = reward.make_loss(
+      cfg=arch,
+      compute=cfg.compute,
+      pair_weight=c.pair_weight,
+      point_weight=c.point_weight,
+    )
+    yield training(
+      "reward update",
+      loss,
+      c.optimizer,
+      run.placed(head),
+      _questions(c, room),
+      steps=c.steps,
+      tokens=c.rows * c.length + room,
+      loops=(),
+    )
+  if "rl" in stages:
+    yield from _rl(run, training, sampling, trunk)
+
+
+def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
+  """Rollouts, scores of the start, and updates; the start lies beside the policy, all
+  of it or, with adapters, these alone."""
+  cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
+  start = trunk if not cfg.lora.rank else adapters.split(trunk)[0]
+  policy = trunk
+  if c.objective.learns_values:
+    policy = {
+      "policy": trunk,
+      "value": run.placed(jax.eval_shape(policy_gradient.init_value, trunk)),
+    }
+  loss = policy_gradient.make_loss(
+    cfg=run.arch,
+    compute=cfg.compute,
+    temperature=c.temperature,
+    objective=c.objective,
+  )
+  rollouts, room = c.prompts * c.samples, cfg.sampler.prompt_room
+  lines = rollouts * (room + c.max_new) / shape.length
+  update = training(
+    "rl update",
+    loss,
+    c.optimizer,
+    policy,
+    _lines(shape, rollouts=True),
+    steps=c.steps,
+    tokens=shape.micro * shape.rows * shape.length,
+    loops=_loops(run, shape),
+    beside=start,
+  )
+  yield from sampling(
+    "rollout",
+    trunk,
+    samples=rollouts * c.steps,
+    distinct=c.prompts * c.steps,
+    prefix=cfg.sampler.prefix_step,
+    max_new=c.max_new,
+    lanes=1,
+    beside=(start, update.held["optimizer"]),
+  )
+  score = context.Scorer(run, shape, temperature=c.temperature)
+  yield Phase(
+    "score",
+    lambda: score.lowered(trunk),
+    c.steps * lines / shape.rows,
+    shape.rows * shape.length,
+    (_chunks(run, shape),),
+    {"parameters": trunk},
+    (start, update.held["optimizer"]),
+  )
+  yield update
+
+
+def _array(mesh, name: str, x) -> jax.ShapeDtypeStruct:
+  where = sharding.batch_sharding(mesh, name, x, lead=1)
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
+  """A batch of packed lines as the stages make it, empty."""
+  packed = packing.pack([([0, 0], [0.0, 1.0])], length=shape.length)
+  more = {"weight_BT": packed.weight_BT}
+  if rollouts:
+    of = {n: [[0.0]] for n in ("logp", "advantage", "reference", "worth")}
+    left_out_B = np.zeros(len(packed.tokens_BT), np.float32)
+    more = {"sampled_BT": packed.weight_BT > 0, "left_out_B": left_out_B}
+    more |= policy_gradient.placed(packed.tokens_BT.shape, packed.where, **of)
+  return context.micro_batches(packed.lines | more, shape)[0]
+
+
+def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
+  """A batch of the reward model's questions, empty."""
+  batch = scoring.lines_after([], [], cfg=cfg, room=room)
+  batch |= {"score_B": np.zeros(cfg.rows), "prompt_B": np.zeros(cfg.rows, np.int32)}
+  return {name: np.asarray(x)[None] for name, x in batch.items()}
+
+
+def _chunks(run: context.Run, shape: configs.BatchConfig) -> int:
+  """How many blocks of logits a part of a micro-batch's tokens has, if all count."""
+  lines = shape.rows, shape.length
+  part = sharding.place(run.mesh, ("batch", "token"), lines).shard_shape(lines)
+  return -(-math.prod(part) // run.cfg.compute.logits_chunk)
+
+
+def _loops(run: context.Run, shape: configs.BatchConfig) -> tuple[int, ...]:
+  chunks = _chunks(run, shape)
+  return (shape.micro, chunks) if shape.micro > 1 else (chunks,)
+
+
+def _spec_room(run: context.Run) -> int:
+  """The tokens of the longest policy, in whole steps."""
+  names = [policy.id for policy in run.spec.policies] + [specs.BENIGN]
+  told = [run.domain.policy_text(name, run.cfg.spec.detail) for name in names]
+  if run.has_model:
+    longest = max(len(run.tok.encode(one)) for one in told)
+  else:
+    longest = max(map(len, told)) / CHARACTERS
+  step = run.cfg.sampler.prefix_step
+  return math.ceil(longest / step) * step
+
+
+# --- What they take ---
+
+
+def _rows(cfg, workdir, devices, chip, names=None) -> list[Row]:
+  """The lines of all phases, or of some."""
+  run = context.Run(cfg, workdir, devices=devices)
+  rows = []
+  with jax.set_mesh(run.mesh):
+    for phase in phases(run):
+      if names is None or phase.name in names:
+        context.say(f"plan: {phase.name}")
+        rows.append(_row(phase, chip))
+  return rows
+
+
+def _as_it_is(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
+  return lowered
+
+
+def _row(phase: Phase, chip: Chip | None) -> Row:
+  began = time.monotonic()
+  held = {name: per_device(tree) for name, tree in phase.held.items()}
+  beside = per_device(phase.beside)
+  memory: Any = None
+  try:
+    program = phase.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = _needed(str(error))
+    if needed is None:
+      raise
+    total, cost = beside + needed, hlo.Cost()
+  else:
+    memory = program.memory_analysis()
+    total = beside + sum(
+      (
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        -memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+      )
+    )
+    cost = hlo.cost(program.as_text() or "", phase.loops)
+  seconds, bound, share = None, "", None
+  if chip and memory:
+    times = {
+      "compute": cost.flops / chip.flops,
+      "memory": cost.moved / chip.bandwidth,
+      "links": sum(cost.links.values()) / chip.links,
+    }
+    bound, seconds = max(times.items(), key=lambda item: item[1])
+    share = times["compute"] / seconds if seconds else None
+  return Row(
+    phase=phase.name,
+    parameters=held.get("parameters", 0.0),
+    optimizer=held.get("optimizer", 0.0),
+    cache=held.get("cache", 0.0),
+    temporaries=memory.temp_size_in_bytes if memory else None,
+    total=total,
+    fits=total <= chip.memory if chip else None,
+    flops=cost.flops,
+    moved=cost.moved,
+    links=cost.links,
+    seconds=seconds,
+    bound=bound,
+    compute_share=share,
+    tokens=phase.tokens,
+    calls=phase.calls,
+    unread=cost.unread,
+    compiled_s=time.monotonic() - began,
+  )
+
+
+def _needed(error: str) -> float | None:
+  """The bytes that XLA's TPU compiler says a program would have needed."""
+  used = re.search(r"(?:memory required for[^(]*\(|Used )([\d.]+)([MGT])", error)
+  return float(used[1]) * UNITS[used[2]] if used else None
+
+
+def per_device(tree: PyTree) -> float:
+  """The bytes of a tree of ShapeDtypeStructs on each device."""
+
+  def one(x) -> float:
+    shape = x.shape
+    if getattr(x, "sharding", None) is not None:
+      shape = x.sharding.shard_shape(shape)
+    width = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else None
+    return math.prod(shape) * (width or jnp.dtype(x.dtype).itemsize)
+
+  return float(sum(map(one, jax.tree.leaves(tree))))
+
+
+def table(rows: list[Row], chip: Chip | None) -> list[str]:
+  """The plan in lines of text: GiB, TFLOP and GB of one chip and call."""
+  head = (
+    f"{'phase':17} {'params':>7} {'optim':>7} {'cache':>7} {'temp':>7} {'total':>7}"
+    f" {'of chip':>7} {'TFLOP':>9} {'GB':>8} {'GB sent':>8} {'ms >=':>9} {'by':7}"
+    f" {'calls':>8} {'tok/s <=':>9}"
+  )
+  lines = [head]
+  for row in rows:
+    sizes = (row.parameters, row.optimizer, row.cache, row.temporaries, row.total)
+    gib = " ".join(f"{'-':>7}" if s is None else f"{s / GIB:7.2f}" for s in sizes)
+    share = f"{row.total / chip.memory:7.0%}" if chip else f"{'-':>7}"
+    took = f"{row.seconds * 1e3:9.2f}" if row.seconds is not None else f"{'-':>9}"
+    rate = f"{row.tokens / row.seconds:9.0f}" if row.seconds else f"{'-':>9}"
+    lines.append(
+      f"{row.phase:17} {gib} {share} {row.flops / 1e12:9.4f} {row.moved / 1e9:8.2f}"
+      f" {sum(row.links.values()) / 1e9:8.2f} {took} {row.bound:7} {row.calls:8.0f}"
+      f" {rate}"
+    )
+  unread = sorted({row.phase for row in rows if row.unread})
+  if unread:
+    lines.append(f"kernels that are not counted: {', '.join(unread)}")
+  return lines
+
+
+def bill(chips: int, hours: float, price: float) -> str:
+  """What a plan costs, in a line: without money where an hour's price is 0."""
+  cost = f", {hours * price:.2f} at {price} each" if price else ""
+  return f"{chips} chips; at least {hours:.3f} chip-hours{cost}"
+
+
+def uneven(cfg: configs.Config, parts: int) -> list[str]:
+  """The numbers of rows that `parts` parts of a mesh do not divide. What axes do not
+  divide lies whole on each of their devices (`sharding.fits`)."""
+  counts = {
+    "sampler.slots": cfg.sampler.slots,
+    "sampler.prefill": cfg.sampler.prefill,
+    "sft.batch.rows": cfg.sft.batch.rows,
+    "reward.rows": cfg.reward.rows,
+    "rl.batch.rows": cfg.rl.batch.rows,
+  }
+  return [f"{name} = {rows}" for name, rows in counts.items() if rows % parts]
+
+
+# --- What would make it fit ---
+
+
+def _cure(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
+  """The first change that makes the phases fit, found by trying."""
+  for said, changes in _changes(cfg, names):
+    try:
+      tried = _rows(configs.changed(cfg, changes), workdir, devices, chip, names)
+    except ValueError:
+      continue  # such as a mesh that there is not
+    if all(row.fits for row in tried):
+      return f"it would with {said}"
+  return "no single change of remat, micro-batch, slots, caches or mesh makes it fit"
+
+
+def _changes(cfg: configs.Config, names: list[str]) -> Iterator[tuple[str, dict]]:
+  if not cfg.compute.remat:
+    yield "--config.compute.remat=true", {"compute": {"remat": True}}
+  for part in ("sft", "rl"):
+    batch = getattr(cfg, part).batch
+    rows = batch.rows
+    while any(name.startswith(part) for name in names) and rows > 1:
+      rows //= 2
+      micro = batch.micro * batch.rows // rows
+      new = {"micro": micro, "rows": rows}
+      flags = f"--config.{part}.batch.rows={rows} --config.{part}.batch.micro={micro}"
+      yield flags, {part: {"batch": new}}
+  sampling = any(name.endswith(("prefill", "decode")) for name in names)
+  if sampling and cfg.compute.kv_dtype == "float32":
+    yield "--config.compute.kv_dtype=bfloat16", {"compute": {"kv_dtype": "bfloat16"}}
+  slots = cfg.sampler.slots
+  while sampling and slots // 2 >= cfg.sampler.lanes:
+    slots //= 2
+    yield f"--config.sampler.slots={slots}", {"sampler": {"slots": slots}}
+  ways = cfg.mesh.fsdp
+  for _ in range(4):
+    ways *= 2
+    yield f"--config.mesh.fsdp={ways}", {"mesh": {"data": -1, "fsdp": ways}}

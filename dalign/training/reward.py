@@ -1,0 +1,117 @@
+"""The reward model: the decoder's trunk, a scalar head, and how both are trained.
+
+It reads spec(category), prompt and answer as one conversation and scores the last
+token. The spec is the same for all rows of a batch, so it is encoded once. Knows
+tokens; the thought is not among them, because `judge.RewardQuestion` has none.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalign.config.schema import Compute
+from dalign.config.schema import ModelConfig
+from dalign.models import ops
+from dalign.models import transformer
+from dalign.types import Key
+from dalign.types import Mean
+from dalign.types import PyTree
+
+
+def init_head(params: PyTree, key: Key) -> PyTree:
+  """A trunk's parameters with a scalar head added; an untied output head is dropped."""
+  width = params["norm"].shape[0]
+  trunk = {name: value for name, value in params.items() if name != "head"}
+  weight_D = jax.random.normal(key, (width,)) * width**-0.5
+  return {"trunk": trunk, "score": {"weight": weight_D, "bias": jnp.zeros((1,))}}
+
+
+def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute):
+  """The score of each row before the sigmoid, float32 [B].
+
+  `batch` has prefix_P and prefix_len (what all rows share), tokens_BT (the rest of each
+  row, right-padded) and length_B. The score is read at position length - 1: a token
+  that every row has, never found by looking for a token id.
+  """
+  trunk = params["trunk"]
+  tokens_BT, length_B = batch["tokens_BT"], batch["length_B"]
+  prefix = transformer.encode_prefix(
+    trunk, batch["prefix_P"], batch["prefix_len"], cfg=cfg, compute=compute
+  )
+  hidden_BTD, _ = transformer.forward_rows(
+    trunk, tokens_BT, cfg=cfg, compute=compute, prefix=prefix
+  )
+  last_B = jnp.maximum(length_B - 1, 0)
+  last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+  score = params["score"]
+  scaled_BD = last_BD * last_BD.shape[-1] ** -0.5
+  return (
+    ops.matmul(scaled_BD, score["weight"][:, None], jnp.float32)[:, 0] + score["bias"]
+  )
+
+
+def make_loss(
+  *, cfg: ModelConfig, compute: Compute, pair_weight: float, point_weight: float = 1.0
+):
+  """Regression on the judge's scores, plus pairs of answers to one prompt.
+
+  Regression is the cross-entropy between the judge's score in [0, 1] and the sigmoid.
+  A pair is two rows of one prompt whose scores differ; its loss is Bradley-Terry's
+  log-sigmoid of the logit difference (2203.02155, eq. 1), weighted by the difference.
+  Both are summed and divided by the rows, so micro-batches that keep the answers to a
+  prompt together change nothing.
+  """
+
+  def loss(params, batch, key):
+    del key
+    logit_B = logits(params, batch, cfg=cfg, compute=compute)
+    score_B, real_B = batch["score_B"], batch["length_B"] > 0
+    point_B = -(
+      score_B * jax.nn.log_sigmoid(logit_B)
+      + (1 - score_B) * jax.nn.log_sigmoid(-logit_B)
+    )
+    gap_BB = score_B[:, None] - score_B[None, :]
+    pair_BB = batch["prompt_B"][:, None] == batch["prompt_B"][None, :]
+    pair_BB &= (gap_BB > 0) & real_B[:, None] & real_B[None, :]
+    win_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * gap_BB
+    points = Mean.of(point_B, real_B)
+    pairs = Mean.of(win_BB, pair_BB)
+    total = point_weight * points.total + pair_weight * pairs.total
+    error_B = jnp.abs(jax.nn.sigmoid(logit_B) - score_B)
+    return Mean(total, points.count), {
+      "point_nats": points,
+      "pair_nats": pairs,
+      "absolute_error": Mean.of(error_B, real_B),
+      "pair_accuracy": Mean.of(logit_B[:, None] > logit_B[None, :], pair_BB),
+    }
+
+  return loss
+
+
+def agreement(
+  predicted_B: np.ndarray, score_B: np.ndarray, prompt_B: np.ndarray, *, bins: int = 5
+) -> dict[str, float | None]:
+  """Held-out quality of a reward model against the judge.
+
+  accuracy: both on one side of 0.5. pair_accuracy: of pairs of one prompt whose judged
+  scores differ, ranked alike; None without such pairs. calibration_error: expected
+  calibration error, the mean |predicted - judged| of bins of equal width, weighted by
+  their size (1706.04599).
+  """
+  gap_BB = score_B[:, None] - score_B[None, :]
+  pair_BB = (prompt_B[:, None] == prompt_B[None, :]) & (gap_BB > 0)
+  right_BB = (predicted_B[:, None] > predicted_B[None, :]) & pair_BB
+  bin_B = np.minimum((predicted_B * bins).astype(int), bins - 1)
+  error = 0.0
+  for b in range(bins):
+    inside = bin_B == b
+    if inside.any():
+      error += abs(predicted_B[inside].mean() - score_B[inside].mean()) * inside.mean()
+  return {
+    "n": int(len(score_B)),
+    "pairs": int(pair_BB.sum()),
+    "accuracy": float(np.mean((predicted_B > 0.5) == (score_B > 0.5))),
+    "pair_accuracy": float(right_BB.sum() / pair_BB.sum()) if pair_BB.any() else None,
+    "calibration_error": float(error),
+    "mean_absolute_error": float(np.abs(predicted_B - score_B).mean()),
+  }

@@ -1,0 +1,263 @@
+"""The training step: one update for many losses. Knows no text, data order or stage."""
+
+import dataclasses
+import functools
+from typing import Callable
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from dalign.config.schema import OptimizerConfig
+from dalign.models import adapters
+from dalign.models import param_tree
+from dalign.models import sharding
+from dalign.types import Key
+from dalign.types import Leaf
+from dalign.types import Mean
+from dalign.types import PyTree
+
+LossFn = Callable[[PyTree, PyTree, Key], tuple[Mean, dict[str, Mean]]]
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a step changes. `average` is the mean of the last steps' parameters, or
+  None where none is kept."""
+
+  step: Leaf
+  params: Leaf
+  opt_state: Leaf
+  average: Leaf
+
+
+def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
+  """AdamW (1711.05101) with warm-up, cosine decay and clipping by global norm; for
+  matrices Muon (2502.16982) where the config gives them a rate.
+
+  Norm scales and other vectors are not decayed. A step above the config's skip_norm
+  changes neither parameters nor moments, and the schedule does not count it.
+  """
+  rate = functools.partial(_schedule, cfg, steps)
+  if cfg.matrix_rate:
+    tx = optax.contrib.muon(
+      rate(cfg.matrix_rate),
+      weight_decay=cfg.weight_decay,
+      adam_b1=cfg.beta1,
+      adam_b2=cfg.beta2,
+      adam_learning_rate=rate(cfg.learning_rate),
+      muon_weight_dimension_numbers=_layered,
+    )
+  else:
+    tx = optax.adamw(
+      rate(cfg.learning_rate),
+      b1=cfg.beta1,
+      b2=cfg.beta2,
+      weight_decay=cfg.weight_decay,
+      mask=_matrices,
+    )
+  tx = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx)
+  return _skipping(tx, cfg.skip_norm) if cfg.skip_norm else tx
+
+
+def _skipping(
+  tx: optax.GradientTransformation, most: float
+) -> optax.GradientTransformation:
+  """As `tx`, whose state it has; nothing changes where the global norm is above
+  `most`. optax.apply_if_finite does so for other gradients, optax.MultiSteps with a
+  second copy of them."""
+
+  def update(grads, state, params=None):
+    updates, after = tx.update(grads, state, params)
+    take = optax.global_norm(grads) <= most
+    updates = jax.tree.map(lambda x: jnp.where(take, x, 0.0), updates)
+    return updates, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, state)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+def _schedule(cfg: OptimizerConfig, steps: int, peak: float):
+  warmup = min(steps - 1, round(cfg.warmup_share * steps))
+  return optax.warmup_cosine_decay_schedule(
+    init_value=peak / max(warmup, 1),
+    peak_value=peak,
+    warmup_steps=warmup,
+    decay_steps=max(steps, 1),
+    end_value=peak * cfg.final_share,
+  )
+
+
+def _matrices(params: PyTree) -> PyTree:
+  """Which leaves are matrices."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x.ndim > 1 and _is_matrix(path), _unstacked(params)
+  )
+
+
+def _is_matrix(path) -> bool:
+  return param_tree.is_matrix(str(getattr(path[-1], "key", "")))
+
+
+def _layered(params: PyTree) -> PyTree:
+  """What Muon is to take for matrices: those of the layers, each by itself."""
+  layers = jax.tree_util.DictKey("layers")
+
+  def one(path, x):
+    if layers not in path or x.ndim < 3 or not _is_matrix(path):
+      return None
+    return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _unstacked(params: PyTree) -> PyTree:
+  """The tree with one layer's shapes where layers are stacked, to tell vectors."""
+
+  def one(path, x):
+    return x[0] if jax.tree_util.DictKey("layers") in path else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def create(
+  params: PyTree, tx: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
+  """The state before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    average=jax.tree.map(jnp.zeros_like, params) if averaged else None,
+  )
+
+
+def make_update(
+  loss_fn: LossFn, tx: optax.GradientTransformation, *, average_from: int = 0
+):
+  """The pure `update(state, batch, key, used, frozen) -> (state, metrics)` of a loss.
+
+  `frozen` are parameters that the loss reads and no step changes, joined to those of
+  the state (`adapters.join`); with none of them, an empty tree.
+
+  Each leaf of `batch` has micro-batches as its first axis, of which the first `used`
+  (at least one) are looped over: the shape stays, what is empty costs nothing.
+  Gradients of the loss's *total* are added over them and divided once by the added
+  count, so the split into micro-batches does not change the result. A state's average
+  is that of the parameters after each step past `average_from` (stochastic weight
+  averaging, 1803.05407), and before that the parameters themselves.
+  """
+
+  def totals(params, batch, key, frozen):
+    def total(params):
+      loss, metrics = loss_fn(adapters.join(frozen, params), batch, key)
+      return loss.total, (loss, metrics)
+
+    grads, (loss, metrics) = jax.grad(total, has_aux=True)(params)
+    return grads, loss, metrics
+
+  def update(
+    state: TrainState, batch: PyTree, key: Key, used, frozen: PyTree | None = None
+  ):
+    frozen = frozen or {}
+
+    def part(i):
+      micro = jax.tree.map(lambda x: x[i], batch)
+      return totals(state.params, micro, jax.random.fold_in(key, i), frozen)
+
+    def add(i, sums):
+      return jax.tree.map(jnp.add, sums, part(i))
+
+    if len(jax.tree.leaves(batch)[0]) == 1:
+      grads, loss, metrics = part(0)  # a loop would hold its gradients twice
+    else:
+      shapes = jax.eval_shape(part, 0)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      grads, loss, metrics = jax.lax.fori_loop(0, used, add, zeros)
+    grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
+    norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    n = jnp.maximum(step - average_from, 1)
+    average = state.average
+    if average is not None:
+      average = jax.tree.map(lambda a, p: a + (p - a) / n, average, params)
+    state = TrainState(step=step, params=params, opt_state=opt_state, average=average)
+    return state, metrics | {"loss": loss, "grad_norm": Mean.of(norm)}
+
+  return update
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Training on a mesh: `state` is its state as ShapeDtypeStructs that say where each
+  array lies, `create(params)` makes it and takes the parameters for its own, and
+  `update` is `jit_update`'s."""
+
+  state: TrainState
+  create: Callable[[PyTree], TrainState]
+  update: "Update"
+
+
+def program(
+  loss: LossFn,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  params: PyTree,
+  *,
+  averaged: bool = False,
+  average_from: int = 0,
+) -> Program:
+  """What trains such parameters, arrays or ShapeDtypeStructs, by a loss."""
+
+  def first(params):
+    return create(params, tx, averaged=averaged)
+
+  state, axes = jax.eval_shape(first, params), param_tree.logical_axes(params)
+  placed = state_shardings(mesh, state, axes)
+  update = make_update(loss, tx, average_from=average_from)
+  return Program(
+    state=sharding.abstract(state, placed),
+    create=jax.jit(first, out_shardings=placed, donate_argnums=0),
+    update=jit_update(update, mesh, state, axes),
+  )
+
+
+def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
+  """Where each array of a state lies: moments as their parameters."""
+  params = sharding.shardings(mesh, axes, state.params)
+  return TrainState(
+    step=sharding.whole(mesh),
+    params=params,
+    opt_state=sharding.like_params(mesh, state.opt_state, state.params, params),
+    average=None if state.average is None else params,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """A compiled update, called with arrays of the host."""
+
+  jitted: jax.stages.Wrapped
+  mesh: Mesh
+
+  def __call__(self, state, batch, key, used, frozen: PyTree | None = None):
+    batch = {
+      name: sharding.put(x, sharding.batch_sharding(self.mesh, name, x, lead=1))
+      for name, x in batch.items()
+    }
+    return self.jitted(state, batch, key, jnp.int32(used), frozen or {})
+
+
+def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree) -> Update:
+  """`update` compiled for the mesh, its state donated and laid out as it came in."""
+  placed = state_shardings(mesh, state, axes)
+  jitted = jax.jit(
+    update,
+    in_shardings=(placed, None, None, None, None),
+    out_shardings=(placed, sharding.whole(mesh)),
+    donate_argnums=0,
+  )
+  return Update(jitted, mesh)
