@@ -14,7 +14,7 @@ from dalign.types import EXPECTED
 from dalign.types import Prompt
 from dalign.types import Turn
 
-ROOT = pathlib.Path(prompt_sets.__file__).parents[1]
+ROOT = pathlib.Path(prompt_sets.__file__).parents[2]
 SHARED = ROOT / ".." / "shared" / "data"
 
 

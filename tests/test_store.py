@@ -59,7 +59,7 @@ def test_a_killed_writer_leaves_rows_to_go_on_from(tmp_path):
     "for i in itertools.count():\n"
     "  store.append_rows(pathlib.Path(sys.argv[1]), [{'i': i, 'x': 'y' * 100_000}])"
   )
-  root = pathlib.Path(store.__file__).parents[1]
+  root = pathlib.Path(store.__file__).parents[2]
   writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=root)
   try:
     deadline = time.monotonic() + 30
