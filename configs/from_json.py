@@ -45,13 +45,12 @@ def _plain(value):
   return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 
-def _put(node: ml_collections.ConfigDict, values: dict, file: str) -> None:
+def _put(node: ml_collections.ConfigDict, values: dict) -> None:
   """Merges values into a config."""
-  __origin__ = file  # noqa: F841, read by `origins.py`
   for key, value in values.items():
     old = node.get(key)
     if isinstance(old, ml_collections.ConfigDict) and isinstance(value, dict):
-      _put(old, value, file)
+      _put(old, value)
     else:
       node[key] = _plain(value)
 
@@ -67,7 +66,7 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
     c = _recipe(values.pop("recipe", None))
     values.pop("$schema", None)
     with c.ignore_type():
-      _put(c, values, file)
+      _put(c, values)
     configs.build(configs.Config, c)
   except (OSError, ValueError) as error:
     raise ValueError(f"{file}: {error}") from error

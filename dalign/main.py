@@ -1,5 +1,6 @@
 """The command line: flags -> Config -> the chosen stages. The only reader of flags."""
 
+import contextlib
 import difflib
 import errno
 import json
@@ -9,14 +10,12 @@ import runpy
 import signal
 import sys
 import tempfile
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 import dalign
 from dalign.config import explain
-from dalign.config import origins
 from dalign.config import schema as configs
 from dalign.data import bundled
 from dalign.runs import buckets
@@ -33,7 +32,7 @@ MODES = {
   "probe_judge": "whether the judge of RL can be trusted with it",
   "chat": "talk to a model of the run in WORKDIR, in the terminal",
   "serve": "the same by OpenAI's protocol, on loopback (extra: serve)",
-  "config": "the config, and who set each value; --describe says what",
+  "config": "what differs from the recipe, and all; --describe says what",
   "schema": "the JSON Schema of configs",
   "sweep": "a command line for each point of the config file's sweep()",
 }
@@ -116,13 +115,21 @@ def _explained(config: configs.Config | None) -> str:
   """The text of the modes that run nothing."""
   if config is None:
     return json.dumps(explain.schema(configs.Config), indent=2)
-  flag: Any = flags.FLAGS["config"]
-  changed = {
-    name: explain.flag(value)
-    for name, value in config_flags.get_override_values(flag).items()
-  }
-  found = origins.read(lambda: flag.parser.parse(flag.config_filename), changed)
-  return explain.listing(config, found, describe=_DESCRIBE.value)
+  return explain.listing(config, _recipe(config.recipe), describe=_DESCRIBE.value)
+
+
+def _recipe(name: str) -> configs.Config:
+  """The config of a recipe such as "large:qwen3_8b.v3"; where configs/ has none of that
+  name and version, that of the config file without flags."""
+  stem, colon, argument = name.rpartition(".v")[0].partition(":")
+  path = bundled.find(f"configs/{stem}.py")
+  if path.is_file():
+    with contextlib.suppress(ValueError):  # the file knows no such argument
+      found = _read_config([f"--config={path}{colon}{argument}"])
+      if found.recipe == name:
+        return found
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  return _read_config([f"--config={file}"])
 
 
 def _found(argv: list[str]) -> list[str]:

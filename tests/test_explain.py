@@ -135,14 +135,11 @@ def test_a_part_that_is_made_by_hand_is_checked_too():
 
 def test_values_are_listed_as_flags_take_them_back():
   """All values of a listing, as flags to the same config, make the same listing."""
-  first, *lines = said("--mode=config", "--config=configs/world.py:ablation")
-  assert first == "# recipe: world:ablation.v3"
-  mine = [line.rpartition("  ")[0].rstrip() for line in lines]
-  assert len(mine) > 300 and not any(line.endswith("=None") for line in mine)
-  given = [f"--config.{line}" for line in mine]
-  _, *again = said("--mode=config", "--config=configs/world.py:ablation", *given)
-  assert [line.partition("  ")[0].rstrip() for line in again] == mine
-  assert all("  --config." in line for line in again)
+  listed = said("--mode=config", "--config=configs/world.py:ablation")
+  assert listed[0] == "# recipe: world:ablation.v3"
+  assert len(listed) > 300 and not any(line.endswith("=None") for line in listed)
+  given = [f"--config.{line}" for line in listed[1:]]
+  assert said("--mode=config", "--config=configs/world.py:ablation", *given) == listed
 
 
 @pytest.mark.parametrize(
@@ -171,20 +168,56 @@ def test_a_value_goes_through_bash(value):
   assert done.stdout.decode() == (wanted.lower() if value is True else wanted)
 
 
-def test_lines_fit_a_terminal_and_say_what_is_other():
+def test_what_is_other_than_in_the_recipe_is_said():
   first, *lines = said(
     "--mode=config", "--config=configs/quickstart.py", "--config.rl.steps=3"
   )
   assert first == "# recipe: quickstart.v3; changed: rl.steps"
   assert len(lines) == len([*explain.values(tiny())]) - 10 + 1  # tiny's model.random
   assert all(len(line) <= explain.WIDTH for line in lines)
-  assert [line for line in lines if line.startswith("rl.steps=3  ")][0].endswith(
-    "  --config.rl.steps=3"
-  )
+  assert [line for line in lines if "#" in line] == ["rl.steps=3  # recipe: 16"]
   described = said("--mode=config", "--config=configs/quickstart.py", "--describe")
   at = next(i for i, x in enumerate(described) if x.startswith("rl.max_new="))
   assert described[at + 1] == "    tokens of a rollout at the most."
   assert all(len(line) <= explain.WIDTH for line in described)
+
+
+def test_what_one_of_two_configs_has_alone_is_said():
+  base = configs.changed(
+    tiny(), {"data": {"columns": {"id": "name"}}, "recipe": "a.v1"}
+  )
+  config = configs.changed(base, {"data": {"columns": {"prompt": "text"}}, "seed": 9})
+  first, *lines = explain.listing(config, base).splitlines()
+  changed = "seed, data.columns.prompt, data.columns.id"
+  assert first == f"# recipe: a.v1; changed: {changed}"
+  assert [line for line in lines if "#" in line] == [
+    "seed=9  # recipe: 0",
+    "data.columns.prompt=text  # recipe: has none",
+    "# only the recipe: data.columns.id=name",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("recipe", "before"),
+  [
+    ("quickstart.v3", "16"),  # what configs/ has of that name
+    ("quickstart.v1", "5"),  # no longer there, so the file itself
+    ("quickstart:mine.v1", "5"),
+    ("mine.v1", "5"),
+    ("", "5"),
+  ],
+)
+def test_the_recipe_is_what_a_config_of_ones_own_is_held_against(
+  tmp_path, recipe, before
+):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from configs import quickstart\n\ndef get_config():\n"
+    "  c = quickstart.get_config()\n"
+    f"  c.recipe, c.rl.steps = {recipe!r}, 5\n  return c\n"
+  )
+  listed = said("--mode=config", f"--config={file}", "--config.rl.steps=7")
+  assert f"rl.steps=7  # recipe: {before}" in listed
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -175,18 +175,17 @@ def test_a_run_in_json_is_its_recipe_but_for_what_it_says(tmp_path):
   done = ran(file, "--config.rl.temperature=0.5", "--config.seed=4")
   assert (done.returncode, done.stderr) == (0, "")
   first, *lines = done.stdout.splitlines()
-  assert first == "# recipe: quickstart.v3; changed: 7 values"
+  assert first == "# recipe: quickstart.v3; changed: 8 values"
   found = dict(line.split("=", 1) for line in lines)
-  said = {name: found[name].split() for name in found}
-  assert said["rl.steps"] == ["3", "mine.json:5"]
-  assert said["rl.temperature"] == ["0.5", "--config.rl.temperature=0.5"]
-  assert said["rl.expected"] == ["\"('refuse',)\"", "mine.json:6"]
-  assert said["rl.batch.rows"] == ["4", "mine.json:7"]
-  assert said["generate.prompts.refuse"] == ["7", "mine.json:9"]
-  assert said["data.columns.id"] == ["name", "mine.json:10"]
-  assert said["seed"] == ["4", "--config.seed=4"]
-  assert said["rl.batch.micro"][1].startswith(f"{ROOT}/configs/quickstart.py:")
-  assert said["generate.prompts.comply"][0] == "1000000"
+  assert found["rl.steps"] == "3  # recipe: 16"
+  assert found["rl.temperature"] == "0.5  # recipe: 0.8"
+  assert found["rl.expected"].startswith('"(\'refuse\',)"  # recipe: "(')
+  assert found["rl.batch.rows"] == "4  # recipe: 6"
+  assert found["generate.prompts.refuse"] == "7  # recipe: 1000000"
+  assert found["data.columns.id"] == "name  # recipe: has none"
+  assert found["seed"] == "4  # recipe: 0"
+  assert found["rl.batch.micro"] == "11"
+  assert found["generate.prompts.comply"] == "1000000"
 
 
 @pytest.mark.parametrize(

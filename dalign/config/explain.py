@@ -176,22 +176,28 @@ def _escaped(letter: str) -> str:
 
 
 def listing(
-  config: configs.Config, origins: Mapping[str, str], *, describe: bool = False
+  config: configs.Config, base: configs.Config, *, describe: bool = False
 ) -> str:
-  """The config, a value a line: name=value, and its origin by dotted name. `describe`
-  adds what it is. On top, what is not as the config files have it."""
-  rows = [(f"{name}={flag(value)}", name) for name, value in values(config)]
-  other = [name for name in origins if not re.search(r"\.py:\d+$", origins[name])]
+  """The config, a value a line: name=value, and what `base`, its recipe, has where that
+  is other. `describe` adds what it is. On top, what differs; at the end, what only
+  `base` has."""
+  now, before = dict(values(config)), dict(values(base))
+  names = [*now, *(name for name in before if name not in now)]
+  other = [x for x in names if (x in now, now.get(x)) != (x in before, before.get(x))]
   but = ", ".join(other) if len(other) < 4 else f"{len(other)} values"
   changed = f"; changed: {but}" if other else ""
   lines = [f"# recipe: {config.recipe or 'none'}{changed}"]
-  room = max((len(x) for name, x in origins.items() if name not in other), default=0)
-  wide = min(max(len(said) for said, _ in rows), WIDTH - room - 2, 60)
-  for said, name in rows:
-    lines.append(f"{said:{wide}}  {origins[name]}")
+  for name in now:
+    line = f"{name}={flag(now[name])}"
+    if name in other:
+      line += f"  # recipe: {flag(before[name]) if name in before else 'has none'}"
+    lines.append(line)
     if describe:
       about = text(type(config), name)
       lines += textwrap.wrap(
         about, WIDTH, initial_indent="    ", subsequent_indent="    "
       )
-  return "\n".join(lines)
+  gone = (name for name in before if name not in now)
+  return "\n".join(
+    [*lines, *(f"# only the recipe: {x}={flag(before[x])}" for x in gone)]
+  )

@@ -23,8 +23,8 @@ import uuid
 
 import tqdm
 
-from dalign.runs import buckets
 from dalign.config import schema as configs
+from dalign.runs import buckets
 from dalign.runs import distributed
 from dalign.runs import store
 

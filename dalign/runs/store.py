@@ -26,8 +26,8 @@ import time
 from typing import Any
 
 import dalign
-from dalign.runs import buckets
 from dalign.config import schema as configs
+from dalign.runs import buckets
 from dalign.runs import distributed
 
 try:
