@@ -20,6 +20,18 @@ FILE = ROOT / "configs" / "recipes.json"
 COMMAND = "python -m tests.recipes"
 PARTS = {part for parts in context.READS.values() for part in parts}
 MADE_OF = (*sorted(PARTS), "seed", "stages", "ablation")
+# Keys that came after hashes were noted, with the value at which they change nothing.
+LATER = {
+  "eval.max_think": 0,
+  "eval.grader": ["rules"],
+  "eval.grader_model": "",
+  "eval.grader_endpoint.url": "",
+  "eval.grader_endpoint.model": "",
+  "eval.grader_max_new": 512,
+  "eval.form": "grade",
+  "rl.skip_kl": 0.0,
+  **{f"{x}.optimizer.skip_norm": 0.0 for x in ("world", "sft", "reward", "rl")},
+}
 
 
 def each() -> Iterator[tuple[str, configs.Config]]:
@@ -37,14 +49,13 @@ def each() -> Iterator[tuple[str, configs.Config]]:
 
 
 def values(config: configs.Config) -> dict:
-  """The values that a stage depends on, flat; not those which a key that came later has
-  where it changes nothing."""
+  """The values that a stage depends on, flat; not those of LATER."""
   return {
     key: value
     for key, value in configs.flat(config).items()
     if any(f"{key}.".startswith(f"{part}.") for part in MADE_OF)
     if key not in context.LIMITS
-    if key not in configs.ADDED or configs.ADDED[key] != value
+    if key not in LATER or LATER[key] != value
   }
 
 

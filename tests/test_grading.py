@@ -127,14 +127,6 @@ def test_only_rules_grade_the_policy_world():
     configs.build(configs.Config, node.to_dict())
 
 
-def test_an_older_config_is_read_with_rules_alone():
-  values = configs.to_json(tiny())
-  new = {k for k in values if k.startswith(("eval.grader", "eval.form"))}
-  older = {k: v for k, v in values.items() if k not in new}
-  assert len(new) == 12 and new < set(configs.ADDED)
-  assert configs.to_json(configs.of_json(older)) == values
-
-
 SMALL = {
   "eval.arms": ("base",),
   "eval.prompts": 3,

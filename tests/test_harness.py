@@ -40,7 +40,7 @@ def exported(workdir, tmp_path_factory) -> pathlib.Path:
   """A run whose base is what the tiny run has exported, so that others can read it."""
   folder = tmp_path_factory.mktemp("exported")
   cfg = tiny(**{"model.path": str(workdir / "export" / "model")})
-  store.write_json(folder / "config.json", configs.flat(cfg))
+  store.write_json(folder / "config.json", configs.to_json(cfg))
   return folder
 
 

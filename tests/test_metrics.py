@@ -344,16 +344,6 @@ def test_no_stage_depends_on_where_it_is_logged_or_profiled():
   assert not {"log", "profile"} & read and "rl" in read
 
 
-def test_an_older_config_has_tensorboard_and_no_profile():
-  values = {
-    key: value
-    for key, value in configs.to_json(tiny()).items()
-    if not key.startswith(("log.", "profile."))
-  }
-  found = configs.of_json(values)
-  assert found.log == tiny().log and found.profile == tiny().profile
-
-
 @pytest.mark.parametrize(
   "change",
   [

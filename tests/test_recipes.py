@@ -69,9 +69,9 @@ def test_a_hash_is_of_what_is_made(change, same):
 def test_a_key_that_came_later_and_changes_nothing_changes_no_hash(monkeypatch):
   config = tiny()
   before = recipes.digest(config)
-  monkeypatch.setattr(configs, "ADDED", {**configs.ADDED, "rl.samples": 4})
+  monkeypatch.setitem(recipes.LATER, "rl.samples", 4)
   assert "rl.samples" not in recipes.values(config)
-  monkeypatch.setattr(configs, "ADDED", {**configs.ADDED, "rl.samples": 5})
+  monkeypatch.setitem(recipes.LATER, "rl.samples", 5)
   assert recipes.digest(config) == before
 
 
@@ -82,10 +82,3 @@ def test_noting_leaves_what_is_noted(tmp_path, monkeypatch):
   recipes.main()
   now = {name: NOTED[name] for config in ALL.values() if (name := config.recipe)}
   assert json.loads(file.read_text()) == now | {"quickstart.v1": "old"}
-
-
-def test_a_config_of_before_has_no_recipe():
-  values = configs.to_json(tiny())
-  del values["recipe"]
-  assert configs.of_json(values).recipe == ""
-  assert configs.to_json(ALL["world"])["recipe"] == "world.v3"

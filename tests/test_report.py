@@ -94,6 +94,7 @@ def _manifest(stage, summary, seed):
     "config": {},
     "config_hash": "5be1c0ffee",
     "inputs": {"samples": "0123abcd"},
+    "outputs": {},
     "code_version": "0.1.0+g12ab34c",
     "seed": seed,
     "device": "cpu x2",

@@ -23,38 +23,6 @@ STAGES = (
 
 
 FORMAT_VERSION = 1  # of config.json
-_OPTIMIZED = ("world", "sft", "reward", "rl")
-
-_NO_ENDPOINT = {
-  "url": "",
-  "model": "",
-  "key": "OPENAI_API_KEY",
-  "concurrency": 8,
-  "timeout": 120.0,
-  "retries": 5,
-  "price_in": 0.0,
-  "price_out": 0.0,
-}
-
-# Keys that files of this format need not have, with what was done before they came.
-ADDED: Mapping[str, Any] = {
-  "recipe": "",
-  "model.date": "",
-  "eval.max_think": 0,
-  "eval.grader": ["rules"],  # as JSON has it
-  "eval.grader_model": "",
-  "eval.form": "grade",
-  "eval.grader_max_new": 512,
-  **{f"eval.grader_endpoint.{name}": value for name, value in _NO_ENDPOINT.items()},
-  "log.writers": ("tensorboard",),
-  "log.project": "dalign",
-  "profile.steps": (),
-  **{f"rl.{name}": 0.0 for name in ("skip_kl", "stop_kl", "stop_gap")},
-  **{f"{part}.optimizer.skip_norm": 0.0 for part in _OPTIMIZED},
-  **{f"{part}.optimizer.stop_norm": 0.0 for part in _OPTIMIZED},
-}
-_WHOLE = ("log", "profile")  # parts of which all keys are among ADDED
-_INSIDE = {"eval.grader_endpoint": "eval"}  # such parts, and those that they are in
 
 
 class Halted(RuntimeError):
@@ -1205,20 +1173,20 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def of_json(values: Mapping[str, Any]) -> Config:
-  """The config of a config.json, whose keys may be fewer by those of ADDED.
+  """The config of a config.json.
 
   Raises ValueError for what is no config, or of a format that is not known.
   """
   if not isinstance(values, Mapping):
     raise ValueError(f"config.json: wanted keys and values, got {values!r:.80}")
-  version = values.get("format_version", FORMAT_VERSION)  # at first there was none
+  version = values.get("format_version")
   if version != FORMAT_VERSION:
     raise ValueError(
       f"config.json: wanted format {FORMAT_VERSION}, got {version!r}; use the dalign "
       "that wrote it"
     )
   node: dict[str, Any] = {}
-  for name, value in completed(values).items():
+  for name, value in values.items():
     if name == "format_version":
       continue
     *path, last = name.split(".")
@@ -1229,15 +1197,6 @@ def of_json(values: Mapping[str, Any]) -> Config:
         raise ValueError(f"config.json: {name!r} is in something that has no parts")
     place[last] = value
   return build(Config, node)
-
-
-def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Flat values, or some of them, with those keys of ADDED whose part is there, or was
-  added as a whole."""
-  parts = {name.rpartition(".")[0] for name in values} | {*_WHOLE}
-  parts |= {part for part, outer in _INSIDE.items() if outer in parts}
-  added = {k: v for k, v in ADDED.items() if k.rpartition(".")[0] in parts}
-  return added | dict(values)
 
 
 def _plain(value):

@@ -26,7 +26,6 @@ import time
 from typing import Any
 
 import dalign
-from dalign.config import schema as configs
 from dalign.runs import buckets
 from dalign.runs import distributed
 
@@ -331,7 +330,7 @@ class Store:
     old = self.manifest(stage)
     if old is None:
       self._refuse_leftovers(stage)
-    elif changes := _differences(_compared(_completed(old, new)), _compared(new)):
+    elif changes := _differences(_compared(old), _compared(new)):
       state = "was cut off" if old["finished"] is None else "is done"
       raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_ELSE}")
     elif old["finished"] is not None:
@@ -425,8 +424,7 @@ _MANIFEST = {  # what each key of a manifest holds
 
 
 def read_manifest(path: pathlib.Path) -> dict | None:
-  """A manifest.json, or None where there is no such file; those of older runs have no
-  `outputs`, and get empty ones.
+  """A manifest.json, or None where there is no such file.
 
   Raises ValueError for what is no manifest, or of a format that is not known.
   """
@@ -438,7 +436,6 @@ def read_manifest(path: pathlib.Path) -> dict | None:
     raise ValueError(
       f"{path}: wanted manifest format {FORMAT_VERSION}, got {version!r:.80}. {_ELSE}"
     )
-  manifest = {"outputs": {}} | manifest
   for key, kind in _MANIFEST.items():
     if not isinstance(manifest.get(key, ...), kind):
       got = repr(manifest[key]) if key in manifest else "nothing"
@@ -498,13 +495,6 @@ def code_version() -> str:
     return version
   commit = subprocess.run(command, capture_output=True, text=True, check=False)
   return f"{version}+{commit.stdout.strip()}" if commit.returncode == 0 else version
-
-
-def _completed(old: Mapping, new: Mapping) -> dict:
-  """An older manifest as today's would be, if nothing else changed."""
-  config = configs.completed(old["config"])
-  known = old["config"].keys() | new["config"].keys()
-  return dict(old) | {"config": {k: v for k, v in config.items() if k in known}}
 
 
 def _compared(manifest: Mapping) -> dict:
