@@ -1,5 +1,6 @@
 """What is out of bounds stops a stage, or a step changes nothing; nothing goes on."""
 
+import dataclasses
 import errno
 import math
 import os
@@ -147,15 +148,15 @@ def test_a_reward_that_is_not_finite_halts_rl(reinforced, monkeypatch):
 
 @long
 def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
-  sample = rl_stage._Step._sample
+  collect = rl_stage.collect_rollouts
 
-  def off(step, params, at):
-    groups = sample(step, params, at)
-    for r in sum(groups, []):
-      r.logp = tuple(x - 0.5 for x in r.logp)
-    return groups
+  def off(*args):
+    return [
+      dataclasses.replace(r, behaviour=[x - 0.5 for x in r.behaviour])
+      for r in collect(*args)
+    ]
 
-  monkeypatch.setattr(rl_stage._Step, "_sample", off)
+  monkeypatch.setattr(rl_stage, "collect_rollouts", off)
   run = reinforced(**{"rl.stop_gap": 0.4})
   with pytest.raises(configs.Halted, match="nats a token, above config.rl.stop_gap=0"):
     reinforce(run)
@@ -164,12 +165,12 @@ def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
 
 @long
 def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkeypatch):
-  read = rl_stage._read
+  score = rl_stage.with_scores
 
-  def far(score, params, rollouts):
-    return [x - 1.0 for x in read(score, params, rollouts)]
+  def far(*args):
+    return [dataclasses.replace(r, reference=r.reference - 1.0) for r in score(*args)]
 
-  monkeypatch.setattr(rl_stage, "_read", far)
+  monkeypatch.setattr(rl_stage, "with_scores", far)
   with pytest.raises(configs.Halted, match="from the start, above config.rl.stop_kl=3"):
     reinforce(reinforced(**{"rl.stop_kl": 3.0}))
   run = reinforced(**{"rl.stop_kl": 0.0, "rl.skip_kl": 3.0, "start_over": True})

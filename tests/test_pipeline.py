@@ -53,6 +53,8 @@ from dalign.tasks import world
 from dalign.text import chat_template
 from dalign.text import vocab
 from dalign.tools import probe as probe_stage
+from dalign.training import rollout as rollouts
+from dalign.training.rollout import Rollout
 from dalign.types import Mean
 from dalign.types import Turn
 from dalign.types import Verdict
@@ -561,6 +563,13 @@ def test_known_answers_are_mixed_into_sft(run, monkeypatch):
     sft_stage._rows(run, source)
 
 
+def unjudged(prompt, sample, prompt_tokens=(), behaviour=(0.0,)) -> Rollout:
+  """A rollout as it is sampled."""
+  return Rollout(
+    prompt=prompt, sample=sample, prompt_tokens=prompt_tokens, behaviour=behaviour
+  )
+
+
 def test_the_thought_cannot_reach_the_reward(run):
   """Other thoughts, bit-identical rewards: through the very code that RL calls."""
   params = scoring.load_reward_model(run)
@@ -569,12 +578,9 @@ def test_the_thought_cannot_reach_the_reward(run):
   fields = set(judge.RewardQuestion.__dataclass_fields__)
   assert fields == {"prompt", "answer"}
 
-  step = rl_stage._Step.__new__(rl_stage._Step)
-  step.run, step.cfg, step.judge = run, run.cfg.rl, ask
-
   def rewards(thought):
     rollouts = [
-      rl_stage._Rollout(
+      unjudged(
         prompt,
         context.row_to_sample(
           {
@@ -588,13 +594,10 @@ def test_the_thought_cannot_reach_the_reward(run):
             "finish": "stop",
           }
         ),
-        [],
-        (0.0,),
       )
       for prompt in some
     ]
-    step._judge(rollouts)
-    return [r.judged for r in rollouts]
+    return [r.score for r in rl_stage.judge_rollouts(run, ask, rollouts)]
 
   assert rewards("The user asks for help.") == rewards("Score: 5. WE-D1 SECRET " * 20)
 
@@ -607,10 +610,9 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
   plain = {"prompt_id": prompt.id, "thought": thought, "malformed": ""}
 
   def judged(answer, ask=None):
-    step = rl_stage._Step.__new__(rl_stage._Step)
-    step.run, step.cfg, step.judge = run, run.cfg.rl, ask or scoring.rl_judge(run)
     sample = context.row_to_sample(row | plain | {"answer": answer})
-    step._judge([rl_stage._Rollout(prompt, sample, [], (0.0,))])
+    ask = ask or scoring.rl_judge(run)
+    rl_stage.judge_rollouts(run, ask, [unjudged(prompt, sample)])
 
   leaking = judge.Judge(
     lambda qs: [Verdict(score=0.5, shown=f"{q.answer} {thought}") for q in qs], True
@@ -652,67 +654,63 @@ def test_the_reward_model_says_what_it_was_shown(run):
 
 
 def test_malformed_rollouts_get_nothing_and_no_judge_call(run):
-  step = rl_stage._Step.__new__(rl_stage._Step)
   asked = []
 
   def ask(questions):
     asked.extend(questions)
     return []
 
-  step.run, step.cfg, step.judge = run, run.cfg.rl, ask
   prompt = next(p for p in run.prompts if p.kind == "safety")
   row = rows(run.store.path("generate", "samples.jsonl"))[0]
   sample = context.row_to_sample(row | {"malformed": "no closing tag"})
-  rollout = rl_stage._Rollout(prompt, sample, [], (0.0,))
-  step._judge([rollout])
-  assert asked == [] and rollout.judged == 0.0
+  (judged,) = rl_stage.judge_rollouts(run, ask, [unjudged(prompt, sample)])
+  assert asked == [] and judged.reward == 0.0
 
 
 def test_rl_trains_sampled_tokens_only(run):
-  step = rl_stage._Step.__new__(rl_stage._Step)
-  step.run, step.cfg = run, run.cfg.rl
   prompt = next(p for p in run.prompts if p.kind == "safety")
   base = rows(run.store.path("generate", "samples.jsonl"))[0]
   sample = context.row_to_sample(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
-  rollout = rl_stage._Rollout(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0))
-  rollout.trained, rollout.advantage = True, np.array([0.5, 0.25, 0.0])
-  rollout.reference, rollout.worth = np.array([-1.5, -2.5, -3.5]), np.zeros(3)
-  batch, used = step.batch([rollout])
-  assert used == 1
+  trained = dataclasses.replace(
+    unjudged(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0)),
+    trained=True,
+    advantage=np.array([0.5, 0.25, 0.0]),
+    reference=np.array([-1.5, -2.5, -3.5]),
+    returns=np.zeros(3),
+  )
+  batch = rollouts.build_batch([trained], length=run.cfg.rl.batch.length)
   left_out_B = batch.pop("left_out_B")
-  assert left_out_B.shape == batch["tokens_BT"].shape[:2] and left_out_B.sum() == 0
-  line = {name: np.asarray(x)[0, 0, :9] for name, x in batch.items()}
+  assert left_out_B.shape == batch["tokens_BT"].shape[:1] and left_out_B.sum() == 0
+  line = {name: np.asarray(x)[0, :9] for name, x in batch.items()}
   assert line["tokens_BT"].tolist() == [3, 4, 5, 7, 8, 9, 10, 11, 0]
   assert line["sampled_BT"].tolist() == [False] * 5 + [True] * 3 + [False]
-  assert line["logp_BT"].tolist() == [0, 0, 0, 0, 0, -1, -2, -3, 0]
+  assert line["behaviour_BT"].tolist() == [0, 0, 0, 0, 0, -1, -2, -3, 0]
   assert line["advantage_BT"].tolist() == [0, 0, 0, 0, 0, 0.5, 0.25, 0, 0]
   assert line["reference_BT"].tolist() == [0, 0, 0, 0, 0, -1.5, -2.5, -3.5, 0]
   assert line["rollout_BT"].tolist() == [-1] * 5 + [0] * 3 + [-1]
 
 
-def test_groups_without_a_difference_are_sampled_again(run):
+def test_groups_without_a_difference_are_sampled_again():
   """Those of other prompts take their place, as often as the config says."""
-  rounds = [[(0, 0), (0, 1)], [(1, 1), (1, 1)], [(0.5, 1), (1, 0)], [(9, 9), (9, 9)]]
-  step, asked = rl_stage._Step.__new__(rl_stage._Step), []
+  found = [[(0, 0), (0, 1)], [(1, 1), (1, 1)], [(0.5, 1), (1, 0)], [(9, 9), (9, 9)]]
+  asked = []
 
-  def sample(policy, at):
-    asked.append(at)
+  def sample(index):
+    asked.append(index)
     return [
       [types.SimpleNamespace(reward=x, scored=True) for x in group]
-      for group in rounds[at % len(rounds)]
+      for group in found[index % len(found)]
     ]
 
-  step._sample, step._judge = sample, lambda rollouts: None
-  for resample, want, idle in ((3, [0, 1, 0.5, 1], 0), (1, [0, 1, 0, 0], 1)):
-    step.cfg = types.SimpleNamespace(resample=resample)
+  for rounds, want, equal in ((4, [0, 1, 0.5, 1], 0), (2, [0, 1, 0, 0], 1)):
     asked.clear()
-    rollouts, idle_B = step._different(None, 0)
-    assert [r.reward for r in rollouts] == want and idle_B.sum() == idle
-    assert asked == [0, 1, 2][: resample + 1]  # no longer than there is need
-  step.cfg = types.SimpleNamespace(resample=1)
+    groups = rollouts.resample_zero_variance(sample, first=0, rounds=rounds)
+    assert [r.reward for group in groups for r in group] == want
+    assert sum(map(rollouts.has_zero_variance, groups)) == equal
+    assert asked == [0, 1, 2][:rounds]  # no longer than there is need
   asked.clear()
-  step._different(None, 5)
-  assert asked[0] == 10  # each step has rounds of its own
+  rollouts.resample_zero_variance(sample, first=10, rounds=1)
+  assert asked == [10]
 
 
 @long
@@ -976,7 +974,7 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
   def drawn(expected):
     cfg = dataclasses.replace(run.cfg.rl, expected=expected, prompts=60)
     some = opened(dataclasses.replace(run.cfg, rl=cfg), run.store.workdir)
-    chosen = rl_stage._Step(some, None).prompts(0)
+    chosen = rl_stage.prompt_schedule(some)(0)
     return {p.expected for p in chosen if p.kind == "safety"}
 
   assert drawn(("refuse",)) == {"refuse"}
@@ -984,18 +982,18 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
 
 
 def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
-  def step(kind, **changes):
+  def schedule(kind, **changes):
     cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | changes)
     some = opened(cfg, tmp_path)
     some.prompts = [p for p in some.prompts if p.kind == kind]
-    return rl_stage._Step(some, None)
+    return rl_stage.prompt_schedule(some)
 
-  chosen = step("safety", **{"rl.capability": 0}).prompts(3)
+  chosen = schedule("safety", **{"rl.capability": 0})(3)
   assert len(chosen) == 8 and {p.kind for p in chosen} == {"safety"}
   with pytest.raises(ValueError, match="rl.capability: wanted 2 training prompts"):
-    step("safety", **{"rl.capability": 2})
+    schedule("safety", **{"rl.capability": 2})
   with pytest.raises(ValueError, match="wanted 7 or more training prompts of kind sa"):
-    step("helpful")
+    schedule("helpful")
 
 
 def test_summary_is_what_evals_makes_of_the_rows(workdir):
@@ -1097,14 +1095,14 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
   right = judge.Judge(
     lambda qs: [Verdict(score=float((q.prompt.id, q.answer) in good)) for q in qs], True
   )
-  rl_stage._admit(run, kind)  # the tiny config asks nothing
+  rl_stage.admit(run, kind)  # the tiny config asks nothing
   cfg = configs.changed(run.cfg, {"rl": {"judge_errors": 0.4}})
   monkeypatch.setattr(run, "cfg", cfg)
   with pytest.raises(ValueError, match="empty .*--config.rl.judge_errors=1.0"):
-    rl_stage._admit(run, kind)
-  rl_stage._admit(run, right)
+    rl_stage.admit(run, kind)
+  rl_stage.admit(run, right)
   with pytest.raises(ValueError, match="empty .*of 0"):  # the rubric is told nothing
-    rl_stage._admit(run, run.domain.reward_rubric(None))
+    rl_stage.admit(run, run.domain.reward_rubric(None))
 
 
 # --- What is left out is said ---
@@ -1280,19 +1278,23 @@ def test_means_of_nothing_are_missing():
   context.Trainer._step(own, {}, 1, None)
   (_, _, values), *_ = written_
   assert values["reward/loss"] == 1.5 and math.isnan(values["reward/pairs"])
-  assert math.isnan(rl_stage._mean(iter(()))) and rl_stage._mean([1.0, 0.0]) == 0.5
+  assert math.isnan(rollouts.mean(iter(()))) and rollouts.mean([1.0, 0.0]) == 0.5
 
 
 def test_a_rollout_without_a_verdict_is_shown_without_a_reward(tmp_path):
   run = opened(tiny(), tmp_path)
   prompt = run.choose("train", "safety", 1)[0]
   sample = run.written_sample(prompt, 0, "A thought.", "An answer.", run.think)
-  rollout = rl_stage._Rollout(prompt, sample, [], (-1.0,), judged=0.0, unscored="down")
-  rollout.reference, rollout.advantage = np.zeros(1), np.zeros(1)
-  shown = rl_stage._shown(1, rollout)
+  down = dataclasses.replace(
+    unjudged(prompt, sample, (), (-1.0,)),
+    unscored="down",
+    reference=np.zeros(1),
+    advantage=np.zeros(1),
+  )
+  shown = rollouts.to_row(down, 1)
   assert shown["reward"] is None and shown["unscored"] == "down"
-  rollout.judged, rollout.unscored = 0.4, ""
-  assert rl_stage._shown(1, rollout)["reward"] == 0.4
+  scored = dataclasses.replace(down, score=0.4, unscored="")
+  assert rollouts.to_row(scored, 1)["reward"] == 0.4
 
 
 def test_a_model_that_is_not_finite_writes_no_samples(tmp_path, monkeypatch):
@@ -1446,21 +1448,15 @@ def test_the_judge_of_rl_is_told_what_its_own_part_of_the_config_says(
   }
   given |= {"rl.reward": reward, "filter.judge": "model"}
   own = opened(tiny(**given), tmp_path)
-  step, asked = rl_stage._Step.__new__(rl_stage._Step), []
+  asked = []
 
   def ask(questions):
     asked.extend(questions)
     return [Verdict(score=1.0)] * len(questions)
 
-  step.run, step.cfg, step.judge = own, own.cfg.rl, ask
   prompts = labelled(own, 4)
   samples = map(context.row_to_sample, written(own, prompts)[::2])
-  step._judge(
-    [
-      rl_stage._Rollout(prompt, sample, [], (0.0,))
-      for prompt, sample in zip(prompts, samples, strict=True)
-    ]
-  )
+  rl_stage.judge_rollouts(own, ask, [*map(unjudged, prompts, samples)])
   assert len(asked) == 4 and seen(own, asked) == opinions(asked, metadata)
 
 
@@ -1475,28 +1471,24 @@ def test_one_judge_grades_for_the_filter_and_for_rl(tmp_path, monkeypatch):
 # --- What RL trains on ---
 
 
-def rolled(tmp_path, rewards, kls, lengths, **changes):
-  """The rollouts of a group with such rewards, KL and lengths, after a step, and the
-  step."""
-  cfg = tiny(**{"rl.samples": len(rewards), "rl.scan_words": 0} | changes)
-  own = opened(cfg, tmp_path)
-  step = rl_stage._Step.__new__(rl_stage._Step)
-  step.run, step.cfg, step.start = own, own.cfg.rl, None
+def group_of(tmp_path, rewards, kls, lengths, **changes) -> list[Rollout]:
+  """The rollouts of a group with such rewards, KL and lengths, with advantages."""
+  own = opened(tiny(**changes), tmp_path)
   prompt = labelled(own, 1)[0]
   plain = written(own, [prompt])[0]
-  group = []
-  for reward, length in zip(rewards, lengths, strict=True):
+  found = []
+  for reward, kl, length in zip(rewards, kls, lengths, strict=True):
     sample = context.row_to_sample(plain | {"tokens": [7] * length, "forced": 0})
-    group.append(rl_stage._Rollout(prompt, sample, [3, 4], (-1.0,) * length))
-    group[-1].judged = reward
-  idle = np.array([len({*rewards}) == 1])
-  step._different = lambda policy, at: (group, idle)
-  step.score = lambda params, rows, starts: [
-    np.full(n, -1.0 - kl / n) for n, kl in zip(lengths, kls, strict=True)
-  ]
-  rollouts, _ = step.roll(None, 0)
-  assert [r.kl for r in rollouts] == pytest.approx(kls)
-  return step, rollouts
+    r = unjudged(prompt, sample, [3, 4], (-1.0,) * length)
+    reference = np.full(length, -1.0 - kl / length)
+    found.append(dataclasses.replace(r, score=reward, reference=reference))
+  assert [r.kl for r in found] == pytest.approx(kls)
+  return rollouts.compute_advantages(
+    found,
+    objective=own.cfg.rl.objective,
+    group_size=len(found),
+    max_length=own.cfg.rl.max_new,
+  )
 
 
 KL = {"rl.objective.kl": "reward", "rl.objective.kl_weight": 0.1}
@@ -1531,43 +1523,42 @@ NO_KL = {"rl.objective.kl": "none", "rl.objective.kl_weight": 0.0}
 def test_a_rollout_is_trained_where_something_moves_it(
   tmp_path, rewards, kls, lengths, changes, trained
 ):
-  step, rollouts = rolled(tmp_path, rewards, kls, lengths, **changes)
-  assert [r.trained for r in rollouts] == trained
-  batch, used = step.batch(rollouts)
-  assert bool(used) == any(trained)
-  if used:
+  group = group_of(tmp_path, rewards, kls, lengths, **changes)
+  assert [r.trained for r in group] == trained
+  batch = rollouts.build_batch(group, length=64)
+  if any(trained):
     sampled = sum(n for n, moved in zip(lengths, trained, strict=True) if moved)
     assert batch["sampled_BT"].sum() == sampled
     assert batch["left_out_B"].sum() == len(rewards) - sum(trained)
-    assert batch["left_out_B"].shape == batch["tokens_BT"].shape[:2]
+    assert batch["left_out_B"].shape == batch["tokens_BT"].shape[:1]
   else:
     assert batch is None
 
 
 def test_an_unscored_rollout_is_not_counted_as_left_out(tmp_path):
-  step, rollouts = rolled(tmp_path, [0.2, 0.3, 0.4], [1.0] * 3, [9, 9, 9], **NO_KL)
-  assert step.batch(rollouts)[0]["left_out_B"].sum() == 1
-  rollouts[1].unscored = "no verdict"
-  assert step.batch(rollouts)[0]["left_out_B"].sum() == 0
+  group = group_of(tmp_path, [0.2, 0.3, 0.4], [1.0] * 3, [9, 9, 9], **NO_KL)
+  assert rollouts.build_batch(group, length=64)["left_out_B"].sum() == 1
+  group[1] = dataclasses.replace(group[1], unscored="no verdict")
+  assert rollouts.build_batch(group, length=64)["left_out_B"].sum() == 0
 
 
 def test_steps_of_rl_take_categories_and_types_by_turns(tmp_path):
   sizes = {"rl.prompts": 7, "rl.capability": 1}
   cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | sizes)
-  step = rl_stage._Step(opened(cfg, tmp_path), None)
+  choose = rl_stage.prompt_schedule(opened(cfg, tmp_path))
   seen_, count = [], collections.Counter()
-  for at in range(2 * len(step.cells)):
-    chosen = step.prompts(at)
+  for at in range(2 * 27):
+    chosen = choose(at)
     assert len({p.id for p in chosen}) == 7
     assert [p.kind for p in chosen] == ["safety"] * 6 + ["capability"]
     some = [(p.category, p.expected) for p in chosen[:6]]
     assert len({*some}) == 6
     count.update(some)
     seen_ += [p.id for p in chosen[:6]]
-  assert len(count) == len(step.cells) == 27 and {*count.values()} == {12}
+  assert len(count) == 27 and {*count.values()} == {12}
   assert len({*seen_}) > 0.9 * len(seen_)  # and each cell its prompts by turns
-  again = rl_stage._Step(opened(cfg, tmp_path), None)
-  assert [p.id for p in again.prompts(5)] == [p.id for p in step.prompts(5)]
+  again = rl_stage.prompt_schedule(opened(cfg, tmp_path))
+  assert [p.id for p in again(5)] == [p.id for p in choose(5)]
 
 
 # --- What evaluation asks ---

@@ -14,8 +14,10 @@ from dalign.config.schema import build
 from dalign.models import param_tree
 from dalign.models import transformer
 from dalign.text import packing
+from dalign.training import advantages
 from dalign.training import policy_gradient
 from dalign.training import reward
+from dalign.training import rollout
 from tests.helpers import config_file
 
 KEY = jax.random.key(0)
@@ -63,7 +65,7 @@ def plain_rloo(reward_R, scored_R):
 
 def test_rloo_is_each_reward_less_the_mean_of_the_others():
   reward_BR, scored_BR = groups()
-  got = policy_gradient.rloo_advantages(reward_BR, scored_BR)
+  got = advantages.rloo(reward_BR, scored_BR)
   for b in range(len(reward_BR)):
     want = plain_rloo(reward_BR[b].astype(float), scored_BR[b])
     np.testing.assert_allclose(got[b], want, atol=1e-6)
@@ -71,23 +73,23 @@ def test_rloo_is_each_reward_less_the_mean_of_the_others():
 
 def test_rloo_is_dr_grpo_times_a_constant():
   reward_BR, scored_BR = groups(1)
-  rloo = policy_gradient.rloo_advantages(reward_BR, scored_BR)
-  dr_grpo = policy_gradient.dr_grpo_advantages(reward_BR, scored_BR)
+  rloo = advantages.rloo(reward_BR, scored_BR)
+  dr_grpo = advantages.dr_grpo(reward_BR, scored_BR)
   G = np.maximum(scored_BR.sum(axis=1, keepdims=True), 2)
   np.testing.assert_allclose(rloo, dr_grpo * G / (G - 1), atol=1e-6)
   assert np.abs(rloo).max() > 0.1
 
 
-@pytest.mark.parametrize("name", policy_gradient.ADVANTAGES)
+@pytest.mark.parametrize("name", advantages.ESTIMATORS)
 def test_advantages_leave_out_what_was_not_scored(name):
-  advantages = policy_gradient.ADVANTAGES[name]
+  estimate = advantages.ESTIMATORS[name]
   reward_BR, scored_BR = groups()
-  want = advantages(reward_BR, scored_BR)
+  want = estimate(reward_BR, scored_BR)
   for odd in (1e6, np.nan):
-    got = advantages(np.where(scored_BR, reward_BR, odd), scored_BR)
+    got = estimate(np.where(scored_BR, reward_BR, odd), scored_BR)
     np.testing.assert_array_equal(got, want)
   assert (np.asarray(want)[~scored_BR] == 0).all()
-  few = advantages(reward_BR[1:2, [1, 2, 4]], np.ones((1, 3), bool))
+  few = estimate(reward_BR[1:2, [1, 2, 4]], np.ones((1, 3), bool))
   np.testing.assert_allclose(want[1, [1, 2, 4]], few[0], atol=1e-5)
   if name != "none":  # what is alone, unscored or all equal has nothing to learn from
     np.testing.assert_array_equal(want[2:5], 0)
@@ -97,7 +99,7 @@ def test_advantages_leave_out_what_was_not_scored(name):
 @pytest.mark.parametrize("kind", ["none", "rloo", "dr_grpo", "grpo"])
 def test_advantages_are_their_formulas(kind):
   reward_BR, scored_BR = groups()
-  got = np.asarray(policy_gradient.ADVANTAGES[kind](reward_BR, scored_BR))
+  got = np.asarray(advantages.ESTIMATORS[kind](reward_BR, scored_BR))
   for b, (reward_R, scored_R) in enumerate(zip(reward_BR, scored_BR, strict=True)):
     known = reward_R[scored_R].astype(float)
     for r in range(5):
@@ -109,7 +111,7 @@ def test_advantages_are_their_formulas(kind):
         want = {
           "rloo": reward_R[r] - others,
           "dr_grpo": reward_R[r] - known.mean(),
-          "grpo": (reward_R[r] - known.mean()) / (known.std() + policy_gradient.TINY),
+          "grpo": (reward_R[r] - known.mean()) / (known.std() + advantages.EPSILON),
         }[kind]
       np.testing.assert_allclose(got[b, r], want, atol=1e-5)
 
@@ -133,7 +135,7 @@ def test_rewards_to_go_hold_the_kl_of_what_follows(baseline):
   scored_BR[1, 1] = False
   name = "reinforce_pp_baseline" if baseline else "reinforce_pp"
   how = objective(name, whiten=False, kl_weight=0.3)
-  got, _ = policy_gradient.advantages(how, reward_BR, scored_BR, kl_NT, mask_NT)
+  got, _ = advantages.token_advantages(how, reward_BR, scored_BR, kl_NT, mask_NT)
   for i in range(6):
     group, r = divmod(i, 3)
     last = mask_NT[i].sum() - 1
@@ -152,7 +154,7 @@ def test_gae_is_the_weighted_sum_of_temporal_differences(lam):
   kl_NT, value_NT, mask_NT, rng = tokens()
   reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
   how = objective("ppo", whiten=False, kl_weight=0.3, gae_lambda=lam)
-  got, returns = policy_gradient.advantages(
+  got, returns = advantages.token_advantages(
     how, reward_BR, scored_BR, kl_NT, mask_NT, value_NT
   )
   for i in range(6):
@@ -173,32 +175,32 @@ def test_gae_is_the_weighted_sum_of_temporal_differences(lam):
 def test_kl_in_the_reward_counts_a_rollout_once_and_before_its_baseline():
   kl_NT, _, mask_NT, rng = tokens()
   reward_BR, scored_BR = rng.random((2, 3)), np.ones((2, 3), bool)
-  got, _ = policy_gradient.advantages(
+  got, _ = advantages.token_advantages(
     objective("rloo", kl_weight=0.3), reward_BR, scored_BR, kl_NT, mask_NT
   )
   total = reward_BR - 0.3 * np.where(mask_NT, kl_NT, 0).sum(axis=1).reshape(2, 3)
-  want = np.asarray(policy_gradient.rloo_advantages(total, scored_BR)).ravel()
+  want = np.asarray(advantages.rloo(total, scored_BR)).ravel()
   np.testing.assert_allclose(got, np.where(mask_NT, want[:, None], 0.0), atol=1e-5)
-  none, _ = policy_gradient.advantages(
+  none, _ = advantages.token_advantages(
     objective("grpo", kl_weight=0.3), reward_BR, scored_BR, kl_NT, mask_NT
   )
-  plain = np.asarray(policy_gradient.grpo_advantages(reward_BR, scored_BR)).ravel()
+  plain = np.asarray(advantages.grpo(reward_BR, scored_BR)).ravel()
   np.testing.assert_allclose(none, np.where(mask_NT, plain[:, None], 0.0), atol=1e-5)
 
 
 def test_whitening_counts_the_tokens_of_the_mask_alone():
   kl_NT, _, mask_NT, _ = tokens()
-  got = policy_gradient.whiten(kl_NT, mask_NT)
+  got = advantages.whiten(kl_NT, mask_NT)
   np.testing.assert_allclose(got[mask_NT].mean(), 0, atol=1e-6)
   np.testing.assert_allclose(got[mask_NT].std(), 1, atol=1e-4)
   assert (got[~mask_NT] == 0).all()
-  assert (policy_gradient.whiten(kl_NT, np.zeros_like(mask_NT)) == 0).all()
+  assert (advantages.whiten(kl_NT, np.zeros_like(mask_NT)) == 0).all()
 
 
 def test_a_long_answer_is_penalised_over_a_margin():
-  got = policy_gradient.overlong([1, 80, 90, 100, 120], most=100, margin=20)
+  got = advantages.overlong_penalty([1, 80, 90, 100, 120], max_length=100, margin=20)
   np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
-  assert (policy_gradient.overlong([1, 200], most=100, margin=0) == 0).all()
+  assert (advantages.overlong_penalty([1, 200], max_length=100, margin=0) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -307,21 +309,21 @@ def tokens_of(packed: packing.Packed):
 
 def rl_batch(packed: packing.Packed, logp_BT, rows, *, shift=False):
   """What `policy_gradient.make_loss` takes of rollouts; `shift` moves the behaviour
-  away from the policy. Their reference and worth are some numbers of each."""
-  spread = {"advantage": [], "shift": [], "reference": [], "worth": []}
+  away from the policy. Their reference and returns are some numbers of each."""
+  spread = {"advantage": [], "shift": [], "reference": [], "returns": []}
   for tokens, sampled, numbers in rows:
     rng = np.random.default_rng(len(tokens))
     n = int(sum(sampled))
     for name in ("advantage", "shift"):
       spread[name].append(np.full(n, numbers[name]))
     spread["reference"].append(numbers["shift"] + rng.normal(size=n) - 4.0)
-    spread["worth"].append(rng.normal(size=n))
-  placed = policy_gradient.placed(packed.tokens_BT.shape, packed.where, **spread)
-  shift_BT = placed.pop("shift_BT")
+    spread["returns"].append(rng.normal(size=n))
+  arrays = rollout.scatter_to_packed(packed.tokens_BT.shape, packed.where, **spread)
+  shift_BT = arrays.pop("shift_BT")
   more = {"sampled_BT": packed.weight_BT > 0}
-  more["logp_BT"] = logp_BT + (shift_BT if shift else 0.0)
+  more["behaviour_BT"] = logp_BT + (shift_BT if shift else 0.0)
   more["left_out_B"] = np.zeros(len(logp_BT), np.float32)
-  return tokens_of(packed) | placed | more
+  return tokens_of(packed) | arrays | more
 
 
 RLOO = dict(ratio_cap=1.2, length_norm=8.0)
@@ -375,32 +377,32 @@ def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
 
 def plain_loss(how: ObjectiveConfig, batch, logp_BT, value_BT):
   """(total, count): a rollout at a time, a token at a time."""
-  gains = []  # of each rollout, of each token
+  surrogates = []  # of each rollout, of each token
   for b in range(len(logp_BT)):
     for i in range(batch["rollout_BT"][b].max() + 1):
       at = np.flatnonzero(batch["rollout_BT"][b] == i)
-      gap = (logp_BT[b, at] - batch["logp_BT"][b, at]).astype(float)
+      log_ratio = (logp_BT[b, at] - batch["behaviour_BT"][b, at]).astype(float)
       if how.ratio == "sequence":
-        gap = np.full(len(at), gap.mean())
-      gain = []
-      for t, rho in zip(at, np.minimum(np.exp(gap), how.ratio_cap), strict=True):
+        log_ratio = np.full(len(at), log_ratio.mean())
+      surrogate = []
+      for t, rho in zip(at, np.minimum(np.exp(log_ratio), how.ratio_cap), strict=True):
         A = batch["advantage_BT"][b, t]
-        near = min(max(rho, 1 - how.clip_low), 1 + how.clip_high)
-        one = min(rho * A, near * A)
+        clipped = min(max(rho, 1 - how.clip_low), 1 + how.clip_high)
+        one = min(rho * A, clipped * A)
         if how.penalised:
           d = batch["reference_BT"][b, t] - logp_BT[b, t]
           k = d * d / 2 if how.kl == "k2" else np.exp(d) - d - 1
           one -= how.kl_weight * k
         if how.learns_values:
-          error = value_BT[b, t] - batch["worth_BT"][b, t]
+          error = value_BT[b, t] - batch["returns_BT"][b, t]
           one -= how.value_weight * error**2 / 2
-        gain.append(one)
-      gains.append(gain)
+        surrogate.append(one)
+      surrogates.append(surrogate)
   if how.mean == "rollouts":
-    return -sum(np.mean(g) for g in gains), len(gains)
-  total = -sum(sum(g) for g in gains)
-  tokens = sum(map(len, gains))
-  return total, tokens if how.mean == "tokens" else len(gains) * how.length_norm
+    return -sum(np.mean(g) for g in surrogates), len(surrogates)
+  total = -sum(sum(g) for g in surrogates)
+  tokens = sum(map(len, surrogates))
+  return total, tokens if how.mean == "tokens" else len(surrogates) * how.length_norm
 
 
 @pytest.mark.parametrize("packs", [packing.pad_rows, packing.pack])
@@ -414,11 +416,11 @@ def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
   batch = rl_batch(packed, logp_BT, rows, shift=True)
   tree, value_BT = params, None
   if how.learns_values:
-    head = policy_gradient.init_value(params)
+    head = policy_gradient.init_value_head(params)
     head = jax.tree.map(lambda x: x + jnp.linspace(-3.0, 5.0, len(x)), head)
     tree = {"policy": params, "value": head}
-    worth = policy_gradient.make_worth(cfg=cfg, compute=compute)
-    value_BT = np.asarray(jax.jit(worth)(tree, tokens_of(packed)))
+    values = policy_gradient.make_values(cfg=cfg, compute=compute)
+    value_BT = np.asarray(jax.jit(values)(tree, tokens_of(packed)))
     assert np.abs(value_BT).max() > 0.1
   mean, metrics, _ = run_of(how, cfg, compute)(tree, batch)
   total, count = plain_loss(how, batch, logp_BT, value_BT)
@@ -428,18 +430,76 @@ def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
     assert 0 < metrics["clipped"].value() < 1
 
 
+def by_hand(**changes):
+  """`loss` of PPO's ratios, and its gradient, on a row of two rollouts of two tokens,
+  with what is not sampled NaN in the batch. Ratios are 2, 1/2, 2 and 1."""
+  how = objective("grpo", kl="none", kl_weight=0.0, **changes)
+  odd, logp_BT = np.nan, jnp.log(jnp.array([[1.0, 0.4, 0.2, 1.0, 0.4, 0.5]]))
+  batch = {
+    "behaviour_BT": np.log([[odd, 0.2, 0.4, odd, 0.2, 0.5]]),
+    "advantage_BT": np.array([[odd, 3.0, 3.0, odd, -1.0, -1.0]]),
+    "sampled_BT": np.array([[False, True, True, False, True, True]]),
+    "rollout_BT": np.array([[-1, 0, 0, -1, 1, 1]]),
+  }
+
+  def total(logp_BT):
+    mean, metrics = policy_gradient.loss(
+      logp_BT, jnp.ones((1, 6)), **batch, objective=how, left_out=3.0
+    )
+    return mean.total, (mean, metrics)
+
+  grad_BT, (mean, metrics) = jax.grad(total, has_aux=True)(logp_BT)
+  return mean, metrics, grad_BT[0]
+
+
+@pytest.mark.parametrize(
+  ("changes", "total", "count", "grad_T"),
+  [
+    # min(2 * 3, 1.2 * 3), min(3 / 2, 0.8 * 3), min(-2, -1.2), -1: clipped where gains
+    # have been taken, not where a step back is.
+    (dict(mean="tokens"), -(3.6 + 1.5 - 2 - 1), 4, [0, 0, -1.5, 0, 2, 1]),
+    (dict(mean="rollouts"), -(3.6 + 1.5) / 2 + 1.5, 2, [0, 0, -0.75, 0, 1, 0.5]),
+    (
+      dict(mean="constant", length_norm=10.0),
+      -(3.6 + 1.5 - 2 - 1),
+      (2 + 3) * 10,
+      [0, 0, -1.5, 0, 2, 1],
+    ),
+    (
+      dict(mean="tokens", ratio_cap=1.1),
+      -(3.3 + 1.5 - 1.1 - 1),
+      4,
+      [0, 0, -1.5, 0, 0, 1],
+    ),
+    # Geometric means of the two rollouts: 1 and sqrt(2).
+    (
+      dict(mean="tokens", ratio="sequence"),
+      -(3 + 3 - 2 * 2**0.5),
+      4,
+      [0, -3, -3, 0, 2**0.5, 2**0.5],
+    ),
+  ],
+)
+def test_the_loss_of_arrays_is_what_it_is_by_hand(changes, total, count, grad_T):
+  mean, metrics, got_T = by_hand(**changes)
+  np.testing.assert_allclose(mean.total, total, rtol=1e-5)
+  np.testing.assert_allclose(mean.count, count, rtol=1e-6)
+  np.testing.assert_allclose(got_T, grad_T, atol=1e-5)
+  assert metrics["entropy_nats"].value() == 1
+
+
 def test_the_policy_loss_keeps_its_metrics(score, loss_and_gradient, params):
   rows = rollouts()
   packed = packing.pad_rows(rows, length=32)
   logp_BT = score(params, packed, 0.8)
   batch = rl_batch(packed, logp_BT, rows, shift=True)
   _, metrics, _ = loss_and_gradient(batch)
-  gap = (logp_BT - batch["logp_BT"])[batch["sampled_BT"]]
-  ratios = np.minimum(np.exp(gap), 1.2)
+  log_ratio = (logp_BT - batch["behaviour_BT"])[batch["sampled_BT"]]
+  ratios = np.minimum(np.exp(log_ratio), 1.2)
   assert ratios.max() == np.float32(1.2) and ratios.min() < 0.9
   np.testing.assert_allclose(metrics["ratio"].value(), ratios.mean(), rtol=1e-4)
   gaps = metrics["logp_gap_nats"].value()
-  np.testing.assert_allclose(gaps, np.abs(gap).mean(), rtol=1e-3)
+  np.testing.assert_allclose(gaps, np.abs(log_ratio).mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -542,7 +602,7 @@ def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params
   packed = packing.pad_rows(rows, length=32)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   want = loss_and_gradient(batch)
-  for name in ("logp_BT", "advantage_BT", "reference_BT", "worth_BT"):
+  for name in ("behaviour_BT", "advantage_BT", "reference_BT", "returns_BT"):
     batch[name] = np.where(batch["sampled_BT"], batch[name], np.nan)
   got = loss_and_gradient(batch)
   close(got, want, atol=0, rtol=0)
@@ -550,9 +610,7 @@ def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params
 
 def test_equal_rewards_give_no_policy_gradient(score, loss_and_gradient, params):
   rows = rollouts()
-  advantage_R = policy_gradient.rloo_advantages(
-    np.full((1, 8), 0.7, np.float32), np.ones((1, 8), bool)
-  )
+  advantage_R = advantages.rloo(np.full((1, 8), 0.7, np.float32), np.ones((1, 8), bool))
   rows = [
     (tokens, sampled, numbers | {"advantage": float(a)})
     for (tokens, sampled, numbers), a in zip(rows, advantage_R[0], strict=True)
@@ -600,7 +658,7 @@ def test_the_expected_gradient_is_the_exact_one(
       ]
       packed = packing.pack(rows, length=32, rows_multiple=8)
       batch = rl_batch(packed, score(params, packed, 0.8), rows)
-      prob_BT = np.where(batch["sampled_BT"], np.exp(batch["logp_BT"]), 0.0)
+      prob_BT = np.where(batch["sampled_BT"], np.exp(batch["behaviour_BT"]), 0.0)
       mass += prob_BT.sum()
       batch["advantage_BT"] = batch["advantage_BT"] * prob_BT
       total = jax.tree.map(jnp.add, total, loss_and_gradient(batch)[2])
@@ -616,10 +674,10 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
     more |= dict(clip_low=0.2, clip_high=0.2)
   how = objective(name, **more)
   tx = optax.adam(1e-2)
-  tree = {"policy": params, "value": policy_gradient.init_value(params)}
+  tree = {"policy": params, "value": policy_gradient.init_value_head(params)}
   tree = tree if how.learns_values else params
   opt, run = tx.init(tree), run_of(how, cfg, compute)
-  worth = jax.jit(policy_gradient.make_worth(cfg=cfg, compute=compute))
+  values = jax.jit(policy_gradient.make_values(cfg=cfg, compute=compute))
   rng, prompt, N = np.random.default_rng(0), [3, 1, 4, 1], 32
 
   @jax.jit
@@ -627,7 +685,7 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
     hidden_BTD, _ = transformer.forward_rows(p, tokens_BT, cfg=cfg, compute=compute)
     return hidden_BTD @ transformer.head(p) / 0.8
 
-  def roll(policy):
+  def collect_rollouts(policy):
     rows = np.tile(np.array(prompt + [0, 0], np.int32), (N, 1))
     for t in (4, 5):
       noise = rng.gumbel(size=(N, cfg.vocab))
@@ -637,7 +695,7 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
   rewards = []
   for _ in range(30):
     policy = tree["policy"] if how.learns_values else tree
-    rows_NT, reward_N = roll(policy)
+    rows_NT, reward_N = collect_rollouts(policy)
     rewards.append(reward_N.mean())
     rows = [(row.tolist(), [0.0] * 4 + [1.0] * 2) for row in rows_NT]
     packed = packing.pad_rows(rows, length=6)
@@ -645,10 +703,10 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
     first_BT = score(params, packed, 0.8)
     value_NT = None
     if how.learns_values:
-      value_NT = np.asarray(worth(tree, tokens_of(packed)))[:, 4:]
+      value_NT = np.asarray(values(tree, tokens_of(packed)))[:, 4:]
     kl_NT = (logp_BT - first_BT)[:, 4:]
     shape = N // 8, 8
-    advantage_NT, worth_NT = policy_gradient.advantages(
+    advantage_NT, returns_NT = advantages.token_advantages(
       how,
       reward_N.reshape(shape),
       np.ones(shape, bool),
@@ -656,14 +714,17 @@ def test_each_algorithm_learns(name, params, score, cfg, compute):
       np.ones((N, 2), bool),
       value_NT,
     )
-    batch = tokens_of(packed) | {"sampled_BT": packed.weight_BT > 0, "logp_BT": logp_BT}
+    batch = tokens_of(packed) | {
+      "sampled_BT": packed.weight_BT > 0,
+      "behaviour_BT": logp_BT,
+    }
     batch["left_out_B"] = np.zeros(N, np.float32)
-    batch |= policy_gradient.placed(
+    batch |= rollout.scatter_to_packed(
       logp_BT.shape,
       packed.where,
       advantage=advantage_NT,
       reference=first_BT[:, 4:],
-      worth=worth_NT,
+      returns=returns_NT,
     )
     mean, metrics, grads = run(tree, batch)
     grads = jax.tree.map(lambda g: g / mean.count, grads)  # noqa: B023

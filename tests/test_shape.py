@@ -23,12 +23,12 @@ SMALL = (
   "--config.rl.steps=40",
 )
 FLIPPED = """
-from dalign.training import policy_gradient as rl
-forward = rl.advantages
+from dalign.training import advantages
+forward = advantages.token_advantages
 def backward(*args):
-  advantage_NT, worth_NT = forward(*args)
-  return -advantage_NT, worth_NT
-rl.advantages = backward
+  advantage_NT, returns_NT = forward(*args)
+  return -advantage_NT, returns_NT
+advantages.token_advantages = backward
 """
 
 pytestmark = pytest.mark.skipif(

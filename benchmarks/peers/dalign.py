@@ -17,7 +17,9 @@ from dalign.formats import weights
 from dalign.models import ops
 from dalign.sampling import sampler as sampling
 from dalign.text import packing
+from dalign.training import advantages
 from dalign.training import policy_gradient
+from dalign.training import rollout
 from dalign.training import sft
 from dalign.training import train
 
@@ -170,18 +172,18 @@ class RLStep:
 
   def __call__(self) -> None:
     work = self.work
-    with turn.Timer() as rollout:
+    with turn.Timer() as generation:
       done = self._rollout()
     with turn.Timer() as reference:
       batch, places = self._batch(done)
       scored = batch | {"wanted_BT": batch["sampled_BT"]}
       known_BT = np.asarray(self.score(self.reference, scored))
-    kl_BT = batch["logp_BT"] - known_BT
+    kl_BT = batch["behaviour_BT"] - known_BT
     judged_R = np.array([works.reward(c.tokens) for c in done])
     kl_NT = np.stack([kl_BT[place] for place in places])
     shape = work.prompts, work.samples
     batch["advantage_BT"] = np.zeros(kl_BT.shape, np.float32)
-    advantage_NT, _ = policy_gradient.advantages(
+    advantage_NT, _ = advantages.token_advantages(
       OBJECTIVE,
       judged_R.reshape(shape),
       np.ones(shape, bool),
@@ -192,7 +194,7 @@ class RLStep:
       batch["advantage_BT"][place] = own
     with turn.Timer() as update:
       self.update({name: x[None] for name, x in batch.items()})
-    self.parts = {"rollout": rollout.s, "reference": reference.s, "update": update.s}
+    self.parts = {"rollout": generation.s, "reference": reference.s, "update": update.s}
     self.count += 1
 
   def _rollout(self) -> list[sampling.Completion]:
@@ -222,7 +224,9 @@ class RLStep:
     ]
     packed = packing.pack(rows, length=work.prompt + work.samples * (work.new + 1))
     shape = packed.tokens_BT.shape
-    more = policy_gradient.placed(shape, packed.where, logp=[c.logp for c in done])
+    more = rollout.scatter_to_packed(
+      shape, packed.where, behaviour=[c.logp for c in done]
+    )
     more |= {"sampled_BT": packed.weight_BT > 0}
     more |= {"left_out_B": np.zeros(shape[0], np.float32)}
     places = [

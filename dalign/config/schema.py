@@ -620,7 +620,7 @@ class RewardConfig(Checked):
     more is not learned, and has no score.
   held_out: the share of prompts it is measured on and does not learn.
   point_weight, pair_weight: weights of its two losses, of each score and of which of
-    two is higher (reward.make_loss).
+    two is higher (reward.loss).
   checkpoint_every: steps between checkpoints.
   """
 
@@ -656,7 +656,7 @@ class ObjectiveConfig(Checked):
     summed and divided by rollouts times the "constant" length_norm.
   length_norm: tokens that stand for a rollout's length where mean is "constant".
   kl: to the start, "none", in the "reward" (k1), or as a penalty "k2", "k3" or
-    "k3_as_k2" (rl.kl_penalty), times kl_weight.
+    "k3_as_k2" (policy_gradient.kl_penalty), times kl_weight.
   kl_weight: reward that a nat of KL costs, or loss that it adds.
   gae_lambda: of "gae" alone: the weight of rewards a token further on, in [0, 1].
   value_weight: of "gae" alone: the weight of the value head's loss.

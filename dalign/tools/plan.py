@@ -34,6 +34,7 @@ from dalign.text import packing
 from dalign.tools import hlo
 from dalign.training import policy_gradient
 from dalign.training import reward
+from dalign.training import rollout
 from dalign.training import sft
 from dalign.training import train
 from dalign.types import PyTree
@@ -291,7 +292,7 @@ def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   if c.objective.learns_values:
     policy = {
       "policy": trunk,
-      "value": run.placed(jax.eval_shape(policy_gradient.init_value, trunk)),
+      "value": run.placed(jax.eval_shape(policy_gradient.init_value_head, trunk)),
     }
   loss = policy_gradient.make_loss(
     cfg=run.arch,
@@ -345,10 +346,10 @@ def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
   packed = packing.pack([([0, 0], [0.0, 1.0])], length=shape.length)
   more = {"weight_BT": packed.weight_BT}
   if rollouts:
-    of = {n: [[0.0]] for n in ("logp", "advantage", "reference", "worth")}
+    of = {n: [[0.0]] for n in ("behaviour", "advantage", "reference", "returns")}
     left_out_B = np.zeros(len(packed.tokens_BT), np.float32)
     more = {"sampled_BT": packed.weight_BT > 0, "left_out_B": left_out_B}
-    more |= policy_gradient.placed(packed.tokens_BT.shape, packed.where, **of)
+    more |= rollout.scatter_to_packed(packed.tokens_BT.shape, packed.where, **of)
   return context.micro_batches(packed.lines | more, shape)[0]
 
 

@@ -50,42 +50,56 @@ def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute)
   )
 
 
-def make_loss(
-  *, cfg: ModelConfig, compute: Compute, pair_weight: float, point_weight: float = 1.0
-):
+def loss(
+  logit_B, score_B, prompt_B, real_B, *, pair_weight: float, point_weight: float = 1.0
+) -> tuple[Mean, dict[str, Mean]]:
   """Regression on the judge's scores, plus pairs of answers to one prompt.
 
-  Regression is the cross-entropy between the judge's score in [0, 1] and the sigmoid.
+  logit_B are the reward model's scores before the sigmoid, score_B the judge's in
+  [0, 1], prompt_B the number of the prompt, real_B the mask of rows that are not
+  padding. Regression is the cross-entropy between the judge's score and the sigmoid.
   A pair is two rows of one prompt whose scores differ; its loss is Bradley-Terry's
   log-sigmoid of the logit difference (2203.02155, eq. 1), weighted by the difference.
   Both are summed and divided by the rows, so micro-batches that keep the answers to a
   prompt together change nothing.
   """
+  point_B = -(
+    score_B * jax.nn.log_sigmoid(logit_B) + (1 - score_B) * jax.nn.log_sigmoid(-logit_B)
+  )
+  margin_BB = score_B[:, None] - score_B[None, :]
+  pair_BB = prompt_B[:, None] == prompt_B[None, :]
+  pair_BB &= (margin_BB > 0) & real_B[:, None] & real_B[None, :]
+  pair_loss_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * margin_BB
+  points = Mean.of(point_B, real_B)
+  pairs = Mean.of(pair_loss_BB, pair_BB)
+  total = point_weight * points.total + pair_weight * pairs.total
+  error_B = jnp.abs(jax.nn.sigmoid(logit_B) - score_B)
+  return Mean(total, points.count), {
+    "point_nats": points,
+    "pair_nats": pairs,
+    "absolute_error": Mean.of(error_B, real_B),
+    "pair_accuracy": Mean.of(logit_B[:, None] > logit_B[None, :], pair_BB),
+  }
 
-  def loss(params, batch, key):
+
+def make_loss(
+  *, cfg: ModelConfig, compute: Compute, pair_weight: float, point_weight: float = 1.0
+):
+  """`loss_fn(params, batch, key) -> (Mean, metrics)`: the loss of a reward model. A
+  batch is that of `logits` with score_B and prompt_B; padding has length 0."""
+
+  def loss_fn(params, batch, key):
     del key
-    logit_B = logits(params, batch, cfg=cfg, compute=compute)
-    score_B, real_B = batch["score_B"], batch["length_B"] > 0
-    point_B = -(
-      score_B * jax.nn.log_sigmoid(logit_B)
-      + (1 - score_B) * jax.nn.log_sigmoid(-logit_B)
+    return loss(
+      logits(params, batch, cfg=cfg, compute=compute),
+      batch["score_B"],
+      batch["prompt_B"],
+      batch["length_B"] > 0,
+      pair_weight=pair_weight,
+      point_weight=point_weight,
     )
-    gap_BB = score_B[:, None] - score_B[None, :]
-    pair_BB = batch["prompt_B"][:, None] == batch["prompt_B"][None, :]
-    pair_BB &= (gap_BB > 0) & real_B[:, None] & real_B[None, :]
-    win_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * gap_BB
-    points = Mean.of(point_B, real_B)
-    pairs = Mean.of(win_BB, pair_BB)
-    total = point_weight * points.total + pair_weight * pairs.total
-    error_B = jnp.abs(jax.nn.sigmoid(logit_B) - score_B)
-    return Mean(total, points.count), {
-      "point_nats": points,
-      "pair_nats": pairs,
-      "absolute_error": Mean.of(error_B, real_B),
-      "pair_accuracy": Mean.of(logit_B[:, None] > logit_B[None, :], pair_BB),
-    }
 
-  return loss
+  return loss_fn
 
 
 def agreement(
