@@ -578,6 +578,14 @@ def test_a_row_goes_where_it_adds_least():
   assert [b for b, _, _ in packed.where] == [0, 1, 0]
 
 
+def test_a_line_with_room_is_found_behind_many_that_a_row_could_only_share_in():
+  """Two rows fill a line but for the two tokens that a row adds which shares all it
+  can; none shares anything."""
+  rows = [([i] * 10, [0] * 9 + [1]) for i in range(200)]
+  packed = packing.pack(rows, length=22)
+  assert [b for b, _, _ in packed.where] == [i // 2 for i in range(200)]
+
+
 def test_padded_rows_keep_their_line_and_masks_become_weights():
   packed = packing.pad_rows([([5, 2, 2], [False, True, True]), ([2], [True])], length=4)
   assert packed.tokens_BT.tolist() == [[5, 2, 2, 0], [2, 0, 0, 0]]

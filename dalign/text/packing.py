@@ -65,8 +65,9 @@ def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
   room = np.full(len(rows), length)
   for i, (tokens, *_) in enumerate(rows):
     best = len(tokens), len(lines)
-    hopeful = room[: len(lines)] >= len(tokens) - len(fronts[i])
-    for b in np.flatnonzero(hopeful)[:_LOOK]:
+    hopeful = np.flatnonzero(room[: len(lines)] >= len(tokens) - len(fronts[i]))
+    sure = np.flatnonzero(room[: len(lines)] >= len(tokens))
+    for b in [*hopeful[:_LOOK], *sure[:1]]:
       more = len(tokens) - max(common_front(fronts[i], fronts[j]) for j in lines[b])
       if room[b] >= more:
         best = min(best, (more, int(b)))
@@ -85,7 +86,7 @@ def pad_rows(rows: Sequence[Row], *, length: int) -> Packed:
   return _lay(rows, [()] * len(rows), [[b] for b in range(len(rows))], length)
 
 
-_LOOK = 64  # lines that a row is tried in
+_LOOK = 64  # lines that a row is tried in, beside the first with room for all of it
 
 
 def _front(row: Row) -> tuple[int, ...]:
