@@ -1,19 +1,25 @@
 """The benchmarks' own arithmetic, and dalign's side of each kind of work."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import classifier
 from benchmarks import roofline
 from benchmarks import run as benchmark
 from benchmarks import works
 from benchmarks.peers import dalign as ours
+from dalign.data import prompt_sets
 from dalign.formats import weights
+from dalign.models import transformer
+from dalign.text import chat_template
 from dalign.text import vocab
 from tests.helpers import long
 
@@ -148,3 +154,83 @@ def test_a_training_and_an_rl_step_give_their_times(tiny, capsys):
   step = works.Reinforce(about="", prompts=2, samples=3, prompt=7, new=5)
   parts = tiny(capsys, step)["parts"]
   assert set(parts) == {"rollout", "reference", "update"} and min(parts.values()) > 0
+
+
+@pytest.fixture
+def letters(monkeypatch, tmp_path, cfg, make_params):
+  """A file of prompts whose first letter says the category and whose second the
+  verdict, and a tiny model to learn them."""
+  tok = vocab.tiny_tokenizer()
+  arch = dataclasses.replace(cfg, vocab=len(tok.ids))
+  params = jax.tree.map(np.asarray, make_params(arch))
+  monkeypatch.setattr(
+    weights, "load", lambda _: (arch, jax.tree.map(np.copy, params), tok)
+  )
+  rows = [
+    {"id": f"{i}{a}{b}", "prompt": f"{a}{b}{i}", "category": category}
+    | {"expected": expected, "split": "eval" if i < 2 else "train"}
+    for i in range(10)
+    for a, category in {"p": "privacy", "w": "weapons"}.items()
+    for b, expected in {"r": "refuse", "c": "comply", "s": "safe_complete"}.items()
+  ]
+  path = tmp_path / "letters.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path, arch, params, tok
+
+
+def test_a_classifier_learns_its_labels(letters, monkeypatch, tmp_path, capsys):
+  path, *_ = letters
+  out = tmp_path / "found.json"
+  argv = ["classifier", f"--source=jsonl:{path}", f"--xstest={path}", f"--out={out}"]
+  argv += ["--epochs=30", "--rate=1e-2", "--prompts=6"]
+  monkeypatch.setattr(sys, "argv", argv)
+  classifier.main()
+  found = json.loads(out.read_text())
+  assert found["trained"] == 48 and found["steps"] >= 30
+  for name, n in (("held out", 6), ("xstest", 60)):
+    some = found["sets"][name]
+    assert len(some["rows"]) == n and some["curve"]["auc"] == 1.0
+    cells = some["metrics"]
+    assert {metric: cells[metric]["mean"] for metric in classifier.DEFINITIONS} == (
+      dict.fromkeys(classifier.DEFINITIONS, 1.0)
+    )
+    assert [cells[m]["n"] for m in ("refuse_disallowed", "category")] == [n // 3, n]
+  assert "safe_complete                  1.000 [1.000, 1.000] n = 2" in (
+    capsys.readouterr().out
+  )
+
+
+def test_a_verdict_is_summed_over_the_categories(letters, monkeypatch, compute):
+  """Against a forward pass of each prompt alone, and by hand what is made of it."""
+  monkeypatch.setattr(classifier, "COMPUTE", compute)
+  path, arch, params, tok = letters
+  prompts = prompt_sets.load(f"jsonl:{path}", {}, "")[:11]
+  labels = classifier.Labels.of(tok, prompts)
+  assert [*labels.categories] == ["privacy", "weapons"]
+  joint_NCV = classifier.probabilities(params, tok, prompts, labels, cfg=arch)
+
+  def last(tokens, ids):
+    hidden_BTD, _ = transformer.forward_rows(
+      params, np.array([tokens]), cfg=arch, compute=compute
+    )
+    logits_BV = transformer.logits(params, hidden_BTD[:, -1], cfg=arch, compute=compute)
+    return jax.nn.softmax(logits_BV[0, jnp.array([*ids])])
+
+  for prompt, joint_CV in zip(prompts[::5], joint_NCV[::5], strict=True):
+    front = chat_template.render_chat(tok, list(prompt.turns))
+    first_C = last(front, labels.categories.values())
+    then_CV = [
+      last([*front, c], labels.verdicts.values()) for c in labels.categories.values()
+    ]
+    want_CV = first_C[:, None] * jnp.stack(then_CV)
+    np.testing.assert_allclose(joint_CV, want_CV, atol=1e-5)
+
+  # Likeliest is the first category with "comply"; over both, a refusal is likelier.
+  joint_NCV = np.tile([[0.25, 0.0, 0.3], [0.3, 0.15, 0.0]], (2, 1, 1))
+  some = [p for p in prompts if p.expected != "safe_complete"][:2]
+  found = classifier.measured(some, joint_NCV, labels, seed=0)
+  assert [row["said"]["verdict"] for row in found["rows"]] == ["refuse", "refuse"]
+  assert found["rows"][0]["odds"] == pytest.approx(
+    {"refuse": 0.55, "safe_complete": 0.15, "comply": 0.3}
+  )
+  assert found["curve"]["auc"] == 0.5
