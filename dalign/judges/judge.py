@@ -18,6 +18,7 @@ from dalign.policy import spec as specs
 from dalign.text import languages
 from dalign.text import words
 from dalign.types import Prompt
+from dalign.types import Sample
 from dalign.types import Spec
 from dalign.types import Turn
 from dalign.types import Verdict
@@ -216,6 +217,29 @@ def min_of_k(judge: Judge, questions: Sequence[Question], k: int) -> list[Verdic
     return []
   rounds = [judge(questions) for _ in range(1 if judge.deterministic else k)]
   return [_lowest(votes) for votes in zip(*rounds, strict=True)]
+
+
+def verdicts(
+  judge: Judge, samples: Sequence[tuple[Prompt, Sample]], *, thought: bool, k: int = 1
+) -> list[Verdict]:
+  """The least of k votes on each prompt's sample: on its thought and answer, or, with
+  `thought` false, as RL asks, on a question that has no field for the thought.
+
+  A malformed sample is unscored and put to nobody: what stands as its answer may be its
+  thought, which no judge of answers and no reward model may see.
+  """
+  questions: list[Question] = [
+    FilterQuestion(p, s.thought, s.answer) if thought else RewardQuestion(p, s.answer)
+    for p, s in samples
+    if not s.malformed
+  ]
+  votes = iter(min_of_k(judge, questions, k))
+  return [
+    Verdict(score=None, reason=f"malformed: {s.malformed}")
+    if s.malformed
+    else next(votes)
+    for _, s in samples
+  ]
 
 
 def _lowest(votes: Sequence[Verdict]) -> Verdict:

@@ -10,6 +10,7 @@ from dalign.policy import spec as specs
 from dalign.text import chat_template
 from dalign.text import thinking
 from dalign.types import Prompt
+from dalign.types import Sample
 from dalign.types import Spec
 from dalign.types import Turn
 from dalign.types import Worked
@@ -141,3 +142,82 @@ def forced(
 ) -> tuple[int, ...]:
   """Token ids that the template forces at the start of the completion of `turns`."""
   return tuple(tok.encode(think.of(turns[-1].content).open)) if think else ()
+
+
+def row(
+  tok: chat_template.Tokenizer,
+  turns: Sequence[Turn],
+  tokens: Sequence[int],
+  forced: int,
+) -> tuple[list[int], list[float]]:
+  """(tokens, weights) of a conversation and what was sampled after it: weight 0 on
+  prompt and forced opening, 1 on what follows.
+
+  The sampler's own ids are trained on: text is never tokenised a second time.
+  """
+  before = chat_template.render_chat(tok, list(turns))
+  known = len(before) + forced
+  return [*before, *tokens], [0.0] * known + [1.0] * (len(tokens) - forced)
+
+
+def read(
+  tok: chat_template.Tokenizer,
+  prompt: Prompt,
+  tokens: Sequence[int],
+  finish: str,
+  *,
+  index: int,
+  think: thinking.ThinkFormat,
+  opened: bool,
+  needed: bool,
+) -> Sample:
+  """What was sampled after a prompt as a Sample: thought and answer split, forced
+  tokens marked. The thought was `opened` for the model, or not; where none is `needed`
+  a completion without one is not malformed."""
+  before = forced(tok, prompt.turns, think if opened else None)
+  own = think.of(prompt.text)
+  written = (own.open if opened else "") + tok.decode(tokens)
+  thought, answer, malformed = thinking.split_thought(written, own)
+  if not needed:
+    malformed = "" if answer else "empty answer"
+  if not malformed and finish == "length":
+    malformed = "cut by the token budget"
+  return Sample(
+    prompt_id=prompt.id,
+    index=index,
+    tokens=(*before, *tokens),
+    forced=len(before),
+    thought=thought,
+    answer=answer,
+    malformed=malformed,
+    finish=finish,
+  )
+
+
+def write(
+  tok: chat_template.Tokenizer,
+  prompt: Prompt,
+  thought: str,
+  answer: str,
+  *,
+  index: int,
+  think: thinking.ThinkFormat,
+  opened: bool,
+) -> Sample:
+  """A thought and an answer that were written elsewhere as a Sample, with the tokens
+  that this tokenizer has for them, behind the forced opening if the thought is
+  `opened`."""
+  own = think.of(prompt.text)
+  rest = written(thought.removeprefix(own.start).strip(), answer, own)
+  before = forced(tok, prompt.turns, think if opened else None)
+  thought, answer, malformed = thinking.split_thought(own.open + rest, own)
+  return Sample(
+    prompt_id=prompt.id,
+    index=index,
+    tokens=(*before, *tok.encode(rest), tok.stop_ids[0]),
+    forced=len(before),
+    thought=thought,
+    answer=answer,
+    malformed=malformed,
+    finish="stop",
+  )

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from dalign.config.schema import Compute
+from dalign.config.schema import Halted
 from dalign.config.schema import ModelConfig
 from dalign.config.schema import SamplerConfig
 from dalign.models import attention
@@ -292,6 +293,24 @@ def bucket(n: int, step: int) -> int:
   return -(-steps // coarse) * coarse * step
 
 
+def shapes(rows: int, groups: int) -> SamplerConfig:
+  """Shapes that suit so many rows in so many groups: at the most 64 are decoded
+  together, in 8 lanes."""
+  slots, lanes = (
+    min(most, 1 << (max(n, 1) - 1).bit_length())
+    for most, n in ((64, rows), (8, groups))
+  )
+  return SamplerConfig(
+    slots=slots,
+    lanes=min(lanes, slots),
+    chunk=8,
+    prefill=min(8, slots),
+    prompt_room=128,
+    prompt_step=16,
+    prefix_step=64,
+  )
+
+
 class Sampler:
   """Compiled decoding of one architecture; weights come with each call.
 
@@ -551,6 +570,48 @@ class Sampler:
         if lane is not None:  # as the row was one of its own
           lane.add(more(done), slot, done.request, held)
         yield done
+
+  def complete(
+    self,
+    weights: Weights,
+    groups: Iterable[list[Request]],
+    *,
+    key: Key,
+    temperature: float,
+    max_new: int,
+    prefix_room: int | None = None,
+    grows: bool = False,
+    more: Callable[[Completion], Iterable[Request]] = lambda _: (),
+  ) -> Iterator[Completion]:
+    """`run` with shapes that fit: the rows of a group share what they have in common,
+    or of it the first `prefix_room` tokens; groups are made as they are needed where
+    that is given. Prompts longer than the config has room for are an error, or with
+    `grows` take more. Raises Halted where log-probabilities are not finite."""
+    if prefix_room is None or grows:
+      groups = [group for group in groups if group]
+      rows = [[request.tokens for request in group] for group in groups]
+    if prefix_room is None:
+      many = (own for own in rows if len(own) > 1)
+      prefix_room = max((self.sampler.prefix_step, *map(common_prefix, many)))
+    prompt_room = self.sampler.prompt_room
+    if grows:
+      prompt_room = max((prompt_room, *(room(own, prefix_room) for own in rows)))
+    for done in self.run(
+      weights,
+      groups,
+      key=key,
+      temperature=temperature,
+      prefix_room=prefix_room,
+      prompt_room=prompt_room,
+      max_new=max_new,
+      more=more,
+    ):
+      if not np.isfinite(done.logp).all():  # its tokens say nothing
+        raise Halted(
+          f"sampling: log-probabilities after {done.request.row_id!r:.80} are not "
+          "finite; find out which of the model's parameters are not"
+        )
+      yield done
 
 
 @dataclasses.dataclass

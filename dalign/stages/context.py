@@ -34,15 +34,14 @@ from dalign.runs import distributed
 from dalign.runs import metrics
 from dalign.runs import stopping
 from dalign.runs import store
+from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
 from dalign.tasks import domain
 from dalign.tasks import world
 from dalign.text import chat_template
-from dalign.text import packing
 from dalign.text import thinking
 from dalign.text import vocab
 from dalign.training import checkpoints
-from dalign.training import policy_gradient
 from dalign.training import train
 from dalign.types import EXPECTED
 from dalign.types import Prompt
@@ -439,23 +438,15 @@ class Run:
     self, prompt: Prompt, done: sampling.Completion, index, think
   ) -> Sample:
     """A completion as a Sample: thought and answer split, forced tokens marked."""
-    forced = prompting.forced(self.tok, prompt.turns, think)
-    own = self.think.of(prompt.text)
-    written = (own.open if think else "") + self.tok.decode(done.tokens)
-    thought, answer, malformed = thinking.split_thought(written, own)
-    if not think and not self.thinks:
-      malformed = "" if answer else "empty answer"
-    if not malformed and done.finish == "length":
-      malformed = "cut by the token budget"
-    return Sample(
-      prompt_id=prompt.id,
+    return prompting.read(
+      self.tok,
+      prompt,
+      done.tokens,
+      done.finish,
       index=index,
-      tokens=(*forced, *done.tokens),
-      forced=len(forced),
-      thought=thought,
-      answer=answer,
-      malformed=malformed,
-      finish=done.finish,
+      think=self.think,
+      opened=bool(think),
+      needed=bool(think or self.thinks),
     )
 
   def written_sample(
@@ -463,19 +454,14 @@ class Run:
   ) -> Sample:
     """A thought and an answer that were written elsewhere as a Sample, with the tokens
     that our own tokenizer has for them, behind the forced opening of `think`."""
-    own = self.think.of(prompt.text)
-    rest = prompting.written(thought.removeprefix(own.start).strip(), answer, own)
-    forced = prompting.forced(self.tok, prompt.turns, think)
-    thought, answer, malformed = thinking.split_thought(own.open + rest, own)
-    return Sample(
-      prompt_id=prompt.id,
+    return prompting.write(
+      self.tok,
+      prompt,
+      thought,
+      answer,
       index=index,
-      tokens=(*forced, *self.tok.encode(rest), self.tok.stop_ids[0]),
-      forced=len(forced),
-      thought=thought,
-      answer=answer,
-      malformed=malformed,
-      finish="stop",
+      think=self.think,
+      opened=bool(think),
     )
 
   def halt(self, stage: str, step: int, why: str, advice: str, batch: dict):
@@ -535,31 +521,16 @@ def complete(
   common, or of it the first `room` tokens; groups are made as they are needed where
   that is given. Prompts longer than the config has room for are an error, or with
   `grows` take more."""
-  if room is None or grows:
-    groups = [group for group in groups if group]
-    rows = [[request.tokens for request in group] for group in groups]
-  if room is None:
-    many = (own for own in rows if len(own) > 1)
-    room = max((run.cfg.sampler.prefix_step, *map(sampling.common_prefix, many)))
-  prompt_room = run.cfg.sampler.prompt_room
-  if grows:
-    prompt_room = max((prompt_room, *(sampling.room(own, room) for own in rows)))
-  for done in run.sampler.run(
+  return run.sampler.complete(
     weights,
     groups,
     key=key,
     temperature=temperature,
-    prefix_room=room,
-    prompt_room=prompt_room,
     max_new=max_new,
+    prefix_room=room,
+    grows=grows,
     **more,
-  ):
-    if not np.isfinite(done.logp).all():  # its tokens say nothing
-      raise configs.Halted(
-        f"sampling: log-probabilities after {done.request.row_id!r:.80} are not "
-        "finite; find out which of the model's parameters are not"
-      )
-    yield done
+  )
 
 
 def too_long(run: Run, rows: Mapping[str, tuple[int, ...]], room: int) -> set[str]:
@@ -616,58 +587,12 @@ def drafts(
   return found
 
 
-class Scorer:
-  """A number a token of rows, packed, in batches of one shape: by default its
-  log-probability in nats."""
+class Scorer(likelihood.Scorer):
+  """A `likelihood.Scorer` of a run's model, on its mesh."""
 
-  def __init__(
-    self, run: Run, shape: configs.BatchConfig, *, temperature: float = 1.0, score=None
-  ):
-    compute = dataclasses.replace(run.cfg.compute, remat=False)
-    if score is None:
-      score = policy_gradient.make_score(
-        cfg=run.arch, compute=compute, temperature=temperature
-      )
-    self._score = jax.jit(score, out_shardings=sharding.whole(run.mesh))
-    self.arch, self.rows, self.length = run.arch, shape.rows, shape.length
-
-  def __call__(
-    self, params: PyTree, rows: list[list[int]], starts: list[int]
-  ) -> list[np.ndarray]:
-    """For each row the number of each token from its start, at least 1, onward: none
-    where the row ends before."""
-    if not rows:
-      return []
-    self.arch.check_length(max(map(len, rows)), "a row to score")
-    packed = packing.pack(
-      [
-        (row, [float(at >= start) for at in range(len(row))])
-        for row, start in zip(rows, starts, strict=True)
-      ],
-      length=self.length,
-      rows_multiple=self.rows,
-    )
-    out = []
-    for at in range(0, len(packed.tokens_BT), self.rows):
-      out.append(np.asarray(self._score(params, self._batch(packed, at))))
-    logp_BT = np.concatenate(out)
-    wanted = [max(len(row) - start, 0) for row, start in zip(rows, starts, strict=True)]
-    return [
-      logp_BT[b, at + n - own : at + n]
-      for (b, at, n), own in zip(packed.where, wanted, strict=True)
-    ]
-
-  def lowered(self, params: PyTree) -> jax.stages.Lowered:
-    """The program of a batch, not run; of parameters the shapes will do."""
-    row = [0, 0], [0.0, 1.0]
-    packed = packing.pack([row], length=self.length, rows_multiple=self.rows)
-    return self._score.lower(params, self._batch(packed, 0))
-
-  def _batch(self, packed: packing.Packed, at: int) -> dict[str, np.ndarray]:
-    """The lines of a batch from one on."""
-    batch = packed.lines | {"wanted_BT": packed.weight_BT}
-    batch = {name: x[at : at + self.rows] for name, x in batch.items()}
-    return batch | {"wanted_BT": batch["wanted_BT"] > 0}
+  def __init__(self, run: Run, shape: configs.BatchConfig, **how):
+    whole = sharding.whole(run.mesh)
+    super().__init__(run.arch, run.cfg.compute, shape, shardings=whole, **how)
 
 
 def micro_batches(lines: dict, shape: configs.BatchConfig):
@@ -894,14 +819,3 @@ def user_turn(content: str) -> Turn:
 def batches(n: int, size: int):
   """Slices that cut n things into runs of `size`."""
   return [slice(at, min(at + size, n)) for at in range(0, n, size)]
-
-
-def padded(rows: list, B: int, step: int = 128):
-  """Rows right-padded to [B, T], T a multiple of `step`, and their lengths (at least
-  1, so that empty rows pick a real position)."""
-  T = -(-max(map(len, rows)) // step) * step
-  tokens_BT, length_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
-  for b, row in enumerate(rows):
-    tokens_BT[b, : len(row)] = row
-    length_B[b] = len(row)
-  return tokens_BT, length_B

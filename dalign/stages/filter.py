@@ -5,7 +5,6 @@ score from a judge that cannot see the thought: that is what the reward model le
 """
 
 import collections
-from collections.abc import Callable
 import dataclasses
 import itertools
 import math
@@ -47,12 +46,8 @@ def filter_(run: context.Run) -> None:
   while some := [*map(context.row_to_sample, itertools.islice(rows, size))]:
     # What judges see has no label but by `filter.metadata`.
     asked = [(prompt_sets.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
-    verdicts = _verdicts(
-      ask, asked, cfg.votes, lambda p, s: judge.FilterQuestion(p, s.thought, s.answer)
-    )
-    rewards = _verdicts(
-      reward, asked, cfg.votes, lambda p, s: judge.RewardQuestion(p, s.answer)
-    )
+    verdicts = judge.verdicts(ask, asked, thought=True, k=cfg.votes)
+    rewards = judge.verdicts(reward, asked, thought=False, k=cfg.votes)
     found = [
       _row(run, prompts[s.prompt_id], s, verdict, own)
       for s, verdict, own in zip(some, verdicts, rewards, strict=True)
@@ -104,25 +99,6 @@ class _Judged:
       unscored=None if row["malformed"] else sys.intern(row["reason"]),
       unrewarded=None if row["malformed"] else sys.intern(row["reward_reason"]),
     )
-
-
-def _verdicts(
-  ask: judge.Judge,
-  asked: list[tuple[Prompt, Sample]],
-  k: int,
-  question: Callable[[Prompt, Sample], judge.Question],
-) -> list[Verdict]:
-  """The least of k votes on each sample's question. A malformed one is not put to a
-  judge: what stands as its answer may be its thought, which no judge of answers and no
-  reward model may see."""
-  questions = [question(p, s) for p, s in asked if not s.malformed]
-  votes = iter(judge.min_of_k(ask, questions, k))
-  return [
-    Verdict(score=None, reason=f"malformed: {s.malformed}")
-    if s.malformed
-    else next(votes)
-    for _, s in asked
-  ]
 
 
 def _row(

@@ -15,7 +15,6 @@ import math
 from typing import Any, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dalign.config import schema as configs
@@ -26,9 +25,9 @@ from dalign.judges import probing
 from dalign.judges import recordings
 from dalign.models import ops
 from dalign.models import sharding
-from dalign.models import transformer
 from dalign.policy import prompting
 from dalign.policy import spec as specs
+from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
 from dalign.stages import context
 from dalign.stages import servers
@@ -296,34 +295,13 @@ def _model(run: context.Run, name: str) -> judge.Judge | None:
 
 def model_judge(run: context.Run) -> judge.Judge:
   """The base model as judge: its expected score over the label tokens."""
-  params = run.base_params()
-  compute = dataclasses.replace(run.cfg.compute, remat=False)
-
-  @functools.partial(jax.jit, out_shardings=sharding.whole(run.mesh))
-  def last_logprobs(params, tokens_BT, length_B):
-    hidden_BTD, _ = transformer.forward_rows(
-      params, tokens_BT, cfg=run.arch, compute=compute
-    )
-    last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
-    logits_BV = transformer.logits(params, last_BD, cfg=run.arch, compute=compute)
-    return jax.nn.log_softmax(logits_BV, axis=-1)
-
-  def score_logprobs(conversations, labels):
-    ids = [run.tok.encode(label)[0] for label in labels]
-    if len({*ids}) < len(labels):
-      raise ValueError(
-        "config.filter.judge=model: this tokenizer begins several of "
-        f"{', '.join(labels)} with one token, which no grade can be read off; take "
-        "another judge"
-      )
-    rows = [chat_template.render_chat(run.tok, turns) for turns in conversations]
-    run.arch.check_length(max(map(len, rows), default=0), "a question to the judge")
-    found = []
-    for at in context.batches(len(rows), 4):
-      tokens_BT, length_B = context.padded(rows[at], 4)
-      logp_BV = last_logprobs(params, tokens_BT, length_B)
-      found += jax.device_get(logp_BV[: len(rows[at]), jnp.asarray(ids)]).tolist()
-    return found
+  score_logprobs = likelihood.of_labels(
+    run.base_params(),
+    tok=run.tok,
+    cfg=run.arch,
+    compute=run.cfg.compute,
+    shardings=sharding.whole(run.mesh),
+  )
 
   def render(category):
     return run.domain.policy_text(category, run.cfg.spec.detail)

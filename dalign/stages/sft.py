@@ -9,7 +9,6 @@ from dalign.data import prompt_sets
 from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.stages import context
-from dalign.text import chat_template
 from dalign.text import packing
 from dalign.training import sft
 
@@ -94,7 +93,7 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
     tokens, forced = sample.tokens, sample.forced
     if not run.thinks:
       tokens, forced = _answer(run, sample.answer), 0
-    row = row_of(run.tok, turns, tokens, forced)
+    row = prompting.row(run.tok, turns, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
     found.append((turns, row, end))
   for prompt in run.choose("train", "capability", cfg.capability):
@@ -107,7 +106,7 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
     written = _written(run, prompting.plain(prompt), known)
     if not run.thinks:
       answer = _answer(run, prompt.answer)
-      written = row_of(run.tok, prompting.plain(prompt), answer, 0)
+      written = prompting.row(run.tok, prompting.plain(prompt), answer, 0)
     found.append((prompting.plain(prompt), written, 0))
   leaked = [
     any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
@@ -151,16 +150,6 @@ def _recalling(run: context.Run, completion: str) -> str:
   return gap + line + thought
 
 
-def row_of(tok, turns, tokens, forced: int) -> tuple[list, list]:
-  """(tokens, weights): weight 0 on prompt and forced opening, 1 on what follows.
-
-  The sampler's own ids are trained on: text is never tokenised a second time.
-  """
-  before = chat_template.render_chat(tok, list(turns))
-  known = len(before) + forced
-  return [*before, *tokens], [0.0] * known + [1.0] * (len(tokens) - forced)
-
-
 def _answer(run: context.Run, answer: str) -> tuple[int, ...]:
   """The tokens of an answer without a thought."""
   return (*run.tok.encode(answer), run.tok.stop_ids[0])
@@ -171,7 +160,7 @@ def _written(run: context.Run, turns, rest: str) -> tuple[list, list]:
   forced opening, which is not trained."""
   forced = prompting.forced(run.tok, turns, run.think)
   tokens = (*forced, *run.tok.encode(rest), run.tok.stop_ids[0])
-  return row_of(run.tok, turns, tokens, len(forced))
+  return prompting.row(run.tok, turns, tokens, len(forced))
 
 
 def _plan(rows, cfg, seed: int, epochs: range) -> list[dict]:

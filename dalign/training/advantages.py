@@ -4,6 +4,8 @@ Rewards come in as numbers: which judge gave them is not known here. N rollouts 
 T sampled tokens are B groups of R rollouts of one prompt.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -129,3 +131,35 @@ def token_advantages(
   if objective.whiten:
     advantage_NT = whiten(advantage_NT, mask_NT)
   return advantage_NT.astype(np.float32), returns_NT.astype(np.float32)
+
+
+def has_gradient(objective: ObjectiveConfig, advantage_NT) -> np.ndarray:
+  """[N]: which rollouts move a policy: those with an advantage, and all of them where
+  a penalty or values do so too."""
+  if objective.penalised or objective.learns_values:
+    return np.ones(len(advantage_NT), bool)
+  return np.any(np.abs(advantage_NT) > 1e-6, axis=1)
+
+
+def with_advantages(objective: ObjectiveConfig, rollouts: Mapping) -> dict:
+  """Rollouts, a row each, as the batch that the loss reads.
+
+  They have [B, T] arrays tokens, positions, ends, sampled, rollout
+  (`policy_gradient.scatter_to_packed`), behaviour and reference, of B = P R rows
+  reward_PR and scored_PR, and cut_B, which max_new cut. Rows that carry no gradient are
+  no targets, and are counted as left out.
+  """
+  scored_PR, sampled_BT = rollouts["scored_PR"], rollouts["sampled_BT"]
+  kl_BT = rollouts["behaviour_BT"] - rollouts["reference_BT"]
+  advantage_BT, _ = token_advantages(
+    objective, rollouts["reward_PR"], scored_PR, kl_BT, sampled_BT
+  )
+  scored_B = scored_PR.ravel()
+  cut_B = rollouts["cut_B"] & objective.mask_truncated
+  trained_B = scored_B & has_gradient(objective, advantage_BT) & ~cut_B
+  rows = {name: x for name, x in rollouts.items() if name.endswith("_BT")}
+  return rows | {
+    "sampled_BT": sampled_BT & trained_B[:, None],
+    "advantage_BT": advantage_BT,
+    "left_out_B": (scored_B & ~trained_B).astype(np.float32),
+  }

@@ -197,27 +197,20 @@ def compute_advantages(
     mask_NT,
     padded([r.value for r in rollouts]) if objective.learns_values else None,
   )
+  has_gradient_N = advantages.has_gradient(objective, advantage_NT)
   return [
     dataclasses.replace(
       r,
       advantage=advantage_NT[i, : lengths[i]],
       returns=returns_NT[i, : lengths[i]],
-      trained=_is_trained(r, advantage_NT[i, : lengths[i]], objective),
+      trained=bool(
+        r.scored
+        and has_gradient_N[i]
+        and not (objective.mask_truncated and r.sample.finish == "length")
+      ),
     )
     for i, r in enumerate(rollouts)
   ]
-
-
-def _is_trained(r: Rollout, advantage_T, objective: ObjectiveConfig) -> bool:
-  """Whether a rollout has a verdict and a gradient, and was not cut where the objective
-  leaves out those that were."""
-  masked = objective.mask_truncated and r.sample.finish == "length"
-  has_gradient = (
-    objective.penalised
-    or objective.learns_values
-    or bool(np.any(np.abs(advantage_T) > 1e-6))
-  )
-  return r.scored and not masked and has_gradient
 
 
 # --- The batch ---
