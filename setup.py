@@ -60,7 +60,9 @@ EXTRAS["test"] = [
 
 setuptools.setup(
   name="dalign",
-  version=re.search('"(.+)"$', (HERE / "dalign/__init__.py").read_text().strip())[1],
+  version=re.search('__version__ = "(.+)"', (HERE / "dalign/__init__.py").read_text())[
+    1
+  ],
   description="Deliberative alignment in JAX: from a written spec to an aligned model.",
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",

@@ -106,10 +106,11 @@ ABLATION = dict(
 
 
 def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
-  """SFT and RL in the world, or all arms; every number once, with its reason."""
-  if arms not in (None, "ablation"):
+  """SFT and RL in the world, or all arms, or "short": those that the method is made of,
+  with less RL and fewer prompts; every number once, with its reason."""
+  if arms not in (None, "ablation", "short"):
     raise ValueError(
-      f"wanted configs/world.py or configs/world.py:ablation, not {arms}"
+      f"wanted configs/world.py, or that with :ablation or :short, not {arms}"
     )
   c = ml_collections.ConfigDict()
   c.recipe = "world.v3" if arms is None else "world:ablation.v3"
@@ -311,4 +312,11 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   c.profile = dict(steps=())
   c.plan = dict(topology="", chip="", price=0.0)
   c.ablation = None if arms is None else ABLATION
+  if arms == "short":
+    c.recipe = ""  # nobody cites its numbers
+    shown = ("none", "spec_in_prompt", "sft", "sft_rl", "no_thoughts")
+    c.ablation.arms = {name: ABLATION["arms"][name] for name in shown}
+    c.rl.steps = 20
+    c.eval.update(dict(prompts=240, helpful=8, capability=48, budgets=()))
+    c.eval.extra = {}
   return c

@@ -1,5 +1,6 @@
 """The training step: one update for many losses. Knows no text, data order or stage."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Callable
@@ -60,6 +61,13 @@ def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransfo
     )
   tx = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx)
   return _skipping(tx, cfg.skip_norm) if cfg.skip_norm else tx
+
+
+def adam(learning_rate: float = 0.0) -> optax.GradientTransformation:
+  """Adam (1412.6980) at a rate that is part of its state, for updates that are not of a
+  planned number; gradients are clipped to global norm 1."""
+  rated = optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate, b2=0.99)
+  return optax.chain(optax.clip_by_global_norm(1.0), rated)
 
 
 def _skipping(
@@ -188,6 +196,21 @@ def make_update(
     return state, metrics | {"loss": loss, "grad_norm": Mean.of(norm)}
 
   return update
+
+
+def make_step(loss_fn: LossFn):
+  """A compiled, pure `step(state, batch, parts) -> (state, metrics)` by `adam`, for a
+  loss that draws nothing. A batch has [B, ...] arrays, which are cut into so many parts
+  as micro-batches; metrics are scalars."""
+  update = make_update(loss_fn, adam())
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def step(state: TrainState, batch: Mapping[str, jax.Array], parts: int):
+    micro = {n: x.reshape(parts, -1, *x.shape[1:]) for n, x in batch.items()}
+    state, means = update(state, micro, jax.random.key(0), parts)
+    return state, {name: mean.value() for name, mean in means.items()}
+
+  return step
 
 
 @dataclasses.dataclass(frozen=True)
