@@ -9,13 +9,13 @@ import importlib.util
 import os
 import pathlib
 import re
-import shutil
 
 import jax
 import nbclient
 import nbformat
 import pytest
 
+import dalign
 from dalign.config.schema import ModelConfig
 from dalign.formats import weights
 from dalign.runs import store
@@ -126,8 +126,26 @@ def test_notebooks_install_once_at_the_top_and_plot_with_matplotlib(path):
     if isinstance(node, (ast.Import, ast.ImportFrom))
     for name in [getattr(node, "module", None) or node.names[0].name]
   }
-  assert "dalign" in imported and "matplotlib" in imported
+  assert "matplotlib" in imported
   assert not imported & {"plotly", "seaborn", "altair", "bokeh", "pandas"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_use_the_library_or_the_command_and_nothing_behind_them(path):
+  nodes = [node for tree in trees(path) for node in ast.walk(tree)]
+  froms = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+  plain = {x.name for n in nodes if isinstance(n, ast.Import) for x in n.names}
+  inside = [name for name in froms | plain if name.startswith("dalign")]
+  assert inside in ([], ["dalign"])
+  used = {
+    n.attr
+    for n in nodes
+    if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    if n.value.id == "dalign"
+  }
+  assert used <= set(dalign.__all__) and bool(used) == bool(inside)
+  text = path.read_text()
+  assert used or "dalign.main" in text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -146,9 +164,6 @@ def test_the_sample_notebook_answers_with_and_without_the_spec(tmp_path):
     str(model), TINY, weights.random_model(TINY, 0), vocab.tiny_tokenizer()
   )
   done = Done("01_sample", tmp_path, MODEL=str(model), MAX_NEW=40)
-  [lengths] = done.values
-  alone, taught = (int(n) for n in re.findall(r"(\d+) tokens", lengths))
-  assert taught > alone > 0
   for name in ("alone", "with the specification"):
     assert f"--- {name} (" in done.printed
   assert done.printed.count("THOUGHT  ") == done.printed.count("ANSWER   ") == 2
@@ -174,10 +189,16 @@ def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
   done = Done(
     "02_own_policy",
     tmp_path,
-    RECIPE="../configs/tiny.py",
+    MODEL="random",
+    RECIPE="tiny",
     WORKDIR=workdir,
     SIZES={
-      "generate": {"prompts": dict(refuse=4, safe_complete=0, comply=4), "helpful": 1},
+      "generate": {
+        "teacher": "base",
+        "prompts": dict(refuse=4, safe_complete=0, comply=4),
+        "helpful": 1,
+      },
+      "filter": {"judge": "rubric", "threshold": 0.0, "unscored": 1.0},
       "sft": {"capability": 0},
       "rl": {
         "steps": 1,
@@ -211,45 +232,39 @@ def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
 
 
 @long
-def test_a_reward_is_the_same_whatever_the_thought(tmp_path, workdir):
-  place = tmp_path / "run"
-  shutil.copytree(workdir, place)
+def test_a_reward_is_the_same_whatever_the_thought(tmp_path):
   done = Done(
     "03_judge_and_reward",
     tmp_path,
-    RECIPE="../configs/tiny.py",
-    WORKDIR=place,
-    SIZES={"stages": "generate,filter,reward"},  # which are done
-    PROMPTS=2,
+    MODEL="random",
+    RECIPE="tiny",
+    WORKDIR=tmp_path / "run",
+    SIZES={"reward": {"start": "base"}},
   )
-  assert "FilterQuestion ['prompt', 'thought', 'answer']" in done.printed
-  assert "RewardQuestion ['prompt', 'answer']" in done.printed
-  asked, rewarded = re.split("^--- ", done.printed, flags=re.MULTILINE)[1:3]
-  assert "The analysis:\n| The user" in asked and "The analysis:" not in rewarded
+  [asked] = re.findall("^FilterQuestion.*", done.printed, re.MULTILINE)
+  [rewarded] = re.findall("^RewardQuestion.*", done.printed, re.MULTILINE)
+  assert "PR-D" in asked and "PR-D" not in rewarded
   found = re.findall(r"filter (\S+)  reward (\S+)$", done.printed, re.MULTILINE)
   filtered, rewards = zip(*found, strict=True)
-  assert len(found) == 5 and len(set(rewards)) == 1
-  assert 0.0 < float.fromhex(rewards[0]) < 1.0
+  assert len(found) == 4 and len(set(rewards)) == 1
+  assert float.fromhex(rewards[0]) > 0.9
   assert float(filtered[0]) > 0.9 and max(map(float, filtered[1:])) < 0.9
-  assert len(done.figures) == 1
-  for judged in ("rubric", "base model's grade", "reward model"):
-    assert re.search(
-      f"^{judged}: RL would (take it|refuse it for )", done.printed, re.M
-    )
+  assert len(done.figures) == 1 and "bare_refusal" in done.printed
 
 
 @long
 def test_arms_of_the_policy_world_are_shown_as_they_were_measured(tmp_path):
   workdir = tmp_path / "run"
   arms = dict(none="base", spec_in_prompt="spec in the prompt", sft="SFT")
-  sizes = SMALL | {"eval": SMALL["eval"] | {"budgets": (), "extra": {}}}
+  sizes = SMALL | {"eval": SMALL["eval"] | {"budgets": ()}}
+  sizes |= {"ablation": {"seeds": (0,)}}
   done = Done("04_policy_world", tmp_path, WORKDIR=workdir, SIZES=sizes, ARMS=arms)
   found = store.read_json(workdir / "eval" / "summary.json")["arms"]
-  assert list(found) == list(arms)
+  assert found.keys() >= arms.keys()
   for name, title in arms.items():
     shown = ("verdict", "refuse_disallowed", "comply_allowed")
     assert rates(done.printed, title) == [percent(found[name][m]) for m in shown]
-  assert len(re.findall(r"^USER ", done.printed, re.MULTILINE)) == 2
+  assert len(re.findall(r"^USER ", done.printed, re.MULTILINE)) == 1
   assert done.printed.count(" THOUGHT ") == done.printed.count(" ANSWER ") == len(arms)
   assert len(done.figures) == 1
 
@@ -264,7 +279,7 @@ def test_a_checkpoint_is_planned_and_the_command_says_what_was_changed(tmp_path)
     "05_plan_to_tpu",
     tmp_path,
     MODEL=str(model),
-    RECIPE="../configs/tiny.py",
+    RECIPE="configs/tiny.py",
     WORKDIR=workdir,
     CHANGES={"stages": "generate"},
     TOPOLOGY="v5e:2x4",
