@@ -46,7 +46,9 @@ from dalign.text import vocab
 from dalign.text.chat_template import Tokenizer
 from dalign.text.chat_template import render_chat
 from dalign.text.thinking import ThinkFormat
+from dalign.training import advantages
 from dalign.training import policy_gradient
+from dalign.training import rollout
 from dalign.training import sft
 from dalign.training import train
 from dalign.training.train import TrainState
@@ -298,9 +300,9 @@ def rl_batch(
   scored_PR, and [B, T] arrays of a row a rollout.
 
   `model` is where training starts, to which the KL is measured. Malformed replies earn
-  0, those without a verdict count nowhere. logp_BT (the sampler's) and reference_BT
-  (the model's) are in nats at `temperature`, that of `generate`. ValueError where
-  prompts have unlike numbers of rollouts.
+  0, those without a verdict count nowhere. behaviour_BT (the sampler's) and
+  reference_BT (the model's) are in nats at `temperature`, that of `generate`.
+  ValueError where prompts have unlike numbers of rollouts.
   """
   packed, ids = _rows(model, samples), [s.prompt_id for s in samples]
   R = ids.count(ids[0])
@@ -309,14 +311,16 @@ def rl_batch(
   reference = model.logprobs(samples, temperature=temperature)
   pairs = zip(samples, verdicts, strict=True)
   scores = [0.0 if s.malformed else v.score for s, v in pairs]
-  logp, shape = [s.logp for s in samples], packed.tokens_BT.shape
+  behaviour, shape = [s.logp for s in samples], packed.tokens_BT.shape
   return {
     **packed.lines,
     "sampled_BT": packed.weight_BT > 0,
     "reward_PR": np.array([x or 0.0 for x in scores], np.float32).reshape(-1, R),
     "scored_PR": np.array([x is not None for x in scores]).reshape(-1, R),
     "cut_B": np.array([s.finish == "length" for s in samples]),
-    **policy_gradient.placed(shape, packed.where, logp=logp, reference=reference),
+    **rollout.scatter_to_packed(
+      shape, packed.where, behaviour=behaviour, reference=reference
+    ),
   }
 
 
@@ -339,7 +343,7 @@ def rl_step(
   if chosen.learns_values:
     raise ValueError(f"objective: wanted one without a value head, got {chosen}")
   step = _rl(model.arch, model.compute, chosen, temperature)
-  return step(state, policy_gradient.with_advantages(chosen, batch), parts)
+  return step(state, advantages.with_advantages(chosen, batch), parts)
 
 
 def objective(name: str, **changes: Any) -> ObjectiveConfig:
