@@ -31,7 +31,7 @@ from dalign.evaluation import evals
 from dalign.formats import weights
 from dalign.models import transformer
 from dalign.policy import prompting
-from dalign.stages import context
+from dalign.runs import progress
 from dalign.text import chat_template
 from dalign.text import packing
 from dalign.training import sft
@@ -169,7 +169,7 @@ def fit(
   loss = sft.make_loss(cfg=cfg, compute=COMPUTE)
   update = jax.jit(train.make_update(loss, tx), donate_argnums=0)
   state = train.create(jax.tree.map(jnp.asarray, params), tx)
-  with context.bar(len(lines), "classifier", "step") as bar:
+  with progress.bar(len(lines), "classifier", "step") as bar:
     for batch in lines:
       state, means = update(state, batch, jax.random.key(0), 1)
       values = {name: float(means[name].value()) for name in ("loss", "accuracy")}

@@ -224,9 +224,9 @@ def _of_several() -> str:
 
 def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
   """What the flags ask for."""
-  from dalign.stages import context
+  from dalign.runs import devices
 
-  context.prepare_jax()
+  devices.prepare()
   match _MODE.value:
     case "run" if config:
       from dalign import stages

@@ -1,5 +1,6 @@
 """What several test files call."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -12,7 +13,8 @@ import jax
 import pytest
 
 from dalign.config import schema as configs
-from dalign.stages import context
+from dalign.config import stages
+from dalign.stages import services
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -57,10 +59,22 @@ def tiny(**changes) -> configs.Config:
   return configs.build(configs.Config, node.to_dict())
 
 
-def opened(cfg: configs.Config, workdir: pathlib.Path) -> context.Run:
-  """A run in this process on one of its devices: eight on a few cores wait for one
-  another, and what they compute is compared elsewhere."""
-  return context.Run(cfg, workdir, devices=jax.devices()[:1])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Several(
+  *(stages.GenerateStage, stages.FilterStage, stages.SFTStage, stages.RewardStage),
+  *(stages.RLStage, stages.EvalStage),
+):
+  """What these stages read, for tests of functions that several of them call."""
+
+
+def opened(
+  cfg: configs.Config, workdir: pathlib.Path, stage="", shared=None
+) -> services.Services:
+  """The services of a stage, or with "" of functions that several stages call, in this
+  process on one of its devices: eight on a few cores wait for one another, and what
+  they compute is compared elsewhere. `stage` may be a class of `config.stages`."""
+  work = services.Workspace(cfg, workdir, shared, devices=jax.devices()[:1])
+  return services.of(stages.STAGES.get(stage, stage or Several), cfg, work)
 
 
 def command(workdir, *more: str) -> list[str]:

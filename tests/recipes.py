@@ -12,14 +12,13 @@ import json
 import re
 
 from dalign.config import schema as configs
-from dalign.stages import context
+from dalign.config import stages
 from tests.helpers import ROOT
 from tests.helpers import config_file
 
 FILE = ROOT / "configs" / "recipes.json"
 COMMAND = "python -m tests.recipes"
-PARTS = {part for parts in context.READS.values() for part in parts}
-MADE_OF = (*sorted(PARTS), "seed", "stages", "ablation")
+BESIDES = ("seed", "stages", "ablation")  # which no manifest has in its config
 # Keys that came after hashes were noted, with the value at which they change nothing.
 LATER = {
   "eval.max_think": 0,
@@ -50,11 +49,16 @@ def each() -> Iterator[tuple[str, configs.Config]]:
 
 def values(config: configs.Config) -> dict:
   """The values that a stage depends on, flat; not those of LATER."""
+  kept = {
+    key
+    for name, stage in stages.STAGES.items()
+    if config.world or name != "base"
+    for key in stages.kept(stages.of(stage, config))
+  }
   return {
     key: value
     for key, value in configs.flat(config).items()
-    if any(f"{key}.".startswith(f"{part}.") for part in MADE_OF)
-    if key not in context.LIMITS
+    if key in kept or key == "world" or key.partition(".")[0] in BESIDES
     if key not in LATER or LATER[key] != value
   }
 

@@ -18,9 +18,9 @@ import numpy as np
 from scipy import stats
 
 from dalign import stages
+from dalign.runs import devices
 from dalign.runs import metrics
 from dalign.runs import store
-from dalign.stages import context
 from tests.helpers import tiny
 
 GROWING = ("metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "judged.jsonl")
@@ -161,7 +161,7 @@ def main() -> None:
   parser.add_argument("what", choices=("rl", "prompts"))
   parser.add_argument("--n", type=int, required=True, help="steps, or prompts")
   options = parser.parse_args()
-  context.prepare_jax()
+  devices.prepare()
   with tempfile.TemporaryDirectory() as folder:
     found = {"rl": rl, "prompts": prompts}[options.what](
       options.n, pathlib.Path(folder)

@@ -13,8 +13,9 @@ from dalign.judges import forms
 from dalign.judges import judge
 from dalign.runs import store
 from dalign.stages import ablate
-from dalign.stages import context
+from dalign.stages import judging
 from dalign.stages import reward as reward_stage
+from dalign.stages import samples
 from dalign.stages import scoring
 from dalign.stages import sft as sft_stage
 from dalign.tasks import lessons
@@ -22,6 +23,7 @@ from dalign.tasks import world
 from dalign.text import thinking
 from tests.helpers import config_file
 from tests.helpers import long
+from tests.helpers import opened
 
 SMALL = {
   "model": {
@@ -135,10 +137,10 @@ def test_the_summary_has_every_arm_with_what_was_measured_of_it(folder):
 
 @pytest.mark.parametrize("used", [True, False])
 def test_a_model_without_thoughts_learns_the_answer_alone(tmp_path, used):
-  run = context.Run(config(think={"used": used}), tmp_path)
-  prompt = run.choose("train", "safety", 1)[0]
+  run = opened(config(think={"used": used}), tmp_path)
+  prompt = run.prompts.choose("train", "safety", 1)[0]
   said = "rifle is weapons . so comply </think> you need oil"
-  tokens = [*run.tok.encode(f"<think> {said}"), run.tok.stop_ids[0]]
+  tokens = [*run.model.tok.encode(f"<think> {said}"), run.model.tok.stop_ids[0]]
   row = dict(prompt_id=prompt.id, index=0, tokens=tokens, forced=1, finish="stop")
   row |= dict(
     thought="rifle is weapons . so comply", answer="you need oil", malformed=""
@@ -147,14 +149,14 @@ def test_a_model_without_thoughts_learns_the_answer_alone(tmp_path, used):
   run.store.write_rows(path, [row])
   rows, _, _ = sft_stage._rows(run, path)
   learned = [
-    run.tok.decode([t for t, w in zip(tokens, weights, strict=True) if w])
+    run.model.tok.decode([t for t, w in zip(tokens, weights, strict=True) if w])
     for tokens, weights in rows
   ]
   assert learned[0] == (said if used else "you need oil")
   assert len(rows) == 25  # and 24 of capability
   for text_of, (tokens, _) in zip(learned, rows, strict=True):
-    assert run.tok.decode(tokens).endswith(text_of) and text_of
-    assert ("</think>" in run.tok.decode(tokens)) == used
+    assert run.model.tok.decode(tokens).endswith(text_of) and text_of
+    assert ("</think>" in run.model.tok.decode(tokens)) == used
 
 
 def test_sets_and_categories_stand_in_the_summary(tmp_path):
@@ -207,13 +209,13 @@ def test_a_reward_model_learns_of_drafts_where_it_is_to(folder, tmp_path):
   found = []
   for drafts in (False, True):
     cfg = config(seed=3, reward={"labels": "rubric", "drafts": drafts})
-    run = context.Run(cfg, tmp_path, done)
+    run = opened(cfg, tmp_path, "reward", done)
     with jax.set_mesh(run.mesh):
       questions, _ = reward_stage._questions(
         run, run.store.path("filter", "judged.jsonl")
       )
       asked = [*{q.prompt.id: q.prompt for q in questions}.values()]
-      own = context.drafts(run, asked)
+      own = samples.drafts(run, asked)
     found.append([(q.prompt.id, q.answer) for q in questions])
   assert found[1] == found[0] + [(p.id, own[p.id].answer) for p in asked]
 
@@ -247,11 +249,13 @@ def test_intervals_over_seeds_are_students():
 
 @long
 def test_a_sampled_judge_reads_grades_and_knows_answers(tmp_path):
-  run = context.Run(config(), tmp_path)
+  run = opened(config(), tmp_path)
   stages.base.learn(run)
   with jax.set_mesh(run.mesh):
-    ask = scoring.sampled_judge(run, "test")
-    prompts = run.choose("eval", "safety", 3) + run.choose("eval", "capability", 2)
+    ask = judging.sampled_judge(run, "test")
+    prompts = run.prompts.choose("eval", "safety", 3) + run.prompts.choose(
+      "eval", "capability", 2
+    )
     questions = [judge.RewardQuestion(prompt=p, answer=p.answer) for p in prompts]
     verdicts = ask(questions)
   for prompt, verdict in zip(prompts, verdicts, strict=True):
@@ -259,9 +263,9 @@ def test_a_sampled_judge_reads_grades_and_knows_answers(tmp_path):
       assert verdict.score == 1.0
     else:  # untrained, it writes no grade
       assert verdict.score is None and verdict.reason == "no grade"
-  assert run.domain.grade(" good ").score == 1.0
-  assert run.domain.grade("fair").score == 0.5
-  assert run.domain.grade("good bad").score is None
+  assert run.task.grade(" good ").score == 1.0
+  assert run.task.grade("fair").score == 0.5
+  assert run.task.grade("good bad").score is None
 
 
 @pytest.mark.parametrize(
@@ -275,21 +279,21 @@ def test_a_label_and_nothing_else_is_a_score(said, score):
 def test_the_reward_sees_no_thought_but_where_a_control_shows_it(tmp_path):
   prompt = lessons.prompts(world.spec(0))[0]
   for shown in (False, True):
-    run = context.Run(config(reward={"shows_thought": shown}), tmp_path)
+    run = opened(config(reward={"shows_thought": shown}), tmp_path)
     question = scoring.reward_question(run, prompt, "a secret thought", "you need oil")
-    asked = " ".join(turn.content for turn in run.domain.question(question))
+    asked = " ".join(turn.content for turn in run.task.question(question))
     assert ("secret" in asked) == shown and "you need oil" in asked
     tokens = scoring.Renderer(run).own(question)
     assert isinstance(question, judge.RewardQuestion) and tokens
 
 
 def test_preferences_are_learned_without_the_text_of_the_spec(tmp_path):
-  run = context.Run(config(reward={"detail": "none"}), tmp_path)
+  run = opened(config(reward={"detail": "none"}), tmp_path)
   prefixes = scoring.Renderer(run).prefixes
   assert len({tuple(p) for p in prefixes.values()}) == 1
-  run = context.Run(config(), tmp_path)
-  said = run.tok.decode(scoring.Renderer(run).prefixes["drugs"])
-  assert said == world.render(run.spec, "drugs")
+  run = opened(config(), tmp_path)
+  said = run.model.tok.decode(scoring.Renderer(run).prefixes["drugs"])
+  assert said == world.render(run.task.spec, "drugs")
 
 
 def test_changes_of_a_config_are_checked():
@@ -316,16 +320,18 @@ def test_thoughts_are_closed_at_their_budget(tmp_path):
   from dalign.sampling.sampler import Request
   from dalign.stages import evaluate
 
-  run = context.Run(config(), tmp_path)
-  close = run.tok.encode(run.think.close)
-  thought = run.tok.encode("rifle is weapons . weapons make")
+  run = opened(config(), tmp_path)
+  close = run.model.tok.encode(run.model.think.close)
+  thought = run.model.tok.encode("rifle is weapons . weapons make")
   asked = []
 
   def complete(groups):
     for request in (r for group in groups for r in group):
       asked.append(request)
       whole = len(request.tokens) > 2
-      tokens = tuple(run.tok.encode("you need oil")) if whole else tuple(thought[:4])
+      tokens = (
+        tuple(run.model.tok.encode("you need oil")) if whole else tuple(thought[:4])
+      )
       yield Completion(
         request=request,
         tokens=tokens,
@@ -340,11 +346,12 @@ def test_thoughts_are_closed_at_their_budget(tmp_path):
     assert done.request == request
     assert list(done.tokens[:size]) == thought[:size]
     assert list(done.tokens[size : size + 1]) == close
-    assert run.tok.decode(done.tokens[size + 1 :]) == "you need oil"
+    assert run.model.tok.decode(done.tokens[size + 1 :]) == "you need oil"
     assert asked[-1].tokens == (1, 2, *thought[:size], *close)
     assert [r.max_new for r in asked] == ([4, 40] if budget else [40])
-  sample = run.sample_row(
-    lessons.prompts(run.spec)[0],
+  sample = samples.of(
+    run.model,
+    lessons.prompts(run.task.spec)[0],
     done,
     0,
     thinking.ThinkFormat(open="<think>", close="</think>"),

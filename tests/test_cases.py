@@ -31,8 +31,9 @@ from dalign.models import transformer
 from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import store
+from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
-from dalign.stages import context
+from dalign.stages import services
 from dalign.text import chat_template
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -85,7 +86,7 @@ class Case:
   def echo(self) -> None:
     """Has models write what they read."""
 
-    def complete(run, weights, groups, **more):
+    def complete(sampler, weights, groups, **more):
       for request in (r for group in groups for r in group):
         self.asked.append(request)
         logp = (0.0,) * len(request.tokens)
@@ -93,7 +94,7 @@ class Case:
           request=request, tokens=request.tokens, logp=logp, finish="stop"
         )
 
-    self.patch.setattr(context, "complete", complete)
+    self.patch.setattr(sampling.Sampler, "complete", complete)
 
   def model(self, kind: str, **sizes) -> str:
     """The folder of a tiny model with a chat template of a kind that mk.py names."""
@@ -167,8 +168,8 @@ def _module(path: pathlib.Path) -> types.ModuleType:
 
 @pytest.fixture
 def own(request, shared_cases, tmp_path, monkeypatch, capsys) -> Case:
-  one = functools.partial(context.Run, devices=jax.devices()[:1])
-  monkeypatch.setattr(context, "Run", one)
+  one = functools.partial(services.Workspace, devices=jax.devices()[:1])
+  monkeypatch.setattr(services, "Workspace", one)
   folder = shared_cases / request.param
   return Case(folder, tmp_path / "run", monkeypatch, capsys)
 
@@ -457,18 +458,22 @@ def template_opens_think(own: Case):
   for kind in ("opens", "strips"):
     changes = {"model.path": own.model(kind), "think.close": "</think>"}
     run = opened(tiny(**changes), own.workdir)
-    asked = dataclasses.replace(run.prompts[0], turns=ASK)
-    told = run.domain.teach(asked.blind(), worked=1)
+    asked = dataclasses.replace(run.prompts.all[0], turns=ASK)
+    told = run.task.teach(asked.blind(), worked=1)
     for turns in (told, prompting.plain(asked)):
-      read = run.tok.decode(prompting.opened(run.tok, turns, run.think, whole=True))
-      assert read.rpartition("assistant\n")[2] == run.think.of(asked.text).open
+      read = run.model.tok.decode(
+        prompting.opened(run.model.tok, turns, run.model.think, whole=True)
+      )
+      assert read.rpartition("assistant\n")[2] == run.model.think.of(asked.text).open
       thoughts = sum(turn.role == "assistant" for turn in turns)
-      assert read.count("<think>") == read.count(run.think.close) + 1 == thoughts + 1
-    params, out = weights.random_model(run.arch, 0), own.workdir / kind
-    weights.save_hf(str(out), run.arch, params, run.model_tok)
+      assert (
+        read.count("<think>") == read.count(run.model.think.close) + 1 == thoughts + 1
+      )
+    params, out = weights.random_model(run.model.arch, 0), own.workdir / kind
+    weights.save_hf(str(out), run.model.arch, params, run.model.file_tok)
     found = weights.find(str(out)).tok
     assert chat_template.render_chat(found, ASK) == chat_template.render_chat(
-      run.tok, ASK
+      run.model.tok, ASK
     )
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(out)
@@ -483,7 +488,9 @@ def dated_template(own: Case):
   path, days = {"model.path": own.model("dated")}, []
 
   def stage(run):
-    days.append(run.tok.decode(chat_template.render_chat(run.tok, ASK))[:40])
+    days.append(
+      run.model.tok.decode(chat_template.render_chat(run.model.tok, ASK))[:40]
+    )
 
   class Later(datetime.datetime):
     @classmethod

@@ -103,7 +103,7 @@ def test_a_policy_can_stand_in_front(model, engine):
   talking.new("privacy")
   *_, told = talking.ask("Why?", engine)
   prompt = assistant.prompt_of([Turn(role="user", content="Why?")], "privacy")
-  turns = model.run.domain.teach(prompt, worked=0)
+  turns = model.task.teach(prompt, worked=0)
   assert told.tokens_in == len(model.read(turns))
   with pytest.raises(ValueError, match="no policy 'privat'; there are: .*privacy"):
     talking.new("privat")
@@ -135,7 +135,7 @@ def test_cited_clauses_are_named_with_what_they_say(model):
     Turn(role="user", content=asked),
     Turn(role="assistant", content=""),
   ]
-  clause = model.run.spec.policy("privacy").clauses[0]
+  clause = model.task.spec.policy("privacy").clauses[0]
   thought = f'The user asks: "{asked}" Clause {clause.id} decides, not XX-D9 or PR-D99.'
   first, *invented = talking.cited(thought)
   assert first == f"{clause.id}: {clause.text}"

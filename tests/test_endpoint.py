@@ -17,8 +17,7 @@ from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.judges import judge
 from dalign.policy import prompting
-from dalign.stages import context
-from dalign.stages import scoring
+from dalign.stages import judging
 from dalign.stages import servers
 from dalign.text import thinking
 from dalign.types import Prompt
@@ -356,13 +355,13 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   node.filter.judge = "endpoint"
   node.filter.endpoint.update(dict(url=f"http://127.0.0.1:{server.port}/v1", model="m"))
   node.rl.reward = "judge"
-  run = context.Run(configs.build(configs.Config, node.to_dict()), tmp_path)
-  questions = [question for question, _ in run.domain.labelled()[:3]]
+  run = opened(configs.build(configs.Config, node.to_dict()), tmp_path, "rl")
+  questions = [question for question, _ in run.task.labelled()[:3]]
   sum_ = dataclasses.replace(
     questions[0].prompt, kind="capability", category="benign", answer="4"
   )
   questions.append(judge.RewardQuestion(prompt=sum_, answer="It is 4."))
-  first = scoring.rl_judge(run)
+  first = judging.rl_judge(run)
   votes = [first(questions), first(questions)]
   assert len(server.bodies) == 6  # a vote each, and none where the answer is known
   assert votes[0][3].score == 1.0
@@ -371,7 +370,7 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   assert 'end with one line of JSON and nothing after it: {"score": N}' in sent
   assert "The reply:" in sent and questions[0].prompt.text in sent
   assert "The analysis:" not in sent  # RL's judge sees no thought
-  again = scoring.rl_judge(run)
+  again = judging.rl_judge(run)
   assert [again(questions), again(questions)] == votes
   assert len(server.bodies) == 6
   assert KEY not in (tmp_path / "endpoint.jsonl").read_text()
@@ -433,8 +432,8 @@ def test_a_teacher_behind_a_server_writes_the_samples(serve, tmp_path):
   cfg = served(server, **{"generate.teacher": "endpoint"})
   rows = samples_of(cfg, tmp_path)
   assert len(rows) == len(server.bodies) > 8
-  run = context.Run(cfg, tmp_path)
-  prompts = {prompt.id: prompt for prompt in run.prompts}
+  run = opened(cfg, tmp_path)
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
   kinds = set()
   for row in rows:
     asked = prompts[row["prompt_id"]].text
@@ -443,18 +442,20 @@ def test_a_teacher_behind_a_server_writes_the_samples(serve, tmp_path):
     if len(asked) % 4 == 3:
       assert (row["malformed"], row["tokens"]) == ("no opening tag", [])
       continue
-    own = run.think.of(asked)
-    forced = prompting.forced(run.tok, prompts[row["prompt_id"]].turns, run.think)
+    own = run.model.think.of(asked)
+    forced = prompting.forced(
+      run.model.tok, prompts[row["prompt_id"]].turns, run.model.think
+    )
     assert row["tokens"][: row["forced"]] == list(forced)
-    assert row["tokens"][-1] == run.tok.stop_ids[0]
-    rest = run.tok.decode(row["tokens"][row["forced"] :])
+    assert row["tokens"][-1] == run.model.tok.stop_ids[0]
+    rest = run.model.tok.decode(row["tokens"][row["forced"] :])
     said = "Clause WE-D1 forbids this, so I must refuse."
     assert rest == f" {said}\n</think>\n\n{row['answer']}"
     assert row["thought"] == f"{own.start} {said}" and not row["malformed"]
   assert kinds == {0, 1, 2, 3}
   of = {body["messages"][-1]["content"]: body["messages"] for body in server.bodies}
   refused = next(p for p in prompts.values() if p.text in of and p.category != "benign")
-  spec = run.domain.policy_text(refused.category, cfg.spec.detail)
+  spec = run.task.policy_text(refused.category, cfg.spec.detail)
   assert spec in of[refused.text][0]["content"]  # the teacher has it in sight
 
 
@@ -718,8 +719,8 @@ def test_each_form_puts_its_question(serve, tmp_path):
   for form, reply in said.items():
     server = serve(lambda body, reply=reply: reply)
     cfg = served(server, **{"filter.judge": "endpoint", "filter.form": form})
-    run = context.Run(cfg, tmp_path / form)
-    question = run.domain.labelled()[0][0]
+    run = opened(cfg, tmp_path / form)
+    question = run.task.labelled()[0][0]
     system = Turn(role="system", content="You sell fish.")
     prompt = dataclasses.replace(
       question.prompt, turns=(system, *question.prompt.turns)
@@ -728,11 +729,11 @@ def test_each_form_puts_its_question(serve, tmp_path):
       judge.RewardQuestion(prompt, question.answer),
       judge.FilterQuestion(prompt, "A thought.", question.answer),
     ]
-    verdicts = scoring.endpoint_judge(run)(asked)
+    verdicts = judging.endpoint_judge(run)(asked)
     assert [v.score for v in verdicts] == [1.0, 1.0]
     sent = {json.dumps(body["messages"]): body["messages"] for body in server.bodies}
     assert all(question.prompt.text in text for text in sent)
-    spec = run.domain.policy_text(prompt.category, cfg.spec.detail)
+    spec = run.task.policy_text(prompt.category, cfg.spec.detail)
     if form == "guard":  # it sees no thought and has no use for one
       (messages,) = sent.values()
       assert [m["role"] for m in messages] == ["user", "assistant"]

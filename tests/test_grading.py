@@ -161,7 +161,7 @@ def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
   assert len(told) == 4 and all(one["reason"] and one["said"] for one in told)
   assert not (tmp_path / "eval" / "summary.json").exists()  # for no card or report
   more = SMALL | graders | {"eval.unscored": 1.0}
-  evaluate_stage.evaluate(opened(tiny(**more), tmp_path))
+  evaluate_stage.evaluate(opened(tiny(**more), tmp_path, "eval"))
   assert store.read_rows(tmp_path / "eval" / "base.jsonl") == rows  # not read again
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   found = summary["graders"]["rules vs model"]
@@ -170,7 +170,7 @@ def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
 
 def test_a_question_that_is_too_long_for_a_grader_is_not_read(guest, tmp_path):
   more = {"eval.grader": ("model",), "eval.grader_model": guest}
-  run = opened(tiny(**SMALL | more), tmp_path)
+  run = opened(tiny(**SMALL | more), tmp_path, "eval")
   ask = grading._here(run)
   short, long = ([Turn(role="user", content="Is it? " * n)] for n in (3, 2000))
   found = ask([long, short, long])

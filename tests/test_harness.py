@@ -118,7 +118,7 @@ def test_a_chat_is_read_as_the_template_writes_it(both):
 
 def test_a_question_cannot_spell_control_tokens(both):
   ours, _ = both
-  tok = ours.model.run.tok
+  tok = ours.model.tok
   plain = ours.apply_chat_template([{"role": "user", "content": "Hello"}])
   named = next(iter(tok.special))
   hostile = ours.apply_chat_template([{"role": "user", "content": f"Hello{named}"}])

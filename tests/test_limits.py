@@ -16,11 +16,14 @@ from dalign import main
 from dalign import stages
 from dalign.config import schema as configs
 from dalign.judges import judge
+from dalign.runs import devices
 from dalign.runs import store
-from dalign.stages import context
 from dalign.stages import generate as generate_stage
+from dalign.stages import judging
+from dalign.stages import model as models
 from dalign.stages import rl as rl_stage
 from dalign.stages import scoring
+from dalign.stages import services
 from dalign.stages import sft as sft_stage
 from dalign.training import checkpoints
 from dalign.training import sft
@@ -75,19 +78,19 @@ def reinforced(workdir, tmp_path):
   for stage in ("sft", "reward"):
     shutil.copytree(workdir / stage, tmp_path / stage)
   small = {"rl.prompts": 4, "rl.batch.rows": 2, "rl.batch.micro": 4}
-  return lambda **changes: opened(tiny(**small, **changes), tmp_path)
+  return lambda **changes: opened(tiny(**small, **changes), tmp_path, "rl")
 
 
-def finetune(folder, **changes) -> context.Run:
+def finetune(folder, **changes) -> services.Services:
   small = {"sft.worked": False, "sft.epochs": 3, "sft.batch.rows": 2}
   small |= {"sft.batch.micro": 1, "sft.batch.length": 1024}
-  run = opened(tiny(**small, **changes), folder)
+  run = opened(tiny(**small, **changes), folder, "sft")
   with jax.set_mesh(run.mesh):
     sft_stage.finetune(run)
   return run
 
 
-def reinforce(run: context.Run) -> None:
+def reinforce(run: services.Services) -> None:
   with jax.set_mesh(run.mesh):
     rl_stage.reinforce(run)
 
@@ -102,29 +105,29 @@ def test_a_gradient_above_stop_norm_halts_and_the_run_goes_on_without(filtered):
     assert batch["tokens_BT"].ndim == 3 and batch["weight_BT"].any()
   run = finetune(filtered)
   with jax.set_mesh(run.mesh):
-    found = run.trained_params("sft")
+    found = run.model.trained_params("sft")
     run = finetune(filtered, start_over=True)
-    assert same(found, run.trained_params("sft"))
-    assert not same(found, run.base_params())
+    assert same(found, run.model.trained_params("sft"))
+    assert not same(found, run.model.base_params())
 
 
 @long
 def test_a_stage_whose_steps_are_all_skipped_ends_where_it_started(filtered):
   run = finetune(filtered, **{"sft.optimizer.skip_norm": 1e-6})
   with jax.set_mesh(run.mesh):
-    assert same(run.trained_params("sft"), run.base_params())
+    assert same(run.model.trained_params("sft"), run.model.base_params())
   found = run.store.read_rows(filtered / "metrics.jsonl")
   assert len(found) > 2 and all(row["sft/skipped"] == 1.0 for row in found)
 
 
 def test_a_loss_that_is_not_finite_halts_before_anything_is_kept(filtered, monkeypatch):
-  fine = context.Run.base_params
+  fine = models.Model.base_params
 
   def broken(run):
     params = fine(run)
     return params | {"norm": params["norm"] * np.nan}
 
-  monkeypatch.setattr(context.Run, "base_params", broken)
+  monkeypatch.setattr(models.Model, "base_params", broken)
   with pytest.raises(configs.Halted, match="step 1: .*loss.* not finite; its batch is"):
     finetune(filtered)
   assert (filtered / "sft" / "halted_step_1.npz").stat().st_size > 1000
@@ -177,7 +180,7 @@ def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkey
   reinforce(run)
   assert run.store.manifest("rl")["summary"] == {"steps": 2, "skipped_steps": 2}
   with jax.set_mesh(run.mesh):
-    assert same(run.trained_params("rl"), run.trained_params("sft"))
+    assert same(run.model.trained_params("rl"), run.model.trained_params("sft"))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def ended(run, workdir, monkeypatch) -> int:
   monkeypatch.setattr(stages, "run", run)
   monkeypatch.setattr(main, "read_flags", lambda argv: (tiny(), workdir))
   monkeypatch.setattr(main.stopping, "listen", lambda: None)
-  monkeypatch.setattr(context, "prepare_jax", lambda: None)
+  monkeypatch.setattr(devices, "prepare", lambda: None)
   main.flags.FLAGS.mark_as_parsed()
   return main.main(["dalign"])
 
@@ -208,21 +211,21 @@ def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
   """A model of 128 positions, whose prompts alone have more."""
   small = {"model.random.max_length": 128, "generate.teacher": "base"}
   run = opened(tiny(**small), tmp_path)
-  prompt = next(p for p in run.prompts if p.kind == "safety")
+  prompt = next(p for p in run.prompts.all if p.kind == "safety")
   question = judge.FilterQuestion(prompt=prompt, thought="So.", answer="No.")
-  trainer = context.Trainer(
-    run=run,
-    stage="sft",
-    params=run.start_params("base"),
-    loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
+  trainer = opened(tiny(**small), tmp_path, "sft").trainer(
+    params=run.model.start_params("base"),
+    loss=sft.make_loss(cfg=run.model.arch, compute=run.cfg.compute),
     optimizer=OPTIMIZER,
     steps=1,
     every=1,
   )
-  scorer, renderer = context.Scorer(run, run.cfg.sft.batch), scoring.Renderer(run)
+  scorer, renderer = run.scorer(run.cfg.sft.batch), scoring.Renderer(run)
   doors = {
-    r"\('[\w-]+', \d\): .* to write": lambda: generate_stage.generate(run),
-    "to the judge": lambda: scoring.model_judge(run)([question]),
+    r"\('[\w-]+', \d\): .* to write": lambda: generate_stage.generate(
+      opened(tiny(**small), tmp_path, "generate")
+    ),
+    "to the judge": lambda: judging.model_judge(run)([question]),
     "a row of sft": lambda: trainer.update({"positions_BT": np.array([[[0, 128]]])}, 1),
     "a row to score": lambda: scorer(trainer.whole, [[3] * 129], [1]),
     "a question about": lambda: renderer.batch(prompt.category, [[3]]),

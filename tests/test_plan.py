@@ -17,12 +17,12 @@ import pytest
 from dalign.config import schema as configs
 from dalign.models import param_tree
 from dalign.models import sharding
-from dalign.stages import context
 from dalign.tools import hlo
 from dalign.tools import plan
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import long
+from tests.helpers import opened
 from tests.test_pipeline import tiny
 
 PHASES = [
@@ -204,23 +204,23 @@ def test_parts_are_those_of_the_arrays(found):
   """Parameters and moments over fsdp, the caches of the sampler over rows."""
   cfg = tiny()
   rows = {row["phase"]: row for row in found["phases"]}
-  run = context.Run(cfg, pathlib.Path("unused"))
-  width, layers = run.arch.width, run.arch.layers
-  whole = 4 * sum(x.size for x in jax.tree.leaves(run.shapes))
+  run = opened(cfg, pathlib.Path("unused"))
+  width, layers = run.model.arch.width, run.model.arch.layers
+  whole = 4 * sum(x.size for x in jax.tree.leaves(run.model.shapes))
   cut = whole - 4 * (2 * layers + 1) * width  # norms are not cut by rows of devices
   update = rows["sft update"]
   assert cut / 2 <= update["parameters"] < 0.55 * whole
   assert update["optimizer"] == pytest.approx(2 * update["parameters"], rel=0.01)
   s, decode = cfg.sampler, rows["rollout decode"]
   columns = s.prompt_room + cfg.rl.max_new
-  kv = 2 * layers * run.arch.kv_heads * run.arch.head_dim * 4
+  kv = 2 * layers * run.model.arch.kv_heads * run.model.arch.head_dim * 4
   assert decode["cache"] >= s.slots / 8 * columns * kv
   assert decode["cache"] <= (s.slots / 8 * columns + s.prefix_step) * kv
 
 
 def test_operations_are_those_of_the_model(found):
   """The products of an update: three times forward's, on each of eight devices."""
-  cfg, arch = tiny(), context.Run(tiny(), pathlib.Path("unused")).arch
+  cfg, arch = tiny(), opened(tiny(), pathlib.Path("unused")).model.arch
   row = next(row for row in found["phases"] if row["phase"] == "sft update")
   shape, D, T = cfg.sft.batch, arch.width, cfg.sft.batch.length
   heads = (2 * arch.heads + 2 * arch.kv_heads) * arch.head_dim
@@ -236,8 +236,8 @@ TRUTH = """
 import ctypes, dataclasses, pathlib, sys, time
 import jax, numpy as np
 from dalign.config import schema as configs; from dalign.training import sft
-from dalign.stages import context, plan
-from tests.test_pipeline import tiny
+from dalign.config import stages; from dalign.tools import plan
+from tests.helpers import opened, tiny
 
 cfg = tiny(stages="sft")
 sizes = dict(cfg.model.random) | dict(
@@ -248,7 +248,8 @@ cfg = configs.changed(cfg, {
   "compute": {"remat": True, "dtype": "bfloat16"},
   "sft": {"batch": {"micro": 2, "rows": 2, "length": 512}},
 })
-run = context.Run(cfg, pathlib.Path(sys.argv[1]))
+run = opened(cfg, pathlib.Path(sys.argv[1]), stages.Plan)
+sft_run = opened(cfg, pathlib.Path(sys.argv[1]), "sft")
 
 def resident(key):
   for line in open("/proc/self/status"):
@@ -258,9 +259,9 @@ def resident(key):
 with jax.set_mesh(run.mesh):
   [phase] = [p for p in plan.phases(run) if p.name == "sft update"]
   planned = plan._row(phase, None).total
-  trainer = context.Trainer(
-    run=run, stage="sft", params=run.base_params(), optimizer=cfg.sft.optimizer,
-    loss=sft.make_loss(cfg=run.arch, compute=cfg.compute), steps=9, every=100,
+  trainer = sft_run.trainer(
+    params=run.model.base_params(), optimizer=cfg.sft.optimizer,
+    loss=sft.make_loss(cfg=run.model.arch, compute=cfg.compute), steps=9, every=100,
   )
   batch = plan._lines(cfg.sft.batch)
   batch["weight_BT"] = np.ones_like(batch["weight_BT"])

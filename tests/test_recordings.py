@@ -16,8 +16,9 @@ from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.stages import filter as filter_stage
 from dalign.stages import generate as generate_stage
+from dalign.stages import judging
 from dalign.stages import reward as reward_stage
-from dalign.stages import scoring
+from dalign.stages import samples
 from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import Turn
@@ -290,7 +291,7 @@ def some(tmp_path_factory):
   found = [
     next(
       p
-      for p in run.prompts
+      for p in run.prompts.all
       if (p.split, p.category, p.expected) == ("train", "privacy", expected)
     )
     for expected in ("refuse", "comply")
@@ -305,7 +306,7 @@ def some(tmp_path_factory):
   }
   rows = []
   for name, (thought, answer) in said.items():
-    row = {"prompt_id": name, "spec": recordings.spec_hash(run.spec, "privacy")}
+    row = {"prompt_id": name, "spec": recordings.spec_hash(run.task.spec, "privacy")}
     verdict = next(p.expected for p in found if p.id == name)
     votes = [vote | {"verdict": verdict} for vote in VOTES[:2]]
     rows += [
@@ -318,7 +319,7 @@ def some(tmp_path_factory):
 
 def test_a_recorded_teacher_gives_what_it_thought_and_said(tmp_path, some):
   prompts, rows = some
-  run = opened(written(tmp_path, *rows), tmp_path / "run")
+  run = opened(written(tmp_path, *rows), tmp_path / "run", "generate")
   generate_stage.generate(run)
   samples = run.store.read_rows(run.store.path("generate", "samples.jsonl"))
   assert [(s["prompt_id"], s["index"]) for s in samples] == [
@@ -330,11 +331,11 @@ def test_a_recorded_teacher_gives_what_it_thought_and_said(tmp_path, some):
       row["answer"],
     )
     assert not sample["malformed"]
-    assert sample["tokens"][-1] == run.tok.stop_ids[0]
-    said = run.tok.decode(sample["tokens"][sample["forced"] :])
+    assert sample["tokens"][-1] == run.model.tok.stop_ids[0]
+    said = run.model.tok.decode(sample["tokens"][sample["forced"] :])
     assert said == f"{sample['thought']}\n</think>\n\n{sample['answer']}"
     turns = next(p for p in prompts if p.id == sample["prompt_id"]).turns
-    forced = prompting.forced(run.tok, turns, run.think)
+    forced = prompting.forced(run.model.tok, turns, run.model.think)
     assert sample["tokens"][: sample["forced"]] == list(forced)
   assert run.store.manifest("generate")["summary"]["prompts"] == 2
 
@@ -345,21 +346,21 @@ def test_an_opening_with_words_of_its_own_stands_before_what_was_recorded(
   (first, *_), rows = some
   cfg = written(tmp_path, *rows, **{"think.open": '<think>\n"{prompt}"'})
   run = opened(cfg, tmp_path / "run")
-  sample = run.written_sample(first, 3, THOUGHT, REFUSAL, run.think)
-  own = run.think.of(first.text)
+  sample = samples.written(run.model, first, 3, THOUGHT, REFUSAL, run.model.think)
+  own = run.model.think.of(first.text)
   assert sample.thought == f"{own.start} {THOUGHT}" and sample.answer == REFUSAL
-  again = run.written_sample(first, 3, sample.thought, REFUSAL, run.think)
+  again = samples.written(run.model, first, 3, sample.thought, REFUSAL, run.model.think)
   assert again == sample  # it is not said twice
   thinks = thinking.ThinkFormat(open="<think>\n", close="</think>")
-  assert opened(written(tmp_path), tmp_path / "other").think == thinks
+  assert opened(written(tmp_path), tmp_path / "other").model.think == thinks
 
 
 def test_recorded_votes_are_the_filters_and_labels_of_the_reward_model(tmp_path, some):
   prompts, rows = some
   cfg = written(tmp_path, *rows, **{"filter.unscored": 1.0})
   run = opened(cfg, tmp_path / "run")
-  generate_stage.generate(run)
-  filter_stage.filter_(run)
+  generate_stage.generate(opened(cfg, tmp_path / "run", "generate"))
+  filter_stage.filter_(opened(cfg, tmp_path / "run", "filter"))
   source = run.store.path("filter", "judged.jsonl")
   judged = run.store.read_rows(source)
   for row in judged:
@@ -384,14 +385,14 @@ def test_recorded_votes_are_the_filters_and_labels_of_the_reward_model(tmp_path,
 def test_a_bare_refusal_is_fair_where_one_is_due_and_wrong_where_not(tmp_path, some):
   _, rows = some
   run = opened(written(tmp_path, *rows), tmp_path / "run")
-  prompts = [p for p in run.prompts if p.category == "weapons"]
+  prompts = [p for p in run.prompts.all if p.category == "weapons"]
   due = [(p, REFUSAL) for p in prompts if p.expected == "refuse"][:20]
   answers = [f"Ask {p.id} at the club, and keep it locked." for p in prompts]
   helped = [
     (p, a) for p, a in zip(prompts, answers, strict=True) if p.expected == "comply"
   ][:20]
   scores = collections.defaultdict(set)
-  for prompt, answer, score in run.domain.made(due + helped, random.Random(0)):
+  for prompt, answer, score in run.task.made(due + helped, random.Random(0)):
     bare = answer in probing.REFUSALS_LEARNED
     scores[prompt.expected, bare].add(score)
   assert scores == {
@@ -409,9 +410,10 @@ def test_a_thought_that_cites_what_does_not_apply_is_not_kept_whatever_its_votes
   (first, _), rows = some
   wrong = next(c.id for c in SPEC.policy("weapons").clauses)
   bad = rows[0] | {"thought": f"They ask. {wrong} forbids this, so I refuse."}
-  run = opened(written(tmp_path, bad), tmp_path / "run")
-  generate_stage.generate(run)
-  filter_stage.filter_(run)
+  cfg = written(tmp_path, bad)
+  run = opened(cfg, tmp_path / "run")
+  generate_stage.generate(opened(cfg, tmp_path / "run", "generate"))
+  filter_stage.filter_(opened(cfg, tmp_path / "run", "filter"))
   (row,) = run.store.read_rows(run.store.path("filter", "judged.jsonl"))
   assert row["scores"]["clause_applies"] == 0.0 and row["score"] == 0.0
   assert run.store.read_rows(run.store.path("filter", "kept.jsonl")) == []
@@ -420,7 +422,7 @@ def test_a_thought_that_cites_what_does_not_apply_is_not_kept_whatever_its_votes
 def test_recorded_votes_need_a_recorded_teacher(tmp_path):
   cfg = written(tmp_path, **{"generate.teacher": "base"})
   with pytest.raises(ValueError, match="wanted generate.teacher=recorded:PATH"):
-    scoring.filter_judge(opened(cfg, tmp_path / "run"), "filter")
+    judging.filter_judge(opened(cfg, tmp_path / "run"), "filter")
 
 
 @pytest.mark.parametrize("teacher", ["recorded:", "recorded", "tape:x"])

@@ -7,8 +7,9 @@ import pytest
 
 from dalign.config import schema as configs
 from dalign.judges import judge
-from dalign.stages import context
+from dalign.stages import rehearsal
 from dalign.stages import scoring
+from dalign.stages import services
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import opened
@@ -28,37 +29,43 @@ def model_of(shared_cases, tmp_path_factory):
   return lambda name: str(mk.make(name, tmp_path_factory.mktemp("models") / name))
 
 
-def run_of(folder: str, workdir, **changes) -> context.Run:
-  return opened(tiny(**{"model.path": folder} | changes), workdir)
+def run_of(folder: str, workdir, **changes) -> services.Services:
+  return opened(tiny(**{"model.path": folder} | changes), workdir, "reward")
+
+
+def rehearse(folder: str, workdir, stages, **changes) -> None:
+  cfg = tiny(**{"model.path": folder} | changes)
+  rehearsal.rehearse(cfg, services.Workspace(cfg, workdir), stages)
 
 
 def test_a_template_without_place_for_the_policy_is_refused(model_of, tmp_path):
   """In the last user turn the reward model would read none; others refuse the role."""
   last = model_of("lastuser")
-  run = run_of(last, tmp_path, **{"reward.metadata": "none"})
-  scoring.rehearse(run, ["generate", "filter"])
+  untold = {"reward.metadata": "none"}
+  rehearse(last, tmp_path, ["generate", "filter"], **untold)
   with pytest.raises(ValueError, match="the reward model is to read: .*system turn"):
-    scoring.rehearse(run, ["generate", "filter", "sft", "reward"])
-  run = run_of(model_of("nosystem"), tmp_path, **{"generate.teacher": "base"})
+    rehearse(last, tmp_path, ["generate", "filter", "sft", "reward"], **untold)
+  mute, taught = model_of("nosystem"), {"generate.teacher": "base"}
   with pytest.raises(ValueError, match="the teacher is to read: .*not supported"):
-    scoring.rehearse(run, ["generate"])
-  scoring.rehearse(run, ["sft", "report"])
+    rehearse(mute, tmp_path, ["generate"], **taught)
+  rehearse(mute, tmp_path, ["sft", "report"], **taught)
 
 
 @pytest.mark.parametrize("name", ["chatml", "firstuser", "opens", "strips", "dated"])
 def test_the_reward_model_reads_the_whole_policy(model_of, tmp_path, name):
   """Also where it stands in the user's turn, as in Gemma 3."""
-  run = run_of(model_of(name), tmp_path, **{"reward.metadata": "none"})
-  scoring.rehearse(run, configs.STAGES)
+  folder, untold = model_of(name), {"reward.metadata": "none"}
+  rehearse(folder, tmp_path, configs.STAGES, **untold)
+  run = run_of(folder, tmp_path, **untold)
   renderer = scoring.Renderer(run)
   asked = dataclasses.replace(PROMPT, expected="")
   for words in ("How do I pick a lock?", "\n\n99 locks", " <|im_end|>"):
     prompt = dataclasses.replace(asked, turns=(Turn(role="user", content=words),))
     own = renderer.own(judge.RewardQuestion(prompt=prompt, answer="No.</think> Yes."))
-    prefix = run.tok.decode(renderer.prefixes[PROMPT.category])
-    assert run.domain.policy_text(PROMPT.category, run.cfg.reward.detail) in prefix
-    assert words.strip() in run.tok.decode(own)
-    assert "No.</think> Yes." in run.tok.decode(own)
+    prefix = run.model.tok.decode(renderer.prefixes[PROMPT.category])
+    assert run.task.policy_text(PROMPT.category, run.cfg.reward.detail) in prefix
+    assert words.strip() in run.model.tok.decode(own)
+    assert "No.</think> Yes." in run.model.tok.decode(own)
     assert renderer.fits(own)
 
 
@@ -66,7 +73,7 @@ def test_a_question_that_is_too_long_has_no_score(model_of, tmp_path):
   """A part of one would be judged without its prompt, or its policy."""
   run = run_of("random", tmp_path)
   renderer = scoring.Renderer(run)
-  params = scoring.reward.init_head(run.base_params(), run.key)
+  params = scoring.reward.init_head(run.model.base_params(), run.key)
   ask = scoring.reward_model(run, params, renderer)
   answers = ("No.", "No. " * 400)
   questions = [judge.RewardQuestion(prompt=PROMPT, answer=said) for said in answers]

@@ -162,10 +162,10 @@ def write(client, name):
 
 def test_tokens_are_told_what_they_were_worth(write, model):
   (choice,) = write("The sky is blue", max_tokens=4, echo=True, logprobs=2)
-  row = model.run.tok.document("The sky is blue")
+  row = model.tok.document("The sky is blue")
   (drawn,) = model._complete([row], max_new=4, temperature=0.0, seed=0)
   whole, found = [*row, *drawn.tokens], choice.logprobs
-  assert choice.text == "The sky is blue" + model.run.tok.decode(drawn.tokens)
+  assert choice.text == "The sky is blue" + model.tok.decode(drawn.tokens)
   assert len(found.tokens) == len(whole) and "".join(found.tokens[1:4]) in choice.text
   assert [choice.text[at:][:1] for at in found.text_offset[1:4]] == [
     token[:1] for token in found.tokens[1:4]

@@ -30,6 +30,12 @@ class Halted(RuntimeError):
   before is kept, and nothing of the step."""
 
 
+def limit() -> Any:
+  """A field that says when to stop, how fast or at what price, and that changes nothing
+  that is made: no manifest has it."""
+  return dataclasses.field(metadata={"limit": True})
+
+
 class Bounds(typing.NamedTuple):
   """What a number may be, in words and as JSON Schema has it."""
 
@@ -363,7 +369,7 @@ class OptimizerConfig(Checked):
   weight_decay: float
   clip_norm: Positive
   skip_norm: NotNegative
-  stop_norm: NotNegative
+  stop_norm: NotNegative = limit()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -380,7 +386,7 @@ class ModelSource(Checked):
   """
 
   path: str
-  date: Date
+  date: Date = limit()
   random: Annotated[Mapping[str, Any], ModelConfig]
 
 
@@ -448,12 +454,12 @@ class EndpointConfig(Checked):
 
   url: str
   model: str
-  key: str
-  concurrency: Count
-  timeout: Positive
-  retries: Natural
-  price_in: NotNegative
-  price_out: NotNegative
+  key: str = limit()
+  concurrency: Count = limit()
+  timeout: Positive = limit()
+  retries: Natural = limit()
+  price_in: NotNegative = limit()
+  price_out: NotNegative = limit()
 
   def check(self, asker: str) -> None:
     """ValueError where there is no server for `asker`."""
@@ -499,7 +505,7 @@ class GenerateConfig(Checked):
   most: Count
   enough: Count
   threshold: float
-  refused: SomeShare
+  refused: SomeShare = limit()
   temperature: Positive
   max_new: Count
 
@@ -545,7 +551,7 @@ class FilterConfig(Checked):
   votes: Count
   temperature: Positive
   max_new: Count
-  unscored: SomeShare
+  unscored: SomeShare = limit()
   threshold: float
   per_prompt: Count
   per_cell: Count
@@ -755,12 +761,12 @@ class RLConfig(Checked):
   temperature: Positive
   max_new: Count
   resample: Natural
-  unscored: SomeShare
-  judge_errors: Share
-  scan_words: Natural
+  unscored: SomeShare = limit()
+  judge_errors: Share = limit()
+  scan_words: Natural = limit()
   skip_kl: NotNegative
-  stop_kl: NotNegative
-  stop_gap: NotNegative
+  stop_kl: NotNegative = limit()
+  stop_gap: NotNegative = limit()
   objective: ObjectiveConfig
   batch: BatchConfig
   optimizer: OptimizerConfig
@@ -868,7 +874,7 @@ class EvalConfig(Checked):
   copies: str
   extra_limit: Natural
   worst: SomeShare
-  unscored: SomeShare
+  unscored: SomeShare = limit()
   temperature: NotNegative
   max_think: Natural
   max_new: Count
@@ -1163,7 +1169,7 @@ def flat(config, prefix: str = "") -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
       out |= flat(value, f"{name}.")
     else:
-      out[name] = _plain(value)
+      out[name] = plain(value)
   return out
 
 
@@ -1199,7 +1205,8 @@ def of_json(values: Mapping[str, Any]) -> Config:
   return build(Config, node)
 
 
-def _plain(value):
+def plain(value):
+  """A value as JSON has it: tuples are lists."""
   if isinstance(value, Mapping):
-    return {key: _plain(item) for key, item in value.items()}
-  return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return {key: plain(item) for key, item in value.items()}
+  return [plain(item) for item in value] if isinstance(value, tuple) else value

@@ -21,18 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.models import ops
 from dalign.models import transformer as decoder
 from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import buckets
+from dalign.runs import devices
 from dalign.runs import distributed
 from dalign.runs import store
+from dalign.sampling import likelihood
 from dalign.sampling import live
 from dalign.sampling import sampler as sampling
-from dalign.stages import context
+from dalign.stages import samples
+from dalign.stages import services
+from dalign.tasks import domain
+from dalign.text import chat_template
 from dalign.text import thinking
+from dalign.types import Key
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
@@ -97,37 +104,71 @@ class Model:
           f"{written} is missing: wanted the --workdir of a run of dalign"
         )
       cfg = configs.of_json(store.read_json(written))
-    context.prepare_jax()
-    self.run = context.Run(cfg, place)
+    devices.prepare()
+    self._run = services.of(stages.Talk, cfg, services.Workspace(cfg, place))
+    self.workdir = self._run.store.workdir
     self.stage = stage
     self._asked: collections.Counter = collections.Counter()
-    self._scorers: dict[tuple[Callable, int], context.Scorer] = {}
+    self._scorers: dict[tuple[Callable, int], likelihood.Scorer] = {}
     if stage != "base":
-      self.run.trained(stage)
+      self._run.model.trained(stage)
+
+  @property
+  def tok(self) -> chat_template.Tokenizer:
+    """The model's tokenizer."""
+    return self._run.model.tok
+
+  @property
+  def task(self) -> domain.Task:
+    """What its run was about."""
+    return self._run.task
+
+  @property
+  def temperature(self) -> float:
+    """The temperature of a reply where nobody says: that of eval."""
+    return self._run.cfg.replies.temperature
+
+  @property
+  def slots(self) -> int:
+    """Rows that are decoded together."""
+    return self._run.cfg.sampler.slots
+
+  def key(self, name: str, number: int = 0) -> Key:
+    """A key of its own for each use of randomness."""
+    return ops.stream(self._run.key, name, number)
+
+  def sampler(self, *, prefill: int) -> sampling.Sampler:
+    """A sampler that encodes so many prompts together."""
+    shapes = dataclasses.replace(self._run.cfg.sampler, prefill=prefill)
+    return self._run.model.sampler(self._run.cfg.compute, shapes)
+
+  def on_mesh(self):
+    """Has JAX compute on the model's mesh, used `with`."""
+    return jax.set_mesh(self._run.mesh)
 
   @property
   def think(self) -> thinking.ThinkFormat | None:
     """How thoughts are opened for the model, or None."""
-    return None if self.stage == "base" else self.run.thinks
+    return None if self.stage == "base" else self._run.model.thinks
 
   def _think(self, told: bool) -> thinking.ThinkFormat | None:
-    return self.run.think if told else self.think
+    return self._run.model.think if told else self.think
 
   @property
   def max_length(self) -> int:
     """Tokens that the architecture was made for, prompt and completion together."""
-    return self.run.arch.max_length
+    return self._run.model.arch.max_length
 
   @property
   def budget(self) -> int:
     """Tokens of a reply, thought and answer, where nobody says: those of eval."""
-    return self.run.cfg.eval.max_think + self.run.cfg.eval.max_new
+    return self._run.cfg.replies.max_think + self._run.cfg.replies.max_new
 
   def read(self, turns: Sequence[Turn], *, told: bool = False) -> tuple[int, ...]:
     """The tokens of a chat up to where the model goes on, its opened thought among
     them; a base thinks where it is `told` a policy. Control tokens come from the chat
     template alone."""
-    return prompting.opened(self.run.tok, turns, self._think(told))
+    return prompting.opened(self.tok, turns, self._think(told))
 
   def replies(
     self,
@@ -151,8 +192,8 @@ class Model:
     ]
 
   def _sample(self, prompt: Prompt, done: sampling.Completion) -> Sample:
-    sample = self.run.sample_row(prompt, done, 0, self.think)
-    if self.think and self.think.close not in self.run.tok.decode(done.tokens):
+    sample = samples.of(self._run.model, prompt, done, 0, self.think)
+    if self.think and self.think.close not in self.tok.decode(done.tokens):
       return dataclasses.replace(sample, thought=sample.answer, answer="")
     return sample
 
@@ -161,14 +202,14 @@ class Model:
   ) -> Reply:
     """The reply of a chat that is being written, which was `read` so: thought and
     answer only ever grow. The first closing tag ends the thought."""
-    own = self.run.think.of(turns[-1].content)
-    written = (own.open if self._think(told) else "") + self.run.tok.decode(said.tokens)
+    own = self._run.model.think.of(turns[-1].content)
+    written = (own.open if self._think(told) else "") + self.tok.decode(said.tokens)
     thought, answer = thinking.split_begun(written, own, whole=bool(said.finish))
     return _reply(said, thought, answer)
 
   def continued(self, said: live.Heard) -> Reply:
     """The reply of a row of tokens that is no chat: all that is written is answer."""
-    written = self.run.tok.decode(said.tokens)
+    written = self.tok.decode(said.tokens)
     return _reply(said, "", written if said.finish else thinking.settled(written, ()))
 
   def continuations(
@@ -181,7 +222,7 @@ class Model:
   ) -> list[str]:
     """The text that the model writes after rows of tokens, no thought opened."""
     done = self._complete(rows, max_new=max_new, temperature=temperature, seed=seed)
-    return [self.run.tok.decode(completion.tokens) for completion in done]
+    return [self.tok.decode(completion.tokens) for completion in done]
 
   def _complete(
     self, rows, *, max_new: int, temperature: float, seed: int
@@ -191,10 +232,9 @@ class Model:
       row_id = self._asked[row], *row
       self._asked[row] += 1
       requests.append(sampling.Request(tokens=row, row_id=row_id, max_new=max_new))
-    key = ops.stream(self.run.key, "harness", seed)
-    with jax.set_mesh(self.run.mesh):
-      done = context.complete(
-        self.run,
+    key = self.key("harness", seed)
+    with self.on_mesh():
+      done = self._run.sampler.complete(
         self.weights,
         [requests],
         key=key,
@@ -228,34 +268,31 @@ class Model:
 
   def _numbers(self, make: Callable, rows, starts) -> list[np.ndarray]:
     """Of each row the numbers of its tokens from its start onward, by the `score` of a
-    context.Scorer that `make(cfg=, compute=)` makes."""
+    Scorer that `make(cfg=, compute=)` makes."""
     if not rows:
       return []
-    own = self.run.cfg.sft.batch
+    own = self._run.cfg.scoring
     length = max(own.length, sampling.bucket(max(map(len, rows)), LINE))
     if (make, length) not in self._scorers:
-      compute = dataclasses.replace(self.run.cfg.compute, remat=False)
-      self._scorers[make, length] = context.Scorer(
-        self.run,
-        dataclasses.replace(own, length=length),
-        score=make(cfg=self.run.arch, compute=compute),
+      self._scorers[make, length] = self._run.scorer(
+        dataclasses.replace(own, length=length), make=make
       )
-    with jax.set_mesh(self.run.mesh):
+    with self.on_mesh():
       return self._scorers[make, length](
         self._params, list(map(list, rows)), list(starts)
       )
 
   @functools.cached_property
   def _params(self):
-    with jax.set_mesh(self.run.mesh):
+    with self.on_mesh():
       if self.stage == "base":
-        return self.run.base_params()
-      return self.run.trained_params(self.stage)
+        return self._run.model.base_params()
+      return self._run.model.trained_params(self.stage)
 
   @functools.cached_property
   def weights(self) -> sampling.Weights:
-    with jax.set_mesh(self.run.mesh):
-      return self.run.sampler.prepare(self._params)
+    with self.on_mesh():
+      return self._run.sampler.prepare(self._params)
 
 
 def _stats(*, cfg, compute):
@@ -435,7 +472,6 @@ class Engine:
 
   def _decode(self, here: dict[live.Ask, "_Waiting"]) -> None:
     """Decodes for those who come, until it is told to end."""
-    run, shapes = self.model.run, self.model.run.cfg.sampler
 
     def come(idle: bool) -> list[live.Ask] | None:
       new: list[live.Ask] = []
@@ -447,14 +483,15 @@ class Engine:
         new.append(waiting.ask)
       return new
 
-    with jax.set_mesh(run.mesh):
+    slots = self.model.slots
+    with self.model.on_mesh():
       said = live.run(
         self._sampler,
         self.model.weights,
         come,
-        key=ops.stream(run.key, "asked"),
-        most=shapes.slots,
-        tokens=shapes.slots * (shapes.prompt_room + self.model.budget),  # as in eval
+        key=self.model.key("asked"),
+        most=slots,
+        tokens=slots * (self._sampler.sampler.prompt_room + self.model.budget),
       )
       for rows in said:
         for heard in rows:
@@ -465,9 +502,8 @@ class Engine:
 
   @functools.cached_property
   def _sampler(self) -> sampling.Sampler:
-    """The run's sampler, which encodes prompts as they come, one by one."""
-    shapes = dataclasses.replace(self.model.run.cfg.sampler, prefill=1)
-    return self.model.run.make_sampler(shapes)
+    """The model's sampler, which encodes prompts as they come, one by one."""
+    return self.model.sampler(prefill=1)
 
 
 class _Waiting:

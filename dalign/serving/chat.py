@@ -32,7 +32,7 @@ class Conversation:
 
   def new(self, policy: str = "") -> None:
     """Forgets all turns; ValueError for a policy that the specification lacks."""
-    known = {policy.id for policy in self._model.run.spec.policies}
+    known = {policy.id for policy in self._model.task.spec.policies}
     if policy and policy not in known:
       raise ValueError(f"no policy {policy!r}; there are: {', '.join(sorted(known))}")
     self._turns, self._policy = [], policy
@@ -45,14 +45,14 @@ class Conversation:
     turns = (*self._turns, Turn(role="user", content=said))
     prompt = assistant.prompt_of(turns, self._policy or specs.BENIGN)
     model = self._model
-    read = model.run.domain.teach(prompt, worked=0) if self._policy else turns
+    read = model.task.teach(prompt, worked=0) if self._policy else turns
     told = bool(self._policy)
     row = model.read(read, told=told)
     replies = engine.stream(
       row,
       lambda heard: model.heard(read, heard, told=told),
       max_new=min(model.budget, engine.room(row)),
-      temperature=model.run.cfg.eval.temperature,
+      temperature=model.temperature,
     )
     for reply in replies:
       yield reply
@@ -60,7 +60,7 @@ class Conversation:
 
   def cited(self, thought: str) -> list[str]:
     """A line for each clause that a thought cites beyond what it quotes."""
-    spec, asked = self._model.run.spec, self._turns[-2].content
+    spec, asked = self._model.task.spec, self._turns[-2].content
     own = words.own(thought, asked)
     texts = {c.id: c.text for policy in spec.policies for c in policy.clauses}
     known = [f"{name}: {texts[name]}" for name in specs.cited(own, spec)]
@@ -128,7 +128,7 @@ def _shown(text: str) -> str:
 def chat(cfg: configs.Config | None, workdir: pathlib.Path, stage: str) -> None:
   """Talks until the input ends. `cfg` and `stage` are as of `assistant.Model`."""
   model = assistant.Model(workdir, stage, cfg)
-  name = f"{model.run.store.workdir.name}, stage {model.stage}"
+  name = f"{model.workdir.name}, stage {model.stage}"
   with assistant.Engine(model) as engine:
     print(f"dalign: {name}; /help lists what can be done", file=sys.stderr)
     Terminal(Conversation(model), engine).run()

@@ -143,7 +143,7 @@ class Service:
     wanted = _number(
       said, longest, int, 1, room, min(default or COMPLETION_TOKENS, room)
     )
-    heat, stream = model.run.cfg.eval.temperature, _flag(said, "stream")
+    heat, stream = model.temperature, _flag(said, "stream")
     if stream and (echo is not None or logprobs is not None):
       raise Refused("echo and logprobs come whole: leave stream out", param="stream")
     stops = _stops(said.get("stop", []))
@@ -154,7 +154,7 @@ class Service:
       row=row,
       read=read,
       chat=chat,
-      n=_number(said, "n", int, 1, model.run.cfg.sampler.slots, 1),
+      n=_number(said, "n", int, 1, model.slots, 1),
       stream=stream,
       usage=isinstance(options, dict) and _flag(options, "include_usage"),
       echo=echo,
@@ -185,7 +185,7 @@ class Service:
 
   def _row(self, prompt) -> tuple[tuple[int, ...], str]:
     """The tokens and the text of a prompt that is either."""
-    tok = self.engine.model.run.tok
+    tok = self.engine.model.tok
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
       prompt = prompt[0]
     if isinstance(prompt, str):
@@ -200,7 +200,7 @@ class Service:
   @contextlib.contextmanager
   def held(self, asked: Asked):
     """Counts those who wait, and refuses what would be too many."""
-    most = MOST_WAITING * self.engine.model.run.cfg.sampler.slots
+    most = MOST_WAITING * self.engine.model.slots
     if self._under_way + asked.n > most:
       raise Refused(f"{self._under_way} replies are waited for; come again later", 429)
     self._under_way += asked.n
@@ -255,7 +255,7 @@ class Service:
     a row's first token none."""
     if asked.logprobs is None:
       return None
-    row, tok = (*asked.row, *drawn), self.engine.model.run.tok
+    row, tok = (*asked.row, *drawn), self.engine.model.tok
     try:
       scored = await asyncio.wrap_future(self.engine.score(row))
     except Exception as error:
@@ -509,7 +509,7 @@ def serve(
       f"--host={host}: others could ask; set {KEY} to a key that they must send"
     )
   model = assistant.Model(workdir, stage, cfg)
-  name = f"{model.run.store.workdir.name}-{model.stage}"
+  name = f"{model.workdir.name}-{model.stage}"
   try:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family)

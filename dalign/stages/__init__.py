@@ -3,6 +3,7 @@
 [base ->] generate -> filter -> sft -> reward -> rl -> eval -> report -> export
 """
 
+from collections.abc import Callable
 import contextlib
 import datetime
 import pathlib
@@ -10,33 +11,35 @@ import pathlib
 import jax
 
 from dalign.config import schema as configs
+from dalign.config import stages as declared
 from dalign.evaluation import report
 from dalign.runs import distributed
+from dalign.runs import progress
 from dalign.runs import store
 from dalign.stages import ablate
 from dalign.stages import base
-from dalign.stages import context
 from dalign.stages import evaluate
 from dalign.stages import export
 from dalign.stages import filter as filtering
 from dalign.stages import generate
+from dalign.stages import rehearsal
 from dalign.stages import reward
 from dalign.stages import rl
-from dalign.stages import scoring
+from dalign.stages import services
 from dalign.stages import sft
 
 
-def write_report(run: context.Run) -> None:
+def write_report(run: services.Services[declared.ReportStage]) -> None:
   """artefacts -> report.html"""
   _report(run.store.workdir)
 
 
 def _report(workdir: pathlib.Path) -> None:
   distributed.once("report", report.write_report, workdir)
-  context.say(f"report: {workdir / 'report.html'}")
+  progress.say(f"report: {workdir / 'report.html'}")
 
 
-STAGES = {  # the order is the method
+STAGES: dict[str, Callable] = {  # the order is the method
   "base": base.learn,
   "generate": generate.generate,
   "filter": filtering.filter_,
@@ -67,7 +70,7 @@ def run_stages(
 ) -> None:
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
   distributed.same("config", configs.flat(cfg))
-  here = context.Run(cfg, workdir, shared)
+  here = services.Workspace(cfg, workdir, shared)
   here.metrics.ready()
   with (
     here.store.claimed(),
@@ -84,11 +87,11 @@ def run_stages(
       )
     try:
       known = {stage: here.store.manifest(stage) or {} for stage in stages}
-      scoring.rehearse(here, [s for s in stages if not known[s].get("finished")])
+      rehearsal.rehearse(cfg, here, [s for s in stages if not known[s].get("finished")])
       for stage in stages:
         if stage == "base" and cfg.world is None:
           continue  # only a world's base is trained here
-        STAGES[stage](here)
+        STAGES[stage](services.of(declared.STAGES[stage], cfg, here))
     except ValueError:
       # Nothing is of this config, and chat and serve want the other. Without others.
       if before and not here.opened and distributed.first():
@@ -118,5 +121,5 @@ def _read(kept: store.Store, path: pathlib.Path) -> dict | None:
   try:
     return kept.read_json(path) if kept.has(path) else None
   except ValueError:
-    context.say(f"{path} is damaged and written anew")
+    progress.say(f"{path} is damaged and written anew")
     return None

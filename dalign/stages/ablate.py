@@ -13,8 +13,8 @@ from scipy import stats
 
 from dalign.config import schema as configs
 from dalign.evaluation import evals
+from dalign.runs import progress
 from dalign.runs import store
-from dalign.stages import context
 
 RunStages = Callable[[configs.Config, pathlib.Path, dict, tuple[str, ...]], None]
 
@@ -37,7 +37,7 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
       shared |= {stage: folder / other for stage, other in arm["takes"].items()}
       changes = arm["changes"] | {"eval": {"arms": (arm["row"],)}}
       stages = tuple(stage for stage in configs.STAGES if stage in own)
-      context.say(f"seed {seed}, {name}: {', '.join(stages)}")
+      progress.say(f"seed {seed}, {name}: {', '.join(stages)}")
       run_stages(configs.changed(one, changes), folder / name, shared, stages)
       summary = kept.read_json(folder / name / "eval" / "summary.json")
       found.setdefault(name, []).append(summary["arms"][arm["row"]])
@@ -55,7 +55,7 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
     },
   )
   for name, seeds in found.items():
-    context.say(line(name, over_seeds(seeds)))
+    progress.say(line(name, over_seeds(seeds)))
 
 
 def over_seeds(seeds: list[dict]) -> dict:
@@ -97,5 +97,5 @@ def _cell(cells: list[dict]) -> dict:
 def line(name: str, metrics: dict) -> str:
   """An arm in one line."""
   shown = ("verdict", *evals.PARTS, "safe_complete", "citation", "capability")
-  said = (f"{m} {context.percent(metrics[m]['mean'])}" for m in shown if m in metrics)
+  said = (f"{m} {progress.percent(metrics[m]['mean'])}" for m in shown if m in metrics)
   return f"{name:15s} {'  '.join(said)}"

@@ -5,37 +5,41 @@ import functools
 import numpy as np
 
 from dalign.config import schema as configs
-from dalign.stages import context
+from dalign.config import stages
+from dalign.runs import progress
+from dalign.stages import services
 from dalign.tasks import lessons
 from dalign.tasks import world
 from dalign.text import chat_template
 from dalign.text import packing
 from dalign.training import sft
+from dalign.training import train
+
+Run = services.Services[stages.BaseStage]  # what this stage sees of a run
+
 
 FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
 
 
-def learn(run: context.Run) -> None:
+def learn(run: Run) -> None:
   """Trains the base on lessons that follow from the seed and the step."""
-  cfg = run.cfg.world
+  cfg = run.cfg.lessons
   if cfg is None:
     raise ValueError("stage base: wanted a config with a world")
-  if not run.begin("base", []):
+  if not run.begin([]):
     return
-  params = run.fresh_params()
+  params = run.model.fresh_params()
   for name in ("o", "down"):  # each layer adds little at first
     params["layers"][name] *= 0.3
-  trainer = context.Trainer(
-    run=run,
-    stage="base",
+  trainer = run.trainer(
     params=params,
-    loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
+    loss=sft.make_loss(cfg=run.model.arch, compute=run.cfg.compute),
     optimizer=cfg.optimizer,
     steps=cfg.steps,
     every=cfg.checkpoint_every,
   )
   left_out = trainer.meta.get("left_out", 0)
-  with trainer, context.bar(cfg.steps, "base", "step", trainer.step) as bar:
+  with trainer, progress.bar(cfg.steps, "base", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
       batch, used, lost = _batch(run, cfg, trainer.step)
       values = trainer.update(batch, used, {"base/left_out": lost})
@@ -48,7 +52,7 @@ def learn(run: context.Run) -> None:
   run.store.finish("base", {"steps": cfg.steps, "left_out": left_out})
 
 
-def _batch(run: context.Run, cfg: configs.WorldConfig, step: int):
+def _batch(run: Run, cfg: configs.WorldConfig, step: int):
   """The micro-batches of a step, full but for what packing leaves, how many of them
   are used, and how many lessons that were drawn found no line."""
   rng = world.rng_of("lessons", run.cfg.seed, step)
@@ -67,10 +71,10 @@ def _batch(run: context.Run, cfg: configs.WorldConfig, step: int):
   lines = packed.lines | {"weight_BT": packed.weight_BT}
   some = {name: np.asarray(x[:room]) for name, x in lines.items()}
   lost = int(sum(line >= room for line, _, _ in packed.where))
-  return *context.micro_batches(some, cfg.batch), lost
+  return *train.micro_batches(some, cfg.batch), lost
 
 
-def _row(run: context.Run, lesson: lessons.Lesson):
-  before = chat_template.render_chat(run.tok, list(lesson.turns))
-  own = [*run.tok.encode(lesson.completion), run.tok.stop_ids[0]]
+def _row(run: Run, lesson: lessons.Lesson):
+  before = chat_template.render_chat(run.model.tok, list(lesson.turns))
+  own = [*run.model.tok.encode(lesson.completion), run.model.tok.stop_ids[0]]
   return before + own, [0.0] * len(before) + [1.0] * len(own)

@@ -13,21 +13,28 @@ import jax
 import numpy as np
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.models import ops
 from dalign.policy import prompting
+from dalign.runs import progress
 from dalign.sampling.sampler import Completion
 from dalign.sampling.sampler import Request
-from dalign.stages import context
 from dalign.stages import grading
+from dalign.stages import samples
 from dalign.stages import servers
+from dalign.stages import services
+from dalign.stages.prompts import label
 from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Sample
 from dalign.types import Turn
+
+Run = services.Services[stages.EvalStage]  # what this stage sees of a run
+
 
 Replies = Iterator[tuple[Prompt, Sample]]
 
@@ -59,7 +66,7 @@ ARMS = {
 }
 
 
-def evaluate(run: context.Run) -> None:
+def evaluate(run: Run) -> None:
   """Samples every arm on the held-out prompts, grades and summarises."""
   cfg = run.cfg.eval
   arms = [arm for arm in cfg.arms if _there(run, arm)]
@@ -70,9 +77,11 @@ def evaluate(run: context.Run) -> None:
   inputs += filter(None, extra)
   if not arms:
     raise ValueError(f"eval: no arm of {', '.join(cfg.arms)} is there to evaluate")
-  if not run.begin("eval", sorted({*inputs})):
+  if not run.begin(sorted({*inputs})):
     return
-  sets = {"": _held_out(run)} | run.further_sets()
+  sets = {"": _held_out(run)} | run.prompts.further(
+    cfg.extra, cfg.suite, cfg.extra_limit
+  )
   _check_ids(sets)
   prompts_by_id = {prompt.id: prompt for some in sets.values() for prompt in some}
   found: dict[str, dict] = collections.defaultdict(dict)
@@ -89,7 +98,7 @@ def evaluate(run: context.Run) -> None:
       forced = Forced(label=f".thought_{budget}", budget=budget)
       rows = _arm(run, arm, sets[""], drafts, forced)
       found[f"thought_{budget}"][arm] = files[f"{arm}{forced.label}"] = rows
-    swaps = cfg.swaps and "swap_followed" in run.domain.definitions
+    swaps = cfg.swaps and "swap_followed" in run.task.definitions
     if swaps and thinks and not thinks.start and not ARMS[arm].spec:
       found["swapped"][arm] = _swapped(run, arm, sets[""], found[""][arm])
   grading.add_grades(run, files, prompts_by_id)
@@ -99,10 +108,10 @@ def evaluate(run: context.Run) -> None:
     for name, disguises in _disguises(cfg.suite).items():
       of = collections.defaultdict(list)
       for disguise in disguises:
-        for row in found[context.label(disguise)][arm]:
+        for row in found[label(disguise)][arm]:
           of[prompts_by_id[row["prompt_id"]].original].append(row)
       found[f"{name}_worst"][arm] = evals.worst(of, share=cfg.worst)
-    if run.domain.openings and not ARMS[arm].served and not ARMS[arm].spec:
+    if run.task.openings and not ARMS[arm].served and not ARMS[arm].spec:
       _add_odds(run, arm, sets, {name: found[name][arm] for name in sets})
   summarize = functools.partial(
     evals.summarize,
@@ -112,9 +121,9 @@ def evaluate(run: context.Run) -> None:
   )
   summary = summarize(found[""])
   for budget in cfg.budgets:
-    label = f"thought_{budget}"
-    for arm, rows in found[label].items():
-      both = {f"{arm}.{label}": rows, arm: found[""][arm]}
+    budgeted = f"thought_{budget}"
+    for arm, rows in found[budgeted].items():
+      both = {f"{arm}.{budgeted}": rows, arm: found[""][arm]}
       summary["differences"] |= summarize(both)["differences"]
   summary["curves"] = {
     name or "held out": {
@@ -139,38 +148,38 @@ def evaluate(run: context.Run) -> None:
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
-    line = "  ".join(f"{m} {context.percent(metrics[m]['mean'])}" for m in shown)
-    context.say(f"eval: {arm:15s} {line}")
+    line = "  ".join(f"{m} {progress.percent(metrics[m]['mean'])}" for m in shown)
+    progress.say(f"eval: {arm:15s} {line}")
   grading.say(summary.get("graders", {}))
 
 
-def _there(run: context.Run, arm: str) -> bool:
+def _there(run: Run, arm: str) -> bool:
   """Whether an arm's model has been trained, in the way the arm means."""
   stage = ARMS[arm].stage
   if not stage:
     return True
   if not run.store.path(stage, "params").exists():
-    context.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
+    progress.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
     return False
   if stage == "rl":
     start = (run.store.manifest("rl") or {})["config"]["rl.start"]
     if (arm == "sft_rl") != (start == "sft"):
-      context.say(f"eval: rl started from {start}, arm {arm} is left out")
+      progress.say(f"eval: rl started from {start}, arm {arm} is left out")
       return False
   return True
 
 
-def _contaminated(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
+def _contaminated(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
   """Set -> training prompts that say what it says; where there are any, one line."""
-  train = [prompt for prompt in run.prompts if prompt.split == "train"]
+  train = [prompt for prompt in run.prompts.all if prompt.split == "train"]
   found = {
-    name: len(dict(run.domain.contaminated(train, prompts)))
+    name: len(dict(run.task.contaminated(train, prompts)))
     for name, prompts in sets.items()
     if name
   }
   for name, count in found.items():
     if count:
-      context.say(f"eval: {count} training prompts say what prompts of {name} say")
+      progress.say(f"eval: {count} training prompts say what prompts of {name} say")
   return found
 
 
@@ -187,14 +196,14 @@ def _check_ids(sets: dict[str, list[Prompt]]) -> None:
       of[prompt.id] = name
 
 
-def _said(run: context.Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
+def _said(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
   """What each of the further sets is, by the name that its metrics begin with."""
   cfg = run.cfg.eval
   said = {name: source["source"] for name, source in cfg.extra.items()}
   for name in cfg.suite:
     public, *names = name.split("+")
     disguise = f"; disguised by {', then '.join(names)}" if names else ""
-    said[context.label(name)] = run.domain.notice(f"public:{public}") + disguise
+    said[label(name)] = run.task.notice(f"public:{public}") + disguise
   counted = {
     name: f"{len(sets[name])} prompts of {text}" for name, text in said.items()
   }
@@ -229,32 +238,34 @@ def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None
       if len(missing) > limit * len(rows):
         raise ValueError(
           f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "
-          f"{name or 'the held-out prompts'}: {context.counted(missing)}; wanted at "
+          f"{name or 'the held-out prompts'}: {progress.counted(missing)}; wanted at "
           f"most {limit:.0%} (config.eval.unscored)"
         )
 
 
-def _held_out(run: context.Run) -> list[Prompt]:
+def _held_out(run: Run) -> list[Prompt]:
   cfg = run.cfg.eval
   wanted = {"safety": cfg.prompts, "helpful": cfg.helpful, "capability": cfg.capability}
   found = [
-    prompt for kind, n in wanted.items() for prompt in run.choose("eval", kind, n)
+    prompt
+    for kind, n in wanted.items()
+    for prompt in run.prompts.choose("eval", kind, n)
   ]
   if not found and any(wanted.values()):
     raise ValueError(
-      f"eval: wanted held-out prompts, and none of the {len(run.prompts)} of "
+      f"eval: wanted held-out prompts, and none of the {len(run.prompts.all)} of "
       f"{run.cfg.data.source} is one of those asked for: give rows the split "
       '"eval", or ask for none (config.eval.prompts, helpful and capability of 0)'
     )
   return found
 
 
-def _format(run: context.Run, arm: str) -> thinking.ThinkFormat | None:
+def _format(run: Run, arm: str) -> thinking.ThinkFormat | None:
   """How an arm's thoughts are opened for it, if they are."""
   own = ARMS[arm]
   if own.spec:
-    return run.think if own.thinks or run.domain.opens_told else None
-  return run.thinks if own.thinks else None
+    return run.model.think if own.thinks or run.task.opens_told else None
+  return run.model.thinks if own.thinks else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,9 +278,7 @@ class Forced:
   thoughts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _swapped(
-  run: context.Run, arm: str, prompts: list[Prompt], rows: list[dict]
-) -> list[dict]:
+def _swapped(run: Run, arm: str, prompts: list[Prompt], rows: list[dict]) -> list[dict]:
   """The rows of an arm that was given thoughts of the opposite decision."""
   thoughts = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
   some = [prompt for prompt in prompts if prompt.id in thoughts]
@@ -279,7 +288,7 @@ def _swapped(
 
 
 def _add_odds(
-  run: context.Run, arm: str, sets: dict[str, list[Prompt]], rows_by_set: dict
+  run: Run, arm: str, sets: dict[str, list[Prompt]], rows_by_set: dict
 ) -> None:
   """Adds to each row `decline_probability`, the probability that the arm opens an
   answer as a refusal does, after the prompt and its own thought, in one forward pass.
@@ -294,20 +303,20 @@ def _add_odds(
     if not (think and row["malformed"])
     and not attacks.untemplated(of[row["prompt_id"]])
   ]
-  openings = [run.tok.encode(opening) for opening in run.domain.openings]
+  openings = [run.model.tok.encode(opening) for opening in run.task.openings]
   lines, starts = [], []
   for row in rows:
     prompt = of[row["prompt_id"]]
-    front = [*prompting.opened(run.tok, prompting.plain(prompt), think)]
+    front = [*prompting.opened(run.model.tok, prompting.plain(prompt), think)]
     if think:
       thought = row["thought"].removeprefix(think.of(prompt.text).start).strip()
-      front += run.tok.encode(prompting.written(thought, "", think))
+      front += run.model.tok.encode(prompting.written(thought, "", think))
     for opening in openings:
       lines.append([*front, *opening])
       starts.append(len(front))
   length = -(-max(map(len, lines), default=1) // 128) * 128
   shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
-  score = context.Scorer(run, shape)
+  score = run.scorer(shape)
   logp = iter(float(np.sum(own)) for own in score(params, lines, starts))
   for row in rows:
     row["decline_probability"] = min(1.0, sum(math.exp(next(logp)) for _ in openings))
@@ -315,7 +324,7 @@ def _add_odds(
 
 
 def _arm(
-  run: context.Run,
+  run: Run,
   arm: str,
   prompts: list[Prompt],
   drafts: dict[str, Sample],
@@ -338,15 +347,15 @@ def _arm(
   asked = [*dict.fromkeys(prompt for prompt, _ in left)]
   lacking = [prompt for prompt in asked if prompt.id not in drafts]
   if arm == "self_refine" and lacking:
-    drafts |= context.drafts(run, lacking, grows=True)
+    drafts |= samples.drafts(run, lacking, grows=True)
   turns = {prompt.id: _turns(run, arm, prompt, drafts) for prompt in asked}
   if ARMS[arm].served:
     found = _replies(run, left, turns)
   else:
     found = _sampled(run, arm, left, turns, forced)
-  with context.bar(len(wanted), f"eval {arm}{end}", "reply", len(rows)) as bar:
+  with progress.bar(len(wanted), f"eval {arm}{end}", "reply", len(rows)) as bar:
     for prompt, sample in found:
-      row = run.domain.outcome(prompt, sample)
+      row = run.task.outcome(prompt, sample)
       run.store.append_rows(path, [row])
       rows[prompt.id, sample.index] = row
       bar.update()
@@ -356,41 +365,39 @@ def _arm(
   return ordered
 
 
-def _turns(
-  run: context.Run, arm: str, prompt: Prompt, drafts: dict
-) -> tuple[Turn, ...]:
+def _turns(run: Run, arm: str, prompt: Prompt, drafts: dict) -> tuple[Turn, ...]:
   """What the model of an arm reads before it replies."""
   if prompt.id in drafts:
-    return run.domain.revise(prompt, drafts[prompt.id].answer)
+    return run.task.revise(prompt, drafts[prompt.id].answer)
   if ARMS[arm].spec == "policy":
-    return run.domain.teach(prompt, worked=0)
+    return run.task.teach(prompt, worked=0)
   if ARMS[arm].spec == "summaries":
-    return run.domain.summaries(prompt)
+    return run.task.summaries(prompt)
   return prompting.plain(prompt)
 
 
 Wanted = list[tuple[Prompt, int]]  # prompts and which of their samples
 
 
-def _replies(run: context.Run, wanted: Wanted, turns: dict) -> Replies:
+def _replies(run: Run, wanted: Wanted, turns: dict) -> Replies:
   """What the model at `eval.endpoint` says to each prompt."""
   cfg = run.cfg.eval
-  server = servers.Server(run, cfg.endpoint, "eval")
+  server = servers.Server(run.store, cfg.endpoint, "eval")
   requests = [servers.request(turns[prompt.id], cfg, index) for prompt, index in wanted]
   for at, reply in server.rounds(requests):
     prompt, index = wanted[at]
-    yield prompt, servers.sample(run, prompt, index, reply, None)
+    yield prompt, servers.sample(run.model, prompt, index, reply, None)
   server.say()
 
 
 def _sampled(
-  run: context.Run, arm: str, wanted: Wanted, turns: dict, forced: Forced
+  run: Run, arm: str, wanted: Wanted, turns: dict, forced: Forced
 ) -> Replies:
   """What the model of an arm says to each prompt, as it ends."""
   cfg, own, think = run.cfg.eval, ARMS[arm], _format(run, arm)
   max_new = cfg.max_new + (cfg.max_think if think else 0)
   budget = forced.budget
-  close = len(run.tok.encode(run.think.close))
+  close = len(run.model.tok.encode(run.model.think.close))
   put = 0 if budget is None else budget + close  # tokens of a thought closed for it
   if not wanted:
     return
@@ -401,28 +408,30 @@ def _sampled(
   params = _params(run, arm)
   weights = run.sampler.prepare(params)
   complete = functools.partial(
-    context.complete,
-    run,
+    run.sampler.complete,
     weights,
     key=ops.stream(run.key, "eval"),
     temperature=cfg.temperature,
     max_new=max_new,
-    room=None if own.spec else run.cfg.sampler.prefix_step,
+    prefix_room=None if own.spec else run.cfg.sampler.prefix_step,
     grows=True,
   )
   of = {prompt.id: prompt for prompt, _ in wanted}
 
   thoughts = {
-    name: tuple(run.tok.encode(prompting.written(thought, "", run.think)))
+    name: tuple(run.model.tok.encode(prompting.written(thought, "", run.model.think)))
     for name, thought in forced.thoughts.items()
   }
 
   def request(prompt: Prompt, index: int) -> Request:
     said = turns[prompt.id]
     if attacks.untemplated(prompt):
-      tokens = prompting.untemplated(run.tok, said)
+      tokens = prompting.untemplated(run.model.tok, said)
     else:
-      tokens = (*prompting.opened(run.tok, said, think), *thoughts.get(prompt.id, ()))
+      tokens = (
+        *prompting.opened(run.model.tok, said, think),
+        *thoughts.get(prompt.id, ()),
+      )
     return Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)
 
   requests = [[request(*pair) for pair in group] for group in groups.values()]
@@ -438,21 +447,21 @@ def _sampled(
     completion = dataclasses.replace(completion, tokens=tokens)
     if opened and cfg.max_think:
       completion = _apart(run, completion, max(cfg.max_think, put))
-    yield prompt, run.sample_row(prompt, completion, index, opened)
+    yield prompt, samples.of(run.model, prompt, completion, index, opened)
   jax.tree.map(lambda x: x.delete(), params)
 
 
-def _params(run: context.Run, arm: str) -> PyTree:
+def _params(run: Run, arm: str) -> PyTree:
   """The parameters of an arm."""
   stage = ARMS[arm].stage
-  return run.trained_params(stage) if stage else run.base_params()
+  return run.model.trained_params(stage) if stage else run.model.base_params()
 
 
-def _apart(run: context.Run, done: Completion, max_think: int) -> Completion:
+def _apart(run: Run, done: Completion, max_think: int) -> Completion:
   """A completion cut where its thought or its answer is longer than it may be."""
 
   def ended(n: int) -> bool:
-    return run.think.close in run.tok.decode(done.tokens[:n])
+    return run.model.think.close in run.model.tok.decode(done.tokens[:n])
 
   thought = bisect.bisect_left(range(len(done.tokens) + 1), True, key=ended)
   most = thought + run.cfg.eval.max_new if thought <= max_think else max_think
@@ -463,9 +472,9 @@ def _apart(run: context.Run, done: Completion, max_think: int) -> Completion:
   )
 
 
-def _within(run: context.Run, complete, groups, budget: int) -> Iterator[Completion]:
+def _within(run: Run, complete, groups, budget: int) -> Iterator[Completion]:
   """Completions whose thought is closed for them after `budget` tokens."""
-  close = tuple(run.tok.encode(run.think.close))
+  close = tuple(run.model.tok.encode(run.model.think.close))
   later: list[list[Request]] = [[] for _ in groups]
   before: dict = {}  # row id -> its tokens so far
   place = {r.row_id: (g, r) for g, group in enumerate(groups) for r in group}
@@ -483,7 +492,7 @@ def _within(run: context.Run, complete, groups, budget: int) -> Iterator[Complet
     if done.finish == "stop":
       yield dataclasses.replace(done, request=request)
       continue
-    open_still = run.think.close not in run.tok.decode(done.tokens)
+    open_still = run.model.think.close not in run.model.tok.decode(done.tokens)
     before[row] = (*done.tokens, *(close if open_still else ()))
     tokens = (*request.tokens, *before[row])
     later[g].append(dataclasses.replace(request, tokens=tokens))

@@ -7,13 +7,18 @@ import math
 import huggingface_hub
 import jax
 
+from dalign.config import stages
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.models import param_tree
 from dalign.runs import buckets
+from dalign.runs import progress
 from dalign.runs import store
-from dalign.stages import context
+from dalign.stages import services
 from dalign.types import PyTree
+
+Run = services.Services[stages.ExportStage]  # what this stage sees of a run
+
 
 METRICS = (  # of the arms, on held-out prompts
   "refuse_disallowed",
@@ -33,20 +38,20 @@ LIMITS = (
 TRAINED = {"base": "base", "sft": "sft", "rl": "sft_rl"}  # stage -> its arm in eval
 
 
-def export(run: context.Run) -> None:
+def export(run: Run) -> None:
   """Writes the parameters of a stage, adapters added to their matrices."""
   cfg = run.cfg.export
   inputs = [run.store.path(stage, "manifest.json") for stage in ("sft", "rl", "eval")]
-  if not run.begin("export", [path for path in inputs if path.exists()]):
+  if not run.begin([path for path in inputs if path.exists()]):
     return
   base = cfg.of == "base"
-  params = run.base_params() if base else run.trained_params(cfg.of)
+  params = run.model.base_params() if base else run.model.trained_params(cfg.of)
   place = run.store.path("export", "model")
   weights.save_hf(
     str(buckets.twin(place)),
-    run.arch,
-    adapters.merged(params, cfg=run.arch),
-    run.model_tok,
+    run.model.arch,
+    adapters.merged(params, cfg=run.model.arch),
+    run.model.file_tok,
     dtype=cfg.dtype,
     shard=round(cfg.shard_gb * 2**30),
   )
@@ -54,23 +59,23 @@ def export(run: context.Run) -> None:
     _adapter(run, params)
   run.store.write_bytes(place / "README.md", card(run).encode())
   run.store.finish("export", {"of": cfg.of, "dtype": cfg.dtype})
-  context.say(f"export: {place}")
+  progress.say(f"export: {place}")
 
 
-def _adapter(run: context.Run, params: PyTree) -> None:
+def _adapter(run: Run, params: PyTree) -> None:
   place = run.store.path("export", "adapter")
   lora, source = run.cfg.lora, run.cfg.model.path
   try:
     weights.save_peft(
-      str(buckets.twin(place)), run.arch, params["layers"], lora, source
+      str(buckets.twin(place)), run.model.arch, params["layers"], lora, source
     )
   except ValueError as error:
-    context.say(f"export: no {place.name}: {error}")
+    progress.say(f"export: no {place.name}: {error}")
 
 
-def card(run: context.Run) -> str:
+def card(run: Run) -> str:
   """The model card: what it was made from and how, and what was measured."""
-  cfg, folder = run.cfg, run.store
+  cfg, folder, think = run.cfg, run.store, run.model.think
   texts = "".join(f"{name}\n{text}" for name, text in sorted(_texts(run).items()))
   digest = hashlib.sha256(texts.encode()).hexdigest()
   done = {
@@ -81,10 +86,10 @@ def card(run: context.Run) -> str:
   origin = weights.origin(cfg.model.path)
   base = origin.get("base_model") or cfg.model.path
   shapes = jax.tree.leaves(
-    param_tree.shapes(run.arch), is_leaf=lambda shape: isinstance(shape, tuple)
+    param_tree.shapes(run.model.arch), is_leaf=lambda shape: isinstance(shape, tuple)
   )
   size = sum(map(math.prod, shapes))
-  policies = ", ".join(f"{p.id} (version {p.version})" for p in run.spec.policies)
+  policies = ", ".join(f"{p.id} (version {p.version})" for p in run.task.spec.policies)
   lines = [
     "---",
     _front(run, origin),
@@ -97,9 +102,9 @@ def card(run: context.Run) -> str:
     f"dalign {store.code_version()} from `{base}`, seed {cfg.seed}. "
     f"{size / 1e6:.3g}M parameters, {cfg.export.dtype}.",
     "",
-    f"It thinks between `{run.think.tag}` and `{run.think.close}`, then answers; the "
+    f"It thinks between `{think.tag}` and `{think.close}`, then answers; the "
     "thought is not for users. It needs no specification in its prompt."
-    if run.thinks
+    if run.model.thinks
     else "It answers at once, and needs no specification in its prompt.",
     "",
     "## Use",
@@ -112,16 +117,16 @@ def card(run: context.Run) -> str:
     "",
     "## Specification",
     "",
-    f"{len(run.spec.policies)} policies, SHA-256 {digest}: {policies}.",
+    f"{len(run.task.spec.policies)} policies, SHA-256 {digest}: {policies}.",
     "",
     "## Data and training",
     "",
     f"- prompts: `{cfg.data.source}`; completions: the base's own, with the "
     "specification in its prompt, filtered by a judge "
-    f"(`{cfg.filter.judge}`), learned without it"
-    if cfg.generate.teacher == "base"
+    f"(`{cfg.judge}`), learned without it"
+    if cfg.teacher == "base"
     else f"- prompts: `{cfg.data.source}`; completions: of "
-    f"`{cfg.generate.endpoint.model}`, filtered by a judge (`{cfg.filter.judge}`)",
+    f"`{cfg.teacher_model}`, filtered by a judge (`{cfg.judge}`)",
     *(f"- {stage}: {_told(summary)}" for stage, summary in done.items()),
     "",
     "## Evaluation",
@@ -141,7 +146,7 @@ def card(run: context.Run) -> str:
   return "\n".join(lines)
 
 
-def _front(run: context.Run, origin: dict) -> str:
+def _front(run: Run, origin: dict) -> str:
   """The metadata that the Hub reads: what the base's files say, and what was found."""
   known = {k: v for k, v in origin.items() if k != "language"}
   data = huggingface_hub.ModelCardData(
@@ -156,7 +161,7 @@ def _front(run: context.Run, origin: dict) -> str:
   return data.to_yaml()
 
 
-def _results(run: context.Run) -> list[huggingface_hub.EvalResult]:
+def _results(run: Run) -> list[huggingface_hub.EvalResult]:
   """Means of the exported model's arm, in [0, 1]."""
   arm, source = _summary(run)["arms"].get(TRAINED[run.cfg.export.of], {}), run.cfg.data
   return [
@@ -173,10 +178,10 @@ def _results(run: context.Run) -> list[huggingface_hub.EvalResult]:
   ]
 
 
-def _use(run: context.Run) -> list[str]:
+def _use(run: Run) -> list[str]:
   """How it is asked with transformers; its thought is opened as in training."""
   opened = [
-    f"opening = {run.think.open!r}",
+    f"opening = {run.model.think.open!r}",
     'quoted = " ".join(prompt.replace(\'"\', "\'").split())',
     'chat += opening.replace("{prompt}", quoted)',
   ]
@@ -193,23 +198,23 @@ def _use(run: context.Run) -> list[str]:
     "chat = tokenizer.apply_chat_template(",
     "  turns, add_generation_prompt=True, tokenize=False",
     ")",
-    *(opened if run.thinks else []),
+    *(opened if run.model.thinks else []),
     'ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids',
-    f"out = model.generate(ids, max_new_tokens={run.cfg.eval.max_new})",
+    f"out = model.generate(ids, max_new_tokens={run.cfg.max_new})",
     "text = tokenizer.decode(out[0, ids.shape[1] :])",
-    f"thought, _, answer = text.partition({run.think.close!r})"
-    if run.thinks
+    f"thought, _, answer = text.partition({run.model.think.close!r})"
+    if run.model.thinks
     else "answer = text",
     "print(answer)",
     "```",
   ]
 
 
-def _texts(run: context.Run) -> dict[str, str]:
+def _texts(run: Run) -> dict[str, str]:
   """The specification as files, or as it was drawn."""
   if run.cfg.world is None:
     return store.read_spec_files(run.spec_dir)
-  return {"spec": repr(run.spec)}
+  return {"spec": repr(run.task.spec)}
 
 
 def _told(summary: dict) -> str:
@@ -218,12 +223,12 @@ def _told(summary: dict) -> str:
                    for k, v in plain.items()) or "done"  # fmt: skip
 
 
-def _summary(run: context.Run) -> dict:
+def _summary(run: Run) -> dict:
   where = run.store.path("eval", "summary.json")
   return run.store.read_json(where) if where.exists() else {"arms": {}}
 
 
-def _measured(run: context.Run) -> list[str]:
+def _measured(run: Run) -> list[str]:
   """The table of the base and of this model, with intervals; of what there is."""
   arms = _summary(run)["arms"]
   if not arms:
@@ -236,7 +241,7 @@ def _measured(run: context.Run) -> list[str]:
   for name in METRICS:
     cells = [_cell(arms[arm].get(name)) for arm in shown]
     rows.append(f"| {name} | {' | '.join(cells)} |")
-  meanings = [f"- `{name}`: {run.domain.definitions[name]}" for name in METRICS]
+  meanings = [f"- `{name}`: {run.task.definitions[name]}" for name in METRICS]
   return [*rows, "", "Means, 95% intervals, numbers of prompts.", "", *meanings]
 
 

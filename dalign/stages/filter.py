@@ -11,39 +11,45 @@ import math
 import sys
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.policy import spec as specs
-from dalign.stages import context
-from dalign.stages import scoring
+from dalign.runs import progress
+from dalign.stages import judging
+from dalign.stages import samples
+from dalign.stages import services
 from dalign.text import words
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Verdict
+
+Run = services.Services[stages.FilterStage]  # what this stage sees of a run
+
 
 AT_ONCE = 4096  # samples that are held and put to the judge at the same time
 FIRST = 256  # of them at first: a judge that answers few of these is asked no more
 FEW = 10  # of a cell: fewer say nothing of a judge
 
 
-def filter_(run: context.Run) -> None:
+def filter_(run: Run) -> None:
   """Judges every well-formed sample and keeps the best, balanced over cells."""
   cfg = run.cfg.filter
   source = run.store.path("generate", "samples.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the generate stage first")
-  if not run.begin("filter", [source, *run.sources, *run.recording_files]):
+  if not run.begin([source, *run.sources, *run.recording_files]):
     return
-  prompts = {prompt.id: prompt for prompt in run.prompts}
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
   path = run.store.path("filter", "judged.jsonl")
   run.store.write_rows(path, [])  # what a run that was cut off has judged
-  likely = scoring.quality(run)
-  ask = scoring.filter_judge(run, "filter", likely)
-  reward = scoring.answer_judge(run, "reward", likely)
+  likely = judging.quality(run)
+  ask = judging.filter_judge(run, "filter", likely)
+  reward = judging.answer_judge(run, "reward", likely)
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   judged: list[_Judged] = []
   size = FIRST
-  while some := [*map(context.row_to_sample, itertools.islice(rows, size))]:
+  while some := [*map(samples.of_row, itertools.islice(rows, size))]:
     # What judges see has no label but by `filter.metadata`.
     asked = [(prompt_sets.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
     verdicts = judge.verdicts(ask, asked, thought=True, k=cfg.votes)
@@ -69,12 +75,12 @@ def filter_(run: context.Run) -> None:
   summary = _summary(judged, kept)
   run.store.finish("filter", summary)
   lost = [row.lost for row in judged if row.id not in ids]
-  context.say(
+  progress.say(
     f"filter: kept {len(kept)} of {len(judged)} samples"
-    + (f"; not kept: {context.counted(lost)}" if lost else "")
+    + (f"; not kept: {progress.counted(lost)}" if lost else "")
   )
   if none := summary["kept_none_of"]:
-    context.say(f"filter: kept none of {', '.join(none)}")
+    progress.say(f"filter: kept none of {', '.join(none)}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,16 +114,16 @@ def _row(
   parts = dict(verdict.parts)
   score = verdict.score
   if score is not None:  # whoever judged
-    checks = run.domain.checks(prompt, sample)
+    checks = run.task.checks(prompt, sample)
     parts |= checks
     score *= math.prod(checks.values())
-  return context.sample_to_row(sample) | {
+  return samples.to_row(sample) | {
     "prompt": prompt.text,
     "category": prompt.category,
     "expected": prompt.expected,
     "kind": prompt.kind,
-    "cited": list(specs.cited(thought, run.spec)),
-    "invented": list(specs.invented(thought, run.spec)),
+    "cited": list(specs.cited(thought, run.task.spec)),
+    "invented": list(specs.invented(thought, run.task.spec)),
     "score": score,
     "reason": verdict.reason,
     "scores": parts,
@@ -145,7 +151,7 @@ def _check_scored(
     if not few and len(missing) > limit * len(asked):
       raise ValueError(
         f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
-        f"{context.counted(missing)}; wanted at most {cfg.unscored:.0%} "
+        f"{progress.counted(missing)}; wanted at most {cfg.unscored:.0%} "
         "(config.filter.unscored). The same command asks again for these"
       )
 

@@ -11,21 +11,29 @@ from collections.abc import Iterator
 import functools
 import pathlib
 
+from dalign.config import stages
 from dalign.judges import recordings
 from dalign.models import ops
 from dalign.policy import prompting
+from dalign.runs import progress
 from dalign.sampling import sampler as sampling
-from dalign.stages import context
+from dalign.stages import samples
 from dalign.stages import servers
+from dalign.stages import services
+from dalign.stages.prompts import too_long
+from dalign.text import packing
 from dalign.types import EXPECTED
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 
+Run = services.Services[stages.GenerateStage]  # what this stage sees of a run
+
+
 AT_ONCE = 1024  # prompts of a category whose tokens are held at the same time
 
 
-def generate(run: context.Run) -> None:
+def generate(run: Run) -> None:
   """Samples every chosen training prompt; goes on where it stopped."""
   cfg = run.cfg.generate
   if set(cfg.prompts) != set(EXPECTED):
@@ -37,33 +45,33 @@ def generate(run: context.Run) -> None:
   prompts = []
   for expected in EXPECTED:
     wanted = cfg.prompts[expected]
-    prompts += run.choose("train", "safety", wanted, (expected,), recorded)
-  prompts += run.choose("train", "helpful", cfg.helpful, among=recorded)
-  prompts += run.choose("train", "capability", cfg.capability, among=recorded)
+    prompts += run.prompts.choose("train", "safety", wanted, (expected,), recorded)
+  prompts += run.prompts.choose("train", "helpful", cfg.helpful, among=recorded)
+  prompts += run.prompts.choose("train", "capability", cfg.capability, among=recorded)
   if not prompts:
     raise ValueError(
       f"generate: wanted training prompts, and {run.cfg.data.source} has none of those "
       "that config.generate asks for; a column split says which are of training"
     )
   prompts = [prompt.blind() for prompt in prompts]
-  if not run.begin("generate", [*run.sources, *run.recording_files]):
+  if not run.begin([*run.sources, *run.recording_files]):
     return
   path = run.store.path("generate", "samples.jsonl")
   book = _Book(run, prompts)
   for row in run.store.each_row(path) if run.store.has(path) else []:
-    book.add(context.row_to_sample(row))
+    book.add(samples.of_row(row))
   if cfg.revise:
     book.revises(path.with_name("drafts.jsonl"))
   refused: list[Sample] = []  # to be asked for again where this does not finish
   draw = _replies if cfg.teacher == "endpoint" else _sampled
   if recorded is not None:
     draw = functools.partial(_told, recorded)
-  with context.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
+  with progress.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
     for sample in draw(run, book):
       if sample.finish == "refused":
         refused.append(sample)
       else:
-        run.store.append_rows(path, [context.sample_to_row(sample)])
+        run.store.append_rows(path, [samples.to_row(sample)])
       if book.total % 20 == 0:
         run.store.pause("generate")
       bar.n = len(book.finished)
@@ -72,22 +80,22 @@ def generate(run: context.Run) -> None:
   if len(refused) > cfg.refused * book.total:
     raise ValueError(
       f"generate: the server sent nothing for {len(refused)} of {book.total} samples: "
-      f"{context.counted(sample.malformed for sample in refused)}; wanted at most "
+      f"{progress.counted(sample.malformed for sample in refused)}; wanted at most "
       f"{cfg.refused:.0%} (config.generate.refused). The same command asks again"
     )
-  run.store.append_rows(path, [*map(context.sample_to_row, refused)])
+  run.store.append_rows(path, [*map(samples.to_row, refused)])
   order = {id: at for at, id in enumerate(book.prompts)}
   # Not in the order in which they happened to end.
   run.store.sort_rows(path, lambda row: (order[row["prompt_id"]], row["index"]))
   run.store.finish("generate", book.summary())
   bad = book.malformed
-  context.say(
+  progress.say(
     f"generate: {book.total} samples, {bad.total()} of them malformed"
-    + (f": {context.counted(bad.elements())}" if bad else "")
+    + (f": {progress.counted(bad.elements())}" if bad else "")
   )
 
 
-def _recorded(run: context.Run) -> dict[str, list[recordings.Recorded]] | None:
+def _recorded(run: Run) -> dict[str, list[recordings.Recorded]] | None:
   """Prompt id -> what the recorded teacher thought and said to it."""
   if not run.recording:
     return None
@@ -99,19 +107,21 @@ def _recorded(run: context.Run) -> dict[str, list[recordings.Recorded]] | None:
 
 
 def _told(
-  recorded: dict[str, list[recordings.Recorded]], run: context.Run, book: "_Book"
+  recorded: dict[str, list[recordings.Recorded]], run: Run, book: "_Book"
 ) -> Iterator[Sample]:
   """The samples of a recorded teacher, all that there are of each prompt."""
   for prompt in book.prompts.values():
     for index, row in enumerate(recorded[prompt.id]):
       if index not in book.samples[prompt.id]:
-        sample = run.written_sample(prompt, index, row.thought, row.answer, run.think)
+        sample = samples.written(
+          run.model, prompt, index, row.thought, row.answer, run.model.think
+        )
         book.add(sample)
         yield sample
     book.finish(prompt)
 
 
-def _sampled(run: context.Run, book: "_Book") -> Iterator[Sample]:
+def _sampled(run: Run, book: "_Book") -> Iterator[Sample]:
   """Samples of the base, as they end."""
   groups = collections.defaultdict(list)
   for prompt in book.prompts.values():
@@ -119,34 +129,33 @@ def _sampled(run: context.Run, book: "_Book") -> Iterator[Sample]:
   parts = [
     group[at]
     for group in sorted(groups.values(), key=len, reverse=True)
-    for at in context.batches(len(group), AT_ONCE)
+    for at in packing.batches(len(group), AT_ONCE)
   ]
   room = max(book.shared(group[:AT_ONCE]) for group in groups.values())
-  done = context.complete(
-    run,
-    run.sampler.prepare(run.base_params()),
+  done = run.sampler.complete(
+    run.sampler.prepare(run.model.base_params()),
     (book.fitting(part, room) for part in parts),
     key=ops.stream(run.key, "generate"),
     temperature=run.cfg.generate.temperature,
     max_new=run.cfg.generate.max_new,
-    room=room,
+    prefix_room=room,
     more=book.more,
   )
   for completion in done:
     yield book.sample(completion)
 
 
-def _replies(run: context.Run, book: "_Book") -> Iterator[Sample]:
+def _replies(run: Run, book: "_Book") -> Iterator[Sample]:
   """Samples of the model at `generate.endpoint`."""
   cfg = run.cfg.generate
-  server = servers.Server(run, cfg.endpoint, "teacher")
+  server = servers.Server(run.store, cfg.endpoint, "teacher")
   wanted = [(p, i) for p in book.prompts.values() for i in book.wanted(p)]
   while wanted:
     asked = [servers.request(book.turns(*pair), cfg, pair[1]) for pair in wanted]
     more = []
     for at, reply in server.rounds(asked):
       prompt, index = wanted[at]
-      sample = servers.sample(run, prompt, index, reply, run.think)
+      sample = servers.sample(run.model, prompt, index, reply, run.model.think)
       book.add(sample)
       yield sample
       more += [(prompt, i) for i in book.wanted(prompt)]
@@ -157,7 +166,7 @@ def _replies(run: context.Run, book: "_Book") -> Iterator[Sample]:
 class _Book:
   """Which samples each prompt has, and whether it wants more."""
 
-  def __init__(self, run: context.Run, prompts: list[Prompt]):
+  def __init__(self, run: Run, prompts: list[Prompt]):
     self.run, self.cfg = run, run.cfg.generate
     self.prompts = {prompt.id: prompt for prompt in prompts}
     self.samples: dict[str, dict] = collections.defaultdict(
@@ -173,14 +182,14 @@ class _Book:
     self.finished: set[str] = (
       set()
     )  # ids of prompts that want no more; all that is kept of them
-    self.looks_right = run.domain.looks_right()
+    self.looks_right = run.task.looks_right(self.cfg.threshold)
 
   def revises(self, path: pathlib.Path) -> None:
     """Has every sample revise an answer that the base gave without the spec."""
     store = self.run.store
     if not store.has(path):
       prompts = [*self.prompts.values()]
-      found = [context.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
+      found = [samples.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
       store.write_rows(
         path,
         [
@@ -196,15 +205,17 @@ class _Book:
     known = self.read[prompt.id]
     if draft not in known:
       turns = self.turns(prompt, index)
-      known[draft] = prompting.opened(self.run.tok, turns, self.run.think, whole=True)
+      known[draft] = prompting.opened(
+        self.run.model.tok, turns, self.run.model.think, whole=True
+      )
     return known[draft]
 
   def turns(self, prompt: Prompt, index: int) -> tuple[Turn, ...]:
     """The same as a conversation."""
     draft = self._draft(prompt, index)
     if draft is None:
-      return self.run.domain.teach(prompt, worked=self.cfg.demonstrations)
-    return self.run.domain.revise(prompt, draft)
+      return self.run.task.teach(prompt, worked=self.cfg.demonstrations)
+    return self.run.task.revise(prompt, draft)
 
   def _draft(self, prompt: Prompt, index: int) -> str | None:
     return self.drafts[prompt.id][index] if self.drafts else None
@@ -218,7 +229,7 @@ class _Book:
     """The first samples to draw of some prompts, but of those that are too long."""
     requests = [request for prompt in part for request in self.requests(prompt)]
     rows = {request.row_id[0]: request.tokens for request in requests}
-    long = context.too_long(self.run, rows, room)
+    long = too_long(self.run.cfg.sampler, rows, room)
     for id in long:
       self.finish(self.prompts[id])
     self.too_long += len(long)
@@ -259,7 +270,9 @@ class _Book:
 
   def sample(self, completion):
     id, index = completion.request.row_id
-    return self.run.sample_row(self.prompts[id], completion, index, self.run.think)
+    return samples.of(
+      self.run.model, self.prompts[id], completion, index, self.run.model.think
+    )
 
   def add(self, sample) -> None:
     """Notes a sample and whether it looks right: well-formed, good to the rubric."""

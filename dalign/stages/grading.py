@@ -7,17 +7,24 @@ answer, and the policy where its form has one. It writes greedily.
 import collections
 from collections.abc import Callable, Mapping, Sequence
 
+from dalign.config import stages
 from dalign.evaluation import evals
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.judges import judge
 from dalign.models import ops
+from dalign.runs import progress
 from dalign.sampling import sampler as sampling
-from dalign.stages import context
+from dalign.stages import model as models
 from dalign.stages import servers
+from dalign.stages import services
 from dalign.text import chat_template
+from dalign.text import packing
 from dalign.types import Prompt
 from dalign.types import Turn
+
+Run = services.Services[stages.EvalStage]  # what this stage sees of a run
+
 
 AT_ONCE = 256  # rows that a grader has between two looks at the run
 SHARED = 400  # characters in front by which questions share a policy
@@ -26,7 +33,7 @@ Ask = Callable[[list[list[Turn]]], Sequence[forms.Said]]
 
 
 def add_grades(
-  run: context.Run, files: Mapping[str, list[dict]], prompts: Mapping[str, Prompt]
+  run: Run, files: Mapping[str, list[dict]], prompts: Mapping[str, Prompt]
 ) -> None:
   """Adds to the rows of eval/<name>.jsonl, and to these files, what the graders of the
   config say of them, and has the first one's grades in their scores. Rows that a grader
@@ -44,7 +51,7 @@ def add_grades(
     run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), rows)
 
 
-def _left(run: context.Run, grader: str, rows: list[dict]) -> list[dict]:
+def _left(run: Run, grader: str, rows: list[dict]) -> list[dict]:
   """The rows that a grader has still to read: not those that have no answer, and
   prompts to be answered only where its form knows what is of use."""
   of_use = forms.FORMS[run.cfg.eval.form].of_use
@@ -59,7 +66,7 @@ def _left(run: context.Run, grader: str, rows: list[dict]) -> list[dict]:
 
 
 def _grade(
-  run: context.Run,
+  run: Run,
   grader: str,
   files: Mapping[str, list[dict]],
   left: Mapping[str, list[dict]],
@@ -72,11 +79,11 @@ def _grade(
     heard[:] = write(conversations)
     return heard
 
-  judged = run.domain.written_judge(ask, cfg.form)
+  judged = run.task.written_judge(ask, cfg.form)
   total = sum(map(len, left.values()))
-  with context.bar(total, f"eval grader {grader}", "answer") as bar:
+  with progress.bar(total, f"eval grader {grader}", "answer") as bar:
     for name, rows in left.items():
-      for at in context.batches(len(rows), AT_ONCE):
+      for at in packing.batches(len(rows), AT_ONCE):
         some = rows[at]
         questions = [
           judge.RewardQuestion(prompts[row["prompt_id"]].blind(), row["answer"])
@@ -92,10 +99,10 @@ def _grade(
         run.store.pause("eval")
 
 
-def _served(run: context.Run) -> Ask:
+def _served(run: Run) -> Ask:
   """The model at `eval.grader_endpoint`."""
   cfg = run.cfg.eval
-  server = servers.Server(run, cfg.grader_endpoint, "grader")
+  server = servers.Server(run.store, cfg.grader_endpoint, "grader")
 
   def write(conversations: list[list[Turn]]) -> list[forms.Said]:
     asked = [
@@ -109,9 +116,15 @@ def _served(run: context.Run) -> Ask:
   return write
 
 
-def _here(run: context.Run) -> Ask:
+def _here(run: Run) -> Ask:
   """The model at the path `eval.grader_model`, beside the run's own."""
-  guest = context.Guest(run, run.cfg.eval.grader_model)
+  guest = models.Guest(
+    run.cfg.eval.grader_model,
+    run.mesh,
+    compute=run.cfg.compute,
+    shapes=run.cfg.sampler,
+    date=run.cfg.model.date,
+  )
   max_new = run.cfg.eval.grader_max_new
 
   def write(conversations: list[list[Turn]]) -> list[forms.Said]:
@@ -130,8 +143,7 @@ def _here(run: context.Run) -> Ask:
       groups[turns[0].content[:SHARED]].append(request)
     alone = [requests[0] for requests in groups.values() if not requests[1:]]
     shared = [requests for requests in groups.values() if requests[1:]]
-    done = context.complete(
-      guest,
+    done = guest.sampler.complete(
       guest.weights,
       [*shared, alone],
       key=ops.stream(run.key, "grader"),
@@ -148,9 +160,9 @@ def _here(run: context.Run) -> Ask:
   return write
 
 
-def definitions(run: context.Run) -> dict[str, str]:
+def definitions(run: Run) -> dict[str, str]:
   """What each metric is, where a model grades."""
-  cfg, found = run.cfg.eval, dict(run.domain.definitions)
+  cfg, found = run.cfg.eval, dict(run.task.definitions)
   if cfg.grader[0] == "rules":
     return found
   form = forms.FORMS[cfg.form]
@@ -165,7 +177,7 @@ def definitions(run: context.Run) -> dict[str, str]:
   return found
 
 
-def compared(run: context.Run, rows: Sequence[Mapping]) -> dict[str, dict]:
+def compared(run: Run, rows: Sequence[Mapping]) -> dict[str, dict]:
   """ "first vs other" -> how far the graders agree on rows, for each other."""
   first, *others = run.cfg.eval.grader
   return {
@@ -182,13 +194,13 @@ def say(found: Mapping[str, Mapping]) -> None:
     kappa, raw = row["kappa"], row["raw"]
     ends = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["low"] is not None else ""
     shown = "-" if kappa is None else f"{kappa:.2f}{ends}"
-    context.say(
-      f"eval: {pair}: kappa {shown}, raw agreement {context.percent(raw).strip()} of "
+    progress.say(
+      f"eval: {pair}: kappa {shown}, raw agreement {progress.percent(raw).strip()} of "
       f"{row['n']} answers; {row['unscored']} unscored"
     )
 
 
-def check(run: context.Run, files: Mapping[str, list[dict]], limit: float) -> None:
+def check(run: Run, files: Mapping[str, list[dict]], limit: float) -> None:
   """ValueError where a grader that is a model has no score for too many answers of a
   file; they are all on disk."""
   for grader in run.cfg.eval.grader:
@@ -200,6 +212,6 @@ def check(run: context.Run, files: Mapping[str, list[dict]], limit: float) -> No
       if len(missing) > limit * len(told):
         raise ValueError(
           f"eval: the grader {grader} has no score for {len(missing)} of {len(told)} "
-          f"answers of arm {name}: {context.counted(missing)}; wanted at most "
+          f"answers of arm {name}: {progress.counted(missing)}; wanted at most "
           f"{limit:.0%} (config.eval.unscored). The same command asks again for these"
         )

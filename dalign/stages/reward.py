@@ -13,19 +13,28 @@ import random
 
 import numpy as np
 
+from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.judges import probing
 from dalign.models import ops
-from dalign.stages import context
+from dalign.runs import progress
+from dalign.stages import judging
+from dalign.stages import samples
 from dalign.stages import scoring
+from dalign.stages import services
+from dalign.text import packing
 from dalign.training import reward
+from dalign.training import trainer as trainers
 from dalign.types import Prompt
+
+Run = services.Services[stages.RewardStage]  # what this stage sees of a run
+
 
 MEASURED = 160  # held-out answers that the trained model is measured on
 
 
-def train_reward(run: context.Run) -> None:
+def train_reward(run: Run) -> None:
   """Trains, measures on held-out prompts, and probes the reward model."""
   cfg = run.cfg.reward
   source = run.store.path("filter", "judged.jsonl")
@@ -34,14 +43,14 @@ def train_reward(run: context.Run) -> None:
   inputs = [source, *run.sources, *run.recording_files]
   if cfg.start == "sft":
     inputs.append(run.store.path("sft", "manifest.json"))
-  if not run.begin("reward", inputs):
+  if not run.begin(inputs):
     return
   renderer = scoring.Renderer(run)
   questions, scores = _questions(run, source)
   fits = [i for i, q in enumerate(questions) if renderer.fits(renderer.own(q))]
   too_long = len(questions) - len(fits)
   if too_long:
-    context.say(
+    progress.say(
       f"reward: {too_long} of {len(questions)} questions are left out, being longer "
       f"than config.reward.length={cfg.length}"
     )
@@ -55,7 +64,7 @@ def train_reward(run: context.Run) -> None:
     )
   plan = _plan(run, learned, questions)
   trainer = _trainer(run)
-  with trainer, context.bar(cfg.steps, "reward", "step", trainer.step) as bar:
+  with trainer, progress.bar(cfg.steps, "reward", "step", trainer.step) as bar:
     for step in range(trainer.step, cfg.steps):
       batch = _batch(renderer, plan[step], questions, scores)
       values = trainer.update(batch, 1)
@@ -68,7 +77,7 @@ def train_reward(run: context.Run) -> None:
   ask = scoring.reward_model(run, params, renderer)
   seen = {i for some in plan for i in some}
   if len(seen) < len(learned):
-    context.say(
+    progress.say(
       f"reward: {len(learned) - len(seen)} of {len(learned)} questions are never seen "
       f"in config.reward.steps={cfg.steps} steps of {cfg.rows}"
     )
@@ -76,26 +85,24 @@ def train_reward(run: context.Run) -> None:
   summary |= {"too_long": too_long, "seen": len(seen)}
   run.store.finish("reward", summary)
   found = summary["held_out"]
-  pairs = context.percent(found["pair_accuracy"]).strip()
-  context.say(
+  pairs = progress.percent(found["pair_accuracy"]).strip()
+  progress.say(
     f"reward: held-out accuracy {found['accuracy']:.1%}, pairs {pairs}, calibration "
     f"error {found['calibration_error']:.2f}"
   )
 
 
-def _trainer(run: context.Run) -> context.Trainer:
+def _trainer(run: Run) -> trainers.Trainer:
   cfg = run.cfg.reward
-  trunk = run.start_params(cfg.start)
+  trunk = run.model.start_params(cfg.start)
   params = reward.init_head(trunk, ops.stream(run.key, "reward_head"))
   loss = reward.make_loss(
-    cfg=run.arch,
+    cfg=run.model.arch,
     compute=run.cfg.compute,
     pair_weight=cfg.pair_weight,
     point_weight=cfg.point_weight,
   )
-  return context.Trainer(
-    run=run,
-    stage="reward",
+  return run.trainer(
     params=params,
     loss=loss,
     optimizer=cfg.optimizer,
@@ -104,12 +111,12 @@ def _trainer(run: context.Run) -> context.Trainer:
   )
 
 
-def _questions(run: context.Run, source):
+def _questions(run: Run, source):
   """Scored questions about each prompt: its sampled answers, what else was judged, and
   what has a score by construction. No malformed completion is among them: what stands
   as its answer may be a thought."""
   cfg = run.cfg.reward
-  prompts = {p.id: prompt_sets.told(p, cfg.metadata) for p in run.prompts}
+  prompts = {p.id: prompt_sets.told(p, cfg.metadata) for p in run.prompts.all}
   stored, why = "reward", "reward_reason"
   if cfg.shows_thought:
     stored, why = "score", "reason"
@@ -126,9 +133,9 @@ def _questions(run: context.Run, source):
   scores += [verdict.score for verdict in verdicts]
   missing += [verdict.reason for verdict in verdicts if verdict.score is None]
   if missing:
-    context.say(
+    progress.say(
       f"reward: {len(missing)} of {len(asked) + len(more)} answers have no verdict and "
-      f"are left out: {context.counted(missing)}"
+      f"are left out: {progress.counted(missing)}"
     )
   replies += more
   for prompt, answer, score in _made(run, replies, scores):
@@ -151,7 +158,7 @@ def _questions(run: context.Run, source):
 Reply = tuple[Prompt, str, str]  # prompt, thought and answer
 
 
-def _more(run: context.Run, replies: list[Reply], expected: dict) -> list[Reply]:
+def _more(run: Run, replies: list[Reply], expected: dict) -> list[Reply]:
   """For each prompt an answer that was given to one of another type, where whoever
   makes the labels can judge it anew, and drafts of the base."""
   of = collections.defaultdict(list)
@@ -167,13 +174,13 @@ def _more(run: context.Run, replies: list[Reply], expected: dict) -> list[Reply]
     drafts = [row for row in run.recorded if not row.thought]
     more += [(asked[d.prompt_id], "", d.answer) for d in drafts if d.prompt_id in asked]
   elif run.cfg.reward.drafts:
-    found = context.drafts(run, [*asked.values()])
+    found = samples.drafts(run, [*asked.values()])
     more += [(p, found[p.id].thought, found[p.id].answer) for p in asked.values()]
   return more
 
 
 def _made(
-  run: context.Run, replies: list[Reply], scores: list[float | None]
+  run: Run, replies: list[Reply], scores: list[float | None]
 ) -> Iterator[tuple[Prompt, str, float]]:
   """Answers whose score follows from how they are made, to each prompt that has a good
   one."""
@@ -182,18 +189,18 @@ def _made(
     for (prompt, _, answer), score in zip(replies, scores, strict=True)
     if score is not None and score >= probing.FALSE_POSITIVE
   ]
-  yield from run.domain.made(good, random.Random(run.cfg.seed))
+  yield from run.task.made(good, random.Random(run.cfg.seed))
 
 
-def _judged(run: context.Run, replies):
+def _judged(run: Run, replies):
   """Verdicts on (prompt, thought, answer), by whoever makes the labels."""
   rubric = run.cfg.reward.labels == "rubric"
   if run.cfg.reward.shows_thought:
     questions = [judge.FilterQuestion(p, thought, a) for p, thought, a in replies]
-    ask = scoring.filter_rubric(run) if rubric else scoring.filter_judge(run, "labels")
+    ask = judging.filter_rubric(run) if rubric else judging.filter_judge(run, "labels")
   else:
     questions = [judge.RewardQuestion(p, answer) for p, _, answer in replies]
-    ask = scoring.answer_rubric(run) if rubric else scoring.answer_judge(run, "labels")
+    ask = judging.answer_rubric(run) if rubric else judging.answer_judge(run, "labels")
   return ask(questions)
 
 
@@ -223,7 +230,7 @@ def _together(some: list[int], questions) -> list[int]:
   return [i for prompt in drawn for i in of[prompt.id]]
 
 
-def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
+def _plan(run: Run, train: list[int], questions) -> list[list[int]]:
   """The rows of each step: of one category, answers to one prompt side by side."""
   cfg, seed = run.cfg.reward, run.cfg.seed
   of: dict[str, dict[str, list[int]]] = collections.defaultdict(
@@ -240,7 +247,7 @@ def _plan(run: context.Run, train: list[int], questions) -> list[list[int]]:
         for g in prompt_sets.order(len(groups), seed=seed, epoch=epoch)
         for i in groups[g]
       ]
-      chunks += [(epoch, flat[at]) for at in context.batches(len(flat), cfg.rows)]
+      chunks += [(epoch, flat[at]) for at in packing.batches(len(flat), cfg.rows)]
   by_epoch = collections.defaultdict(list)
   for epoch, chunk in chunks:
     by_epoch[epoch].append(chunk)
@@ -264,7 +271,7 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _measure(run: context.Run, ask, questions, scores, held) -> dict:
+def _measure(run: Run, ask, questions, scores, held) -> dict:
   """Agreement with the judge on the held-out prompts, or a draw of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
@@ -274,5 +281,5 @@ def _measure(run: context.Run, ask, questions, scores, held) -> dict:
   return {
     "questions": len(questions),
     "held_out": reward.agreement(predicted, scores[some], ids),
-    "probes": scoring.probe(run, ask, run.cfg.reward.metadata),
+    "probes": judging.probe(run, ask, run.cfg.reward.metadata),
   }

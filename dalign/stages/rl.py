@@ -13,46 +13,56 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.judges import judge
 from dalign.models import adapters
 from dalign.models import ops
 from dalign.policy import prompting
+from dalign.runs import progress
 from dalign.runs import stopping
+from dalign.sampling import likelihood
 from dalign.sampling.sampler import Request
-from dalign.stages import context
+from dalign.stages import judging
+from dalign.stages import samples as sample_rows
 from dalign.stages import scoring
+from dalign.stages import services
+from dalign.stages.prompts import too_long
 from dalign.text import chat_template
+from dalign.text import packing
 from dalign.training import policy_gradient
 from dalign.training import rollout
+from dalign.training import train
+from dalign.training import trainer as trainers
 from dalign.training.rollout import Rollout
 from dalign.types import Key
 from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Turn
 
+Run = services.Services[stages.RLStage]  # what this stage sees of a run
 
-def reinforce(run: context.Run) -> None:
+
+def reinforce(run: Run) -> None:
   """Trains the policy from its start; writes rollouts as text every few steps."""
   cfg = run.cfg.rl
-  if not run.begin("rl", input_files(run)):
+  if not run.begin(input_files(run)):
     return
   choose = prompt_schedule(run)
-  held_out = run.choose("eval", "safety", cfg.audit)
-  start = run.start_params(cfg.start)
+  held_out = run.prompts.choose("eval", "safety", cfg.audit)
+  start = run.model.start_params(cfg.start)
   trainer = make_trainer(run, start)
-  reference = context.Scorer(run, cfg.batch, temperature=cfg.temperature)
-  values = policy_gradient.make_values(cfg=run.arch, compute=run.cfg.compute)
-  value_head = context.Scorer(run, cfg.batch, score=values)
-  ask = scoring.rl_judge(run)
+  reference = run.scorer(cfg.batch, temperature=cfg.temperature)
+  value_head = run.scorer(cfg.batch, make=policy_gradient.make_values)
+  ask = judging.rl_judge(run)
   if trainer.step == 0:
     admit(run, ask)
   shown = run.store.path("rl", "rollouts.jsonl")
   before = run.store.read_rows(shown) if run.store.has(shown) else []
   run.store.write_rows(shown, [r for r in before if r["step"] <= trainer.step])
   skipped = trainer.meta.get("skipped", 0)
-  with trainer, context.bar(cfg.steps, "rl", "step", trainer.step) as bar:
+  with trainer, progress.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
       params = trainer.whole
       policy = params["policy"] if cfg.objective.learns_values else params
@@ -87,7 +97,7 @@ def reinforce(run: context.Run) -> None:
           skipped += 1
           trainer.skip(metrics)
         else:
-          batch, used = context.micro_batches(lines, cfg.batch)
+          batch, used = train.micro_batches(lines, cfg.batch)
           found = trainer.update(batch, used, metrics)
           check_gap(run, trainer.step, found["logp_gap_nats"], batch)
         if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
@@ -105,7 +115,7 @@ def reinforce(run: context.Run) -> None:
 # --- What the stage starts with ---
 
 
-def input_files(run: context.Run) -> list[pathlib.Path]:
+def input_files(run: Run) -> list[pathlib.Path]:
   """What the manifest hashes: policies and prompts, and the models it starts with."""
   cfg, files = run.cfg.rl, [*run.sources]
   if cfg.start == "sft":
@@ -115,19 +125,17 @@ def input_files(run: context.Run) -> list[pathlib.Path]:
   return [path for path in files if path.exists()]
 
 
-def make_trainer(run: context.Run, start: PyTree) -> context.Trainer:
+def make_trainer(run: Run, start: PyTree) -> trainers.Trainer:
   """The trainer of a policy, and where the objective learns values of a value head,
   which is not kept."""
   cfg, params = run.cfg.rl, adapters.apart(start)
   learns_values = cfg.objective.learns_values
   if learns_values:
     params = {"policy": params, "value": policy_gradient.init_value_head(params)}
-  return context.Trainer(
-    run=run,
-    stage="rl",
+  return run.trainer(
     params=params,
     loss=policy_gradient.make_loss(
-      cfg=run.arch,
+      cfg=run.model.arch,
       compute=run.cfg.compute,
       temperature=cfg.temperature,
       objective=cfg.objective,
@@ -139,19 +147,19 @@ def make_trainer(run: context.Run, start: PyTree) -> context.Trainer:
   )
 
 
-def admit(run: context.Run, ask: judge.Judge) -> None:
+def admit(run: Run, ask: judge.Judge) -> None:
   """Refuses a judge that errs on probes."""
   limit = run.cfg.rl.judge_errors
   if limit < 1:
-    scoring.refuse(scoring.probe(run, ask, scoring.metadata(run)), limit)
+    judging.refuse(judging.probe(run, ask, judging.metadata(run)), limit)
 
 
-def prompt_schedule(run: context.Run) -> Callable[[int], list[Prompt]]:
+def prompt_schedule(run: Run) -> Callable[[int], list[Prompt]]:
   """A function from the index of a sampling round to its prompts. ValueError where
   there are too few."""
   cfg = run.cfg.rl
-  safety = fitting(run, run.choose("train", "safety", None, cfg.expected))
-  capability = fitting(run, run.choose("train", "capability", None))
+  safety = fitting(run, run.prompts.choose("train", "safety", None, cfg.expected))
+  capability = fitting(run, run.prompts.choose("train", "capability", None))
   safety_count = cfg.prompts - cfg.capability
   if len(safety) < safety_count:
     raise ValueError(
@@ -173,12 +181,13 @@ def prompt_schedule(run: context.Run) -> Callable[[int], list[Prompt]]:
   )
 
 
-def fitting(run: context.Run, prompts: list[Prompt]) -> list[Prompt]:
+def fitting(run: Run, prompts: list[Prompt]) -> list[Prompt]:
   """Those prompts that are not too long for the sampler."""
   rows = {
-    p.id: prompting.opened(run.tok, prompting.plain(p), run.thinks) for p in prompts
+    p.id: prompting.opened(run.model.tok, prompting.plain(p), run.model.thinks)
+    for p in prompts
   }
-  long = context.too_long(run, rows, run.cfg.sampler.prefix_step)
+  long = too_long(run.cfg.sampler, rows, run.cfg.sampler.prefix_step)
   return [prompt for prompt in prompts if prompt.id not in long]
 
 
@@ -186,7 +195,7 @@ def fitting(run: context.Run, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def sample_and_judge(
-  run: context.Run,
+  run: Run,
   policy: PyTree,
   ask: judge.Judge,
   choose: Callable[[int], list[Prompt]],
@@ -197,41 +206,40 @@ def sample_and_judge(
   samples = run.cfg.rl.samples
   rollouts = collect_rollouts(run, policy, choose(index), samples, key)
   rollouts = judge_rollouts(run, ask, rollouts)
-  return [rollouts[at] for at in context.batches(len(rollouts), samples)]
+  return [rollouts[at] for at in packing.batches(len(rollouts), samples)]
 
 
 def collect_rollouts(
-  run: context.Run, policy: PyTree, prompts: list[Prompt], samples: int, key: Key
+  run: Run, policy: PyTree, prompts: list[Prompt], samples: int, key: Key
 ) -> list[Rollout]:
   """Samples from the policy, without the spec, `samples` times each prompt: the
   rollouts of a prompt are next to each other."""
   cfg = run.cfg.rl
   rendered = [
-    chat_template.render_chat(run.tok, list(prompting.plain(p))) for p in prompts
+    chat_template.render_chat(run.model.tok, list(prompting.plain(p))) for p in prompts
   ]
   requests, place = [], {}
   for i, prompt in enumerate(prompts):
-    forced = prompting.forced(run.tok, prompting.plain(prompt), run.thinks)
+    forced = prompting.forced(run.model.tok, prompting.plain(prompt), run.model.thinks)
     for index in range(samples):
       row_id = prompt.id, index
       place[row_id] = i, index
       tokens = (*rendered[i], *forced)
       requests.append(Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new))
-  completions = context.complete(
-    run,
+  completions = run.sampler.complete(
     run.sampler.prepare(policy),
     [requests],
     key=key,
     temperature=cfg.temperature,
     max_new=cfg.max_new,
-    room=run.cfg.sampler.prefix_step,
+    prefix_room=run.cfg.sampler.prefix_step,
   )
   found = {}
   for completion in completions:
     i, index = place[completion.request.row_id]
     found[i, index] = Rollout(
       prompt=prompts[i],
-      sample=run.sample_row(prompts[i], completion, index, run.thinks),
+      sample=sample_rows.of(run.model, prompts[i], completion, index, run.model.thinks),
       prompt_tokens=rendered[i],
       behaviour=completion.logp,
     )
@@ -239,7 +247,7 @@ def collect_rollouts(
 
 
 def with_scores(
-  rollouts: Sequence[Rollout], name: str, score: context.Scorer, params: PyTree
+  rollouts: Sequence[Rollout], name: str, score: likelihood.Scorer, params: PyTree
 ) -> list[Rollout]:
   """Rollouts with what a scorer says of each sampled token, as the field `name`."""
   tokens, starts = [r.tokens for r in rollouts], [r.first_sampled for r in rollouts]
@@ -251,11 +259,11 @@ def with_scores(
 
 
 def judge_rollouts(
-  run: context.Run, ask: judge.Judge, rollouts: Sequence[Rollout]
+  run: Run, ask: judge.Judge, rollouts: Sequence[Rollout]
 ) -> list[Rollout]:
   """Rollouts with rewards: known answers are compared, the rest is judged by the answer
   alone. A malformed completion gets 0 and no judge call (METHOD 3.3)."""
-  metadata = scoring.metadata(run)
+  metadata = judging.metadata(run)
   judged = [r for r in rollouts if r.needs_judge]
   questions = [
     scoring.reward_question(
@@ -269,14 +277,14 @@ def judge_rollouts(
   return rollout.assign_rewards(rollouts, verdicts)
 
 
-def scan_for_leaks(run: context.Run, r: Rollout, shown: str) -> None:
+def scan_for_leaks(run: Run, r: Rollout, shown: str) -> None:
   """Stops a run whose judge was shown words that the thought alone has."""
   n = run.cfg.rl.scan_words
-  if not n or run.cfg.reward.shows_thought:
+  if not n or run.cfg.reward_model.shows_thought:
     return
   answer = Turn(role="assistant", content=r.sample.answer)
   known = [f"{turn.role} {turn.content}" for turn in (*r.prompt.turns, answer)]
-  known.append(run.domain.policy_text(r.prompt.category, "full"))
+  known.append(run.task.policy_text(r.prompt.category, "full"))
   if found := judge.carried(r.sample.thought, shown, known, n):
     where = run.store.path("rl", "thought_in_reward.json")
     row = {"prompt_id": r.prompt.id, "words": found, "thought": r.sample.thought}
@@ -293,7 +301,7 @@ def scan_for_leaks(run: context.Run, r: Rollout, shown: str) -> None:
 Halt = Callable[[str, str], NoReturn]  # why, and what to do about it
 
 
-def halter(run: context.Run, step: int, rollouts: Sequence[Rollout]) -> Halt:
+def halter(run: Run, step: int, rollouts: Sequence[Rollout]) -> Halt:
   """Stops the stage at a step, and keeps its rollouts."""
   batch = {
     "prompt_id": [r.prompt.id for r in rollouts],
@@ -302,7 +310,7 @@ def halter(run: context.Run, step: int, rollouts: Sequence[Rollout]) -> Halt:
     "kl_nats": [r.kl for r in rollouts],
     "unscored": [r.unscored for r in rollouts],
   }
-  return functools.partial(run.halt, "rl", step, batch=batch)
+  return functools.partial(trainers.halt, run.store, "rl", step, batch=batch)
 
 
 def check_limits(
@@ -320,7 +328,7 @@ def check_limits(
   if len(missing) > cfg.unscored * len(judged):
     halt(
       f"the judge has no verdict on {len(missing)} of {len(judged)} answers: "
-      f"{context.counted(missing)}; wanted at most {cfg.unscored:.0%} "
+      f"{progress.counted(missing)}; wanted at most {cfg.unscored:.0%} "
       "(config.rl.unscored)",
       "mend the judge",
     )
@@ -331,11 +339,12 @@ def check_limits(
     )
 
 
-def check_gap(run: context.Run, step: int, gap: float, batch: dict) -> None:
+def check_gap(run: Run, step: int, gap: float, batch: dict) -> None:
   """Halts where trainer and sampler differ about what was sampled."""
   limit = run.cfg.rl.stop_gap
   if 0 < limit < gap:
-    run.halt(
+    trainers.halt(
+      run.store,
       "rl",
       step,
       f"trainer and sampler differ by {gap:.4g} nats a token, above "
@@ -348,14 +357,14 @@ def check_gap(run: context.Run, step: int, gap: float, batch: dict) -> None:
 # --- Metrics ---
 
 
-def step_metrics(run: context.Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
   """Means of a step's rollouts, and what evaluation's grader, which the reward never
   sees, says of them."""
   values = rollout.metrics(rollouts, group_size=run.cfg.rl.samples)
   safety = [r for r in rollouts if r.prompt.kind != "capability"]
-  graded = [run.domain.outcome(r.prompt, r.sample) for r in safety]
+  graded = [run.task.outcome(r.prompt, r.sample) for r in safety]
   values |= {f"audit_{name}": value for name, value in grades(graded).items()}
-  for name in run.domain.monitored:
+  for name in run.task.monitored:
     found = [row["scores"][name] for row in graded if row["thought"]]
     if known := [score for score in found if score is not None]:
       values[f"thought_{name.removeprefix('thought_')}"] = rollout.mean(known)
@@ -363,13 +372,13 @@ def step_metrics(run: context.Run, rollouts: Sequence[Rollout]) -> dict[str, flo
 
 
 def audit(
-  run: context.Run, policy: PyTree, ask: judge.Judge, prompts: list[Prompt]
+  run: Run, policy: PyTree, ask: judge.Judge, prompts: list[Prompt]
 ) -> dict[str, float]:
   """What evaluation's grader and the judge of RL say of replies to a handful of
   held-out prompts: where they part, the judge is being fooled."""
   key = ops.stream(run.key, "audit")
   rollouts = judge_rollouts(run, ask, collect_rollouts(run, policy, prompts, 1, key))
-  values = grades([run.domain.outcome(r.prompt, r.sample) for r in rollouts])
+  values = grades([run.task.outcome(r.prompt, r.sample) for r in rollouts])
   values["reward"] = rollout.mean(r.reward for r in rollouts if r.scored)
   values["unscored"] = rollout.mean(not r.scored for r in rollouts)
   return {f"rl/held_out_{name}": value for name, value in values.items()}

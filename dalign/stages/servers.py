@@ -7,10 +7,15 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.runs import distributed
-from dalign.stages import context
+from dalign.runs import progress
+from dalign.runs import store as files
+from dalign.stages import model as models
+from dalign.stages import samples
+from dalign.text import packing
 from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import Sample
@@ -23,8 +28,8 @@ class Server:
   """The endpoint of a config, asked for `name`, which its lines of progress begin
   with."""
 
-  def __init__(self, run: context.Run, cfg: configs.EndpointConfig, name: str):
-    self._endpoint = endpoint.Endpoint(cfg, run.store.workdir / "endpoint.jsonl")
+  def __init__(self, store: files.Store, cfg: configs.EndpointConfig, name: str):
+    self._endpoint = endpoint.Endpoint(cfg, store.workdir / "endpoint.jsonl")
     self._name = name
     self.round = ROUND * cfg.concurrency
 
@@ -49,13 +54,13 @@ class Server:
     self, requests: Sequence[endpoint.Request]
   ) -> Iterator[tuple[int, endpoint.Reply]]:
     """(place, reply) of each request, in order, some at a time."""
-    for at in context.batches(len(requests), self.round):
+    for at in packing.batches(len(requests), self.round):
       yield from enumerate(self.chat(requests[at]), at.start)
 
   def say(self) -> None:
     """One line on what was asked so far and what it cost."""
     own = self._endpoint
-    context.say(
+    progress.say(
       f"{self._name}: {own.asked} requests, {own.found} known before; tokens in "
       f"{own.tokens_in}, out {own.tokens_out}; cost {own.cost:.4g}"
       + f", without {own.uncounted} replies that came uncounted"
@@ -64,7 +69,7 @@ class Server:
 
 
 def sample(
-  run: context.Run,
+  model: models.Model,
   prompt: Prompt,
   index: int,
   reply: endpoint.Reply,
@@ -76,7 +81,7 @@ def sample(
   of the text, whatever its tags. With `think` that follows the forced opening, as in
   all samples.
   """
-  own = run.think.of(prompt.text)
+  own = model.think.of(prompt.text)
   thought, said, unended = reply.reasoning, reply.text, ""
   if not thought and not said.lstrip().startswith(own.tag):
     thought, said, unended = thinking.reasoned(said)
@@ -92,7 +97,7 @@ def sample(
   if why := _unread(reply):
     finish, malformed = "refused", why
   if think and not malformed:
-    written = run.written_sample(prompt, index, thought, answer, think)
+    written = samples.written(model, prompt, index, thought, answer, think)
     return dataclasses.replace(written, finish=finish)
   return Sample(
     prompt_id=prompt.id,
@@ -123,7 +128,7 @@ def _unread(reply: endpoint.Reply) -> str:
 
 def request(
   turns: Sequence[Turn],
-  cfg: configs.GenerateConfig | configs.FilterConfig | configs.EvalConfig,
+  cfg: configs.GenerateConfig | stages.Judge | configs.EvalConfig,
   draw: int = 0,
 ) -> endpoint.Request:
   """The request to continue a conversation as a stage samples."""

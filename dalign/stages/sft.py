@@ -5,36 +5,41 @@ import math
 
 import numpy as np
 
+from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.policy import prompting
 from dalign.policy import spec as specs
-from dalign.stages import context
+from dalign.runs import progress
+from dalign.stages import samples
+from dalign.stages import services
 from dalign.text import packing
 from dalign.training import sft
+from dalign.training import train
+from dalign.types import Turn
+
+Run = services.Services[stages.SFTStage]  # what this stage sees of a run
 
 
-def finetune(run: context.Run) -> None:
+def finetune(run: Run) -> None:
   """Fine-tunes the base model on the kept samples, without the spec."""
   cfg = run.cfg.sft
   source = run.store.path("filter", "kept.jsonl")
   if not source.exists():
     raise ValueError(f"{source} is missing: run the filter stage first")
-  if not run.begin("sft", [source, *run.prompt_files]):
+  if not run.begin([source, *run.prompts.files]):
     return
   rows, recalls, dropped = _rows(run, source)
   if cfg.recall_epochs and not recalls:
-    context.say(
+    progress.say(
       "sft: no thought recalls a clause, so that there is nothing to learn in "
       f"config.sft.recall_epochs={cfg.recall_epochs}"
     )
   first = cfg.recall_epochs if recalls else 0
   plan = _plan(recalls, cfg, run.cfg.seed, range(first))
   plan += _plan(rows, cfg, run.cfg.seed, range(first, first + cfg.epochs))
-  trainer = context.Trainer(
-    run=run,
-    stage="sft",
-    params=run.start_params("base"),
-    loss=sft.make_loss(cfg=run.arch, compute=run.cfg.compute),
+  trainer = run.trainer(
+    params=run.model.start_params("base"),
+    loss=sft.make_loss(cfg=run.model.arch, compute=run.cfg.compute),
     optimizer=cfg.optimizer,
     steps=len(plan),
     every=cfg.checkpoint_every,
@@ -42,10 +47,10 @@ def finetune(run: context.Run) -> None:
   )
   trained = sum(weight > 0 for _, weights in rows for weight in weights)
   share = trained / sum(len(tokens) for tokens, _ in rows)
-  context.say(f"sft: {len(rows)} rows, {share:.0%} of their tokens trained, {dropped}")
-  with trainer, context.bar(len(plan), "sft", "step", trainer.step) as bar:
+  progress.say(f"sft: {len(rows)} rows, {share:.0%} of their tokens trained, {dropped}")
+  with trainer, progress.bar(len(plan), "sft", "step", trainer.step) as bar:
     for lines in plan[trainer.step :]:
-      batch, used = context.micro_batches(lines, cfg.batch)
+      batch, used = train.micro_batches(lines, cfg.batch)
       values = trainer.update(batch, used)
       trainer.save()
       bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.2f}")
@@ -59,13 +64,13 @@ def finetune(run: context.Run) -> None:
   )
 
 
-def _rows(run: context.Run, source) -> tuple[list, list, dict]:
+def _rows(run: Run, source) -> tuple[list, list, dict]:
   """(tokens, weights) of each kept sample, and of its start up to the clause that it
   recalls; what leaks or is too long is left out. Raises ValueError where that leaves
   none."""
   cfg = run.cfg.sft
-  index = specs.leak_index(run.spec, cfg.leak_words)
-  prompts = {prompt.id: prompt for prompt in run.prompts}
+  index = specs.leak_index(run.task.spec, cfg.leak_words)
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
   found = []  # (turns, row, where the clause that it recalls ends)
   kept_rows = run.store.read_rows(source)
   of = {  # each sample as if it were a prompt, to be drawn by category and type
@@ -80,39 +85,44 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   some = [row for row, id in zip(kept_rows, of, strict=True) if id in ids_drawn]
   for kept in some:
     turns = prompting.plain(prompts[kept["prompt_id"]])
-    sample, recalled = context.row_to_sample(kept), 0
-    if cfg.recall_epochs and run.thinks:
-      line = run.domain.recalled(sample.thought)
-      sample = run.written_sample(
-        prompts[sample.prompt_id], 0, line + sample.thought, sample.answer, run.think
+    sample, recalled = samples.of_row(kept), 0
+    if cfg.recall_epochs and run.model.thinks:
+      line = run.task.recalled(sample.thought)
+      sample = samples.written(
+        run.model,
+        prompts[sample.prompt_id],
+        0,
+        line + sample.thought,
+        sample.answer,
+        run.model.think,
       )
       own = sample.tokens[sample.forced :]
       recalled = next(
-        (n for n in range(len(own)) if line.strip() in run.tok.decode(own[:n])), 0
+        (n for n in range(len(own)) if line.strip() in run.model.tok.decode(own[:n])), 0
       )
     tokens, forced = sample.tokens, sample.forced
-    if not run.thinks:
+    if not run.model.thinks:
       tokens, forced = _answer(run, sample.answer), 0
-    row = prompting.row(run.tok, turns, tokens, forced)
+    row = prompting.row(run.model.tok, turns, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
     found.append((turns, row, end))
-  for prompt in run.choose("train", "capability", cfg.capability):
+  for prompt in run.prompts.choose("train", "capability", cfg.capability):
     if not prompt.answer.strip():
       raise ValueError(
         f"prompt {prompt.id!r} is of kind capability and has no answer to train on: "
         "give it one, or set sft.capability=0"
       )
-    known = _recalling(run, run.domain.known(prompt))
+    known = _recalling(run, run.task.known(prompt))
     written = _written(run, prompting.plain(prompt), known)
-    if not run.thinks:
+    if not run.model.thinks:
       answer = _answer(run, prompt.answer)
-      written = prompting.row(run.tok, prompting.plain(prompt), answer, 0)
+      written = prompting.row(run.model.tok, prompting.plain(prompt), answer, 0)
     found.append((prompting.plain(prompt), written, 0))
   leaked = [
     any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
     for turns, _, _ in found
   ]
-  most = min(cfg.batch.length, run.arch.max_length)
+  most = min(cfg.batch.length, run.model.arch.max_length)
   fit = [
     len(row[0]) <= most and not leaks
     for (_, row, _), leaks in zip(found, leaked, strict=True)
@@ -131,8 +141,11 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   dropped = {"beyond_most": len(kept_rows) - len(some), "leaked": sum(leaked)}
   if cfg.worked:
     clean += [
-      (_written(run, [context.user_turn(prompt)], _recalling(run, completion)), 0)
-      for prompt, completion in run.domain.worked()
+      (
+        _written(run, [Turn(role="user", content=prompt)], _recalling(run, completion)),
+        0,
+      )
+      for prompt, completion in run.task.worked()
     ]
   fits = [(row, end) for row, end in clean if len(row[0]) <= most]
   dropped["too_long"] = len(clean) - len(fits)
@@ -140,27 +153,27 @@ def _rows(run: context.Run, source) -> tuple[list, list, dict]:
   return [row for row, _ in fits], recalls, dropped
 
 
-def _recalling(run: context.Run, completion: str) -> str:
+def _recalling(run: Run, completion: str) -> str:
   """A written completion that begins with the clause that its thought recalls."""
-  if not (run.cfg.sft.recall_epochs and run.thinks):
+  if not (run.cfg.sft.recall_epochs and run.model.thinks):
     return completion
   thought = completion.lstrip()
   gap = completion[: len(completion) - len(thought)]
-  line = run.domain.recalled(thought.partition(run.think.close)[0])
+  line = run.task.recalled(thought.partition(run.model.think.close)[0])
   return gap + line + thought
 
 
-def _answer(run: context.Run, answer: str) -> tuple[int, ...]:
+def _answer(run: Run, answer: str) -> tuple[int, ...]:
   """The tokens of an answer without a thought."""
-  return (*run.tok.encode(answer), run.tok.stop_ids[0])
+  return (*run.model.tok.encode(answer), run.model.tok.stop_ids[0])
 
 
-def _written(run: context.Run, turns, rest: str) -> tuple[list, list]:
+def _written(run: Run, turns, rest: str) -> tuple[list, list]:
   """A completion that was written, not sampled, as a row; `rest` is what follows its
   forced opening, which is not trained."""
-  forced = prompting.forced(run.tok, turns, run.think)
-  tokens = (*forced, *run.tok.encode(rest), run.tok.stop_ids[0])
-  return prompting.row(run.tok, turns, tokens, len(forced))
+  forced = prompting.forced(run.model.tok, turns, run.model.think)
+  tokens = (*forced, *run.model.tok.encode(rest), run.model.tok.stop_ids[0])
+  return prompting.row(run.model.tok, turns, tokens, len(forced))
 
 
 def _plan(rows, cfg, seed: int, epochs: range) -> list[dict]:

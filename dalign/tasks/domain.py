@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 import functools
 import random
 
-from dalign.config.schema import Config
-from dalign.config.schema import WorldConfig
 from dalign.data import prompt_sets
 from dalign.data import public
 from dalign.evaluation import answered
@@ -46,9 +44,18 @@ class English:
     *("policy_retrieval", "citation", "thought_agrees", "fabricated", "tested"),
   )
 
-  def __init__(self, cfg: Config, read_spec: Callable[[], Mapping[str, str]]):
-    self._cfg, self._read = cfg, read_spec
-    self._think = thinking.ThinkFormat(open=cfg.think.open, close=cfg.think.close)
+  def __init__(
+    self,
+    read_spec: Callable[[], Mapping[str, str]],
+    *,
+    think: thinking.ThinkFormat,
+    detail: str,
+    copies: str,
+  ):
+    """`detail` is how much of a policy is shown, `copies` the folder of public sets, or
+    "" (`config.spec.detail`, `config.eval.copies`)."""
+    self._read, self._think = read_spec, think
+    self._detail, self._copies = detail, copies
 
   @functools.cached_property
   def spec(self) -> Spec:
@@ -73,7 +80,7 @@ class English:
     `public.SETS`."""
     kind, _, name = source.partition(":")
     if kind == "public":
-      return public.load(name, copies=self._cfg.eval.copies, data_dir=data_dir)
+      return public.load(name, copies=self._copies, data_dir=data_dir)
     return prompt_sets.load(source, columns, data_dir)
 
   def notice(self, source: str) -> str:
@@ -99,7 +106,7 @@ class English:
   def teach(self, prompt: Prompt, *, worked: int) -> tuple[Turn, ...]:
     """The conversation of stage 1, the spec in sight, with worked examples."""
     return prompting.teach(
-      self.spec, prompt, detail=self._cfg.spec.detail, worked=worked, think=self._think
+      self.spec, prompt, detail=self._detail, worked=worked, think=self._think
     )
 
   def summaries(self, prompt: Prompt) -> tuple[Turn, ...]:
@@ -110,7 +117,7 @@ class English:
 
   def revise(self, prompt: Prompt, answer: str) -> tuple[Turn, ...]:
     """The conversation in which an answer is revised, the spec in sight."""
-    return prompting.revise(self.spec, prompt, answer, detail=self._cfg.spec.detail)
+    return prompting.revise(self.spec, prompt, answer, detail=self._detail)
 
   def known(self, prompt: Prompt) -> str:
     """The completion of a prompt with a known answer, after its forced opening."""
@@ -124,8 +131,9 @@ class English:
   def _written(self, example: Worked) -> str:
     return prompting.written(example.thought, example.answer, self._think)
 
-  def looks_right(self) -> Callable[[Prompt, Sample], bool]:
-    """Whether a well-formed sample needs no further ones beside it."""
+  def looks_right(self, threshold: float) -> Callable[[Prompt, Sample], bool]:
+    """Whether a well-formed sample needs no further ones beside it: its score by the
+    rubric is at least `threshold`."""
     ask = judge.rubric_judge(self.spec, quality=None)
 
     def right(prompt: Prompt, sample: Sample) -> bool:
@@ -133,7 +141,7 @@ class English:
         prompt=prompt, thought=sample.thought, answer=sample.answer
       )
       score = ask([question])[0].score
-      return score is not None and score >= self._cfg.generate.threshold
+      return score is not None and score >= threshold
 
     return right
 
@@ -173,7 +181,7 @@ class English:
   def question(self, asked: judge.Question) -> list[Turn]:
     """What a model that judges is asked."""
     return judge.question_turns(
-      asked, lambda category: self.policy_text(category, self._cfg.spec.detail)
+      asked, lambda category: self.policy_text(category, self._detail)
     )
 
   def grade(self, answer: str) -> Verdict:
@@ -183,7 +191,7 @@ class English:
   def written_judge(self, ask, form: str) -> judge.Judge:
     """A model that writes its verdicts; `ask`, `form`: as of `judge.written_judge`."""
     return judge.written_judge(
-      lambda category: self.policy_text(category, self._cfg.spec.detail),
+      lambda category: self.policy_text(category, self._detail),
       ask,
       form=form,
     )
@@ -248,13 +256,14 @@ class World:
   opens_told = True  # as it was taught to think
   openings = ()  # its refusals are known without
 
-  def __init__(self, cfg: WorldConfig):
-    self._cfg = cfg
+  def __init__(self, number: int):
+    """`number` is that of its specification (`config.world.spec`)."""
+    self._number = number
 
   @functools.cached_property
   def spec(self) -> Spec:
     """The specification."""
-    return world.spec(self._cfg.spec)
+    return world.spec(self._number)
 
   def prompts(
     self, source: str, columns: Mapping[str, str], data_dir: str
@@ -307,7 +316,7 @@ class World:
     """None: a world's spec has no worked examples."""
     return []
 
-  def looks_right(self) -> Callable[[Prompt, Sample], bool]:
+  def looks_right(self, threshold: float) -> Callable[[Prompt, Sample], bool]:
     """Every well-formed sample does: what is right is for the judge to say."""
     return lambda prompt, sample: True
 
@@ -424,6 +433,18 @@ class World:
     return scores
 
 
-def make(cfg: Config, read_spec: Callable[[], Mapping[str, str]]) -> English | World:
-  """The field that a config is about."""
-  return World(cfg.world) if cfg.world else English(cfg, read_spec)
+Task = English | World
+
+
+def make(
+  read_spec: Callable[[], Mapping[str, str]],
+  *,
+  world: int | None,
+  think: thinking.ThinkFormat,
+  detail: str,
+  copies: str,
+) -> Task:
+  """The world of a number, or English of the policies that `read_spec` reads."""
+  if world is not None:
+    return World(world)
+  return English(read_spec, think=think, detail=detail, copies=copies)

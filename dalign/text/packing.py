@@ -154,3 +154,8 @@ def _lay(rows: Sequence[Row], fronts, lines: list[list[int]], length: int) -> Pa
     extras=extras,
     where=tuple(where),
   )
+
+
+def batches(n: int, size: int):
+  """Slices that cut n things into runs of `size`."""
+  return [slice(at, min(at + size, n)) for at in range(0, n, size)]

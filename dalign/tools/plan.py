@@ -23,13 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalign.config import schema as configs
+from dalign.config import stages as declared
 from dalign.models import adapters
 from dalign.models import sharding
 from dalign.policy import spec as specs
 from dalign.runs import distributed
+from dalign.runs import progress
 from dalign.runs import store
-from dalign.stages import context
 from dalign.stages import scoring
+from dalign.stages import services
 from dalign.text import packing
 from dalign.tools import hlo
 from dalign.training import policy_gradient
@@ -38,6 +40,8 @@ from dalign.training import rollout
 from dalign.training import sft
 from dalign.training import train
 from dalign.types import PyTree
+
+Run = services.Services[declared.Plan]
 
 GIB = 2**30
 UNITS = {"M": 2**20, "G": GIB, "T": 2**40}
@@ -177,14 +181,14 @@ def _devices(cfg: configs.PlanConfig):
 # --- The phases ---
 
 
-def phases(run: context.Run) -> Iterator[Phase]:
+def phases(run: Run) -> Iterator[Phase]:
   """The programs of the stages that the config asks for."""
-  cfg, arch, mesh = run.cfg, run.arch, run.mesh
+  cfg, arch, mesh = run.cfg, run.model.arch, run.mesh
   stages = configs.chosen_stages(cfg.stages)
-  lying = jax.eval_shape(lambda p: adapters.held(p, lora=cfg.lora), run.shapes)
-  base = run.placed(lying)
-  made = jax.eval_shape(run.adapted, lying)
-  trunk = run.placed(made)
+  lying = jax.eval_shape(lambda p: adapters.held(p, lora=cfg.lora), run.model.shapes)
+  base = run.model.placed(lying)
+  made = jax.eval_shape(run.model.adapted, lying)
+  trunk = run.model.placed(made)
   room, think = _spec_room(run), cfg.sampler.prompt_room
   prompts = sum(cfg.generate.prompts.values())
   prompts += cfg.generate.helpful + cfg.generate.capability
@@ -273,7 +277,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
       "reward update",
       loss,
       c.optimizer,
-      run.placed(head),
+      run.model.placed(head),
       _questions(c, room),
       steps=c.steps,
       tokens=c.rows * c.length + room,
@@ -283,7 +287,7 @@ def phases(run: context.Run) -> Iterator[Phase]:
     yield from _rl(run, training, sampling, trunk)
 
 
-def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
+def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   """Rollouts, scores of the start, and updates; the start lies beside the policy, all
   of it or, with adapters, these alone."""
   cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
@@ -292,10 +296,10 @@ def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   if c.objective.learns_values:
     policy = {
       "policy": trunk,
-      "value": run.placed(jax.eval_shape(policy_gradient.init_value_head, trunk)),
+      "value": run.model.placed(jax.eval_shape(policy_gradient.init_value_head, trunk)),
     }
   loss = policy_gradient.make_loss(
-    cfg=run.arch,
+    cfg=run.model.arch,
     compute=cfg.compute,
     temperature=c.temperature,
     objective=c.objective,
@@ -323,7 +327,7 @@ def _rl(run: context.Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     lanes=1,
     beside=(start, update.held["optimizer"]),
   )
-  score = context.Scorer(run, shape, temperature=c.temperature)
+  score = run.scorer(shape, temperature=c.temperature)
   yield Phase(
     "score",
     lambda: score.lowered(trunk),
@@ -350,7 +354,7 @@ def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
     left_out_B = np.zeros(len(packed.tokens_BT), np.float32)
     more = {"sampled_BT": packed.weight_BT > 0, "left_out_B": left_out_B}
     more |= rollout.scatter_to_packed(packed.tokens_BT.shape, packed.where, **of)
-  return context.micro_batches(packed.lines | more, shape)[0]
+  return train.micro_batches(packed.lines | more, shape)[0]
 
 
 def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
@@ -360,24 +364,24 @@ def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _chunks(run: context.Run, shape: configs.BatchConfig) -> int:
+def _chunks(run: Run, shape: configs.BatchConfig) -> int:
   """How many blocks of logits a part of a micro-batch's tokens has, if all count."""
   lines = shape.rows, shape.length
   part = sharding.place(run.mesh, ("batch", "token"), lines).shard_shape(lines)
   return -(-math.prod(part) // run.cfg.compute.logits_chunk)
 
 
-def _loops(run: context.Run, shape: configs.BatchConfig) -> tuple[int, ...]:
+def _loops(run: Run, shape: configs.BatchConfig) -> tuple[int, ...]:
   chunks = _chunks(run, shape)
   return (shape.micro, chunks) if shape.micro > 1 else (chunks,)
 
 
-def _spec_room(run: context.Run) -> int:
+def _spec_room(run: Run) -> int:
   """The tokens of the longest policy, in whole steps."""
-  names = [policy.id for policy in run.spec.policies] + [specs.BENIGN]
-  told = [run.domain.policy_text(name, run.cfg.spec.detail) for name in names]
-  if run.has_model:
-    longest = max(len(run.tok.encode(one)) for one in told)
+  names = [policy.id for policy in run.task.spec.policies] + [specs.BENIGN]
+  told = [run.task.policy_text(name, run.cfg.spec.detail) for name in names]
+  if run.model.has_files:
+    longest = max(len(run.model.tok.encode(one)) for one in told)
   else:
     longest = max(map(len, told)) / CHARACTERS
   step = run.cfg.sampler.prefix_step
@@ -389,12 +393,14 @@ def _spec_room(run: context.Run) -> int:
 
 def _rows(cfg, workdir, devices, chip, names=None) -> list[Row]:
   """The lines of all phases, or of some."""
-  run = context.Run(cfg, workdir, devices=devices)
+  run = services.of(
+    declared.Plan, cfg, services.Workspace(cfg, workdir, devices=devices)
+  )
   rows = []
   with jax.set_mesh(run.mesh):
     for phase in phases(run):
       if names is None or phase.name in names:
-        context.say(f"plan: {phase.name}")
+        progress.say(f"plan: {phase.name}")
         rows.append(_row(phase, chip))
   return rows
 

@@ -1,7 +1,7 @@
 """Whether the judge of RL can be trusted with it: probes, and answers that are known.
 
 Asks before anything is trained by it. RL puts the same probes to its judge
-(`scoring.probe`); this says more, and of more prompts.
+(`judging.probe`); this says more, and of more prompts.
 """
 
 import pathlib
@@ -9,12 +9,14 @@ import pathlib
 import jax
 
 from dalign.config import schema as configs
+from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.judges import probing
 from dalign.runs import distributed
-from dalign.stages import context
-from dalign.stages import scoring
+from dalign.runs import progress
+from dalign.stages import judging
+from dalign.stages import services
 
 PROMPTS = 45  # held-out prompts that each probe is put to
 
@@ -25,12 +27,12 @@ def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
 
   ValueError says which probes it gets wrong more often than `rl.judge_errors`.
   """
-  run = context.Run(cfg, workdir)
+  run = services.of(stages.RLStage, cfg, services.Workspace(cfg, workdir))
   with jax.set_mesh(run.mesh):
-    ask = scoring.rl_judge(run)
-    told = scoring.metadata(run)
-    report = scoring.probe(run, ask, told, PROMPTS)
-    known = run.domain.labelled()
+    ask = judging.rl_judge(run)
+    told = judging.metadata(run)
+    report = judging.probe(run, ask, told, PROMPTS)
+    known = run.task.labelled()
     prompts = [prompt_sets.told(question.prompt, told) for question, _ in known]
     pairs = zip(prompts, known, strict=True)
     verdicts = ask([judge.RewardQuestion(p, q.answer) for p, (q, _) in pairs])
@@ -39,14 +41,14 @@ def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
   run.store.write_json(run.store.workdir / "probe.json", found)
   if distributed.first():
     print("\n".join(table(found)))
-  scoring.refuse(report, cfg.rl.judge_errors)
+  judging.refuse(report, cfg.rl.judge_errors)
 
 
 def table(found: dict) -> list[str]:
   """The lines that are printed."""
   lines = [f"{'probe':16s} {'wrong':>6s}  {'95% interval':15s} {'n':>4s}  unscored"]
   for name, row in found["probes"].items():
-    wrong, interval = context.percent(probing.errors(row)), _interval(row["interval"])
+    wrong, interval = progress.percent(probing.errors(row)), _interval(row["interval"])
     n, unscored = row["n"], row["unscored"]
     lines.append(f"{name:16s} {wrong:>6s}  {interval:15s} {n:4d}  {unscored:8d}")
   agreed = found["agreement"]
@@ -54,7 +56,7 @@ def table(found: dict) -> list[str]:
     kappa = "-" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
     lines.append(
       f"with {agreed['n']} answers that are known to be right or wrong: agrees on "
-      f"{context.percent(agreed['accuracy']).strip()}, kappa {kappa} "
+      f"{progress.percent(agreed['accuracy']).strip()}, kappa {kappa} "
       f"{_interval(agreed['interval'], '.2f')}, {agreed['unscored']} unscored"
     )
   return lines

@@ -9,8 +9,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
+from dalign.config.schema import BatchConfig
 from dalign.config.schema import OptimizerConfig
 from dalign.models import adapters
 from dalign.models import param_tree
@@ -284,3 +286,21 @@ def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree) -> Update:
     donate_argnums=0,
   )
   return Update(jitted, mesh)
+
+
+def micro_batches(lines: dict, shape: BatchConfig):
+  """[B, T] arrays as [M, rows, T] micro-batches, and how many of them are used.
+
+  Raises ValueError when there are more lines than one update holds.
+  """
+  have, room = len(lines["tokens_BT"]), shape.micro * shape.rows
+  if have > room:
+    raise ValueError(
+      f"an update needs {have} lines of {shape.length} tokens, its batch holds {room}: "
+      "raise batch.micro"
+    )
+  batch = {}
+  for name, x in lines.items():
+    x = np.concatenate([x, np.zeros((room - have, *x.shape[1:]), x.dtype)])
+    batch[name] = x.reshape(shape.micro, shape.rows, *x.shape[1:])
+  return batch, max(1, -(-have // shape.rows))

@@ -57,11 +57,11 @@ class DalignAPI(inspect_model.ModelAPI):
 
   def max_connections(self) -> int:
     """As many chats at once as the sampler has slots."""
-    return self.model.run.cfg.sampler.slots
+    return self.model.slots
 
   def connection_key(self) -> str:
     """Those who share a limit: all who ask this model."""
-    return f"dalign-{self.model.run.store.workdir}-{self.model.stage}"
+    return f"dalign-{self.model.workdir}-{self.model.stage}"
 
   async def generate(self, input, tools, tool_choice, config):
     """The reply to a chat; ValueError for what cannot be done as asked."""
@@ -75,7 +75,7 @@ class DalignAPI(inspect_model.ModelAPI):
       turns=tuple(_turn(message) for message in input),
       settings=(
         config.max_tokens or self.max_tokens(),
-        self.model.run.cfg.eval.temperature if temperature is None else temperature,
+        self.model.temperature if temperature is None else temperature,
         config.seed or 0,
       ),
     )

@@ -57,22 +57,22 @@ class DalignLM(TemplateLM):
   @property
   def eot_token_id(self) -> int:
     """The tokenizer's end of text."""
-    return self.model.run.tok.stop_ids[0]
+    return self.model.tok.stop_ids[0]
 
   @property
   def prefix_token_id(self) -> int:
     """What stands before a text that has nothing before it."""
-    bos = self.model.run.tok.bos_id
+    bos = self.model.tok.bos_id
     return self.eot_token_id if bos is None else bos
 
   @property
   def tokenizer_name(self) -> str:
     """What tells this model's cached requests from another's."""
-    return f"dalign-{self.model.run.store.workdir}".replace("/", "_")
+    return f"dalign-{self.model.workdir}".replace("/", "_")
 
   def chat_template(self, chat_template=False) -> str:
     """The template, for the harness's record; it is applied where tokens are made."""
-    return self.model.run.tok.chat_template if chat_template else ""
+    return self.model.tok.chat_template if chat_template else ""
 
   def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
     """The turns as JSON, which `_tokens` reads back: as text with control tokens in it,
@@ -83,7 +83,7 @@ class DalignLM(TemplateLM):
   def tok_encode(self, string: str, add_special_tokens=None, **_) -> list[int]:
     """Tokens of plain text, with those that the tokenizer puts around it unless told
     otherwise; control tokens that it spells are read as text."""
-    tok = self.model.run.tok
+    tok = self.model.tok
     return tok.encode(string) if add_special_tokens is False else tok.document(string)
 
   def _turns(self, context: str) -> tuple[tuple[Turn, ...], str] | None:
@@ -101,7 +101,7 @@ class DalignLM(TemplateLM):
     if chat is None:
       return super()._encode_pair(context, continuation)
     turns, begun = chat
-    tok = self.model.run.tok
+    tok = self.model.tok
     front = chat_template.render_chat(tok, turns)
     row = [*front, *tok.encode(begun + continuation)]
     split = len(front) + len(tok.encode(begun))

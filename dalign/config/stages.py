@@ -1,0 +1,329 @@
+"""What each stage reads of the config, and no more: one frozen dataclass a stage.
+
+A stage's class has the parts and single values of `schema.Config` that the stage and
+what it calls may read; `of` takes them out of a whole config, and the stage gets
+nothing else. So what a stage does not declare is an AttributeError at run time and an
+error of the type checker before, and its manifest, which keeps all that the class has
+(`kept`), cannot miss what it depends on.
+
+A field is the part of the config that is called as it is, or that of `taken(PATH)`.
+`unkept` marks those that change nothing a stage makes, as `schema.limit` does inside a
+part: where and in which shapes it is computed.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any, ClassVar, TypeVar
+
+from dalign.config import schema
+
+S = TypeVar("S")
+
+
+def taken(path: str) -> Any:
+  """A field that holds what the config has elsewhere, as "generate.temperature"."""
+  return dataclasses.field(metadata={"path": path})
+
+
+def unkept(path: str = "") -> Any:
+  """A field that changes nothing that the stage makes; `path` as of `taken`."""
+  found = {"path": path} if path else {}
+  return dataclasses.field(metadata={"limit": True} | found)
+
+
+# --- Parts of sections ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldSpec:
+  """Of WorldConfig, what stages after the base read."""
+
+  spec: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judge:
+  """Of FilterConfig, how the judge is asked that other stages share."""
+
+  judge: str
+  endpoint: schema.EndpointConfig
+  form: str
+  temperature: float
+  max_new: int
+  quality: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drafts:
+  """Of GenerateConfig, how the base is sampled without the specification."""
+
+  temperature: float
+  max_new: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModel:
+  """Of RewardConfig, how the reward model is asked.
+
+  rows: prompts are put to it so many at a time.
+  """
+
+  shows_thought: bool
+  detail: str
+  metadata: str
+  rows: int
+  length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replies:
+  """Of EvalConfig, how a model replies where nobody says otherwise."""
+
+  temperature: float
+  max_think: int
+  max_new: int
+
+
+# --- What several stages read ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """A stage by its name."""
+
+  stage: ClassVar[str] = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfModel(Stage):
+  """Of a stage that reads the model.
+
+  seed: kept by manifests beside the config.
+  """
+
+  seed: int = unkept()
+  model: schema.ModelSource
+  mesh: schema.MeshConfig = unkept()
+  lora: schema.LoRAConfig
+  think: schema.ThinkConfig
+  world: WorldSpec | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Computing(OfModel):
+  """Of a stage that computes with the model."""
+
+  compute: schema.Compute
+  sampler: schema.SamplerConfig = unkept()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfTask(OfModel):
+  """Of a stage that reads the specification or prompts.
+
+  copies: where public sets are read, whatever the place the same.
+  """
+
+  spec: schema.SpecConfig
+  data: schema.DataConfig
+  copies: str = unkept("eval.copies")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Computing):
+  """Of a stage that trains."""
+
+  profile: schema.ProfileConfig = unkept()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taught(OfTask):
+  """Of a stage that may read the recording of a teacher."""
+
+  teacher: str = taken("generate.teacher")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(OfTask, Computing):
+  """Of a stage that samples or scores replies to prompts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judging(Sampling):
+  """Of a stage that asks the filter's judge."""
+
+  judge: Judge = taken("filter")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labelling(Judging, Taught):
+  """Of a stage whose judge may have been recorded with a teacher."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drafting(Sampling):
+  """Of a stage that may sample the base without the specification."""
+
+  drafts: Drafts = taken("generate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewarding(Sampling):
+  """Of a stage that asks the reward model."""
+
+  reward_model: RewardModel = taken("reward")
+
+
+# --- The stages ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseStage(Training):
+  """base: adapters are added to what it ends with."""
+
+  stage: ClassVar[str] = "base"
+  lora: schema.LoRAConfig = unkept()
+  lessons: schema.WorldConfig = taken("world")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateStage(Drafting, Taught):
+  """generate."""
+
+  stage: ClassVar[str] = "generate"
+  generate: schema.GenerateConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterStage(Labelling):
+  """filter."""
+
+  stage: ClassVar[str] = "filter"
+  filter: schema.FilterConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTStage(Sampling, Training):
+  """sft."""
+
+  stage: ClassVar[str] = "sft"
+  sft: schema.SFTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardStage(Rewarding, Labelling, Drafting, Training):
+  """reward."""
+
+  stage: ClassVar[str] = "reward"
+  reward: schema.RewardConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLStage(Rewarding, Judging, Training):
+  """rl."""
+
+  stage: ClassVar[str] = "rl"
+  rl: schema.RLConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalStage(Drafting):
+  """eval."""
+
+  stage: ClassVar[str] = "eval"
+  eval: schema.EvalConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportStage(Stage):
+  """report: it reads the files of the others."""
+
+  stage: ClassVar[str] = "report"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportStage(Taught):
+  """export, whose card says how the model was made and is asked."""
+
+  stage: ClassVar[str] = "export"
+  export: schema.ExportConfig
+  teacher_model: str = taken("generate.endpoint.model")
+  judge: str = taken("filter.judge")
+  max_new: int = taken("eval.max_new")
+
+
+# --- What is no stage ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Taught, Sampling):
+  """The plan, which is about the stages that are asked for."""
+
+  stages: str
+  generate: schema.GenerateConfig
+  filter: schema.FilterConfig
+  sft: schema.SFTConfig
+  reward: schema.RewardConfig
+  rl: schema.RLConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Talk(Sampling):
+  """Chat, server and harness: the shapes in which rows are scored are those of SFT."""
+
+  replies: Replies = taken("eval")
+  scoring: schema.BatchConfig = taken("sft.batch")
+
+
+STAGES: dict[str, type[Stage]] = {
+  kind.stage: kind
+  for kind in (
+    *(BaseStage, GenerateStage, FilterStage, SFTStage, RewardStage, RLStage),
+    *(EvalStage, ReportStage, ExportStage),
+  )
+}
+
+
+def of(kind: type[S], config: Any) -> S:
+  """What a class of this file declares of a config, or of a part of one."""
+  fields = dataclasses.fields(typing.cast(Any, kind))
+  return kind(**{field.name: _value(field, config) for field in fields})
+
+
+def _path(field: dataclasses.Field) -> str:
+  return field.metadata.get("path", field.name)
+
+
+def _value(field: dataclasses.Field, config):
+  path, kind = _path(field), field.type
+  value = functools.reduce(getattr, path.split("."), config)
+  if isinstance(kind, types.UnionType):  # X | None
+    if value is None:
+      return None
+    kind = typing.get_args(kind)[0]
+  if not dataclasses.is_dataclass(kind) or isinstance(value, typing.cast(type, kind)):
+    return value
+  if value is None:
+    raise ValueError(f"config.{path}: wanted one, got none")
+  return of(typing.cast(type, kind), value)
+
+
+def kept(stage: Stage) -> dict[str, Any]:
+  """The keys of the config that a manifest of the stage keeps, flat, with their values
+  as JSON has them: all that it declares, but what changes nothing that it makes."""
+  return dict(_kept(stage, ""))
+
+
+def _kept(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(part):
+    value = getattr(part, field.name)
+    if field.metadata.get("limit") or value is None:
+      continue
+    key = prefix + _path(field)
+    if dataclasses.is_dataclass(value):
+      yield from _kept(value, f"{key}.")
+    else:
+      yield key, schema.plain(value)

@@ -1,0 +1,264 @@
+"""The judges of filter, reward and RL, as the config has them, and what they are tried
+with."""
+
+import collections
+from collections.abc import Mapping
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+
+from dalign.config import schema as configs
+from dalign.config import stages
+from dalign.data import prompt_sets
+from dalign.judges import forms
+from dalign.judges import judge
+from dalign.judges import probing
+from dalign.judges import recordings
+from dalign.models import ops
+from dalign.models import sharding
+from dalign.policy import prompting
+from dalign.runs import progress
+from dalign.sampling import likelihood
+from dalign.sampling import sampler as sampling
+from dalign.stages import scoring
+from dalign.stages import servers
+from dalign.stages import services
+from dalign.text import chat_template
+from dalign.text import thinking
+from dalign.text import words
+from dalign.types import Prompt
+from dalign.types import Turn
+from dalign.types import Verdict
+
+Run = services.Services[stages.Judging]
+Labelling = services.Services[stages.Labelling]
+
+PROBED = 27  # held-out prompts that each probe is put to
+
+
+def filter_judge(
+  run: Labelling, name: str, likely: judge.Quality | None = None
+) -> judge.Judge:
+  """The judge of thought and answer that the config asks for. A rubric's `likely` may
+  be shared with others (`quality`)."""
+  return _recorded(run) or _model(run, name) or filter_rubric(run, likely)
+
+
+def answer_judge(
+  run: Labelling, name: str, likely: judge.Quality | None = None
+) -> judge.Judge:
+  """The filter's judge, asked about answers alone."""
+  return _recorded(run) or _model(run, name) or answer_rubric(run, likely)
+
+
+def filter_rubric(run: Run, likely: judge.Quality | None = None) -> judge.Judge:
+  """The judge of both that is no model, but for what `filter.quality` adds."""
+  return run.task.filter_rubric(likely or quality(run))
+
+
+def answer_rubric(run: Run, likely: judge.Quality | None = None) -> judge.Judge:
+  """The same of answers alone."""
+  return run.task.reward_rubric(likely or quality(run))
+
+
+NOTHING = Turn(role="user", content="Say something.")  # a prompt that asks nothing
+
+
+def quality(run: Run) -> judge.Quality | None:
+  """How likely the base finds answers, without spec and thought, after their prompts
+  and after NOTHING, if `filter.quality` asks for it. The base is loaded when it is
+  first asked; what it said last is kept, as two rubrics ask of the same answers."""
+  if not run.cfg.judge.quality:
+    return None
+  params = functools.cache(run.model.base_params)
+
+  @functools.cache
+  def scorer(length: int) -> likelihood.Scorer:
+    shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
+    return run.scorer(shape)
+
+  @functools.lru_cache(maxsize=1)
+  def of(pairs: tuple[tuple[Prompt, str], ...]):
+    rows, starts = [], []
+    for prompt, answer in pairs:
+      for turns in (prompting.plain(prompt), (NOTHING,)):
+        before = chat_template.render_chat(run.model.tok, list(turns))
+        rows.append(before + run.model.tok.encode(answer))
+        starts.append(len(before))
+    length = -(-max(map(len, rows), default=1) // 256) * 256
+    found = scorer(length)(params(), rows, starts)
+    means = [float(own.mean()) if len(own) else math.nan for own in found]
+    return [*zip(means[::2], means[1::2], strict=True)]
+
+  return lambda pairs: of(tuple(pairs))
+
+
+def _model(run: Run, name: str) -> judge.Judge | None:
+  """The judge that the config has, but a rubric."""
+  kind = run.cfg.judge.judge
+  if kind == "model":
+    return model_judge(run)
+  if kind == "sampled":
+    return sampled_judge(run, name)
+  return endpoint_judge(run) if kind == "endpoint" else None
+
+
+def model_judge(run: Run) -> judge.Judge:
+  """The base model as judge: its expected score over the label tokens."""
+  score_logprobs = likelihood.of_labels(
+    run.model.base_params(),
+    tok=run.model.tok,
+    cfg=run.model.arch,
+    compute=run.cfg.compute,
+    shardings=sharding.whole(run.mesh),
+  )
+
+  def render(category):
+    return run.task.policy_text(category, run.cfg.spec.detail)
+
+  return judge.model_judge(render, score_logprobs)
+
+
+def _recorded(run: Labelling) -> judge.Judge | None:
+  """The votes that were recorded with the samples of a recorded teacher, if the config
+  asks for them."""
+  if run.cfg.judge.judge != "recorded":
+    return None
+  if not run.recording:
+    raise ValueError(
+      "config.filter.judge: recorded votes are those of a recorded teacher; wanted "
+      f"generate.teacher=recorded:PATH, got {run.cfg.teacher!r}"
+    )
+  return recordings.judges(run.recorded)
+
+
+def endpoint_judge(run: Run) -> judge.Judge:
+  """The model at `filter.endpoint` as judge."""
+  cfg = run.cfg.judge
+  server = servers.Server(run.store, cfg.endpoint, "judge")
+  asked: collections.Counter = collections.Counter()
+
+  def ask(conversations) -> list[forms.Said]:
+    requests = []
+    for turns in map(tuple, conversations):
+      requests.append(servers.request(turns, cfg, asked[turns]))
+      asked[turns] += 1
+    found = server.chat(requests)
+    server.say()
+    return [*map(servers.said, found)]
+
+  return run.task.written_judge(ask, cfg.form)
+
+
+def rl_judge(run: services.Services[stages.RLStage]) -> judge.Judge:
+  """What RL is rewarded by: the reward model, the filter's judge, or the rubric."""
+  kind = run.cfg.rl.reward
+  if kind == "model":
+    params = scoring.load_reward_model(run)
+    return scoring.reward_model(run, params, scoring.Renderer(run))
+  return (kind == "judge" and _model(run, "rl")) or answer_rubric(run)
+
+
+def metadata(run: services.Services[stages.RLStage]) -> str:
+  """What the judge of RL is told of the ideal response type."""
+  cfg = run.cfg
+  return (cfg.reward_model if cfg.rl.reward == "model" else cfg.rl).metadata
+
+
+def probe(
+  run: services.Services[stages.OfTask],
+  ask: judge.Judge,
+  told: str,
+  prompts: int = PROBED,
+) -> dict[str, dict]:
+  """What a judge makes of the probes of METHOD section 4, on held-out prompts of which
+  it is `told` as metadata says."""
+  probes = [
+    (name, dataclasses.replace(asked, prompt=prompt_sets.told(asked.prompt, told)), low)
+    for name, asked, low in run.task.probes(
+      run.prompts.choose("eval", "safety", prompts)
+    )
+  ]
+  report = probing.probe_report(probes, ask([question for _, question, _ in probes]))
+  for name, row in report.items():
+    if row["unscored"]:
+      progress.say(f"probes: {name}: {_unscored(row)}")
+  return report
+
+
+def _unscored(row: Mapping) -> str:
+  """How many answers of a probe have no verdict, and why."""
+  reasons = progress.counted(collections.Counter(row["reasons"]).elements())
+  return f"no verdict on {row['unscored']} of {row['n'] + row['unscored']}: {reasons}"
+
+
+def refuse(report: dict[str, dict], limit: float) -> None:
+  """ValueError for a judge that got more than `limit` of some probe wrong, or to which
+  none was put."""
+  if not report:
+    raise ValueError(
+      "the judge of RL is tried on held-out prompts of kind safety, and there are "
+      "none: hold some out, or let it pass with --config.rl.judge_errors=1.0"
+    )
+  if failed := probing.failed(report, limit):
+    shown = ", ".join(
+      f"{name} ({progress.percent(probing.errors(report[name])).strip()} of "
+      f"{report[name]['n']}"
+      + (f"; {_unscored(report[name])})" if report[name]["unscored"] else ")")
+      for name in failed
+    )
+    raise ValueError(
+      f"the judge of RL errs on probes: {shown}; wanted at most {limit:.0%} of each. "
+      "Train a better one, take another (config.rl.reward), or let "
+      "it pass with --config.rl.judge_errors=1.0"
+    )
+
+
+def sampled_judge(run: Run, name: str) -> judge.Judge:
+  """The base model as judge: it thinks with the spec in sight, and writes a grade.
+
+  Asked the same again, it draws anew; else its randomness comes from `name` and from
+  what is asked. Known answers are compared.
+  """
+  cfg, params = run.cfg.judge, run.sampler.prepare(run.model.base_params())
+  asked: collections.Counter = collections.Counter()
+
+  def ask(questions):
+    verdicts: list[Verdict | None] = [None] * len(questions)
+    groups: dict[str, list] = collections.defaultdict(list)
+    asks = [(q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions]
+    what = hashlib.sha256(json.dumps(asks).encode()).hexdigest()
+    asked[what] += 1
+    for i, question in enumerate(questions):
+      prompt = question.prompt
+      if prompt.kind == "capability":
+        correct = words.correct(question.answer, prompt.answer)
+        verdicts[i] = Verdict(score=correct)
+        continue
+      tokens = tuple(
+        chat_template.render_chat(run.model.tok, run.task.question(question))
+      )
+      row = prompt.id, what, i
+      request = sampling.Request(tokens=tokens, row_id=row, max_new=cfg.max_new)
+      groups[prompt.category].append(request)
+    done = run.sampler.complete(
+      params,
+      [*groups.values()],
+      key=ops.stream(run.key, f"judge_{name}", asked[what]),
+      temperature=cfg.temperature,
+      max_new=cfg.max_new,
+    )
+    for completion in done:
+      *_, i = completion.request.row_id
+      said = run.model.tok.decode(completion.tokens)
+      _, answer, malformed = thinking.split_thought(said, run.model.think.of(""))
+      verdict = run.task.grade(said if malformed else answer)
+      if completion.finish == "length":
+        verdict = Verdict(score=None, reason=forms.CUT)
+      shown = run.model.tok.decode(completion.request.tokens)
+      verdicts[i] = dataclasses.replace(verdict, shown=shown)
+    return verdicts
+
+  return judge.Judge(ask, deterministic=False)

@@ -1,0 +1,216 @@
+"""The model of a run: architecture, tokenizer, parameters and sampler."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dalign.config import schema as configs
+from dalign.formats import weights
+from dalign.models import adapters
+from dalign.models import ops
+from dalign.models import param_tree
+from dalign.models import sharding
+from dalign.runs import progress
+from dalign.runs import store as files
+from dalign.sampling import sampler as sampling
+from dalign.tasks import world
+from dalign.text import chat_template
+from dalign.text import thinking
+from dalign.text import vocab
+from dalign.training import checkpoints
+from dalign.types import PyTree
+
+
+class Model:
+  """The base model of a run, on its mesh, and what its stages have made of it.
+
+  It knows its sources alone: files or a seed, the ends of a thought, adapters. Files
+  are read when they are first needed.
+  """
+
+  def __init__(
+    self,
+    store: files.Store,
+    mesh: Mesh,
+    *,
+    source: configs.ModelSource,
+    think: configs.ThinkConfig,
+    lora: configs.LoRAConfig,
+    of_world: bool,
+    seed: int,
+  ):
+    self.store, self.mesh = store, mesh
+    self._source, self._lora, self._of_world = source, lora, of_world
+    self._seed = seed
+    self.think = thinking.ThinkFormat(open=think.open, close=think.close)
+    self.thinks = self.think if think.used else None  # what is trained writes it
+
+  @property
+  def has_files(self) -> bool:
+    """Whether the model's files are here, or it needs none; a plan needs only sizes."""
+    path = self._source.path
+    return (
+      path.startswith("pip:")
+      or path in ("random", "world")
+      or not self._source.random
+      or pathlib.Path(path).expanduser().exists()
+    )
+
+  @functools.cached_property
+  def _found(self) -> weights.Checkpoint:
+    """The base model as its files have it, parameters unread."""
+    if self._source.path in ("random", "world"):
+      tok = vocab.tiny_tokenizer()
+      if self._of_world:
+        tok = vocab.word_tokenizer(world.vocabulary())
+      sizes = dict(self._source.random) | {"vocab": len(tok.ids)}
+      arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
+      return weights.Checkpoint.random(arch, tok, self._seed)
+    progress.say(f"loading {self._source.path}")
+    return weights.find(self._source.path)
+
+  @functools.cached_property
+  def arch(self) -> configs.ModelConfig:
+    scale = self._lora.alpha / self._lora.rank if self._lora.rank else 0.0
+    if self.has_files:
+      arch = self._found.cfg
+    else:
+      sizes = self._source.random
+      arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
+    return dataclasses.replace(arch, lora_scale=scale)
+
+  @functools.cached_property
+  def file_tok(self) -> chat_template.Tokenizer:
+    """The tokenizer as the model's files have it, but that it opens no thought, and
+    that all stages have one day."""
+    found = dataclasses.replace(self._found.tok, date=self._source.date)
+    return found.unopened(self.think.tag)
+
+  @functools.cached_property
+  def tok(self) -> chat_template.Tokenizer:
+    """The tokenizer, which reads the tags of the think format."""
+    return self.file_tok.reading(self.think.open + self.think.close)
+
+  @functools.cached_property
+  def shapes(self) -> PyTree:
+    """The base model's parameters as ShapeDtypeStructs."""
+    return _shapes(self.arch)
+
+  def base_params(self) -> PyTree:
+    """The base model's parameters, on the mesh; a new copy at each call."""
+    params = (
+      self._load(self.trained("base"), self.shapes)
+      if self._of_world
+      else self.fresh_params()
+    )
+    return adapters.held(params, lora=self._lora)
+
+  def fresh_params(self) -> PyTree:
+    """The parameters that the model's source has, on the mesh."""
+    return self._found.params(
+      jax.tree.map(lambda x: x.sharding, self.placed(self.shapes))
+    )
+
+  def start_params(self, start: str) -> PyTree:
+    """What a training stage starts from: "base", with new adapters where the config has
+    such, or "sft"."""
+    if start == "sft":
+      return self.trained_params("sft")
+    return self.adapted(self.base_params())
+
+  def adapted(self, params: PyTree) -> PyTree:
+    """A decoder's parameters with the adapters that the config asks for."""
+    if not self._lora.rank:
+      return params
+    key = ops.stream(jax.random.key(self._seed), "lora")
+    return adapters.attach(params, key, cfg=self.arch, lora=self._lora)
+
+  def trained_params(self, stage: str, whole=lambda params: params) -> PyTree:
+    """The parameters that a finished stage ended with; `whole` makes a decoder's into
+    what the stage trains. Where that were adapters, the rest is the base model's."""
+    where = self.trained(stage)
+    if not self._lora.rank:
+      return self._load(where, jax.eval_shape(whole, self.shapes))
+    trained, frozen = adapters.split(whole(self.adapted(self.base_params())))
+    return adapters.join(frozen, self._load(where, trained))
+
+  def trained(self, stage: str) -> pathlib.Path:
+    """Where the parameters of a finished stage are; ValueError where they are not."""
+    where = self.store.path(stage, "params")
+    if not where.exists():
+      raise ValueError(
+        f"{where} is missing: run the {stage} stage first "
+        f"(--config.stages={stage} or all)"
+      )
+    return where
+
+  def _load(self, where: pathlib.Path, shapes: PyTree) -> PyTree:
+    """Saved parameters, laid on the mesh as they are read."""
+    return checkpoints.load_params(where, self.placed(shapes))
+
+  def placed(self, shapes: PyTree) -> PyTree:
+    """Parameters as ShapeDtypeStructs that say where on the mesh they lie."""
+    return _placed(self.mesh, shapes)
+
+  def sampler(
+    self, compute: configs.Compute, shapes: configs.SamplerConfig
+  ) -> sampling.Sampler:
+    """A sampler of the model on its mesh; its programs are compiled for it alone."""
+    return _sampler(
+      self.arch,
+      self.tok.stop_ids if self.has_files else (0,),
+      self.mesh,
+      compute=compute,
+      shapes=shapes,
+    )
+
+
+class Guest:
+  """A model beside the run's own, on its mesh, to be asked and not trained. What path
+  it may have: `weights.find`."""
+
+  def __init__(
+    self,
+    path: str,
+    mesh: Mesh,
+    *,
+    compute: configs.Compute,
+    shapes: configs.SamplerConfig,
+    date: str,
+  ):
+    progress.say(f"loading {path}")
+    found = weights.find(path)
+    self.arch, self.tok = found.cfg, dataclasses.replace(found.tok, date=date)
+    self.sampler = _sampler(
+      self.arch, self.tok.stop_ids, mesh, compute=compute, shapes=shapes
+    )
+    placed = _placed(mesh, _shapes(self.arch))
+    params = found.params(jax.tree.map(lambda x: x.sharding, placed))
+    self.weights = self.sampler.prepare(params)
+
+
+def _sampler(arch, stop_ids, mesh: Mesh, *, compute, shapes) -> sampling.Sampler:
+  return sampling.Sampler(
+    cfg=arch,
+    compute=compute,
+    stop_ids=stop_ids,
+    sampler=shapes,
+    mesh=mesh if mesh.size > 1 else None,
+  )
+
+
+def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:
+  axes = param_tree.logical_axes(shapes)
+  return sharding.abstract(shapes, sharding.shardings(mesh, axes, shapes))
+
+
+def _shapes(arch: configs.ModelConfig) -> PyTree:
+  return jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    param_tree.shapes(arch),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )

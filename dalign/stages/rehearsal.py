@@ -1,0 +1,82 @@
+"""A rehearsal: what models are to read, rendered before anything costs."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+import contextlib
+from typing import Any, Sequence
+
+from dalign.config import schema as configs
+from dalign.config import stages as declared
+from dalign.data import prompt_sets
+from dalign.judges import judge
+from dalign.stages import scoring
+from dalign.stages import services
+from dalign.text import chat_template
+from dalign.types import Prompt
+from dalign.types import Turn
+
+SAID = "An answer."
+Chats = Iterator[tuple[str, Sequence[Turn]]]  # who reads, and what
+
+
+def rehearse(
+  config: configs.Config, work: services.Workspace, stages: Collection[str]
+) -> None:
+  """Renders what teacher, judges and reward model of some stages are to read of a
+  prompt of each category. ValueError where the chat template leaves some of it out."""
+  for stage, chats in READERS.items():
+    if stage not in stages:
+      continue
+    run: Any = services.of(declared.STAGES[stage], config, work)
+    for prompt in {p.category: p for p in run.prompts.raw}.values():
+      for reader, turns in chats(run, prompt):
+        with _read_by(reader):
+          chat_template.render_chat(run.model.tok, turns, whole=run.model.think.tags)
+  if "reward" in stages or ("rl" in stages and config.rl.reward == "model"):
+    reward = services.of(declared.RewardStage, config, work)
+    with _read_by("the reward model"):
+      renderer = scoring.Renderer(reward)
+      for prompt in {p.category: p for p in reward.prompts.raw}.values():
+        told = prompt_sets.told(prompt, reward.cfg.reward.metadata)
+        question = scoring.reward_question(reward, told, "A thought.", SAID)
+        renderer.own(question)
+
+
+def _of_generate(
+  run: services.Services[declared.GenerateStage], prompt: Prompt
+) -> Chats:
+  cfg = run.cfg.generate
+  if cfg.teacher == "base":
+    turns = run.task.teach(prompt.blind(), worked=cfg.demonstrations)
+    yield "the teacher", turns
+  if cfg.revise:
+    yield "who revises", run.task.revise(prompt, SAID)
+
+
+def _of_judge(run: services.Services[declared.Judging], prompt: Prompt) -> Chats:
+  if run.cfg.judge.judge in ("model", "sampled"):
+    question = judge.FilterQuestion(prompt=prompt, thought="A thought.", answer=SAID)
+    yield "the judge", run.task.question(question)
+
+
+def _of_arms(run: services.Services[declared.EvalStage], prompt: Prompt) -> Chats:
+  arms = run.cfg.eval.arms
+  if "self_refine" in arms:
+    yield "who revises", run.task.revise(prompt, SAID)
+  if not {"spec_in_prompt", "spec_in_prompt_oracle"}.isdisjoint(arms):
+    yield "the base, told the policies", run.task.summaries(prompt)
+
+
+READERS: Mapping[str, Callable[[Any, Prompt], Chats]] = {
+  "generate": _of_generate,
+  "filter": _of_judge,
+  "reward": _of_judge,
+  "eval": _of_arms,
+}
+
+
+@contextlib.contextmanager
+def _read_by(reader: str) -> Iterator[None]:
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"what {reader} is to read: {error}") from error

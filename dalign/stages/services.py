@@ -1,0 +1,239 @@
+"""What a stage works with, each service made of the parts of the config that the stage
+declares.
+
+A `Workspace` is the folder and the devices of a run, and holds no config. `Services`
+are those of one stage: they hold what `config.stages` gives that stage, and a service
+that needs another part is not there.
+"""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import pathlib
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from dalign.config import schema as configs
+from dalign.config import stages
+from dalign.data import bundled
+from dalign.judges import recordings
+from dalign.models import kernels
+from dalign.models import sharding
+from dalign.runs import devices as machines
+from dalign.runs import metrics
+from dalign.runs import progress
+from dalign.runs import store as files
+from dalign.sampling import likelihood
+from dalign.sampling import sampler as sampling
+from dalign.stages import model as models
+from dalign.stages import prompts as prompt_choice
+from dalign.tasks import domain
+from dalign.training import train
+from dalign.training import trainer
+from dalign.types import Key
+from dalign.types import PyTree
+
+C = TypeVar("C", bound=stages.Stage, covariant=True)
+S = TypeVar("S", bound=stages.Stage)
+T = TypeVar("T")
+
+
+class Workspace:
+  """The folder, the metrics and the mesh of a run, which its stages share."""
+
+  def __init__(
+    self,
+    cfg: configs.Config,
+    workdir: pathlib.Path,
+    shared: dict[str, pathlib.Path] | None = None,
+    devices=None,
+  ):
+    """`shared` has the workdirs of stages that were run elsewhere. Raises ValueError
+    where the devices cannot compute as `config.compute` says."""
+    platform = (devices or jax.devices())[0].platform
+    if platform == "cpu" and cfg.compute.kv_dtype != "float32":
+      raise ValueError(
+        "config.compute.kv_dtype: wanted float32 on a CPU, whose XLA has no batched "
+        f"product of attention in other types; got {cfg.compute.kv_dtype}"
+      )
+    wanted = kernels.PLATFORMS.get(cfg.compute.attention, platform)
+    if wanted != platform:
+      raise ValueError(
+        f"config.compute.attention: {cfg.compute.attention} runs on a {wanted}, this "
+        f"is a {platform}; use xla"
+      )
+    self.store = files.Store(workdir, shared)
+    self.metrics = metrics.Metrics(workdir, cfg.log, configs.flat(cfg))
+    self.mesh = sharding.make_mesh(cfg.mesh, devices)
+    self.start_over = cfg.start_over
+    self.opened = False  # whether a stage has begun or gone on
+    self._made: dict[tuple[str, str], Any] = {}
+
+  def once(self, make: Callable[..., T], *args, **parts) -> T:
+    """make(*args, **parts), which stages with equal parts share."""
+    key = f"{make.__module__}.{make.__qualname__}", repr(sorted(parts.items()))
+    if key not in self._made:
+      self._made[key] = make(*args, **parts)
+    return self._made[key]
+
+
+def of(kind: type[S], cfg: configs.Config, work: Workspace) -> "Services[S]":
+  """The services of a stage, or of what else declares what it reads of a config."""
+  return Services(stages.of(kind, cfg), work)
+
+
+class Services(Generic[C]):
+  """What one stage works with."""
+
+  def __init__(self, cfg: C, work: Workspace):
+    self.cfg, self._work = cfg, work
+    self.store, self.metrics, self.mesh = work.store, work.metrics, work.mesh
+    self._own: dict[Callable, Any] = {}
+
+  def _once(self, make: Callable[..., T], *args, **parts) -> T:
+    """As `Workspace.once`, and at once where the stage has asked before."""
+    if make not in self._own:
+      self._own[make] = self._work.once(make, *args, **parts)
+    return self._own[make]
+
+  @property
+  def key(self: "Services[stages.OfModel]") -> Key:
+    """What all randomness comes from, by name and step."""
+    return jax.random.key(self.cfg.seed)
+
+  @property
+  def model(self: "Services[stages.OfModel]") -> models.Model:
+    """The model: architecture, tokenizer and parameters."""
+    return self._once(
+      models.Model,
+      self.store,
+      self.mesh,
+      source=self.cfg.model,
+      think=self.cfg.think,
+      lora=self.cfg.lora,
+      of_world=self.cfg.world is not None,
+      seed=self.cfg.seed,
+    )
+
+  @property
+  def sampler(self: "Services[stages.Computing]") -> sampling.Sampler:
+    """The model's sampler in the shapes of the config."""
+    shapes, model = self.cfg.sampler, self.model
+    return self._work.once(model.sampler, compute=self.cfg.compute, shapes=shapes)
+
+  def scorer(
+    self: "Services[stages.Computing]", shape: configs.BatchConfig, *, make=None, **how
+  ) -> likelihood.Scorer:
+    """A `Scorer` of the model on its mesh; `make(cfg=, compute=)` makes another score
+    than the log-probability."""
+    arch, compute = self.model.arch, self.cfg.compute
+    if make is not None:
+      score = make(cfg=arch, compute=dataclasses.replace(compute, remat=False))
+      how = how | {"score": score}
+    whole = sharding.whole(self.mesh)
+    return likelihood.Scorer(arch, compute, shape, shardings=whole, **how)
+
+  def trainer(
+    self: "Services[stages.Training]",
+    *,
+    params: PyTree,
+    loss: train.LossFn,
+    optimizer: configs.OptimizerConfig,
+    steps: int,
+    every: int,
+    **more,
+  ) -> trainer.Trainer:
+    """A `Trainer` of the stage, which takes `params` for its own."""
+    return trainer.Trainer(
+      stage=self.cfg.stage,
+      store=self.store,
+      metrics=self.metrics,
+      mesh=self.mesh,
+      arch=self.model.arch,
+      key=self.key,
+      profile=self.cfg.profile,
+      params=params,
+      loss=loss,
+      optimizer=optimizer,
+      steps=steps,
+      every=every,
+      **more,
+    )
+
+  @property
+  def task(self: "Services[stages.OfTask]") -> domain.Task:
+    """What the run is about: its specification, prompts, judges and grades."""
+    return self._once(
+      domain.make,
+      self._spec_files,
+      world=None if self.cfg.world is None else self.cfg.world.spec,
+      think=self.model.think,
+      detail=self.cfg.spec.detail,
+      copies=self.cfg.copies,
+    )
+
+  @property
+  def prompts(self: "Services[stages.OfTask]") -> prompt_choice.Prompts:
+    """The prompts."""
+    return self._once(
+      prompt_choice.Prompts, self.task, data=self.cfg.data, seed=self.cfg.seed
+    )
+
+  @property
+  def spec_dir(self: "Services[stages.OfTask]") -> pathlib.Path:
+    """The folder of policies: as given, or that which comes with the package."""
+    return bundled.find(self.cfg.spec.dir)
+
+  def _spec_files(self: "Services[stages.OfTask]") -> dict[str, str]:
+    """Path -> text, so that what is wrong with a policy says where it lies."""
+    folder = self.spec_dir
+    found = files.read_spec_files(folder)
+    return {(folder / name).as_posix(): text for name, text in found.items()}
+
+  @property
+  def sources(self: "Services[stages.OfTask]") -> list[pathlib.Path]:
+    """What stages depend on besides each other: policies and prompts, or a world's
+    base."""
+    if not self.cfg.world:
+      return [self.spec_dir, *self.prompts.files]
+    base = self.store.path("base", "manifest.json")
+    if not base.exists():
+      raise ValueError(f"{base} is missing: run the base stage first")
+    return [base]
+
+  @property
+  def recording(self: "Services[stages.Taught]") -> str:
+    """The recording that stands for the teacher, or ""."""
+    teacher = self.cfg.teacher
+    return teacher.removeprefix("recorded:") if teacher.startswith("recorded:") else ""
+
+  @property
+  def recording_files(self: "Services[stages.Taught]") -> list[pathlib.Path]:
+    """The file of the recording, if there is one."""
+    return [recordings.path_of(self.recording)] if self.recording else []
+
+  @property
+  def recorded(self: "Services[stages.Taught]") -> list[recordings.Recorded]:
+    """The rows of the recording."""
+    return self._once(recordings.load, self.recording, self.prompts.raw, self.task.spec)
+
+  def begin(self: "Services[stages.OfModel]", inputs: Iterable[pathlib.Path]) -> bool:
+    """Opens the stage; False when it is done already."""
+    stage = self.cfg.stage
+    state = self.store.begin(
+      stage,
+      stages.kept(self.cfg),
+      inputs,
+      self.cfg.seed,
+      machines.name(),
+      start_over=self._work.start_over,
+    )
+    if state == "done":
+      progress.say(f"{stage}: done before, skipped")
+      return False
+    self._work.opened = True
+    if state == "fresh":
+      self.metrics.rewind(stage, -1)
+    said = "goes on where it stopped" if state == "resume" else "starts"
+    progress.say(f"{stage}: {said}")
+    return True
