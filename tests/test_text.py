@@ -396,6 +396,30 @@ def test_control_tokens_that_text_can_reach_are_refused():
     chat_template.Tokenizer.of(backend, "", bos_id=None, eos_id=0)
 
 
+def test_a_character_without_its_bytes_is_read_as_a_replacement_mark():
+  alphabet = {*pre_tokenizers.ByteLevel.alphabet()}
+
+  def without(*bytes_: str) -> chat_template.Tokenizer:
+    symbols = ["<end>", *sorted(alphabet - {*bytes_})]
+    made = vocab.byte_level(symbols, [], ["<end>"])
+    return chat_template.Tokenizer.of(made, vocab.CHATML, bos_id=None, eos_id=0)
+
+  tok = without("\u0104", "\u0130")  # 4, a control character, and 142
+  assert tok.decode(tok.encode("a\x04b\u00cfé\u038e\U0001f600")) == (
+    "a\ufffdb\u00cfé\ufffd\U0001f600"
+  )
+  assert "x\ufffdy" in tok.decode(chat_template.render_chat(tok, chat("x\x04y")))
+  with pytest.raises(ValueError, match="drops characters"):
+    without("½")  # 189, of the replacement mark
+  with pytest.raises(ValueError, match="drops characters"):
+    chat_template.Tokenizer.of(
+      tokenizers.Tokenizer(models.BPE({"</s>": 0, "a": 1}, [])),
+      "",
+      bos_id=None,
+      eos_id=0,
+    )
+
+
 # --- thought and answer ---
 
 

@@ -23,6 +23,16 @@ _CLOSED = re.compile(r"</[^\s<>]+>")  # the end of a thought, whatever its tag
 ROLES = ("system", "user", "assistant")
 
 
+# The symbol of each byte in vocabularies of bytes, as GPT-2 has them.
+_SHOWN = {*range(33, 127), *range(161, 173), *range(174, 256)}
+
+
+_HIDDEN = [b for b in range(256) if b not in _SHOWN]
+
+
+_BYTES = [chr(b if b in _SHOWN else 256 + _HIDDEN.index(b)) for b in range(256)]
+
+
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -39,9 +49,9 @@ class Tokenizer:
   generation_config.json names, in that order.
   `pad_id` may equal one of them. `date` (2026-11-27) is what the chat template is told
   is today, by default the day on which it is rendered. The backend is taken over: its
-  padding, truncation and reading of control tokens are switched off. Bytes that its
-  vocabulary lacks (for SmolLM2 some ASCII control characters) are lost without a word,
-  as in transformers.
+  padding, truncation and reading of control tokens are switched off. A character of
+  which its vocabulary lacks a byte (for SmolLM2 some ASCII control characters) is read
+  as U+FFFD; transformers drops the byte. ValueError where U+FFFD is lacking too.
   """
 
   backend: tokenizers.Tokenizer
@@ -74,6 +84,12 @@ class Tokenizer:
           f"this tokenizer builds its control token {name!r} out of ordinary text, so "
           "a user could write it; use a tokenizer whose merges do not reach it"
         )
+    mark = self.backend.encode("\ufffd", add_special_tokens=False).ids
+    if not mark or not self._lost.isdisjoint("\ufffd".encode()):
+      raise ValueError(
+        "this tokenizer drops characters that its vocabulary lacks, and has no token "
+        "for them: wanted one of bytes, or with an unknown token"
+      )
 
   @classmethod
   def of(
@@ -161,12 +177,12 @@ class Tokenizer:
 
     Tags that are tokens but not control tokens, such as Qwen3's <think>, are read.
     """
-    return _ids(self.backend, text)
+    return self._ids(self.backend, text)
 
   def document(self, text: str) -> list[int]:
     """Ids of `text` as a text without a chat: with what the tokenizer itself puts
     around one, such as BOS, and nothing of it read as a control token or a tag."""
-    return _ids(self._plain, text, add_special_tokens=True)
+    return self._ids(self._plain, text, add_special_tokens=True)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids` without control tokens."""
@@ -212,6 +228,24 @@ class Tokenizer:
     plain.encode_special_tokens = True
     return plain
 
+  @functools.cached_property
+  def _lost(self) -> frozenset[int]:
+    """The bytes that a vocabulary of bytes lacks."""
+    if "ByteLevel" not in repr(self.backend.decoder):
+      return frozenset()
+    symbols = enumerate(_BYTES)
+    return frozenset(b for b, s in symbols if self.backend.token_to_id(s) is None)
+
+  def _ids(
+    self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False
+  ) -> list[int]:
+    """Ids of a text, in which what the vocabulary has no bytes for is U+FFFD."""
+    text, lost = characters(text), self._lost
+    if not lost.isdisjoint(text.encode()):
+      kept = (c if lost.isdisjoint(c.encode()) else "\ufffd" for c in text)
+      text = "".join(kept)
+    return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
   def _control_id(self, match: re.Match[str]) -> int:
     """The id of what `_control_pattern` matched."""
     name = match[0] if match[0] in self._controls else match[0].strip()
@@ -222,10 +256,10 @@ class Tokenizer:
     if not text:
       return []
     if first or not self._anchor:
-      return _ids(self._plain, text)
-    ids = _ids(self._plain, "\n" + text)
+      return self._ids(self._plain, text)
+    ids = self._ids(self._plain, "\n" + text)
     if ids[: len(self._anchor)] != self._anchor:
-      return _ids(self._plain, text)
+      return self._ids(self._plain, text)
     return ids[len(self._anchor) :]
 
   @functools.cached_property
@@ -237,13 +271,6 @@ class Tokenizer:
       for name, i in ids.items()
       if i is not None
     }
-
-
-def _ids(
-  backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False
-) -> list[int]:
-  """Ids of a text, in which lone surrogates are U+FFFD."""
-  return backend.encode(characters(text), add_special_tokens=add_special_tokens).ids
 
 
 def characters(text: str) -> str:
