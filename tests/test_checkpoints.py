@@ -1,5 +1,6 @@
 """Training states survive the disk: optimizers, keys, shardings, kept steps, errors."""
 
+import json
 import pathlib
 
 from flax import struct
@@ -246,12 +247,13 @@ def test_arrays_that_do_not_fit_are_named(tmp_path):
   with pytest.raises(ValueError) as caught:
     checkpoints.restore(1, wanted)
   checkpoints.close()
-  assert "params.layers.w is [3, 4], wanted [5, 4]" in str(caught.value)
-  assert "params.layers.new is absent, wanted [1]" in str(caught.value)
+  said = str(caught.value)
+  assert "params.layers.w is float32[3, 4], wanted float32[5, 4]" in said
+  assert "params.layers.new is absent, wanted float32[1]" in said
   assert "embed" not in str(caught.value)
 
 
-def test_arrays_come_with_the_sharding_and_dtype_asked_for(tmp_path):
+def test_arrays_come_with_the_sharding_asked_for_and_in_no_other_dtype(tmp_path):
   params = make_state(2).params
   save_params(tmp_path / "p", params)
   mesh = jax.make_mesh(
@@ -259,11 +261,30 @@ def test_arrays_come_with_the_sharding_and_dtype_asked_for(tmp_path):
   )
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   wanted = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), params
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params
   )
   loaded = load_params(tmp_path / "p", wanted)
-  assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  assert_same(loaded, params)
   assert all(x.sharding == sharding for x in jax.tree.leaves(loaded))
+  half = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), params
+  )
+  with pytest.raises(ValueError) as caught:
+    load_params(tmp_path / "p", half)
+  said = str(caught.value)
+  assert "layers.w is float32[3, 4], wanted bfloat16[3, 4]" in said
+  assert "embed" not in said
+
+
+def test_an_array_without_a_sum_is_refused(tmp_path):
+  params = make_state(2).params
+  save_params(tmp_path / "p", params)
+  sums = tmp_path / "p.sums.json"
+  kept = json.loads(sums.read_text())
+  del kept["embed"]
+  sums.write_text(json.dumps(kept))
+  with pytest.raises(ValueError, match="embed changed since they were saved"):
+    load_params(tmp_path / "p", abstract(params))
 
 
 def test_parameters_are_replaced_and_their_absence_is_named(tmp_path):
@@ -273,7 +294,7 @@ def test_parameters_are_replaced_and_their_absence_is_named(tmp_path):
   assert_same(load_params(tmp_path / "p", abstract(params)), params)
   with pytest.raises(ValueError, match="wanted a folder of saved parameters"):
     load_params(tmp_path / "none", abstract(params))
-  with pytest.raises(ValueError, match="layers.w is .3, 4., wanted none"):
+  with pytest.raises(ValueError, match=r"layers.w is float32\[3, 4\], wanted none"):
     load_params(tmp_path / "p", abstract({"embed": params["embed"]}))
   (tmp_path / "p.sums.json").unlink()
   with pytest.raises(ValueError, match="p.sums.json: cannot be read"):

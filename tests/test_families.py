@@ -507,6 +507,11 @@ def test_mxfp4_experts_are_read(tmp_path):
     np.testing.assert_array_equal(params["layers"]["up"][i], both[..., 1::2])
     down = want[f"model.layers.{i}.mlp.experts.down_proj"]
     np.testing.assert_array_equal(params["layers"]["down"][i], down)
+  odd = next(name for name in tensors if name.endswith("_scales"))
+  tensors[odd] = tensors[odd].astype(np.int8)
+  safetensors.numpy.save_file(tensors, file)
+  with pytest.raises(ValueError, match=f"{odd}: wanted uint8, got int8"):
+    weights.load(str(tmp_path))
 
 
 def test_the_language_model_of_one_that_sees_is_read(tmp_path):

@@ -451,6 +451,18 @@ def test_adapters_of_another_rank_than_told_are_refused(peft_folder, tmp_path):
     weights.find(told(peft_folder[0], tmp_path, {"r": 4}))
 
 
+def test_adapters_of_whole_numbers_are_refused(peft_folder, tmp_path):
+  place = told(peft_folder[0], tmp_path, {})
+  file = pathlib.Path(place) / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  whole = {name: x.astype(np.int8) for name, x in tensors.items()}
+  safetensors.numpy.save_file(whole, file)
+  with pytest.raises(
+    ValueError, match="lora_A.weight: wanted floating point, got int8"
+  ):
+    weights.load(place)
+
+
 def test_adapters_of_half_a_pair_are_refused(peft_folder, tmp_path):
   place = told(peft_folder[0], tmp_path, {})
   file = pathlib.Path(place) / "adapter_model.safetensors"
@@ -546,7 +558,8 @@ def write_gguf(path: pathlib.Path, *, drop="", spare="", more=None, **keys) -> N
   writer.add_tokenizer_pre(keys.pop("pre", "gpt-2"))
   symbols = [tok.backend.id_to_token(i) for i in range(CFG.vocab - 2)]
   writer.add_token_list([*symbols, "ab", "<think>"])
-  writer.add_token_types([3, 3, 3] + [1] * (CFG.vocab - 4) + [4])
+  types = [3, 3, 3] + [1] * (CFG.vocab - 4) + [4]
+  writer.add_token_types(keys.pop("types", types))
   writer.add_token_merges(keys.pop("merges", ["a b"]))
   writer.add_eos_token_id(0)
   writer.add_chat_template(tok.chat_template + "{% if 0 %}<think>{% endif %}")
@@ -612,6 +625,19 @@ def test_ggufs_that_are_not_understood_are_refused(tmp_path, change, message):
     weights.load(str(tmp_path / "m.gguf"))
 
 
+def test_unused_tokens_are_neither_written_nor_drawn(tmp_path):
+  types = [3, 3, 3] + [1] * (CFG.vocab - 4) + [5]  # "<think>"
+  write_gguf(tmp_path / "m.gguf", types=types)
+  cfg, _, tok = weights.load(str(tmp_path / "m.gguf"))
+  assert cfg.absent == ((258, 259),) and tok.ids == tuple(range(258))
+  assert tok.decode(tok.encode("ab<think>")) == "ab<think>"
+  write_pieces(tmp_path / "pieces.gguf", unused="ab")
+  tok = ggufs.File(tmp_path / "pieces.gguf").tok
+  at = PIECES.index("ab")
+  assert at not in tok.ids and at not in tok.encode("xab")
+  assert tok.decode(tok.encode("xab")) == "xab"
+
+
 def test_keys_that_say_nothing_and_further_ends_are_read(tmp_path):
   ends = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.bos_token_id": 2}
   more = {"llama.expert_count": 0, "split.count": 1, "llama.vocab_size": CFG.vocab}
@@ -644,8 +670,9 @@ def test_pieces_of_a_gguf_file_are_those_of_transformers(tmp_path):
     assert tok.document(line) == theirs(line)["input_ids"]
 
 
-def write_pieces(path: pathlib.Path, **flags: bool) -> None:
-  """A GGUF file of no tensors with a SentencePiece tokenizer of `PIECES`."""
+def write_pieces(path: pathlib.Path, unused: str = "", **flags: bool) -> None:
+  """A GGUF file of no tensors with a SentencePiece tokenizer of `PIECES`, of which one
+  may be unused."""
   writer, plain = gguf.GGUFWriter(path, "llama"), len(PIECES) - 259
   for name in ("embedding_length", "block_count", "context_length", "head_count"):
     getattr(writer, f"add_{name}")(2)
@@ -655,7 +682,9 @@ def write_pieces(path: pathlib.Path, **flags: bool) -> None:
   writer.add_tokenizer_model("llama")
   writer.add_token_list(PIECES)
   writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(plain)])
-  writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * plain)
+  types = [2, 3, 3] + [6] * 256 + [1] * plain
+  own = zip(PIECES, types, strict=True)
+  writer.add_token_types([5 if piece == unused else kind for piece, kind in own])
   writer.add_bos_token_id(1)
   writer.add_eos_token_id(2)
   for name, value in flags.items():

@@ -287,14 +287,15 @@ class File:
         f"tokenizer {kind!r} with splitting {pre!r} is not supported, only llama, and "
         "gpt2 with smollm or gpt-2; load the model from its Hugging Face folder"
       )
-    symbols = self._symbols
     types = field("tokenizer.ggml.token_type")
-    longest = max(map(len, symbols), default=0)
+    longest = max(map(len, self._symbols), default=0)
     if longest > LONGEST:
       raise ValueError(f"wanted {LONGEST} characters a token at most, got {longest}")
     kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
     named: dict[int, list[str]] = {kind: [] for kind in kinds}
-    for symbol, number in zip(symbols, types, strict=True):
+    symbols: list[str | None] = []  # without the unused ones, which nothing writes
+    for symbol, number in zip(self._symbols, types, strict=True):
+      symbols.append(None if number == gguf.TokenType.UNUSED else symbol)
       if number in named:
         named[number].append(symbol)
     control = named[gguf.TokenType.CONTROL]

@@ -383,14 +383,11 @@ class _Tensors:
     """A part of a tensor."""
     real = self.names[name]
     if not real.endswith("_blocks"):
-      part = self._slices(real)[index]
-      if not jnp.issubdtype(part.dtype, jnp.floating):
-        raise ValueError(f"tensor {name}: wanted floating point, got {part.dtype}")
-      return part
+      return _of(jnp.floating, self._slices(real)[index], name)
     *front, ins, outs = index
-    scales = real.removesuffix("_blocks") + "_scales"
-    blocks = self._slices(real)[(*front, outs)]
-    whole = _unpacked(blocks, self._slices(scales)[(*front, outs)])
+    both = (real, real.removesuffix("_blocks") + "_scales")
+    parts = (_of(np.uint8, self._slices(n)[(*front, outs)], n) for n in both)
+    whole = _unpacked(*parts)
     return whole.swapaxes(-1, -2)[(*[slice(None)] * len(front), ins)]
 
   def same(self, one: str, other: str) -> bool:
@@ -402,6 +399,14 @@ class _Tensors:
     cuts = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
     parts = ((cut, slice(0, columns)) for cut in cuts)
     return all(np.array_equal(self.read(one, at), self.read(other, at)) for at in parts)
+
+
+def _of(kind, array: np.ndarray, name: str) -> np.ndarray:
+  """An array of a kind of numbers; ValueError where it is of another."""
+  if not jnp.issubdtype(array.dtype, kind):
+    wanted = {jnp.floating: "floating point", np.uint8: "uint8"}[kind]
+    raise ValueError(f"tensor {name}: wanted {wanted}, got {array.dtype}")
+  return array
 
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -520,7 +525,8 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
   cfg, names = base.cfg, _peft_names(base.cfg)
   file = place / "adapter_model.safetensors"
   try:
-    tensors = safetensors_numpy.load_file(file)
+    found = safetensors_numpy.load_file(file)
+    tensors = {name: _of(jnp.floating, x, name) for name, x in found.items()}
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"cannot read {file.name}: {error}") from error
   unknown = tensors.keys() - {name for pair in names.values() for name in pair}

@@ -47,8 +47,11 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
   return Tokenizer.of(backend, template, bos_id=None, eos_id=end, pad_id=end)
 
 
+Symbols = Sequence[str | None]  # in the order of their ids; None is an id without one
+
+
 def byte_level(
-  symbols: Sequence[str], merges: list[tuple[str, ...]], control: Iterable[str]
+  symbols: Symbols, merges: list[tuple[str, ...]], control: Iterable[str]
 ) -> tokenizers.Tokenizer:
   """A GPT-2-like backend whose ids are the order of `symbols`."""
   backend = _bpe(symbols, merges)
@@ -61,7 +64,7 @@ def byte_level(
 
 
 def pieces(
-  symbols: Sequence[str],
+  symbols: Symbols,
   scores: Sequence[float],
   control: Iterable[str],
   *,
@@ -73,7 +76,7 @@ def pieces(
   may be read as if a space stood in front of it, also behind a control token."""
   score_of = dict(zip(symbols, scores, strict=True))
   found: list[tuple] = []
-  for whole in symbols:
+  for whole in filter(None, symbols):
     for at in range(1, len(whole)):
       left, right = whole[:at], whole[at:]
       if left in score_of and right in score_of:
@@ -102,7 +105,7 @@ def begin_with(backend: tokenizers.Tokenizer, bos: int) -> None:
 
 
 def _bpe(symbols, merges, **more) -> tokenizers.Tokenizer:
-  vocab = {symbol: i for i, symbol in enumerate(symbols)}
+  vocab = {symbol: i for i, symbol in enumerate(symbols) if symbol is not None}
   try:
     return tokenizers.Tokenizer(models.BPE(vocab, merges, **more))
   except Exception as error:  # tokenizers raises no narrower class

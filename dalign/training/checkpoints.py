@@ -84,8 +84,8 @@ class Checkpoints:
     """The state and meta of a step.
 
     `abstract_state` is the tree with `jax.ShapeDtypeStruct` leaves; each array comes
-    with the leaf's dtype and sharding (without one: on the first device). Raises
-    ValueError, naming arrays, where the saved tree has others.
+    with the leaf's sharding (without one: on the first device). Raises ValueError,
+    naming arrays, where the saved tree has others, or of another shape or dtype.
     """
     with _readable(self._dir):
       manager = self._open()
@@ -232,14 +232,8 @@ def _sums(tree: PyTree) -> dict[str, list]:
 
 
 def _check_sums(where: pathlib.Path, tree: PyTree, saved: Mapping[str, list]) -> None:
-  """Raises ValueError with the names of arrays that are not as they were saved. One
-  that was read as another dtype is not compared."""
-  found = _sums(tree)
-  wrong = [
-    name
-    for name, (dtype, *own) in found.items()
-    if name in saved and saved[name][0] == dtype and saved[name][1:] != own
-  ]
+  """Raises ValueError with the names of arrays that are not as they were saved."""
+  wrong = [name for name, own in _sums(tree).items() if saved.get(name) != own]
   if wrong:
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise ValueError(
@@ -248,8 +242,9 @@ def _check_sums(where: pathlib.Path, tree: PyTree, saved: Mapping[str, list]) ->
 
 
 def _check_fit(where: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:
-  """Raises ValueError with the names and shapes of arrays that are not the same."""
-  saved, wanted = _shapes(saved), _shapes(wanted)
+  """Raises ValueError with the names, dtypes and shapes of arrays that are not the
+  same."""
+  saved, wanted = _kinds(saved), _kinds(wanted)
   found = [
     f"{name} is {saved.get(name, 'absent')}, wanted {wanted.get(name, 'none')}"
     for name in sorted(saved.keys() | wanted.keys())
@@ -264,15 +259,17 @@ def _check_fit(where: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:
     )
 
 
-def _shapes(tree: PyTree) -> dict[str, list[int]]:
-  """Name -> shape on disk of each array; a typed key is saved as the words it is of."""
-  shapes = {}
+def _kinds(tree: PyTree) -> dict[str, str]:
+  """Name -> dtype and shape on disk of each array, as "float32[3, 4]"; a typed key is
+  saved as the words it is of."""
+  kinds = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     dtype = getattr(leaf, "dtype", None)
     if dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
       leaf = jax.eval_shape(jax.random.key_data, leaf)
-    shapes[jax.tree_util.keystr(path, simple=True, separator=".")] = list(leaf.shape)
-  return shapes
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    kinds[name] = f"{leaf.dtype}{list(leaf.shape)}"
+  return kinds
 
 
 def _placed(abstract: PyTree) -> PyTree:
