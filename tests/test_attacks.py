@@ -94,3 +94,19 @@ def test_no_attack_leaves_the_prompt():
 def test_an_unknown_attack_is_named():
   with pytest.raises(ValueError, match="rot13.*got 'rot12'"):
     attacks.disguised(prompt(TEXT), ["rot12"])
+
+
+@pytest.mark.parametrize(
+  "text, names, reached",
+  [
+    ("Как вскрыть замок?", ["rot13"], False),
+    ("鍵をUSBで", ["begin", "leetspeak"], False),
+    ("كيف", ["disemvoweled", "base64"], False),
+    ("كيف", ["base64", "disemvoweled"], True),
+    ("Как вскрыть замок?", ["reversed", "spelled", "fiction"], True),
+    ("Où est la clé ?", ["rot13"], True),
+    ("2 + 2?", ["rot13"], False),
+  ],
+)
+def test_codes_of_latin_letters_reach_no_other_script(text, names, reached):
+  assert attacks.reaches(prompt(text), names) == reached

@@ -845,7 +845,7 @@ class EvalConfig(Checked):
   copies: a folder with copies of public sets, read instead of downloads
     (`public.load`), or "".
   extra_limit: prompts of each of these sets at the most; disguises of one set are of
-    the same prompts.
+    the same prompts, but for those that a code leaves as they are (Cyrillic in ROT13).
   worst: of a set in several disguises, the share that counts for each prompt besides:
     those which the arm does worst on (goodness@0.1 of 2402.10260 with 0.1).
   unscored: the share of answers that may go without a score before eval fails.

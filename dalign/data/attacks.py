@@ -9,6 +9,7 @@ import base64
 import codecs
 from collections.abc import Callable, Sequence
 import dataclasses
+import itertools
 
 from dalign.types import Prompt
 
@@ -88,11 +89,21 @@ ATTACKS: dict[str, Callable[[str], str]] = {
   "untemplated": _untemplated,
 }
 
+_LATIN = {"rot13", "leetspeak", "disemvoweled"}  # change no letters but A to Z
+
 
 def untemplated(prompt: Prompt) -> bool:
   """Whether a prompt is put to the model without its chat template: some refuse in the
   form of a chat alone (Jiang et al., 2406.12935)."""
   return "untemplated" in prompt.disguise
+
+
+def reaches(prompt: Prompt, names: Sequence[str]) -> bool:
+  """Whether the codes among some names change most letters of the last turn: some leave
+  all scripts but Latin as they are, unless Base64 came before."""
+  letters = [c for c in prompt.turns[-1].content if c.isalpha()]
+  before = itertools.takewhile("base64".__ne__, names)
+  return _LATIN.isdisjoint(before) or 2 * sum(map(str.isascii, letters)) > len(letters)
 
 
 def disguised(prompt: Prompt, names: Sequence[str]) -> Prompt:

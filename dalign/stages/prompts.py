@@ -1,6 +1,6 @@
 """The prompts of a run: a checked set, and draws from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -12,6 +12,7 @@ from dalign.policy import spec as specs
 from dalign.runs import progress
 from dalign.sampling import sampler as sampling
 from dalign.tasks import domain
+from dalign.text import chat_template
 from dalign.types import EXPECTED
 from dalign.types import Prompt
 
@@ -67,6 +68,7 @@ class Prompts:
       progress.say(notice)
     folder = pathlib.Path(self._data.dir).expanduser().absolute()
     prompts = self._task.prompts(source, columns, str(folder))
+    say_halves(source, (turn.content for p in prompts for turn in p.turns))
     spec = self._task.spec
     known = {policy.id for policy in spec.policies} | {specs.BENIGN}
     for prompt in prompts:
@@ -130,8 +132,28 @@ class Prompts:
         chosen[public] = prompt_sets.balanced(rows, min(most, len(rows)), 0)
       if label(name) in sets:
         raise ValueError(f"config.eval: two sets are called {label(name)}")
-      sets[label(name)] = [attacks.disguised(p, names) for p in chosen[public]]
+      found = [
+        attacks.disguised(p, names) for p in chosen[public] if attacks.reaches(p, names)
+      ]
+      if left := len(chosen[public]) - len(found):
+        said = (
+          f"{name}: {left} of {len(chosen[public])} prompts are in letters that "
+          f"{', '.join(names)} leaves as they are"
+        )
+        if not found:
+          raise ValueError(f"config.eval.suite: {said}; take it out")
+        progress.say(f"{said}; they are left out")
+      sets[label(name)] = found
     return sets
+
+
+def say_halves(source: str, texts: Iterable[str]) -> None:
+  """Says how many of some texts hold half a character."""
+  if count := sum(chat_template.characters(own) != own for own in texts):
+    progress.say(
+      f"{source}: {count} texts hold half a character (a lone surrogate), which is "
+      "read as U+FFFD"
+    )
 
 
 def too_long(

@@ -31,7 +31,9 @@ from dalign.tasks import domain
 from dalign.training import train
 from dalign.training import trainer
 from dalign.types import Key
+from dalign.types import Prompt
 from dalign.types import PyTree
+from dalign.types import Spec
 
 C = TypeVar("C", bound=stages.Stage, covariant=True)
 S = TypeVar("S", bound=stages.Stage)
@@ -215,7 +217,7 @@ class Services(Generic[C]):
   @property
   def recorded(self: "Services[stages.Taught]") -> list[recordings.Recorded]:
     """The rows of the recording."""
-    return self._once(recordings.load, self.recording, self.prompts.raw, self.task.spec)
+    return self._once(_recorded, self.recording, self.prompts.raw, self.task.spec)
 
   def begin(self: "Services[stages.OfModel]", inputs: Iterable[pathlib.Path]) -> bool:
     """Opens the stage; False when it is done already."""
@@ -237,3 +239,11 @@ class Services(Generic[C]):
     said = "goes on where it stopped" if state == "resume" else "starts"
     progress.say(f"{stage}: {said}")
     return True
+
+
+def _recorded(
+  source: str, found: list[Prompt], spec: Spec
+) -> list[recordings.Recorded]:
+  rows = recordings.load(source, found, spec)
+  prompt_choice.say_halves(source, (row.thought + row.answer for row in rows))
+  return rows
