@@ -235,6 +235,20 @@ def test_half_a_character_is_asked_as_a_model_here_reads_it(serve, client):
   assert found[0].text == "reply to bad \ufffd end"
 
 
+def test_replies_with_half_a_character_are_counted(serve, client):
+  server = serve(
+    lambda body: (
+      {"content": "Yes \ud83d.", "reasoning_content": ["no", "text"]}
+      if "1" in body["messages"][0]["content"]
+      else {"content": "Yes.", "reasoning_content": "a \ude00"}
+    )
+  )
+  own = client(server.port)
+  odd, broken = sorted(own.chat(requests(2)), key=lambda reply: reply.reasoning)
+  assert (broken.text, broken.reasoning) == ("Yes.", "a \ufffd") and own.halves == 1
+  assert odd.refused == "a reply that is not text alone"
+
+
 def test_a_server_that_dies_costs_only_what_was_missing(serve, client):
   asked = []
 
@@ -551,6 +565,34 @@ def test_an_arm_and_a_grader_that_were_down_are_asked_again(serve, tmp_path):
   stages.run_stages(cfg, tmp_path, {}, ("eval",))
   rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
   assert not any(json.loads(row)["scores"]["no_answer"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["opened", "apart", "plain", "never whole"])
+def test_a_cut_reply_is_read_as_whole_ones_begin(serve, tmp_path, kind):
+  """Where a chat template opens the thought, a cut one has no tag that tells it."""
+
+  def reply(body):
+    asked = body["messages"][-1]["content"]
+    if len(asked) % 3 == 0 or kind == "never whole":
+      return {"content": "The user asks this, and I", "finish_reason": "length"}
+    if kind == "apart":
+      return {"content": "Here it is.", "reasoning_content": "Why not?"}
+    return "Here it is." if kind == "plain" else "Why not?</think>\n\nHere it is."
+
+  arms = {"eval.arms": ("endpoint",), "eval.unscored": 0.5}
+  cfg = served(serve(reply), **arms)
+  if kind == "never whole":
+    with pytest.raises(ValueError, match="13 of 13 .*give it more tokens"):
+      stages.run_stages(cfg, tmp_path, {}, ("eval",))
+    return
+  stages.run_stages(cfg, tmp_path, {}, ("eval",))
+  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
+  cut = [row for row in map(json.loads, rows) if row["finish"] == "length"]
+  assert 0 < len(cut) < len(rows)
+  scores = [row["scores"] for row in cut]
+  missing = float(kind != "plain")
+  assert {score["no_answer"] for score in scores} == {missing}
+  assert {score["thought_cut"] for score in scores} == {missing or None}
 
 
 def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):

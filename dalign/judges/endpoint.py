@@ -23,6 +23,7 @@ from dalign.config import schema as configs
 from dalign.runs import buckets
 from dalign.runs import store
 from dalign.text import chat_template
+from dalign.text import thinking
 from dalign.types import Turn
 
 WRONG = (401, 403, 404)  # what no other request would be spared
@@ -60,10 +61,20 @@ class Reply:
     said = self.finish == "length" or self.text.strip()
     return not self.refused and self.finish in ("", "stop", "length") and bool(said)
 
+  @property
+  def untold(self) -> bool:
+    """Whether it was cut where nothing in it tells an answer from a thought that a chat
+    template opened."""
+    marked = (
+      self.reasoning or thinking.has_tags(self.text) or "<|channel|>" in self.text
+    )
+    return self.finish == "length" and bool(self.text.strip()) and not marked
+
 
 class Endpoint:
-  """One model behind one address; it counts what this object did, and in `uncounted`
-  replies of which the server does not tell the tokens."""
+  """One model behind one address; it counts what this object did, in `uncounted`
+  replies of which the server does not tell the tokens, and in `halves` those with half
+  a character (a lone surrogate), in whose place U+FFFD is read."""
 
   def __init__(self, cfg: configs.EndpointConfig, cache: pathlib.Path):
     if not cfg.url or not cfg.model:
@@ -86,7 +97,13 @@ class Endpoint:
     )
     rows = store.read_rows(cache) if buckets.exists(cache) else []
     self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
-    self.asked = self.found = self.tokens_in = self.tokens_out = self.uncounted = 0
+    # Of the whole replies of this model, whether each has a thought it did not open.
+    self._opened: list[bool] = []
+    for row in rows:
+      if row["model"] == cfg.model:
+        self._note(self._known[row["key"]])
+    self.asked = self.found = self.tokens_in = self.tokens_out = 0
+    self.uncounted = self.halves = 0
 
   @property
   def cost(self) -> float:
@@ -108,8 +125,15 @@ class Endpoint:
       k: r for k, r in zip(keys, requests, strict=True) if k not in self._known
     }
     self.found += len(requests) - len(missing)
-    for key, reply in self._ask(missing):
+    for key, raw in self._ask(missing):
+      said, thought = (
+        chat_template.characters(raw.text),
+        chat_template.characters(raw.reasoning),
+      )
+      reply = dataclasses.replace(raw, text=said, reasoning=thought)
       self._known[key] = reply
+      self._note(reply)
+      self.halves += reply != raw
       if reply.whole:  # what is not may be otherwise tomorrow
         row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
         store.append_rows(self._cache, [row])
@@ -118,6 +142,16 @@ class Endpoint:
       self.tokens_out += reply.tokens_out
       self.uncounted += bool(reply.text) and not reply.tokens_out
     return [self._known[key] for key in keys]
+
+  @property
+  def thinks(self) -> bool | None:
+    """Whether replies begin inside a thought, or have it apart, as most of the whole
+    ones do; None without a whole one."""
+    return 2 * sum(self._opened) > len(self._opened) if self._opened else None
+
+  def _note(self, reply: Reply) -> None:
+    if reply.whole and reply.finish != "length":
+      self._opened.append(bool(reply.reasoning) or text.opened_for(reply.text))
 
   def _hash(self, request: Request) -> str:
     asked = [self._cfg.url, self._cfg.model, dataclasses.asdict(request)]
@@ -200,12 +234,14 @@ class Endpoint:
     said = choice.message
     apart = (getattr(said, name, None) for name in ("reasoning_content", "reasoning"))
     content = said.content or getattr(said, "refusal", None) or ""
-    refused = "" if isinstance(content, str) else "a reply that is not text alone"
+    reasoning = next(filter(None, apart), "")
+    plain = isinstance(content, str) and isinstance(reasoning, str)
+    refused = "" if plain else "a reply that is not text alone"
     if choice.finish_reason == "content_filter":
       refused = "the provider's filter cut its reply (content_filter)"
     return Reply(
       text="" if refused else content,
-      reasoning=next(filter(None, apart), ""),
+      reasoning=reasoning if plain else "",
       finish=choice.finish_reason or "",
       refused=refused,
       tokens_in=usage.prompt_tokens if usage else 0,

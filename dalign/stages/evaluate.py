@@ -384,7 +384,7 @@ def _replies(run: Run, wanted: Wanted, turns: dict) -> Replies:
   cfg = run.cfg.eval
   server = servers.Server(run.store, cfg.endpoint, "eval")
   requests = [servers.request(turns[prompt.id], cfg, index) for prompt, index in wanted]
-  for at, reply in server.rounds(requests):
+  for at, reply in server.settled(requests):
     prompt, index = wanted[at]
     yield prompt, servers.sample(run.model, prompt, index, reply, None)
   server.say()

@@ -21,6 +21,7 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 
+UNTOLD = "every reply was cut, and may be a thought without an end: give it more tokens"
 ROUND = 16  # requests that each connection has waiting, between two looks at the run
 
 
@@ -57,14 +58,35 @@ class Server:
     for at in packing.batches(len(requests), self.round):
       yield from enumerate(self.chat(requests[at]), at.start)
 
+  def settled(
+    self, requests: Sequence[endpoint.Request]
+  ) -> Iterator[tuple[int, endpoint.Reply]]:
+    """As `rounds`, but last those that were cut and do not tell a thought from an
+    answer: they are what the model's whole replies begin with, and refused where there
+    is none to go by."""
+    cut = []
+    for at, reply in self.rounds(requests):
+      if reply.untold:
+        cut.append((at, reply))
+      else:
+        yield at, reply
+    thinks = distributed.agree(self._endpoint.thinks) if cut else None
+    for at, reply in cut:
+      if thinks is None:
+        reply = dataclasses.replace(reply, refused=UNTOLD)
+      elif thinks:
+        reply = dataclasses.replace(reply, text=f"<think>\n{reply.text}")
+      yield at, reply
+
   def say(self) -> None:
     """One line on what was asked so far and what it cost."""
     own = self._endpoint
     progress.say(
       f"{self._name}: {own.asked} requests, {own.found} known before; tokens in "
       f"{own.tokens_in}, out {own.tokens_out}; cost {own.cost:.4g}"
-      + f", without {own.uncounted} replies that came uncounted"
-      * bool(own.uncounted)
+      + f", without {own.uncounted} replies that came uncounted" * bool(own.uncounted)
+      + f"; {own.halves} replies with half a character, read as U+FFFD"
+      * bool(own.halves)
     )
 
 
@@ -119,6 +141,8 @@ def said(reply: endpoint.Reply) -> forms.Said:
 
 def _unread(reply: endpoint.Reply) -> str:
   """Why a reply is not what its model wanted to say, or ""."""
+  if reply.refused == UNTOLD:
+    return UNTOLD
   if reply.refused:
     return f"the server refuses: {reply.refused}"
   if reply.finish not in ("", "stop", "length"):
