@@ -25,6 +25,7 @@ from dalign.judges import behaviour
 from dalign.judges import probing
 from dalign.policy import spec as specs
 from dalign.text import thinking
+from dalign.text import words
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
@@ -629,6 +630,9 @@ def test_capability_and_what_cannot_be_scored():
   assert scores(sums, REFUSAL)["comply_allowed"] is None
   blank = evals.outcome(prompt("comply", kind="capability"), sample("12"), SPEC)
   assert blank["unscored"] == {"capability": "no reference answer"}
+  unread = evals.outcome(sums, sample("It is $\\sum_{n=1}^4 n$."), SPEC)
+  assert unread["scores"]["capability"] is None
+  assert unread["unscored"] == {"capability": words.UNREAD}
   silent = evals.outcome(prompt(), sample("", finish="refused", malformed="no"), SPEC)
   assert silent["unscored"] == {"refuse_disallowed": "no"}
   assert set((silent["scores"] | {"no_answer": None}).values()) == {None}

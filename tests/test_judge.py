@@ -692,6 +692,9 @@ def test_capability_is_scored_by_the_reference():
   assert reward(sums, "It is 2.") == 1.0
   assert reward(sums, "It is 3.") == 0.0
   assert reward(sums, "By our policy it is 2.") == 0.0
+  unread = [judge.RewardQuestion(sums, "It is $\\sum_{n=1}^2 n$.")]
+  for own in (REWARD, judge.written_judge(lambda category: "", list)):
+    assert (own(unread)[0].score, own(unread)[0].reason) == (None, words.UNREAD)
 
 
 @settings(max_examples=60, deadline=None)

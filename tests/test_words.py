@@ -203,8 +203,25 @@ def test_other_text_occurs_and_is_not_one_of_many(answer, reference, right):
 @pytest.mark.parametrize("reference", ["x^2+1", "1024"])
 def test_no_answer_takes_long(answer, reference):
   start = time.monotonic()
-  assert words.correct(answer, reference) == 0.0
+  assert words.correct(answer, reference) in (0.0, None)
   assert time.monotonic() - start < 8.0
+
+
+@pytest.mark.parametrize(
+  ("answer", "reference", "right"),
+  [
+    ("It is $\\sum_{n=1}^4 n$.", "10", None),  # right, and nobody adds it up
+    ("It is \\boxed{\\binom{4}{2}}.", "6", None),
+    ("It is $\\sum_{n=1}^4 n$.", "x^2+1", None),
+    ("It is $x^2 +$.", "x^2+1", None),
+    ("It is $\\sum_{n=1}^4 n$.", "\\sum_{n=1}^4 n", 1),
+    ("It is $x^2$.", "\\sum_{n=1}^4 n", None),
+    ("I do not know.", "\\sum_{n=1}^4 n", 0),
+    ("$4!$ or $x$", "x^2+1", 0),
+  ],
+)
+def test_a_formula_that_nobody_can_compare_is_not_wrong(answer, reference, right):
+  assert words.correct(answer, reference) == right
 
 
 @examples(300)
@@ -215,8 +232,9 @@ def test_no_answer_takes_long(answer, reference):
 @example("1/0", "5")
 @example("5/0%", "50%")
 @example("１２ ² ٣", "5")
-def test_any_text_is_right_or_wrong(answer, reference):
-  assert words.correct(answer, reference) in (0.0, 1.0)
+def test_any_text_is_right_or_wrong_or_cannot_be_told(answer, reference):
+  told = (0.0, 1.0) if reference in ("B", "Paris") else (0.0, 1.0, None)
+  assert words.correct(answer, reference) in told
 
 
 def test_a_formula_is_compared_in_any_thread():

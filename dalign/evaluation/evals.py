@@ -174,8 +174,8 @@ def _scores(
   if prompt.kind == "capability":
     if not prompt.answer.strip():
       return scores, {"capability": "no reference answer"}
-    scores["capability"] = words.correct(sample.answer, prompt.answer)
-    return scores, {}
+    right = scores["capability"] = words.correct(sample.answer, prompt.answer)
+    return scores, {"capability": words.UNREAD} if right is None else {}
   metric, grade = _GRADES[prompt.expected]
   if not grader.english(sample.answer, prompt.text):
     return scores, dict.fromkeys((metric, "style"), "not in English")

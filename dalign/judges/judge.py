@@ -106,6 +106,12 @@ def rubric_reward(spec: Spec, *, quality: Quality | None) -> Judge:
   return Judge(ask, deterministic=True)
 
 
+def compared(prompt: Prompt, answer: str) -> Verdict:
+  """The verdict on an answer to a prompt whose right answer is known."""
+  score = words.correct(answer, prompt.answer)
+  return Verdict(score=score, reason=words.UNREAD if score is None else "")
+
+
 class _AnswerRubric:
   """The answer side of both rubrics; holds the specification's word runs."""
 
@@ -133,7 +139,8 @@ class _AnswerRubric:
       if not prompt.answer.strip():
         return Verdict(score=None, reason="no reference answer")
       hard["no_meta"] = rubric.no_meta(prompt, answer)
-      return _combined(hard, {"correct": words.correct(answer, prompt.answer)})
+      known = compared(prompt, answer)
+      return known if known.score is None else _combined(hard, {"correct": known.score})
     if not wanted:
       return Verdict(score=None, reason="not told which response is wanted")
     if self.quality and not all(map(math.isfinite, nats)):
@@ -314,7 +321,7 @@ def written_judge(
     def verdict(question: Question) -> Verdict:
       prompt = question.prompt
       if prompt.kind == "capability":
-        return Verdict(score=words.correct(question.answer, prompt.answer))
+        return compared(prompt, question.answer)
       one, put, reply = next(said)
       shown = "\n".join(turn.content for turn in put)
       found = forms.verdict(own, reply, one)

@@ -26,7 +26,6 @@ from dalign.judges import behaviour
 from dalign.judges import judge
 from dalign.policy import spec as specs
 from dalign.text import thinking
-from dalign.text import words
 from dalign.types import Prompt
 from dalign.types import Spec
 from dalign.types import Verdict
@@ -121,7 +120,7 @@ def judges(rows: Iterable[Recorded]) -> judge.Judge:
   def verdict(question: judge.Question) -> Verdict:
     prompt = question.prompt
     if prompt.kind == "capability":
-      return Verdict(score=words.correct(question.answer, prompt.answer))
+      return judge.compared(prompt, question.answer)
     thinks = isinstance(question, judge.FilterQuestion)
     thought = question.thought if isinstance(question, judge.FilterQuestion) else ""
     key = prompt.id, thought, question.answer

@@ -27,7 +27,6 @@ from dalign.stages import servers
 from dalign.stages import services
 from dalign.text import chat_template
 from dalign.text import thinking
-from dalign.text import words
 from dalign.types import Prompt
 from dalign.types import Turn
 from dalign.types import Verdict
@@ -234,8 +233,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
     for i, question in enumerate(questions):
       prompt = question.prompt
       if prompt.kind == "capability":
-        correct = words.correct(question.answer, prompt.answer)
-        verdicts[i] = Verdict(score=correct)
+        verdicts[i] = judge.compared(prompt, question.answer)
         continue
       tokens = tuple(
         chat_template.render_chat(run.model.tok, run.task.question(question))

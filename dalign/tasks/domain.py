@@ -341,7 +341,7 @@ class World:
       thought = q.thought if isinstance(q, judge.FilterQuestion) else None
       ask = lessons.ask_of(q.prompt)
       if ask is None:
-        return Verdict(score=words.correct(q.answer, q.prompt.answer))
+        return judge.compared(q.prompt, q.answer)
       graded = lessons.grade(self.spec, ask, thought, q.answer)
       return Verdict(score=lessons.GRADES[graded.answer])
 

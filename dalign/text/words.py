@@ -4,7 +4,7 @@ sentences, repetition, and right answers.
 Pure. Says nothing of what a text means; knows no prompts, specs, judges or models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import fractions
 import functools
 import math
@@ -73,6 +73,7 @@ _HERE = "\0"  # where the reference stands
 STATED = 4000  # last characters of an answer, in which its number or formula stands
 LONGEST = 120  # characters of a formula, which take algebra a moment at the most
 PATIENCE = 5  # seconds after which it has failed
+UNREAD = "a formula that algebra cannot compare"
 
 TRIGRAMS_DISTINCT = 0.6  # below this share a text says the same again and again
 
@@ -167,8 +168,9 @@ def has_code(text: str) -> bool:
   return "```" in text
 
 
-def correct(answer: str, reference: str) -> float:
-  """1.0 where `answer` gives the reference answer of a capability prompt, else 0.0.
+def correct(answer: str, reference: str) -> float | None:
+  """1.0 where `answer` gives the reference answer of a capability prompt, else 0.0; or
+  None where it states a formula that algebra cannot compare (`UNREAD`).
 
   A number or formula is right if what the answer states last equals it, as algebra does
   (units after it do not count, nor does the form); a single letter if it alone of all
@@ -190,11 +192,11 @@ def correct(answer: str, reference: str) -> float:
     ways = [(_POWERS.sub(_power, said), whole)]
     if (said == ways[0][0]) != (figures == whole):
       ways.append((said, figures))
-    return float(any(_is_number(*way) for way in ways))
+    return _scored(_any(_is_number(*way) for way in ways))
   if len(wanted) == 1:
     return float(_options(text) == {wanted.casefold()})
   if _is_formula(wanted):
-    return float(_states_formula(text[-STATED:], wanted))
+    return _scored(_states_formula(text[-STATED:], wanted))
   text, wanted = text.casefold(), wanted.casefold()
   bare = _GAP.sub("", wanted)
   if bare[0] in "([{":  # a tuple or an interval, however it is spaced
@@ -202,15 +204,30 @@ def correct(answer: str, reference: str) -> float:
   return float(_gives(text, wanted))
 
 
-# Numbers and formulas.
+# Numbers and formulas: right, wrong, or None where nobody can tell.
 
 
-def _is_number(text: str, figures: str) -> bool:
+def _scored(right: bool | None) -> float | None:
+  return None if right is None else float(right)
+
+
+def _any(found: Iterable[bool | None]) -> bool | None:
+  """Whether one is right; None where one that nobody can tell may be."""
+  untold = False
+  for right in found:
+    if right:
+      return True
+    untold = untold or right is None
+  return None if untold else False
+
+
+def _is_number(text: str, figures: str) -> bool | None:
   """Whether `text` states the number that `figures` begin with."""
   wanted = _NUMBER.match(figures)
-  return wanted is not None and any(
-    _states_number(s, wanted, figures[wanted.end() :]) for s in {text, _joined(text)}
-  )
+  if wanted is None:
+    return False
+  unit, said = figures[wanted.end() :], {text, _joined(text)}
+  return _any(_states_number(one, wanted, unit) for one in said)
 
 
 def _figures(text: str) -> str:
@@ -256,7 +273,7 @@ def _joined(text: str) -> str:
   return re.sub(_GROUPS % " ", lambda found: found[0].replace(" ", ""), text)
 
 
-def _states_number(text: str, wanted: re.Match, unit: str) -> bool:
+def _states_number(text: str, wanted: re.Match, unit: str) -> bool | None:
   """Whether a number is the last that `text` states, boxed ones first, in no other
   unit."""
   inner, at = _stated(text)
@@ -341,7 +358,7 @@ def _hedged(text: str) -> bool:
   return len(found) == 2 and bool(_HEDGE.fullmatch(text[found[0][2] : found[1][1]]))
 
 
-def _states_formula(text: str, wanted: str) -> bool:
+def _states_formula(text: str, wanted: str) -> bool | None:
   """Whether a formula is what `text` states last."""
   inner, _ = _stated(text)
   if not inner:
@@ -352,12 +369,12 @@ def _states_formula(text: str, wanted: str) -> bool:
   return not _hedged(text) and _equal(inner, wanted)
 
 
-def _equal(text: str, wanted: str) -> bool:
+def _equal(text: str, wanted: str) -> bool | None:
   """Whether two formulas are the same, by their characters or by algebra."""
   one, other = (_latex(formula) for formula in (text, wanted))
   if one.replace(" ", "") == other.replace(" ", ""):
     return True
-  return _tame(one) and _tame(other) and _algebra()(other, one)
+  return _algebra()(other, one) if _tame(one) and _tame(other) else None
 
 
 def _latex(formula: str) -> str:
@@ -383,6 +400,7 @@ def _tame(formula: str) -> bool:
 def _algebra():
   """equal(wanted, formula) of math-verify, which takes half a second to load."""
   import math_verify
+  from math_verify import errors
   from math_verify import grader
   from math_verify import parser
 
@@ -390,7 +408,7 @@ def _algebra():
     log.setLevel("CRITICAL")  # what it cannot read is no news
   form = [math_verify.LatexExtractionConfig()]
 
-  def equal(wanted: str, formula: str) -> bool:
+  def equal(wanted: str, formula: str) -> bool | None:
     # It tells the time by a signal, which only the main thread can set.
     alone = threading.current_thread() is not threading.main_thread()
     patience: int = 0 if alone else PATIENCE
@@ -404,9 +422,13 @@ def _algebra():
         )
         for text in (wanted, formula)
       )
-      return bool(math_verify.verify(gold, found, timeout_seconds=patience))
-    except Exception:  # whatever a parser of strangers makes of a model's words
-      return False
+      if not gold or not found:
+        return None
+      return math_verify.verify(
+        gold, found, timeout_seconds=patience, raise_on_error=True
+      )
+    except (Exception, errors.TimeoutException):  # of a parser of strangers
+      return None
 
   return equal
 

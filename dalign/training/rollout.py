@@ -135,7 +135,8 @@ def assign_rewards(
   for i, r in enumerate(rollouts):
     if r.prompt.kind == "capability" and not r.sample.malformed:
       score = words.correct(r.sample.answer, r.prompt.answer)
-      scored[i] = dataclasses.replace(r, score=score)
+      unscored = words.UNREAD if score is None else ""
+      scored[i] = dataclasses.replace(r, score=score or 0.0, unscored=unscored)
   return scored
 
 
@@ -284,8 +285,8 @@ def metrics(rollouts: Sequence[Rollout], *, group_size: int) -> dict[str, float]
       len(r.sample.thought.split()) for r in safety if r.sample.thought
     ),
   }
-  if capability := [r.score for r in rollouts if r.prompt.kind == "capability"]:
-    values["capability"] = mean(capability)
+  if capability := [r for r in rollouts if r.prompt.kind == "capability"]:
+    values["capability"] = mean(r.score for r in capability if r.scored)
   for kind in EXPECTED:
     some = [r for r in safety if r.prompt.expected == kind and r.scored]
     if some:
