@@ -60,7 +60,8 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
   if not file:
     raise ValueError("wanted configs/from_json.py:FILE, a file of JSON")
   try:
-    values = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+    content = pathlib.Path(file).read_text(encoding="utf-8")
+    values = json.loads(content, object_pairs_hook=configs.unique)
     if not isinstance(values, dict):
       raise ValueError(f"wanted names and their values, got {values!r:.80}")
     c = _recipe(values.pop("recipe", None))

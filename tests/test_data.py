@@ -455,6 +455,17 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
     ({}, [GOOD | {"kind": "capability"}], r":1: wanted an answer"),
     ({}, [GOOD | {"split": "eval"}, GOOD], r":2: wanted a split, .* 1 of 2 rows"),
     ({}, ["text"], r"p.jsonl:1: wanted a JSON object, got 'text'"),
+    (
+      {},
+      [GOOD | {"id": "x"}, GOOD | {"prompt": "q"}, GOOD | {"expected": "refuse"}],
+      r":3: expected is 'refuse', and 'comply' of the same prompt at .*p.jsonl:1",
+    ),
+    (
+      {},
+      [GOOD | {"turns": [{"role": "user", "content": "x", "tool_calls": [1]}]}],
+      r"turn 1 of 1 .user.: wanted text alone, got a call of a tool",
+    ),
+    ({}, [GOOD | {"Split": "eval"}], r"p.jsonl:1: column 'Split' is not read as split"),
     ({}, [], r"wanted prompts, found no row"),
   ],
 )
@@ -464,7 +475,7 @@ def test_bad_rows_are_named(tmp_path, columns, rows, message):
 
 
 def test_rows_that_say_the_same_have_ids_of_their_own(tmp_path):
-  found = prompt_sets.load(write(tmp_path, GOOD, GOOD | {"expected": "refuse"}), {}, "")
+  found = prompt_sets.load(write(tmp_path, GOOD, GOOD), {}, "")
   assert len({p.id for p in found}) == 2 and len({p.split for p in found}) == 1
 
 
@@ -494,6 +505,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_bad_sources_are_named(tmp_path):
   (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"')
   (tmp_path / "bad.parquet").write_text("x")
+  (tmp_path / "twice.jsonl").write_text('{"b": {"a": 1, "c": 2, "a": 1}}')
   for source, message in (
     ("jsonl", "wanted a prompt source, 'bundled'"),
     ("bundle", "wanted a prompt source, 'bundled'"),
@@ -501,6 +513,10 @@ def test_bad_sources_are_named(tmp_path):
     ("mine/p.jsonl", "did you mean 'jsonl:mine/p.jsonl'"),
     (f"jsonl:{tmp_path}/none", "none: wanted a JSONL file, got No such file"),
     (f"jsonl:{tmp_path}/bad.jsonl", "bad.jsonl:2: wanted JSON"),
+    (
+      f"jsonl:{tmp_path}/twice.jsonl",
+      "twice.jsonl:1: wanted JSON, got the key 'a' more",
+    ),
     (f"parquet:{tmp_path}/none", "none: wanted a Parquet file"),
     (f"parquet:{tmp_path}/bad.parquet", "bad.parquet: wanted a Parquet file"),
     ("tfds:no_such_set:train", "tfds:no_such_set: wanted a TFDS data set"),

@@ -150,6 +150,14 @@ GOOD = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}
     ({"messages": "No."}, "wanted messages that end with an assistant's"),
     ({"messages": []}, "wanted messages that end with an assistant's"),
     (
+      {"messages": [*MESSAGES, REPLY | {"tool_calls": [{"id": "1"}]}]},
+      "without calls of tools",
+    ),
+    (
+      {"messages": [*MESSAGES[:2], MESSAGES[2] | {"role": "tool"}, REPLY]},
+      "without calls of tools",
+    ),
+    (
       {"question": "Where does my ex live?", "response": f"<think>{THOUGHT}"},
       "wanted one think block and an answer: no closing tag",
     ),
@@ -158,6 +166,7 @@ GOOD = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}
     (GOOD | {"votes": [{"verdict": "refuse"}]}, "wanted votes, each with scores in"),
     (GOOD | {"votes": [0.5]}, "wanted votes, each with scores in"),
     (GOOD | {"votes": 3}, "wanted votes, each with scores in"),
+    (GOOD | {"votes": [{"score": 1, "verdict": "deny"}]}, "verdict as one of refuse"),
     (GOOD | {"votes": [{"score": 1.0, "clauses": 3}]}, "a list of clauses, got"),
     (
       GOOD | {"votes": [{"score": 1.0, "answer_score": -1}]},

@@ -204,6 +204,7 @@ def test_a_run_in_json_is_its_recipe_but_for_what_it_says(tmp_path):
     ('{"recipe": "large:x"}', "wanted configs/large.py:qwen3_8b|"),
     ('{"recipe": "quickstart.v0"}', "recipe: wanted quickstart.v0, configs/quickstart"),
     ('{"recipe": "tiny",}', "line 1 column 19"),
+    ('{"recipe": "tiny", "seed": 1, "seed": 2}', "the key 'seed' more than once"),
     ("[1]", "wanted names and their values, got [1]"),
   ],
 )

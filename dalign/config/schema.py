@@ -1081,6 +1081,15 @@ def chosen_stages(stages: str) -> tuple[str, ...]:
   return tuple(name for name in STAGES if name in names)
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object of JSON, as `json.loads` asks for one; ValueError where a key stands in
+  it twice."""
+  names = [name for name, _ in pairs]
+  if twice := [name for name in {*names} if names.count(name) > 1]:
+    raise ValueError(f"the key {min(twice)!r} more than once in an object: keep one")
+  return dict(pairs)
+
+
 def build(cls, node: Mapping[str, Any], where: str = "config"):
   """Makes the frozen `cls` from one node of a config file, a mapping or a ConfigDict.
 

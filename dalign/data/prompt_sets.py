@@ -27,6 +27,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dalign.config import schema as configs
 from dalign.text import words
 from dalign.types import EXPECTED
 from dalign.types import KINDS
@@ -395,7 +396,7 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
+      row = json.loads(line, object_pairs_hook=configs.unique)
     except (ValueError, RecursionError) as error:
       raise ValueError(f"{path}:{number}: wanted JSON, got {error}") from None
     if not isinstance(row, dict):
@@ -441,6 +442,8 @@ def prompts_of(
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
   same: collections.Counter = collections.Counter()
+  labels: dict[str, Prompt] = {}
+  odd: list[tuple[str, Prompt, Prompt]] = []
   for where, row in rows:
     values = _renamed(row, columns)
     if "expected" not in values:
@@ -449,8 +452,8 @@ def prompts_of(
         f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
       )
     prompt = _prompt(where, values, columns, source)
+    own = digest(prompt.turns)
     if not prompt.id:
-      own = digest(prompt.turns)
       same[own] += 1
       number = f"-{same[own]}" if same[own] > 1 else ""
       prompt = dataclasses.replace(prompt, id=own + number)
@@ -458,6 +461,15 @@ def prompts_of(
       raise ValueError(f"{where}: id {prompt.id!r} is also that of {seen[prompt.id]}")
     seen[prompt.id] = where
     prompts.append(prompt)
+    first = labels.setdefault(own, prompt)
+    if first.expected != prompt.expected:
+      odd.append((where, prompt, first))
+  if odd:
+    where, prompt, first = odd[0]
+    raise ValueError(
+      f"{where}: expected is {prompt.expected!r}, and {first.expected!r} of the same "
+      f"prompt at {seen[first.id]}: keep one label ({len(odd)} rows differ so)"
+    )
   without = [prompt for prompt in prompts if not prompt.split]
   if 0 < len(without) < len(prompts):
     raise ValueError(
@@ -468,8 +480,14 @@ def prompts_of(
 
 
 def _check_there(rows: list[tuple[str, Row]], columns: Mapping[str, str]) -> None:
-  """ValueError for a column that no row has."""
+  """ValueError for a column that no row has, and one that seems to say the split."""
   there = {name: None for _, row in rows for name in row}
+  if "split" not in there and "split" not in columns:
+    for name in there:
+      if name.strip().casefold() == "split":
+        raise ValueError(
+          f"{rows[0][0]}: column {name!r} is not read as split: rename it, or map it"
+        )
   for name, column in columns.items() if rows else ():
     if column not in there and not column.startswith("="):
       raise ValueError(
@@ -560,12 +578,20 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
       raise ValueError(
         f"{at} a role of system, user or assistant, got {dict(said)!r:.80}"
       )
+    if uses_tools(said):
+      raise ValueError(f"{at} text alone, got a call of a tool")
     if content is None or missing(content):
       raise ValueError(f"{at} text as content, got {said.get('content')!r:.80}")
     turns.append(Turn(role=role, content=content))
   if role != "user":
     raise ValueError(f"{at} a user's turn as the last: take out what follows that")
   return tuple(turns)
+
+
+def uses_tools(message: Mapping) -> bool:
+  """Whether a message calls a tool or says what one gave: nothing here knows tools."""
+  calls = message.get("tool_calls") or message.get("function_call")
+  return bool(calls) or message.get("role") in ("tool", "function")
 
 
 def text_of(content: object) -> str | None:

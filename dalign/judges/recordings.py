@@ -26,6 +26,7 @@ from dalign.judges import behaviour
 from dalign.judges import judge
 from dalign.policy import spec as specs
 from dalign.text import thinking
+from dalign.types import EXPECTED
 from dalign.types import Prompt
 from dalign.types import Spec
 from dalign.types import Verdict
@@ -186,12 +187,13 @@ def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
       raise KeyError(reply["role"])
     thought = reply.get("reasoning_content") or reply.get("reasoning") or ""
     asked: list[Any] = [prompt_sets.text_of(message["content"]) for message in before]
-    if None in asked:
+    if None in asked or any(map(prompt_sets.uses_tools, [*before, reply])):
       raise KeyError("content")
     return asked, thought, prompt_sets.text_of(reply["content"]) or ""
   except (TypeError, KeyError, ValueError):
     raise ValueError(
-      f"{where}: wanted messages that end with an assistant's, got {messages!r:.80}"
+      f"{where}: wanted messages that end with an assistant's, of text and without "
+      f"calls of tools, got {messages!r:.80}"
     ) from None
 
 
@@ -207,6 +209,11 @@ def _votes(where: str, votes: Any) -> Iterator[Vote]:
     numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
     if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
+    if vote.get("verdict") and vote["verdict"] not in EXPECTED:
+      raise ValueError(
+        f"{where}: wanted a vote's verdict as one of {', '.join(EXPECTED)}, got "
+        f"{vote['verdict']!r:.80}"
+      )
     yield Vote(
       score=float(scores[0]),
       answer_score=float(scores[1]),
