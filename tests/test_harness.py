@@ -10,6 +10,7 @@ from inspect_ai import dataset
 from inspect_ai import model as inspect_model
 from inspect_ai import scorer
 from inspect_ai import solver
+from inspect_ai import tool as inspect_tool
 from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 import numpy as np
@@ -295,3 +296,7 @@ def test_what_inspect_cannot_have_is_said(workdir, tmp_path):
   with pytest.raises(ValueError, match="reads text alone"):
     part = inspect_model.ContentImage(image="data:image/png;base64,AA==")
     inspect_provider._turn(inspect_model.ChatMessageUser(content=[part]))
+  with pytest.raises(ValueError, match="calls of tools"):
+    call = inspect_tool.ToolCall(id="1", function="look", arguments={})
+    said = inspect_model.ChatMessageAssistant(content="I look.", tool_calls=[call])
+    inspect_provider._turn(said)

@@ -239,6 +239,21 @@ BAD = [
   ({"tools": [{"type": "function"}]}, 400, "tools cannot be set"),
   ({"logprobs": True}, 400, "logprobs cannot be set"),
   ({"max_token": 5}, 400, "did you mean max_tokens"),
+  (
+    {"stream_options": {"include_logprobs": True}},
+    400,
+    "include_logprobs is not known",
+  ),
+  ({"stream_options": True}, 400, "stream_options: wanted an object"),
+  ({"messages": [QUESTION[0] | {"name": "Ann"}]}, 400, "name is not known here"),
+  ({"messages": [QUESTION[0] | {"tool_calls": [{}]}]}, 400, "tool_calls is not known"),
+  (
+    {
+      "messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]
+    },
+    400,
+    "x is not known here",
+  ),
 ]
 
 
@@ -282,7 +297,12 @@ def test_what_asks_for_no_more_than_is_done_is_answered(address, name):
   body["messages"] = [
     {"role": "developer", "content": "Be brief."},
     {"role": "user", "content": parts},
-    {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."},
+    {
+      "role": "assistant",
+      "content": "Yes",
+      "reasoning_content": "Hm.",
+      "refusal": None,
+    },
     {"role": "user", "content": "Why?"},
   ]
   assert post(address, json.dumps(body).encode())["usage"]["completion_tokens"] <= 4

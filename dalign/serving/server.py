@@ -47,6 +47,9 @@ READ = {
 }
 OF_CHATS = READ | {"messages", "max_completion_tokens"}
 OF_TEXTS = READ | {"prompt", "logprobs", "echo"}
+# Of a message. An earlier reply's reasoning is not read again, as in vLLM and SGLang;
+# "type" is "text" in what lm-eval sends.
+OF_MESSAGES = {"role", "content", "reasoning_content", "reasoning", "type"}
 # What asks for no more than is done anyway.
 NEUTRAL: Mapping[str, tuple] = {
   "top_p": (1,),
@@ -149,14 +152,16 @@ class Service:
     stops = _stops(said.get("stop", []))
     if stops and logprobs is not None:
       raise Refused("stop cannot be had with logprobs: leave it out", param="stop")
-    options = said.get("stream_options", {})
+    options = _object(
+      said.get("stream_options", {}), {"include_usage"}, "stream_options"
+    )
     return Asked(
       row=row,
       read=read,
       chat=chat,
       n=_number(said, "n", int, 1, model.slots, 1),
       stream=stream,
-      usage=isinstance(options, dict) and _flag(options, "include_usage"),
+      usage=_flag(options, "include_usage"),
       echo=echo,
       logprobs=logprobs,
       how=dict(
@@ -333,9 +338,7 @@ def _turns(messages) -> tuple[Turn, ...]:
   turns = []
   for i, message in enumerate(messages):
     where = f"messages[{i}]"
-    if not isinstance(message, dict):
-      raise Refused(f"{where}: wanted an object", param="messages")
-    role = message.get("role")
+    role = _object(message, OF_MESSAGES, where).get("role")
     role = "system" if role == "developer" else role
     if role not in ("system", "user", "assistant"):
       raise Refused(f"{where}: wanted no {role!r} messages", param="messages")
@@ -354,7 +357,21 @@ def _content(content, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else part
     if kind != "text" or not isinstance(part.get("text"), str):
       raise Refused(f"{where}: reads text alone, got {kind!r:.80}", param="messages")
+    _object(part, {"type", "text"}, where)
   return "\n".join(part["text"] for part in parts)
+
+
+def _object(found, known: set[str], where: str) -> dict:
+  """An object inside a request; refuses keys that are not read and say something."""
+  if not isinstance(found, dict):
+    raise Refused(f"{where}: wanted an object", param=where.partition("[")[0])
+  for name, value in found.items():
+    if name not in known and value not in (None, False, "", [], {}):
+      raise Refused(
+        f"{where}: {name} is not known here; leave it out",
+        param=where.partition("[")[0],
+      )
+  return found
 
 
 def _number(said: dict, name: str, kind, low, high, default):

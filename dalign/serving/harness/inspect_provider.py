@@ -146,6 +146,8 @@ def _turn(message) -> Turn:
   """A message as a turn; of an earlier reply the answer alone."""
   if message.role not in ("system", "user", "assistant"):
     raise ValueError(f"dalign: wanted no {message.role} messages, got one")
+  if getattr(message, "tool_calls", None):
+    raise ValueError("dalign: wanted no calls of tools, got one")
   parts = [] if isinstance(message.content, str) else message.content
   other = {part.type for part in parts} - {"text", "reasoning"}
   if other:
