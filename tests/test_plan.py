@@ -334,6 +334,14 @@ def command_line(workdir, *args) -> subprocess.CompletedProcess:
   return python(*command, *args)
 
 
+def test_a_guess_of_the_policys_tokens_is_said_to_be_one(tmp_path, capsys):
+  for path, guessed in (("random", False), (str(tmp_path / "absent"), True)):
+    run = opened(tiny(**{"model.path": path}), tmp_path / path[-4:])
+    assert plan._spec_room(run) > 0
+    said = "by a guess of 4 characters a token" in capsys.readouterr().err
+    assert said == guessed == (not run.has_model)
+
+
 def test_unknown_chips_are_refused(tmp_path):
   done = command_line(tmp_path, "--config.plan.topology=v99:2x2")
   assert done.returncode == 2
