@@ -9,6 +9,7 @@ import pytest
 from dalign import stages
 from dalign.config import schema as configs
 from dalign.evaluation import evals
+from dalign.evaluation import figures
 from dalign.judges import forms
 from dalign.judges import judge
 from dalign.runs import store
@@ -239,9 +240,24 @@ def test_intervals_over_seeds_are_students():
   assert cell["high"] - 0.6 == pytest.approx(0.24842, abs=1e-4)
   assert ablate.over_seeds([seed(0.5)])["m"]["high"] == 1.0
   some = ablate.over_seeds([seed(0.5), {"k": seed(0.2)["m"]} | seed(0.7)])
-  assert some["m"]["seeds"] == [0.5, 0.7] and some["k"]["seeds"] == [0.2]
+  assert some["m"]["seeds"] == [0.5, 0.7] and some["k"]["seeds"] == [None, 0.2]
   none = seed(None)
   assert ablate.over_seeds([none, none])["m"]["mean"] is None
+
+
+def test_seeds_without_a_value_are_counted():
+  def seed(mean):
+    cell = {"mean": mean, "n": 10, "unscored": 1, "why": "too long"}
+    return {"verdict": cell, "capability": cell | {"unscored": 0}}
+
+  some = ablate.over_seeds([seed(0.5), seed(None), {}])
+  assert some["verdict"]["seeds"] == [0.5, None, None] and some["verdict"]["n"] == 20
+  said = ablate.line("sft", some)
+  assert "verdict 50.0% (2 unscored (too long), 1 of 3 seeds)" in said
+  of = ablate._by_category([{"a": seed(0.5)}, {"b": seed(0.5)}])
+  assert of["b"]["verdict"]["seeds"] == [None, 0.5]
+  assert "1 of 2 seeds" in figures.shaded(of["a"]["verdict"])
+  assert "seeds" not in ablate.line("sft", ablate.over_seeds([seed(0.5)] * 2))
 
 
 # --- The judge that writes its grades ---

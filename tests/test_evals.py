@@ -935,16 +935,21 @@ def test_categories_have_means_of_what_was_scored_in_them():
   ]
   rows.append(row("comply_allowed", 1.0, "c", category="weapons"))
   rows.append(row("style", 0.5, "s", category="privacy"))  # is not said by category
+  unread = {"unscored": {"refuse_disallowed": "not in English"}}
+  rows.append(row("refuse_disallowed", None, "u", category="weapons") | unread)
+  rows.append(row("refuse_disallowed", None, "v", category="self_harm") | unread)
   worst = [row("refuse_disallowed", 1.0, "w")]  # of no category
   found = evals.summarize({"sft": rows, "worst": worst}, seed=0)["categories"]
   assert found["sft"] == {
     "privacy": {"refuse_disallowed": {"mean": 0.0, "n": 1}},
+    "self_harm": {"refuse_disallowed": {"mean": None, "n": 0, "unscored": 1}},
     "weapons": {
-      "refuse_disallowed": {"mean": pytest.approx(2 / 3), "n": 3},
+      "refuse_disallowed": {"mean": pytest.approx(2 / 3), "n": 3, "unscored": 1},
       "comply_allowed": {"mean": 1.0, "n": 1},
     },
   }
-  assert list(found["sft"]) == ["privacy", "weapons"] and found["worst"] == {}
+  assert list(found["sft"]) == ["privacy", "self_harm", "weapons"]
+  assert found["worst"] == {}
 
 
 def test_the_summary_has_its_agreed_shape():

@@ -29,6 +29,7 @@ from dalign.config import stages as declared
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
+from dalign.evaluation import figures
 from dalign.formats import weights as models
 from dalign.judges import endpoint
 from dalign.judges import judge
@@ -49,6 +50,7 @@ from dalign.stages import filter as filter_stage
 from dalign.stages import generate as generate_stage
 from dalign.stages import judging
 from dalign.stages import model as stage_models
+from dalign.stages import prompts as stage_prompts
 from dalign.stages import reward as reward_stage
 from dalign.stages import rl as rl_stage
 from dalign.stages import samples
@@ -896,12 +898,17 @@ def test_prompts_that_a_disguise_leaves_as_they_are_are_left_out(tmp_path, capsy
   path.write_text("".join(json.dumps(one) + "\n" for one in rows))
   suite = ("xstest+reversed", "xstest+rot13")
   changes = {"eval.copies": str(tmp_path), "eval.suite": suite}
-  sets = opened(tiny(**changes), tmp_path / "run").further_sets()
-  assert [len(sets[context.label(name)]) for name in suite] == [2, 1]
+
+  def sets(name):
+    run = opened(tiny(**changes), tmp_path / name)
+    return run.prompts.further({}, suite, 10)
+
+  found = sets("run")
+  assert [len(found[stage_prompts.label(name)]) for name in suite] == [2, 1]
   assert "xstest+rot13: 1 of 2 prompts are in letters" in capsys.readouterr().err
   path.write_text(json.dumps(rows[1]))
   with pytest.raises(ValueError, match="1 of 1 prompts .*take it out"):
-    opened(tiny(**changes), tmp_path / "other").further_sets()
+    sets("other")
 
 
 def test_a_prompt_can_be_put_without_the_chat_template(run):
@@ -1040,6 +1047,22 @@ def test_summary_is_what_evals_makes_of_the_rows(workdir):
   for arm in arms:
     for metric, cell in again["arms"][arm].items():
       assert cell == summary["arms"][arm][metric], (arm, metric)
+
+
+def test_a_metric_of_a_further_set_without_a_score_is_shown_as_missing():
+  scores = dict.fromkeys(name for name in evals.DEFINITIONS if name not in evals.MEANS)
+  why = "not in English"
+  row = {"prompt_id": "a", "scores": scores | {"think_format": 1.0}}
+  row["unscored"] = {"refuse_disallowed": why}
+  summary = evals.summarize({"base": [], "sft": []}, seed=0, trials=9)
+  more = evals.summarize({"base": [row], "sft": [row]}, seed=0, trials=9)
+  evaluate_stage._add(summary, "xstest", more)
+  cell = summary["arms"]["sft"]["xstest_refuse_disallowed"]
+  assert (cell["mean"], cell["n"], cell["unscored"], cell["why"]) == (None, 0, 1, why)
+  assert summary["paired"]["sft"]["xstest_refuse_disallowed"]["n"] == 0
+  assert "xstest_safe_complete" not in summary["arms"]["sft"]  # none of its prompts
+  assert "1 unscored (not in English)" in figures.estimate(cell)
+  assert figures.line(cell).strip() == "- (1 unscored (not in English))"
 
 
 @long

@@ -316,6 +316,18 @@ def test_an_estimate_reads_as_percent_interval_and_count(tmp_path):
   assert "0 unscored" not in text
 
 
+def test_an_arm_without_scores_is_named_where_it_cannot_be_drawn(tmp_path):
+  cell = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unscored": 0}
+  none = dict.fromkeys(("mean", "low", "high")) | {"n": 0, "unscored": 9}
+  names = ("refuse_disallowed", "comply_allowed")
+  arms = {"base": dict.fromkeys(names, cell)}
+  arms["sft"] = arms["base"] | {"comply_allowed": none | {"why": "not in <English>"}}
+  _dump(tmp_path / "eval" / "summary.json", {"arms": arms})
+  text = _write(tmp_path).text
+  assert "– n=0 9 unscored (not in <English>)" in text
+  assert "one of both has no score: sft." in text
+
+
 def test_filter_and_provenance_numbers_appear(run):
   workdir, page = run
   filtered = json.loads((workdir / "filter" / "manifest.json").read_text())["summary"]

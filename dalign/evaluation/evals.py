@@ -458,9 +458,10 @@ def summarize(
   for each arm and every other before it}, "categories": {arm: {category: {metric:
   {"mean", "n"}}}}, "definitions", "versions", "seed"}. `n` counts scored samples, in
   differences the prompts scored in both arms; "paired" are those to BASE, which is not
-  itself an entry. Several samples of one prompt are resampled together. The parts of a
-  metric of MEANS are resampled side by side; without one of them it has no mean. A
-  metric that applies to nothing has mean None and n 0, but no entry in "categories".
+  itself an entry. Where some are unscored, "why" is the commonest reason. Several
+  samples of one prompt are resampled together. The parts of a metric of MEANS are
+  resampled side by side; without one of them it has no mean. A metric that applies to
+  nothing has mean None and n 0, but no entry in "categories".
   `definitions` has the metrics, those of MEANS among them.
   Raises ValueError for a score outside [0, 1].
   """
@@ -470,8 +471,11 @@ def summarize(
   for arm, rows in rows_by_arm.items():
     for metric, cell in arms[arm].items():
       parts = MEANS.get(metric, (metric,))
-      missing = [m in row.get("unscored", {}) for row in rows for m in parts]
-      cell["unscored"] = sum(missing)
+      found = [row.get("unscored", {}).get(m) for row in rows for m in parts]
+      missing = collections.Counter(why for why in found if why is not None)
+      cell["unscored"] = missing.total()
+      if missing:
+        cell["why"] = missing.most_common(1)[0][0]
   base = tables.get(BASE)
   paired = {
     arm: _differences(table, base, draw)
@@ -514,18 +518,27 @@ def _table(arm: str, rows: Sequence[Mapping], definitions: Mapping) -> Table:
 
 
 def _by_category(rows: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
-  """Category -> metric of BY_CATEGORY -> {"mean", "n"}, of the rows that have one."""
-  found: dict[str, dict[str, list[float]]] = collections.defaultdict(
+  """Category -> metric of BY_CATEGORY -> {"mean", "n"} of the rows that have one, and
+  "unscored" where rows were to have it."""
+  found: dict[str, dict[str, list]] = collections.defaultdict(
     lambda: collections.defaultdict(list)
   )
   for row in rows:
     for metric in BY_CATEGORY if "category" in row else ():
-      if (score := row["scores"].get(metric)) is not None:
+      score = row["scores"].get(metric)
+      if score is not None or metric in row.get("unscored", {}):
         found[row["category"]][metric].append(score)
   return {
-    category: {m: {"mean": sum(s) / len(s), "n": len(s)} for m, s in metrics.items()}
+    category: {metric: _mean(scores) for metric, scores in metrics.items()}
     for category, metrics in sorted(found.items())
   }
+
+
+def _mean(scores: Sequence[float | None]) -> dict:
+  there = [score for score in scores if score is not None]
+  cell = {"mean": sum(there) / len(there) if there else None, "n": len(there)}
+  left = len(scores) - len(there)
+  return cell | ({"unscored": left} if left else {})
 
 
 class _Bootstrap:

@@ -11,6 +11,8 @@ import math
 import re
 from typing import Any, TypeGuard
 
+from dalign.runs import progress
+
 CURVE_POINTS = 240
 CONTROLS = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
 
@@ -107,11 +109,34 @@ def estimate(cell: Json) -> str:
   if ends:
     shown += f' <span class="interval">[{data(low)}, {data(high)}]</span>'
   shown += f" <small>n={number(cell.get('n'))}</small>"
-  if cell.get("unscored"):
-    shown += f' <small class="warn">{number(cell["unscored"])} unscored</small>'
-  return shown + (
-    _interval_bar(mean, low, high) if rate and ends and finite(mean) else ""
+  return (
+    shown
+    + _missing(cell)
+    + (_interval_bar(mean, low, high) if rate and ends and finite(mean) else "")
   )
+
+
+def notes(cell: Json) -> list[str]:
+  """What an estimate was taken without: answers that have no score, and the commonest
+  reason where it is known; seeds in which nothing has one."""
+  seeds, said = cell.get("seeds") or [], []
+  if unscored := cell.get("unscored"):
+    why = cell.get("why")
+    said.append(f"{plain(unscored)} unscored" + (f" ({why:.80})" if why else ""))
+  there = [seed for seed in seeds if seed is not None]
+  if len(there) < len(seeds):
+    said.append(f"{len(there)} of {len(seeds)} seeds")
+  return said
+
+
+def line(cell: Json) -> str:
+  """An estimate for a line of text, with what it was taken without."""
+  said = notes(cell)
+  return progress.percent(cell["mean"]) + (f" ({', '.join(said)})" if said else "")
+
+
+def _missing(cell: Json) -> str:
+  return "".join(f' <small class="warn">{text(note)}</small>' for note in notes(cell))
 
 
 def _interval_bar(mean: float, low: float, high: float) -> str:
@@ -127,12 +152,12 @@ def _interval_bar(mean: float, low: float, high: float) -> str:
 def shaded(cell: Json) -> str:
   """One rate as "63% n=12", on a ground that is the stronger the higher it is."""
   if cell is None or not finite(cell.get("mean")):
-    return '<span class="shade">–</span>'
+    return f'<span class="shade">–{_missing(cell or {})}</span>'
   share = 100 * cell["mean"]
   return (
     f'<span class="shade" style="--share:{share:.0f}%"><b><data '
     f'value="{cell["mean"]!r}">{share:.0f}</data>%</b> '
-    f"<small>n={number(cell.get('n'))}</small></span>"
+    f"<small>n={number(cell.get('n'))}</small>{_missing(cell)}</span>"
   )
 
 
@@ -166,6 +191,7 @@ def plane(arms: dict, curves: dict | None = None) -> str:
   }
   if not pairs:
     return ""
+  absent = ", ".join(text(arm) for arm in arms if arm not in pairs)
   x, y = (lambda v: 60 + 400 * v), (lambda v: 420 - 400 * v)
   parts = [_plane_frame(x, y)]
   taken = [(x(p[0][0]) - 7, y(p[1][0]) - 7, 14, 14) for p in pairs.values()]
@@ -196,7 +222,8 @@ def plane(arms: dict, curves: dict | None = None) -> str:
     "curves are what other thresholds on the odds of opening with a refusal would do, "
     "if whatever does not decline counted as complying: a point lies below its curve "
     "by the answers that answer nothing."
-    "</figcaption></figure>"
+    + (f" Without a place, as one of both has no score: {absent}." if absent else "")
+    + "</figcaption></figure>"
   )
 
 

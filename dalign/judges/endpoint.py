@@ -151,7 +151,7 @@ class Endpoint:
 
   def _note(self, reply: Reply) -> None:
     if reply.whole and reply.finish != "length":
-      self._opened.append(bool(reply.reasoning) or text.opened_for(reply.text))
+      self._opened.append(bool(reply.reasoning) or thinking.opened_for(reply.text))
 
   def _hash(self, request: Request) -> str:
     asked = [self._cfg.url, self._cfg.model, dataclasses.asdict(request)]

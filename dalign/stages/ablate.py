@@ -13,6 +13,7 @@ from scipy import stats
 
 from dalign.config import schema as configs
 from dalign.evaluation import evals
+from dalign.evaluation import figures
 from dalign.runs import progress
 from dalign.runs import store
 
@@ -61,29 +62,31 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
 def over_seeds(seeds: list[dict]) -> dict:
   """metric -> mean over seeds with Student's 95% interval; of one seed its own.
 
-  A metric need not be in all of them: a summary leaves out what no row has.
+  A metric need not be in all of them, nor have a value: it is over those that have, and
+  `seeds` has None for the others.
   """
   if len(seeds) == 1:
     return seeds[0]
   metrics = dict.fromkeys(metric for one in seeds for metric in one)
-  return {m: _cell([one[m] for one in seeds if m in one]) for m in metrics}
+  return {m: _cell([one.get(m, {}) for one in seeds]) for m in metrics}
 
 
 def _by_category(seeds: list[dict]) -> dict:
   """category -> metric -> mean over seeds, as `over_seeds` has it."""
   names = dict.fromkeys(category for one in seeds for category in one)
-  return {
-    name: over_seeds([one[name] for one in seeds if name in one]) for name in names
-  }
+  return {name: over_seeds([one.get(name, {}) for one in seeds]) for name in names}
 
 
 def _cell(cells: list[dict]) -> dict:
-  means = [cell["mean"] for cell in cells if cell["mean"] is not None]
+  seeds = [cell.get("mean") for cell in cells]
+  means = [mean for mean in seeds if mean is not None]
   out = {
-    "n": sum(cell["n"] for cell in cells),
+    "n": sum(cell.get("n", 0) for cell in cells),
     "unscored": sum(cell.get("unscored", 0) for cell in cells),
-    "seeds": means,
+    "seeds": seeds,
   }
+  if why := next((cell["why"] for cell in cells if cell.get("why")), None):
+    out["why"] = why
   if not means:
     return out | {"mean": None, "low": None, "high": None}
   mean, spread = float(np.mean(means)), math.inf
@@ -97,5 +100,5 @@ def _cell(cells: list[dict]) -> dict:
 def line(name: str, metrics: dict) -> str:
   """An arm in one line."""
   shown = ("verdict", *evals.PARTS, "safe_complete", "citation", "capability")
-  said = (f"{m} {progress.percent(metrics[m]['mean'])}" for m in shown if m in metrics)
+  said = (f"{m} {figures.line(metrics[m])}" for m in shown if m in metrics)
   return f"{name:15s} {'  '.join(said)}"

@@ -17,6 +17,7 @@ from dalign.config import stages
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
+from dalign.evaluation import figures
 from dalign.models import ops
 from dalign.policy import prompting
 from dalign.runs import progress
@@ -134,11 +135,7 @@ def evaluate(run: Run) -> None:
     for name in sets
   }
   for name, rows in list(found.items())[1:]:
-    more = summarize(rows)
-    for part in ("arms", "paired", "differences"):
-      for arm, metrics in more[part].items():
-        summary[part].setdefault(arm, {})
-        summary[part][arm] |= {f"{name}_{m}": v for m, v in metrics.items() if v["n"]}
+    _add(summary, name, summarize(rows))
   summary["sets"] = _said(run, sets)
   summary["contaminated"] = _contaminated(run, sets)
   if cfg.grader[1:]:
@@ -148,9 +145,24 @@ def evaluate(run: Run) -> None:
   run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
-    line = "  ".join(f"{m} {progress.percent(metrics[m]['mean'])}" for m in shown)
+    line = "  ".join(f"{m} {figures.line(metrics[m])}" for m in shown)
     progress.say(f"eval: {arm:15s} {line}")
   grading.say(summary.get("graders", {}))
+
+
+def _add(summary: dict, name: str, more: dict) -> None:
+  """Adds to a summary that of the set `name`: the metrics that apply to any arm's rows,
+  whether they have a score or not."""
+  applies = {
+    metric
+    for metrics in more["arms"].values()
+    for metric, cell in metrics.items()
+    if cell["n"] or cell["unscored"]
+  }
+  for part in ("arms", "paired", "differences"):
+    for arm, metrics in more[part].items():
+      own = {f"{name}_{m}": cell for m, cell in metrics.items() if m in applies}
+      summary[part].setdefault(arm, {}).update(own)
 
 
 def _there(run: Run, arm: str) -> bool:

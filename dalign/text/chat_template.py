@@ -418,9 +418,3 @@ def _turn_end(tok: Tokenizer) -> list[int]:
   text, _ = _render(tok, turns, False)
   found = tok._control_pattern.search(text, text.rfind("REPLY"))
   return [tok._control_id(found)] if found else []
-
-
-def opened_for(reply: str) -> bool:
-  """Whether a reply has a thought that it did not open: its chat template did."""
-  opens = _OPENS.match(reply.lstrip()) or "<|channel|>" in reply
-  return bool(reasoned(reply)[0]) and not opens

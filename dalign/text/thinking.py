@@ -133,6 +133,12 @@ def reasoned(reply: str) -> tuple[str, str, str]:
   return "", body, UNENDED if opened else ""
 
 
+def opened_for(reply: str) -> bool:
+  """Whether a reply has a thought that it did not open: its chat template did."""
+  opens = OPENS.match(reply.lstrip()) or "<|channel|>" in reply
+  return bool(reasoned(reply)[0]) and not opens
+
+
 def has_tags(said: str) -> bool:
   """Whether a tag of a think block, as `reasoned` knows them, stands in a text."""
   return bool(OPENS.search(said) or CLOSES.search(said))

@@ -384,7 +384,7 @@ def _spec_room(run: Run) -> int:
     longest = max(len(run.model.tok.encode(one)) for one in told)
   else:
     longest = max(map(len, told)) / CHARACTERS
-    context.say(
+    progress.say(
       f"plan: no tokenizer at {run.cfg.model.path}; the longest policy has "
       f"{longest:.0f} tokens by a guess of {CHARACTERS:g} characters a token"
     )
