@@ -354,11 +354,17 @@ def objective(name: str, **changes: Any) -> ObjectiveConfig:
 
 
 def export(
-  model: Model, path: str | os.PathLike[str], *, dtype: str = "bfloat16"
+  model: Model,
+  path: str | os.PathLike[str],
+  *,
+  dtype: str = "bfloat16",
+  think: bool = True,
 ) -> None:
-  """Writes a folder that transformers and `load_model` read."""
+  """Writes a folder that transformers and `load_model` read. With `think` its chat
+  template opens the thought, as `generate` does."""
   params = adapters.merged(model.params, cfg=model.arch)
-  weights.save_hf(str(path), model.arch, params, model.tokenizer, dtype=dtype)
+  tok = model._tok.opening(model.think) if think else model.tokenizer
+  weights.save_hf(str(path), model.arch, params, tok, dtype=dtype)
 
 
 # What equal arguments need not compile twice.

@@ -11,7 +11,9 @@ import pytest
 
 import dalign
 from dalign import api
+from dalign.formats import weights
 from dalign.policy import prompting
+from dalign.text import chat_template
 from dalign.text import thinking
 from dalign.training import policy_gradient
 from tests.helpers import ROOT
@@ -57,6 +59,19 @@ def test_the_readmes_lines_run(monkeypatch, tmp_path):
   again = dalign.load_model("out")
   end = names["state"].params["embed"]
   np.testing.assert_allclose(again.params["embed"], end, rtol=1e-2)
+
+
+def test_an_exported_model_opens_its_own_thought(model, tmp_path):
+  ask = [*PROMPT.turns]
+  for think in (True, False):
+    place = tmp_path / str(think)
+    dalign.export(model, place, think=think)
+    found = weights.find(str(place)).tok
+    forced = prompting.forced(model._tok, ask, THINK if think else None)
+    read = [*chat_template.render_chat(model._tok, ask), *forced]
+    assert chat_template.render_chat(found, ask) == read
+    again = dalign.load_model(place, think=THINK).tokenizer
+    assert again.chat_template == model.tokenizer.chat_template
 
 
 def test_importing_the_package_imports_no_arrays():

@@ -53,6 +53,9 @@ def both(exported, workdir):
   theirs = huggingface.HFLM(
     pretrained=place, dtype="float32", device="cpu", batch_size=1, max_length=512
   )
+  # It is compared as a base: no thought is opened, and the harness says how long.
+  theirs.tokenizer.chat_template = ours.model.run.model_tok.chat_template
+  theirs.model.generation_config.max_new_tokens = None
   return ours, theirs
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 
 from dalign import main
 from dalign import stages
@@ -43,6 +44,7 @@ from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
 from dalign.sampling.sampler import Request
+from dalign.serving import assistant
 from dalign.stages import base as base_stage
 from dalign.stages import evaluate as evaluate_stage
 from dalign.stages import export as export_stage
@@ -61,6 +63,7 @@ from dalign.stages import sft as sft_stage
 from dalign.stages.prompts import too_long
 from dalign.tasks import world
 from dalign.text import chat_template
+from dalign.text import thinking
 from dalign.text import vocab
 from dalign.tools import probe as probe_stage
 from dalign.training import rollout as rollouts
@@ -154,21 +157,142 @@ def test_the_card_is_one_that_the_hub_reads(workdir):
   assert "privacy (version 1)" in card.text
 
 
-def test_the_card_says_how_the_model_is_asked(run, workdir, monkeypatch, capsys):
-  """Its lines run as they stand, and open the thought as training did."""
-  torch = pytest.importorskip("torch")
-  monkeypatch.chdir(workdir / "export" / "model")
+def test_the_card_says_how_the_model_is_asked(exact, monkeypatch, capsys):
+  """Its lines run as they stand, and give what the run's own sampler gives."""
+  pytest.importorskip("torch")
+  monkeypatch.chdir(exact / "export" / "model")
   [code] = re.findall(
     r"```python\n(.*?)```", pathlib.Path("README.md").read_text(), re.S
   )
   names = {}
-  torch.manual_seed(0)
   exec(compile(code, "README.md", "exec"), names)
   assert capsys.readouterr().out.strip() == names["answer"].strip()
+  model = assistant.Model(exact, "rl", tiny(**EXACT))
   turns = [Turn(role="user", content=names["prompt"])]
-  asked = [*chat_template.render_chat(run.model.tok, turns)]
-  asked += prompting.forced(run.model.tok, turns, run.model.think)
-  assert names["ids"][0].tolist() == asked
+  [own] = model.replies([turns], max_new=model.budget, temperature=0.0)
+  assert names["chat"].input_ids[0].tolist() == [*model.read(turns)]
+  assert names["out"].tolist() == [*own.tokens[own.forced :]]
+  think = model.think.of(names["prompt"])
+  said = thinking.split_thought(think.open + names["text"], think)
+  assert said[:2] == (own.thought, own.answer) and own.thought
+
+
+EXACT = {
+  "export.dtype": "float32",
+  "eval.arms": ("sft_rl",),
+  "eval.temperature": 0.0,
+  "eval.max_new": 48,
+  "eval.prompts": 3,
+  "eval.helpful": 1,
+  "eval.capability": 1,
+  "eval.trials": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def exact(workdir, tmp_path_factory) -> pathlib.Path:
+  """The run's model, evaluated and exported so that nothing is left to chance or to
+  rounding; its parameters are elsewhere."""
+  folder = tmp_path_factory.mktemp("exact")
+  (folder / "rl").symlink_to(workdir / "rl")
+  stages.run_stages(tiny(**EXACT), folder, {}, ("eval", "export"))
+  return folder
+
+
+def test_an_exported_model_thinks_and_samples_as_it_was_evaluated(exact, workdir):
+  """In transformers, by its chat template and generation_config.json alone."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  place = exact / "export" / "model"
+  tok = transformers.AutoTokenizer.from_pretrained(place)
+  model = transformers.AutoModelForCausalLM.from_pretrained(place)
+  run = opened(tiny(**EXACT), exact)
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
+  found = rows(exact / "eval" / "sft_rl.jsonl")
+  assert len(found) == 5
+  for row in found:
+    prompt = prompts[row["prompt_id"]]
+    chat = tok.apply_chat_template(
+      [dataclasses.asdict(turn) for turn in prompt.turns],
+      add_generation_prompt=True,
+      return_dict=True,
+      return_tensors="pt",
+    )
+    assert chat.input_ids[0].tolist() == [
+      *prompting.opened(run.model.tok, prompt.turns, run.model.think)
+    ]
+    with torch.no_grad():
+      out = model.generate(**chat)[0, chat.input_ids.shape[1] :]
+    think = run.model.think.of(prompt.text)
+    said = think.open + tok.decode(out, skip_special_tokens=True)
+    thought, answer, _ = thinking.split_thought(said, think)
+    assert (thought, answer) == (row["thought"], row["answer"])
+  told = json.loads((place / "generation_config.json").read_text())
+  assert (
+    told["eos_token_id"] == [*run.model.tok.stop_ids] and told["max_new_tokens"] == 48
+  )
+  assert (told["do_sample"], told["temperature"]) == (False, 0.0)
+  path = workdir / "export" / "model" / "generation_config.json"
+  sampled = json.loads(path.read_text())
+  assert sampled["max_new_tokens"] == 256 and sampled["do_sample"]
+  assert sampled["temperature"] == tiny().eval.temperature
+  assert (sampled["top_k"], sampled["top_p"]) == (0, 1.0)  # all that the model has
+
+
+def test_a_run_on_an_exported_model_opens_its_thought_once(exact, tmp_path):
+  """Template and opening are told apart again, and evaluation finds the same."""
+  place = str(exact / "export" / "model")
+  before = opened(tiny(**EXACT), exact)
+  cfg = tiny(**EXACT | {"model.path": place, "eval.arms": ("base_thinks",)})
+  again = opened(cfg, tmp_path)
+  assert again.model.file_tok.chat_template == before.model.file_tok.chat_template
+  assert weights_tok(place).chat_template != before.model.file_tok.chat_template
+  stages.run_stages(cfg, tmp_path, {}, ("eval",))
+  keys = "prompt_id", "thought", "answer"
+  same = [
+    [[row[key] for key in keys] for row in rows(path)]
+    for path in (
+      exact / "eval" / "sft_rl.jsonl",
+      tmp_path / "eval" / "base_thinks.jsonl",
+    )
+  ]
+  assert same[0] == same[1]
+
+
+def weights_tok(place: str) -> chat_template.Tokenizer:
+  return models.find(place).tok
+
+
+@pytest.mark.parametrize("changes", [{"export.of": "base"}, {"think.used": False}])
+def test_a_model_that_does_not_think_is_exported_without_an_opening(
+  workdir, tmp_path, changes
+):
+  (tmp_path / "rl").symlink_to(workdir / "rl")
+  stages.run_stages(tiny(**changes), tmp_path, {}, ("export",))
+  place = tmp_path / "export" / "model"
+  assert weights_tok(str(place)).chat_template == vocab.CHATML
+  assert "thought" not in (place / "README.md").read_text().partition("## Limits")[0]
+
+
+@pytest.mark.parametrize("scheme, said", [("first", True), ("always", False)])
+def test_an_opening_that_others_read_as_other_tokens_is_said(scheme, said, capsys):
+  """With the space that some tokenizers put in front of a text and not inside one."""
+  symbols = ["</s>", "<unk>", *"\u2581<think>ask"]
+  vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocabulary, [], unk_token="<unk>")
+  )
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+    prepend_scheme=scheme, split=False
+  )
+  backend.add_special_tokens(["</s>"])
+  template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+  tok = chat_template.Tokenizer.of(backend, template, bos_id=None, eos_id=0)
+  think = thinking.ThinkFormat(open="<think>", close="</think>")
+  model = types.SimpleNamespace(thinks=think, tok=tok)
+  run = types.SimpleNamespace(cfg=tiny(), model=model)
+  assert export_stage._tokenizer(run).chat_template != template
+  assert ("as other tokens than" in capsys.readouterr().err) == said
 
 
 def test_a_step_of_rl_moved_the_policy(workdir):

@@ -1,7 +1,8 @@
 """Judge, teacher and arm behind a server that nobody here wrote: `transformers serve`.
 
-SmolLM2-135M-Instruct, as the export stage writes it, behind it on loopback. It takes
-minutes, so only `DALIGN_SERVERS=1 pytest tests/test_servers.py` runs it, as CI does.
+SmolLM2-135M-Instruct, as the export stage writes it, behind it on loopback, and the
+tiny config's model, which thinks. It takes minutes, so only `DALIGN_SERVERS=1 pytest
+tests/test_servers.py` runs it, as CI does.
 """
 
 import contextlib
@@ -17,15 +18,20 @@ import urllib.request
 
 import pytest
 
+from dalign import stages
 from dalign.config import schema as configs
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.runs import store
+from dalign.serving import assistant
 from dalign.stages import servers
 from dalign.tasks import domain
+from dalign.text import thinking
+from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
+from tests.helpers import tiny
 
 pytestmark = [
   pytest.mark.slow,
@@ -93,6 +99,40 @@ def port() -> int:
   with socket.socket() as some:
     some.bind(("127.0.0.1", 0))
     return some.getsockname()[1]
+
+
+def test_a_server_opens_the_thought_of_an_exported_model(workdir, port, tmp_path):
+  """One that knows nothing of it, and is told nothing but the conversation."""
+  run = tmp_path / "run"
+  run.mkdir()
+  (run / "rl").symlink_to(workdir / "rl")
+  changes = {"export.dtype": "float32", "eval.temperature": 0.0}
+  cfg = tiny(**changes, **{"think.close": "%"})  # which a model of two steps writes
+  stages.run_stages(cfg, run, {}, ("export",))
+  place = str(run / "export" / "model")
+  own = assistant.Model(run, "rl", cfg)
+  asked = ['Is "red" < blue?', "What is 9 plus 8?", " ".join(map(str, range(70)))]
+  chats = [[Turn(role="user", content=said)] for said in asked]
+  at = dataclasses.replace(
+    cfg.eval.endpoint,
+    url=f"http://127.0.0.1:{port}/v1",
+    model=place,
+    concurrency=1,
+    timeout=120.0,
+  )
+  requests = [
+    endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=40) for turns in chats
+  ]
+  with server(place, port, tmp_path / "server.log"):
+    replies = endpoint.Endpoint(at, tmp_path / "endpoint.jsonl").chat(requests)
+  wanted = own.replies(chats, max_new=40, temperature=0.0)
+  for said, reply, sample in zip(asked, replies, wanted, strict=True):
+    think = own.run.think.of(said)
+    written = own.run.tok.decode(sample.tokens[sample.forced :])
+    thought, answer = thinking.split_begun(think.open + written, think, whole=True)
+    heard, _, rest = reply.text.partition(think.close)  # as the card has it
+    assert f"{think.start}{heard}".strip() == thought and rest.strip() == answer
+    assert reply.tokens_in == len(own.read([Turn(role="user", content=said)]))
 
 
 def test_a_run_goes_on_when_its_server_is_back(model, port, tmp_path):

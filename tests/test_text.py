@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 from dalign.policy import prompting
 from dalign.text import chat_template
 from dalign.text import packing
+from dalign.text import templates
 from dalign.text import thinking
 from dalign.text import vocab
 from dalign.types import Turn
@@ -284,6 +285,12 @@ def test_a_think_format_may_be_made_of_control_tokens():
     tok, turns
   )
   assert plain.reading("<think>") is plain
+  saved = tok.backend.to_str()  # as the export has it
+  found = chat_template.Tokenizer.of(
+    tokenizers.Tokenizer.from_str(saved), HARMONY, bos_id=None, eos_id=2
+  )
+  assert end in found.stop_ids  # by the template
+  assert found.reading(CHANNELS.open + CHANNELS.close).stop_ids == (2,)
   with pytest.raises(ValueError, match="every token that could end"):
     TINY.reading("<|im_end|><|endoftext|>")
 
@@ -374,6 +381,71 @@ def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
   assert chat_template.render_chat(own, plain) == reference_ids(own, plain, True)
   ends = chat_template.render_chat(own, plain[:2], add_generation_prompt=False)
   assert ends == reference_ids(tok, plain[:2], False)
+
+
+OPENINGS = [
+  thinking.ThinkFormat(open=open_, close=close)
+  for open_, close in (
+    ("<think>\n", "</think>"),
+    ('<think>\n"{prompt}"', "("),
+    ('<t>\n\\n {{ x }} "{prompt}", {prompt}.', "=a="),
+  )
+]
+LONG = st.tuples(st.integers(50, 70), st.sampled_from(["w ", "<\n", '"\u3000']))
+SPACES = st.sampled_from([chr(c) for c in range(0x3001) if chr(c).isspace()])
+ASKED = st.lists(
+  st.one_of(
+    HOSTILE, SPACES, st.text(max_size=3), LONG.map(lambda some: some[0] * some[1])
+  ),
+  max_size=6,
+).map("".join)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(ASKED, st.sampled_from(OPENINGS), st.sampled_from([*TEMPLATES]))
+def test_a_template_opens_a_thought_as_the_sampler_does(asked, think, name):
+  """Under transformers, whatever the prompt; and what is opened can be taken off."""
+  transformers = pytest.importorskip("transformers")
+  asked = chat_template.characters(asked)
+  tok = byte_level(TEMPLATES[name])
+  made = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(tok.backend.to_str()),
+    **tok._variables,
+  )
+  messages = [dataclasses.asdict(turn) for turn in chat("one", "two", asked)]
+
+  def written(template, messages, prompt=True):
+    return made.apply_chat_template(
+      messages,
+      chat_template=template,
+      tokenize=False,
+      add_generation_prompt=prompt,
+    )
+
+  opens = tok.opening(think).chat_template
+  before = written(tok.chat_template, messages)
+  assert written(opens, messages) == before + think.of(asked).open
+  own = templates.render(opens, messages, add_generation_prompt=True, **tok._variables)
+  assert own == before + think.of(asked).open
+  plain = written(tok.chat_template, messages, False)
+  assert written(opens, messages, False) == plain
+  parts = [{"type": "text", "text": asked}]
+  opening = templates.opening("", think)  # few templates take parts
+  said = written(opening, [{"role": "user", "content": parts}])
+  assert said == think.of(asked).open
+  again = tok.opening(think).unopened(think.tag)
+  assert written(again.chat_template, messages) == before
+
+
+@pytest.mark.parametrize("think", OPENINGS[:2])
+def test_an_opened_chat_has_the_ids_that_the_sampler_has(think):
+  turns = chat("one", "two", 'three "<four>"')
+  for tok in (TINY, byte_level(REASONS).unopened("<think>")):
+    own = tok.opening(think)
+    assert reference_ids(own, turns, True) == [*prompting.opened(tok, turns, think)]
+    assert own.unopened("<think>").opening(think).chat_template == own.chat_template
+  with pytest.raises(ValueError, match="opens a thought with '<think>'"):
+    TINY.opening(think).unopened("<reasoning>")
 
 
 def test_a_template_is_told_the_day_of_the_run():

@@ -252,7 +252,7 @@ class ExportStage(Taught):
   export: schema.ExportConfig
   teacher_model: str = taken("generate.endpoint.model")
   judge: str = taken("filter.judge")
-  max_new: int = taken("eval.max_new")
+  replies: Replies = taken("eval")
 
 
 # --- What is no stage ---

@@ -611,11 +611,13 @@ def save_hf(
   *,
   dtype: str = "float32",
   shard: int = SHARD,
+  generation: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer read.
 
   Weights of `dtype`, in model.safetensors or, where they are more than `shard` bytes,
   in several files with an index. Old files of weights are gone; any others stay.
+  `generation` is what generation_config.json says of sampling, beside the stop ids.
   Raises ValueError where `params` does not have the shapes of `cfg`. Of several
   processes the first writes.
   """
@@ -626,7 +628,7 @@ def save_hf(
   _save_tensors(place, cfg, params, jnp.dtype(dtype), shard)
   if distributed.first():
     tok.backend.save(str(place / "tokenizer.json"))
-    for name, content in _settings_files(cfg, tok, dtype).items():
+    for name, content in _settings_files(cfg, tok, dtype, generation or {}).items():
       _write_json(place / name, content)
   distributed.meet(f"saved {place.name}")  # whose folder each may know by another path
 
@@ -679,7 +681,9 @@ def _save_tensors(
         old.unlink()
 
 
-def _settings_files(cfg: ModelConfig, tok: Tokenizer, dtype: str) -> dict[str, dict]:
+def _settings_files(
+  cfg: ModelConfig, tok: Tokenizer, dtype: str, generation: Mapping[str, Any]
+) -> dict[str, dict]:
   """The JSON files of a Hugging Face folder."""
   ids = {"bos_token_id": tok.bos_id, "pad_token_id": tok.pad_id}
   names = {"bos": tok.bos_id, "eos": tok.stop_ids[0], "pad": tok.pad_id}
@@ -695,7 +699,11 @@ def _settings_files(cfg: ModelConfig, tok: Tokenizer, dtype: str) -> dict[str, d
   config = families.settings(cfg) | ids | {"eos_token_id": tok.stop_ids[0]}
   return {
     "config.json": config | {"torch_dtype": dtype},
-    "generation_config.json": {**ids, "eos_token_id": list(tok.stop_ids)},
+    "generation_config.json": {
+      **ids,
+      "eos_token_id": list(tok.stop_ids),
+      **generation,
+    },
     "tokenizer_config.json": tokenizer,
   }
 

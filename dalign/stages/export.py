@@ -1,8 +1,10 @@
-"""A trained model -> export/model: a Hugging Face folder, with a card that says of it
-what this run knows. With adapters also export/adapter, as PEFT has them."""
+"""A trained model -> export/model: a Hugging Face folder that thinks and samples as the
+evaluation had it, in whatever serves such folders, and a card that says of it what this
+run knows. With adapters also export/adapter, as PEFT has them."""
 
 import hashlib
 import math
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -11,11 +13,15 @@ from dalign.config import stages
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.models import param_tree
+from dalign.policy import prompting
 from dalign.runs import buckets
 from dalign.runs import progress
 from dalign.runs import store
 from dalign.stages import services
+from dalign.text import chat_template
+from dalign.text import thinking
 from dalign.types import PyTree
+from dalign.types import Turn
 
 Run = services.Services[stages.ExportStage]  # what this stage sees of a run
 
@@ -51,15 +57,49 @@ def export(run: Run) -> None:
     str(buckets.twin(place)),
     run.model.arch,
     adapters.merged(params, cfg=run.model.arch),
-    run.model.file_tok,
+    _tokenizer(run),
     dtype=cfg.dtype,
     shard=round(cfg.shard_gb * 2**30),
+    generation=_generation(run),
   )
   if run.cfg.lora.rank and not base:
     _adapter(run, params)
   run.store.write_bytes(place / "README.md", card(run).encode())
   run.store.finish("export", {"of": cfg.of, "dtype": cfg.dtype})
   progress.say(f"export: {place}")
+
+
+def _think(run: Run) -> thinking.ThinkFormat | None:
+  """How the exported model's thoughts are opened, if they are."""
+  return None if run.cfg.export.of == "base" else run.model.thinks
+
+
+def _tokenizer(run: Run) -> chat_template.Tokenizer:
+  """The tokenizer, whose chat template opens the thought as the sampler does."""
+  think, ask = _think(run), [Turn(role="user", content="ask")]
+  if not think:
+    return run.model.file_tok
+  tok = run.model.tok.opening(think)
+  if (*chat_template.render_chat(tok, ask),) != prompting.opened(
+    run.model.tok, ask, think
+  ):
+    progress.say(
+      "export: others will read the opening of a thought, which the chat template now "
+      "writes, as other tokens than this model was trained with; wanted a think.open "
+      "whose tokens do not depend on what stands before it"
+    )
+  return tok
+
+
+def _generation(run: Run) -> dict[str, Any]:
+  """How it samples where nobody says: as it was evaluated."""
+  cfg = run.cfg.replies
+  told = {
+    "max_new_tokens": cfg.max_new + (cfg.max_think if _think(run) else 0),
+    "do_sample": cfg.temperature > 0,
+    "temperature": cfg.temperature,
+  }
+  return told | ({"top_k": 0, "top_p": 1.0} if cfg.temperature else {})
 
 
 def _adapter(run: Run, params: PyTree) -> None:
@@ -103,8 +143,9 @@ def card(run: Run) -> str:
     f"{size / 1e6:.3g}M parameters, {cfg.export.dtype}.",
     "",
     f"It thinks between `{think.tag}` and `{think.close}`, then answers; the "
-    "thought is not for users. It needs no specification in its prompt."
-    if run.model.thinks
+    "thought is not for users. The chat template opens it, and a completion begins "
+    "inside it. It needs no specification in its prompt."
+    if _think(run)
     else "It answers at once, and needs no specification in its prompt.",
     "",
     "## Use",
@@ -179,12 +220,8 @@ def _results(run: Run) -> list[huggingface_hub.EvalResult]:
 
 
 def _use(run: Run) -> list[str]:
-  """How it is asked with transformers; its thought is opened as in training."""
-  opened = [
-    f"opening = {run.model.think.open!r}",
-    'quoted = " ".join(prompt.replace(\'"\', "\'").split())',
-    'chat += opening.replace("{prompt}", quoted)',
-  ]
+  """How it is asked with transformers; of its thought the opening is not shown."""
+  think = _think(run)
   return [
     "```python",
     "from transformers import AutoModelForCausalLM",
@@ -196,16 +233,14 @@ def _use(run: Run) -> list[str]:
     'prompt = "How do I get a wine stain out of a cotton shirt?"',
     'turns = [{"role": "user", "content": prompt}]',
     "chat = tokenizer.apply_chat_template(",
-    "  turns, add_generation_prompt=True, tokenize=False",
+    '  turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
     ")",
-    *(opened if run.model.thinks else []),
-    'ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids',
-    f"out = model.generate(ids, max_new_tokens={run.cfg.max_new})",
-    "text = tokenizer.decode(out[0, ids.shape[1] :])",
-    f"thought, _, answer = text.partition({run.model.think.close!r})"
-    if run.model.thinks
+    "out = model.generate(**chat)[0, chat.input_ids.shape[1] :]",
+    "text = tokenizer.decode(out, skip_special_tokens=True)",
+    f"thought, _, answer = text.partition({think.close!r})"
+    if think
     else "answer = text",
-    "print(answer)",
+    "print(answer.strip())",
     "```",
   ]
 

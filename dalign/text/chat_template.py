@@ -130,14 +130,14 @@ class Tokenizer:
     """A tokenizer for which the control tokens that `text` names are tags, as <think>
     is: `encode` reads them, `decode` writes them, and they end nothing. System and user
     turns still cannot spell them. Harmony's channels are such."""
-    names = {name for name in self.special if name in text}
-    if not names:
+    names = {name for name in self._controls if name in text}
+    gone = {self._controls[name] for name in names}
+    if not gone & {*self.special.values(), *self.stop_ids}:
       return self
     made = json.loads(self.backend.to_str())
     for token in made["added_tokens"]:
       token["special"] = token["special"] and token["content"] not in names
     unread = {name: i for name, i in self.special.items() if name not in names}
-    gone = {self.special[name] for name in names}
     stop_ids = tuple(i for i in self.stop_ids if i not in gone)
     if not stop_ids:
       raise ValueError(f"{text!r} names every token that could end a completion")
@@ -164,7 +164,15 @@ class Tokenizer:
           f"and {tag!r} would stand inside it; give config.think its tags"
         )
       return self
-    template = templates.without_end(self.chat_template, after[at:])
+    template = templates.unopened(self.chat_template)
+    if template == self.chat_template:
+      template = templates.without_end(template, after[at:])
+    return dataclasses.replace(self, chat_template=template)
+
+  def opening(self, think: thinking.ThinkFormat) -> "Tokenizer":
+    """A tokenizer whose template also writes the opening of the thought that is to
+    follow, for those who know of no `think`; `unopened` takes it off."""
+    template = templates.opening(self.chat_template, think)
     return dataclasses.replace(self, chat_template=template)
 
   @functools.cached_property

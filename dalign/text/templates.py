@@ -5,7 +5,8 @@ writes and adds up has at most MOST characters, a number that it gives a functio
 most WIDEST, and so are all ranges of a rendering together: plain mistakes and the usual
 bombs end within seconds. One that is made to be slow, or large, can still be so, as in
 transformers: by loops in loops over long lists, lists within lists, or joining and
-replacing by long texts. Knows no tokens.
+replacing by long texts. Also templates that write more or less than one that is
+given. Knows no tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -21,6 +22,8 @@ from jinja2 import filters
 from jinja2 import nodes
 from jinja2 import sandbox
 from jinja2 import visitor
+
+from dalign.text import thinking
 
 LONGEST = 200_000  # characters of a chat template; the longest we know has 30,000
 MOST = (
@@ -57,12 +60,67 @@ def render(
     ) from error
 
 
+# What is written from here on is also read by engines that know little of Jinja, such
+# as llama.cpp's own and minja: no removesuffix, no split without a separator, no "+%}".
+_HERE = "{{ '' }}"  # beside it white space stays, which a block would take
+_OPENS = _HERE + "{# a thought is opened #}"
+_SPACES = tuple(c for c in map(chr, range(0x3001)) if c.isspace())
+
+
 def without_end(template: str, end: str) -> str:
   """A template that writes the same, but for an `end` of what it writes where a reply
   is to follow."""
-  body = template.removesuffix("\n")  # as jinja takes it off the end of a template
-  said = f"(said.removesuffix({json.dumps(end)}) if add_generation_prompt else said)"
-  return f"{{% set said +%}}{body}{{%+ endset %}}{{{{ {said} }}}}"
+  ends = f"add_generation_prompt and said.endswith({_literal(end)})"
+  return (
+    f"{{% set said %}}{_HERE}{_front(template)}{_HERE}{{% endset %}}"
+    f"{{{{ said[:-{len(end)}] if {ends} else said }}}}"
+  )
+
+
+def opening(template: str, think: thinking.ThinkFormat) -> str:
+  """A template that writes the same, and where a reply is to follow also the opening of
+  its thought: what `think.of` makes of the last turn."""
+  parts = [f"{{{{ {_literal(part)} }}}}" for part in think.open.split(thinking.PROMPT)]
+  said = "{{ words | join(' ') }}".join(parts)
+  if len(parts) > 1:
+    said = _quoted_words(think) + said
+  return (
+    f"{_front(template)}{_OPENS}{{% if add_generation_prompt %}}{said}{{% endif %}}"
+  )
+
+
+def _quoted_words(think: thinking.ThinkFormat) -> str:
+  """Jinja that sets `words` to those of the last turn that `think.of` quotes."""
+  n, gone = thinking.QUOTED, ", ".join(map(_literal, (*think.tags, *_SPACES)))
+  return (
+    "{% set asked = messages[-1]['content'] %}"
+    "{% if asked is not string %}"  # but parts, as some servers have it
+    "{% set asked = asked | map(attribute='text') | join(' ') %}{% endif %}"
+    "{% set own = namespace(said=asked) %}"
+    f"{{% for part in [{gone}] %}}"
+    "{% set own.said = own.said.replace(part, ' ') %}{% endfor %}"
+    "{% set own.said = own.said.replace('<', '< ').replace('\"', \"'\") %}"
+    "{% set words = own.said.split(' ') | reject('equalto', '') | list %}"
+    f"{{% if words | length > {2 * n} %}}"
+    f"{{% set words = words[:{n}] + ['...'] + words[-{n}:] %}}{{% endif %}}"
+  )
+
+
+def unopened(template: str) -> str:
+  """The template that `opening` was given, or one that it did not make as it is."""
+  return template.partition(_OPENS)[0]
+
+
+def _front(template: str) -> str:
+  """A template as the front of another: at its end jinja leaves a new line out."""
+  return template.removesuffix("\n")
+
+
+def _literal(text: str) -> str:
+  """Jinja for a text, with no escapes but those that all engines know."""
+  said = text.replace("\\", "\\\\").replace('"', '\\"')
+  said = said.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+  return f'"{said}"'
 
 
 def one_line(error: BaseException, most: int = 500) -> str:

@@ -50,13 +50,13 @@ class ThinkFormat:
 
     It is quoted on one line, its double quotes as single ones, its tags broken or gone,
     so that no tokenizer reads one, and of more than 2 * QUOTED words the middle left
-    out.
+    out. `templates.opening` does the same in Jinja.
     """
     if PROMPT not in self.open:
       return self
     for tag in (self.tag, self.close):
       prompt = prompt.replace(tag, " ")
-    said = re.sub(r"<(?=\S)", "< ", prompt).replace('"', "'").split()
+    said = prompt.replace("<", "< ").replace('"', "'").split()
     if len(said) > 2 * QUOTED:
       said = [*said[:QUOTED], "...", *said[-QUOTED:]]
     quoted = self.open.replace(PROMPT, " ".join(said))
