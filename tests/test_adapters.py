@@ -79,7 +79,7 @@ def test_a_base_of_bfloat16_is_held_in_it(params, adapted, compute):
   base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   low = dataclasses.replace(LORA, frozen="bfloat16")
   made = [
-    adapters.attach(adapters.held(base, lora=lora), KEY, cfg=adapted, lora=lora)
+    adapters.attach(adapters.cast_frozen(base, lora=lora), KEY, cfg=adapted, lora=lora)
     for lora in (LORA, low)
   ]
   tokens_BT = jnp.asarray([TOKENS])

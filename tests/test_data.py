@@ -315,7 +315,7 @@ def test_what_is_told_of_a_prompt_is_no_more_than_asked_for(metadata):
   for expected in EXPECTED:
     for i in range(20):
       own = prompt(f"p{i}", "How?", "s", expected=expected, clauses=("WE-D1",))
-      seen = prompt_sets.told(own, metadata)
+      seen = prompt_sets.with_metadata(own, metadata)
       assert seen.clauses == () and seen.turns == own.turns and seen.id == own.id
       if metadata == "none":
         assert seen.expected == ""
@@ -326,15 +326,17 @@ def test_what_is_told_of_a_prompt_is_no_more_than_asked_for(metadata):
 
 def test_noise_is_wrong_for_its_share_of_prompts_and_always_the_same_ones():
   some = [prompt(f"p{i}", "How?", expected=EXPECTED[i % 3]) for i in range(3000)]
-  seen = [prompt_sets.told(p, "noisy:0.2").expected for p in some]
-  assert seen == [prompt_sets.told(p, "noisy:0.2").expected for p in some]
+  seen = [prompt_sets.with_metadata(p, "noisy:0.2").expected for p in some]
+  assert seen == [prompt_sets.with_metadata(p, "noisy:0.2").expected for p in some]
   wrong = [p.expected != s for p, s in zip(some, seen, strict=True)]
   assert 0.17 < sum(wrong) / len(wrong) < 0.23  # 4 standard errors
   pairs = collections.Counter(
     (p.expected, s) for p, s, w in zip(some, seen, wrong, strict=True) if w
   )
   assert len(pairs) == 6 and min(pairs.values()) > 60  # each in place of each
-  more = [prompt_sets.told(p, "noisy:0.4").expected != p.expected for p in some]
+  more = [
+    prompt_sets.with_metadata(p, "noisy:0.4").expected != p.expected for p in some
+  ]
   assert all(b for a, b in zip(wrong, more, strict=True) if a)  # and some besides
 
 

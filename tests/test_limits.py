@@ -227,13 +227,13 @@ def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
     ),
     "to the judge": lambda: judging.model_judge(run)([question]),
     "a row of sft": lambda: trainer.update({"positions_BT": np.array([[[0, 128]]])}, 1),
-    "a row to score": lambda: scorer(trainer.whole, [[3] * 129], [1]),
+    "a row to score": lambda: scorer(trainer.all_params, [[3] * 129], [1]),
     "a question about": lambda: renderer.batch(prompt.category, [[3]]),
   }
   for said, door in doors.items():
     with pytest.raises(ValueError, match=f"{said}.*the model takes 128 "):
       door()
-  assert len(scorer(trainer.whole, [[3] * 128], [1])[0]) == 127
+  assert len(scorer(trainer.all_params, [[3] * 128], [1])[0]) == 127
 
 
 def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):

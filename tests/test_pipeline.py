@@ -461,20 +461,20 @@ def test_a_sigterm_waits_for_what_is_done_whole():
   seen = []
   try:
     with pytest.raises(stopping.Stopped):
-      with stopping.whole():
-        with stopping.whole():
+      with stopping.uninterrupted():
+        with stopping.uninterrupted():
           signal.raise_signal(signal.SIGTERM)
           seen.append("inner")
         seen.append("outer")
       seen.append("never")
-    with stopping.whole():
+    with stopping.uninterrupted():
       seen.append("again")
     with pytest.raises(ZeroDivisionError):  # an error is not taken for a stop
-      with stopping.whole():
+      with stopping.uninterrupted():
         signal.raise_signal(signal.SIGTERM)
         seen.append(1 / 0)
     with pytest.raises(stopping.Stopped):
-      with stopping.whole():
+      with stopping.uninterrupted():
         pass
   finally:
     signal.signal(signal.SIGTERM, before)

@@ -379,7 +379,7 @@ from dalign.stages import plan
 
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = sharding.make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1), chips)
-x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=sharding.whole(mesh))
+x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
 lower = lambda: jax.jit(lambda x: x + 1).lower(x)
 row = plan._row(plan.Phase("large", lower, 1, 1, (), {}), plan.CHIPS["v5e"])
 print(row.fits, row.total)

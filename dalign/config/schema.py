@@ -75,7 +75,7 @@ SomeShare = Annotated[
 Dtype = Literal["float32", "bfloat16"]
 Metadata = Annotated[
   str, Form("none|told|noisy:(0|1|0?\\.[0-9]+)")
-]  # `prompt_sets.told`
+]  # `prompt_sets.with_metadata`
 Date = Annotated[str, Form("|[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])")]
 Response = Literal["refuse", "safe_complete", "comply"]  # types.EXPECTED
 JudgeForm = Literal[  # forms.FORMS

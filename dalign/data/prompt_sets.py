@@ -275,7 +275,7 @@ def balanced(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
   return [prompt for _, _, prompt in ranked[:n]]
 
 
-def told(prompt: Prompt, metadata: str) -> Prompt:
+def with_metadata(prompt: Prompt, metadata: str) -> Prompt:
   """A prompt as a judge is given it, by `metadata`: with no word on how to reply
   ("none"), with its own label ("told"), or with one that is wrong for a share of the
   prompts ("noisy:0.2"), always the same ones. Source: arXiv 2412.16339, 2.3.2."""

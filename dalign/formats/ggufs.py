@@ -138,7 +138,7 @@ def _few(count: int, what: str) -> None:
     raise ValueError(f"wanted {MOST[what]} {what} at most, got {count}")
 
 
-def told(path: pathlib.Path) -> dict:
+def describe(path: pathlib.Path) -> dict:
   """The keys "general.*" of a file, without their prefix: what it says of itself."""
   fields = _Reader(path).fields
   found = {name: f.contents() for name, f in fields.items() if name.startswith(_SELF)}

@@ -171,7 +171,7 @@ def origin(path: str) -> dict[str, str | list[str]]:
     if path.startswith("pip:"):
       place = ggufs.packaged(path.removeprefix("pip:"))
     if place.suffix == ".gguf":
-      told = ggufs.told(place)
+      told = ggufs.describe(place)
       told["language"] = told.get("languages")
       url = str(told.get("base_model.0.repo_url", ""))
       name = url.removeprefix("https://huggingface.co/")

@@ -26,7 +26,7 @@ def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> P
   return params | {"layers": params["layers"] | _fresh(key, cfg, lora)}
 
 
-def held(params: PyTree, *, lora: LoRAConfig) -> PyTree:
+def cast_frozen(params: PyTree, *, lora: LoRAConfig) -> PyTree:
   """A decoder's parameters as adapters leave them, matrices in `lora.frozen`; without
   adapters as they are, in float32."""
   if not lora.rank:
@@ -72,7 +72,7 @@ def merged(params: PyTree, *, cfg: ModelConfig) -> PyTree:
   return params | {"layers": layers}
 
 
-def apart(params: PyTree) -> PyTree:
+def copy_trainable(params: PyTree) -> PyTree:
   """The parameters, with a copy of each that training would change."""
   trained, frozen = split(params)
   return join(frozen, jax.tree.map(lambda x: x.copy(), trained))

@@ -115,7 +115,7 @@ def place(
   return fits(NamedSharding(mesh, spec(logical)), tuple(shape))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
   """All of an array on every device, and so in every process."""
   return NamedSharding(mesh, P())
 
@@ -240,7 +240,7 @@ def like_params(mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTr
     for suffix, (shape, sharding) in known.items():
       if name.endswith(suffix) and x.shape == shape:
         return sharding
-    return whole(mesh)
+    return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(like, state)
 
@@ -254,7 +254,7 @@ def batch_sharding(mesh: Mesh, name: str, x, *, lead: int = 0) -> NamedSharding:
   """
   letters = name.rpartition("_")[2]
   if not letters.startswith("B"):
-    return whole(mesh)
+    return replicated(mesh)
   tokens = ("token",) if letters.startswith("BT") else ()
   names = (None,) * lead + ("batch", *tokens)
   return place(mesh, names + (None,) * (x.ndim - len(names)), x.shape)

@@ -111,12 +111,12 @@ def local(path) -> Iterator[pathlib.Path]:
     yield copy
 
 
-def twin(path) -> pathlib.Path:
+def staging_path(path) -> pathlib.Path:
   """The file or folder on this machine in which what `path` holds may grow: the path
   itself, or for a bucket another, which `flush` uploads where it has changed."""
   if not remote(path):
     return path
-  own = _twin(path)
+  own = _staging_path(path)
   if not own.exists():
     own.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), local(path) as copy:
@@ -147,7 +147,7 @@ def flush(*, due: bool = False) -> None:
 
 def forget(path) -> None:
   """Drops the twins of an object, or of all in a folder, with what was not uploaded."""
-  own = _twin(path)
+  own = _staging_path(path)
   for file in [file for file in _own.sent if file.is_relative_to(own)]:
     del _own.sent[file]
   if own.is_file():
@@ -312,13 +312,13 @@ def _names(path) -> tuple[str, str]:
   return bucket, name
 
 
-def _twin(path) -> pathlib.Path:
+def _staging_path(path) -> pathlib.Path:
   return _own.folder / "/".join(_names(path))
 
 
 def _settle(path) -> None:
   """Uploads what a twin has, before its object is looked at."""
-  if _twin(path).exists():
+  if _staging_path(path).exists():
     flush()
 
 

@@ -81,7 +81,7 @@ class TensorBoard:
     import tensorboardX
 
     self._writer = tensorboardX.SummaryWriter(
-      str(buckets.twin(stage.workdir / "tensorboard" / stage.name)),
+      str(buckets.staging_path(stage.workdir / "tensorboard" / stage.name)),
       purge_step=stage.cut,
       flush_secs=10,
       filename_suffix=f".{time.time_ns()}",  # else one second is one file
@@ -113,7 +113,7 @@ class WandB:
       id=stage.id,
       resume="allow",
       config=dict(stage.config),
-      dir=buckets.twin(stage.workdir),
+      dir=buckets.staging_path(stage.workdir),
       reinit="create_new",  # whatever else this process has
       settings=wandb.Settings(
         console="off",
@@ -139,7 +139,7 @@ class MLflow:
   def __init__(self, stage: Stage):
     import mlflow
 
-    uri = f"sqlite:///{buckets.twin(stage.workdir / 'mlflow.db')}"
+    uri = f"sqlite:///{buckets.staging_path(stage.workdir / 'mlflow.db')}"
     if mlflow.is_tracking_uri_set():
       uri = mlflow.get_tracking_uri()
     self._mlflow, self._client = mlflow, mlflow.MlflowClient(uri)
@@ -217,7 +217,7 @@ class Metrics:
       raise ValueError(f"a metric may not be named {sorted(taken)}")
     finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
     if self._file is None:
-      own = buckets.twin(self._path)
+      own = buckets.staging_path(self._path)
       own.parent.mkdir(parents=True, exist_ok=True)
       store.mend(own)
       self._file = own.open("ab")

@@ -15,7 +15,7 @@ _held, _asked = 0, False
 
 
 def listen() -> None:
-  """Has SIGTERM raise Stopped in the main thread, at once or when `whole` ends.
+  """Has SIGTERM raise Stopped in the main thread, at once or when `uninterrupted` ends.
   A finalizer in which it comes ends without it: it is raised again after that."""
   signal.signal(signal.SIGTERM, _stop)
   signal.signal(signal.SIGALRM, _stop)
@@ -38,7 +38,7 @@ def _stop(*_) -> None:
 
 
 @contextlib.contextmanager
-def whole() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
   """What is done inside is done to its end before a SIGTERM stops the run."""
   global _held, _asked
   _held += 1

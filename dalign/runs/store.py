@@ -90,7 +90,7 @@ def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
   First cuts off what a killed writer left of a last line.
   """
   content = b"".join(map(line, rows))
-  own = buckets.twin(path)
+  own = buckets.staging_path(path)
   own.parent.mkdir(parents=True, exist_ok=True)
   mend(own)
   with own.open("ab") as file:

@@ -54,7 +54,7 @@ def export(run: Run) -> None:
   params = run.model.base_params() if base else run.model.trained_params(cfg.of)
   place = run.store.path("export", "model")
   weights.save_hf(
-    str(buckets.twin(place)),
+    str(buckets.staging_path(place)),
     run.model.arch,
     adapters.merged(params, cfg=run.model.arch),
     _tokenizer(run),
@@ -107,7 +107,7 @@ def _adapter(run: Run, params: PyTree) -> None:
   lora, source = run.cfg.lora, run.cfg.model.path
   try:
     weights.save_peft(
-      str(buckets.twin(place)), run.model.arch, params["layers"], lora, source
+      str(buckets.staging_path(place)), run.model.arch, params["layers"], lora, source
     )
   except ValueError as error:
     progress.say(f"export: no {place.name}: {error}")

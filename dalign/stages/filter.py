@@ -51,7 +51,9 @@ def filter_(run: Run) -> None:
   size = FIRST
   while some := [*map(samples.of_row, itertools.islice(rows, size))]:
     # What judges see has no label but by `filter.metadata`.
-    asked = [(prompt_sets.told(prompts[s.prompt_id], cfg.metadata), s) for s in some]
+    asked = [
+      (prompt_sets.with_metadata(prompts[s.prompt_id], cfg.metadata), s) for s in some
+    ]
     verdicts = judge.verdicts(ask, asked, thought=True, k=cfg.votes)
     rewards = judge.verdicts(reward, asked, thought=False, k=cfg.votes)
     found = [

@@ -57,7 +57,7 @@ def generate(run: Run) -> None:
   if not run.begin([*run.sources, *run.recording_files]):
     return
   path = run.store.path("generate", "samples.jsonl")
-  book = _Book(run, prompts)
+  book = SampleLedger(run, prompts)
   for row in run.store.each_row(path) if run.store.has(path) else []:
     book.add(samples.of_row(row))
   if cfg.revise:
@@ -107,7 +107,7 @@ def _recorded(run: Run) -> dict[str, list[recordings.Recorded]] | None:
 
 
 def _told(
-  recorded: dict[str, list[recordings.Recorded]], run: Run, book: "_Book"
+  recorded: dict[str, list[recordings.Recorded]], run: Run, book: "SampleLedger"
 ) -> Iterator[Sample]:
   """The samples of a recorded teacher, all that there are of each prompt."""
   for prompt in book.prompts.values():
@@ -121,7 +121,7 @@ def _told(
     book.finish(prompt)
 
 
-def _sampled(run: Run, book: "_Book") -> Iterator[Sample]:
+def _sampled(run: Run, book: "SampleLedger") -> Iterator[Sample]:
   """Samples of the base, as they end."""
   groups = collections.defaultdict(list)
   for prompt in book.prompts.values():
@@ -145,7 +145,7 @@ def _sampled(run: Run, book: "_Book") -> Iterator[Sample]:
     yield book.sample(completion)
 
 
-def _replies(run: Run, book: "_Book") -> Iterator[Sample]:
+def _replies(run: Run, book: "SampleLedger") -> Iterator[Sample]:
   """Samples of the model at `generate.endpoint`."""
   cfg = run.cfg.generate
   server = servers.Server(run.store, cfg.endpoint, "teacher")
@@ -163,7 +163,7 @@ def _replies(run: Run, book: "_Book") -> Iterator[Sample]:
   server.say()
 
 
-class _Book:
+class SampleLedger:
   """Which samples each prompt has, and whether it wants more."""
 
   def __init__(self, run: Run, prompts: list[Prompt]):

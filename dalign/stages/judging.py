@@ -111,7 +111,7 @@ def model_judge(run: Run) -> judge.Judge:
     tok=run.model.tok,
     cfg=run.model.arch,
     compute=run.cfg.compute,
-    shardings=sharding.whole(run.mesh),
+    shardings=sharding.replicated(run.mesh),
   )
 
   def render(category):
@@ -175,7 +175,11 @@ def probe(
   """What a judge makes of the probes of METHOD section 4, on held-out prompts of which
   it is `told` as metadata says."""
   probes = [
-    (name, dataclasses.replace(asked, prompt=prompt_sets.told(asked.prompt, told)), low)
+    (
+      name,
+      dataclasses.replace(asked, prompt=prompt_sets.with_metadata(asked.prompt, told)),
+      low,
+    )
     for name, asked, low in run.task.probes(
       run.prompts.choose("eval", "safety", prompts)
     )

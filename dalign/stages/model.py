@@ -107,7 +107,7 @@ class Model:
       if self._of_world
       else self.fresh_params()
     )
-    return adapters.held(params, lora=self._lora)
+    return adapters.cast_frozen(params, lora=self._lora)
 
   def fresh_params(self) -> PyTree:
     """The parameters that the model's source has, on the mesh."""

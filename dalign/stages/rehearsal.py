@@ -36,7 +36,7 @@ def rehearse(
     with _read_by("the reward model"):
       renderer = scoring.Renderer(reward)
       for prompt in {p.category: p for p in reward.prompts.raw}.values():
-        told = prompt_sets.told(prompt, reward.cfg.reward.metadata)
+        told = prompt_sets.with_metadata(prompt, reward.cfg.reward.metadata)
         question = scoring.reward_question(reward, told, "A thought.", SAID)
         renderer.own(question)
 

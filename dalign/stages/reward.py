@@ -116,7 +116,7 @@ def _questions(run: Run, source):
   what has a score by construction. No malformed completion is among them: what stands
   as its answer may be a thought."""
   cfg = run.cfg.reward
-  prompts = {p.id: prompt_sets.told(p, cfg.metadata) for p in run.prompts.all}
+  prompts = {p.id: prompt_sets.with_metadata(p, cfg.metadata) for p in run.prompts.all}
   stored, why = "reward", "reward_reason"
   if cfg.shows_thought:
     stored, why = "score", "reason"

@@ -64,7 +64,7 @@ def reinforce(run: Run) -> None:
   skipped = trainer.meta.get("skipped", 0)
   with trainer, progress.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
-      params = trainer.whole
+      params = trainer.all_params
       policy = params["policy"] if cfg.objective.learns_values else params
 
       # Sample and judge; again where all rewards of a group are equal.
@@ -92,7 +92,7 @@ def reinforce(run: Run) -> None:
 
       # Loss and update.
       lines = rollout.build_batch(rollouts, length=cfg.batch.length)
-      with stopping.whole():
+      with stopping.uninterrupted():
         if lines is None or 0 < cfg.skip_kl < metrics["rl/kl_nats"]:
           skipped += 1
           trainer.skip(metrics)
@@ -128,7 +128,7 @@ def input_files(run: Run) -> list[pathlib.Path]:
 def make_trainer(run: Run, start: PyTree) -> trainers.Trainer:
   """The trainer of a policy, and where the objective learns values of a value head,
   which is not kept."""
-  cfg, params = run.cfg.rl, adapters.apart(start)
+  cfg, params = run.cfg.rl, adapters.copy_trainable(start)
   learns_values = cfg.objective.learns_values
   if learns_values:
     params = {"policy": params, "value": policy_gradient.init_value_head(params)}
@@ -267,7 +267,10 @@ def judge_rollouts(
   judged = [r for r in rollouts if r.needs_judge]
   questions = [
     scoring.reward_question(
-      run, prompt_sets.told(r.prompt, metadata), r.sample.thought, r.sample.answer
+      run,
+      prompt_sets.with_metadata(r.prompt, metadata),
+      r.sample.thought,
+      r.sample.answer,
     )
     for r in judged
   ]

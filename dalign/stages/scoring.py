@@ -131,7 +131,7 @@ def reward_model(run: Run, params: PyTree, renderer: Renderer) -> judge.Judge:
   """A judge whose verdicts are the reward model's sigmoid scores."""
   compute = dataclasses.replace(run.cfg.compute, remat=False)
 
-  @functools.partial(jax.jit, out_shardings=sharding.whole(run.mesh))
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
   def scores(params, batch):
     return jax.nn.sigmoid(
       reward.logits(params, batch, cfg=run.model.arch, compute=compute)

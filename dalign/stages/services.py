@@ -132,7 +132,7 @@ class Services(Generic[C]):
     if make is not None:
       score = make(cfg=arch, compute=dataclasses.replace(compute, remat=False))
       how = how | {"score": score}
-    whole = sharding.whole(self.mesh)
+    whole = sharding.replicated(self.mesh)
     return likelihood.Scorer(arch, compute, shape, shardings=whole, **how)
 
   def trainer(

@@ -185,7 +185,9 @@ def phases(run: Run) -> Iterator[Phase]:
   """The programs of the stages that the config asks for."""
   cfg, arch, mesh = run.cfg, run.model.arch, run.mesh
   stages = configs.chosen_stages(cfg.stages)
-  lying = jax.eval_shape(lambda p: adapters.held(p, lora=cfg.lora), run.model.shapes)
+  lying = jax.eval_shape(
+    lambda p: adapters.cast_frozen(p, lora=cfg.lora), run.model.shapes
+  )
   base = run.model.placed(lying)
   made = jax.eval_shape(run.model.adapted, lying)
   trunk = run.model.placed(made)

@@ -33,7 +33,9 @@ def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
     told = judging.metadata(run)
     report = judging.probe(run, ask, told, PROMPTS)
     known = run.task.labelled()
-    prompts = [prompt_sets.told(question.prompt, told) for question, _ in known]
+    prompts = [
+      prompt_sets.with_metadata(question.prompt, told) for question, _ in known
+    ]
     pairs = zip(prompts, known, strict=True)
     verdicts = ask([judge.RewardQuestion(p, q.answer) for p, (q, _) in pairs])
   agreed = probing.agreement([right for _, right in known], verdicts, seed=cfg.seed)

@@ -254,7 +254,7 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
   """Where each array of a state lies: moments as their parameters."""
   params = sharding.shardings(mesh, axes, state.params)
   return TrainState(
-    step=sharding.whole(mesh),
+    step=sharding.replicated(mesh),
     params=params,
     opt_state=sharding.like_params(mesh, state.opt_state, state.params, params),
     average=None if state.average is None else params,
@@ -282,7 +282,7 @@ def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree) -> Update:
   jitted = jax.jit(
     update,
     in_shardings=(placed, None, None, None, None),
-    out_shardings=(placed, sharding.whole(mesh)),
+    out_shardings=(placed, sharding.replicated(mesh)),
     donate_argnums=0,
   )
   return Update(jitted, mesh)

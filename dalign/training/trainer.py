@@ -87,13 +87,13 @@ class Trainer:
       self._save()
 
   @property
-  def whole(self) -> PyTree:
+  def all_params(self) -> PyTree:
     """The parameters as they are now, with those that are not trained."""
     return adapters.join(self._frozen, self.state.params)
 
   def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
     """One step over the first `used` micro-batches; returns and writes its metrics."""
-    with stopping.whole():
+    with stopping.uninterrupted():
       return self._step(batch, used, extra)
 
   def _step(self, batch: dict, used: int, extra: dict | None) -> dict:
@@ -147,7 +147,7 @@ class Trainer:
 
   def skip(self, extra: dict) -> None:
     """A step without a gradient: counted and written, nothing is changed."""
-    with stopping.whole():
+    with stopping.uninterrupted():
       self.step += 1
       self.metrics.write(self.stage, self.step, extra)
       self._profile()
@@ -158,7 +158,7 @@ class Trainer:
       self._save()
 
   def _save(self) -> None:
-    with stopping.whole():
+    with stopping.uninterrupted():
       self.saved.save(self.step, self.state, self.meta)
       if self.in_host_memory:
         self.saved.settle()
