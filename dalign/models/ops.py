@@ -119,7 +119,18 @@ def token_stats(
   that parts may lie on several devices; `gathered` lays the head, in `dtype`, where
   the chunks need it. Never makes a [P, N, V] array. Only `logp` has a gradient.
   """
-  P, N, _ = hidden_PND.shape
+  cut, whole, used = in_chunks(wanted_PN, chunk)
+  how = dtype, temperature, cap, absent, gathered
+  hidden_NCD, targets_NC = cut(hidden_PND), cut(targets_PN)
+  return jax.tree.map(whole, _head_stats(hidden_NCD, head_DV, targets_NC, used, how))
+
+
+def in_chunks(wanted_PN, chunk: int) -> tuple[Callable, Callable, jax.Array]:
+  """(cut, whole, used): `cut` makes [P, N, ...] arrays chunks [.., P * chunk, ...] of
+  at most `chunk` tokens of each part, the wanted ones first; `whole` takes numbers of
+  chunks back to their places [P, N], 0 where nothing is wanted; `used` is how many of
+  the chunks, the first, hold what is wanted."""
+  P, N = wanted_PN.shape
   chunk = min(chunk, N)
   order_PN = jnp.argsort(~wanted_PN, axis=1, stable=True)
   used = jnp.max(-(-jnp.sum(wanted_PN, axis=1) // chunk))
@@ -132,21 +143,17 @@ def token_stats(
   def back(x_N, order_N):
     return jnp.zeros(N).at[order_N].set(x_N[:N], unique_indices=True)
 
-  def chunks(x):
+  def cut(x):
     x = ordered(x, order_PN)
     x = jnp.pad(x, ((0, 0), (0, -N % chunk), *[(0, 0)] * (x.ndim - 2)))
     x = x.reshape(P, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
     return x.reshape(-1, P * chunk, *x.shape[3:])
 
-  how = dtype, temperature, cap, absent, gathered
-  hidden_NCD, targets_NC = chunks(hidden_PND), chunks(targets_PN)
-  stats = _head_stats(hidden_NCD, head_DV, targets_NC, used, how)
-
   def whole(x_NC):
     x_PN = x_NC.reshape(-1, P, chunk).swapaxes(0, 1).reshape(P, -1)
     return jnp.where(wanted_PN, back(x_PN, order_PN), 0.0)
 
-  return jax.tree.map(whole, stats)
+  return cut, whole, used
 
 
 def capped(x, cap: float):

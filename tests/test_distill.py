@@ -1,0 +1,268 @@
+"""On-policy distillation: loss and estimate, against enumeration and plain sums."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalign.models import transformer
+from dalign.text import packing
+from dalign.training import distillation
+from dalign.training import policy_gradient
+
+KEY, TEMPERATURE = jax.random.key(0), 0.8
+PROMPT, SPEC = (3, 1, 4, 1), (2, 2, 0, 4, 3, 0)
+
+
+def close(got, want):
+  """Equal but for rounding, which is in proportion to the largest of each array."""
+  got = jax.tree_util.tree_flatten_with_path(got)[0]
+  want = jax.tree_util.tree_flatten_with_path(want)[0]
+  for (path, a), (_, b) in zip(got, want, strict=True):
+    assert np.isfinite(a).all(), path
+    atol = 1e-4 * np.abs(b).max() + 1e-6
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-3, err_msg=str(path))
+
+
+@pytest.fixture(scope="module")
+def small(cfg):
+  """Five tokens, logits that are capped, one id that is none, and a head of its own."""
+  return dataclasses.replace(
+    cfg, vocab=6, absent=((5, 6),), logit_cap=3.0, tied=False, layers=1
+  )
+
+
+@pytest.fixture(scope="module")
+def student(small, make_params):
+  return jax.tree.map(lambda x: 2.0 * x, make_params(small))
+
+
+@pytest.fixture(scope="module")
+def teacher(small, make_params):
+  return jax.tree.map(lambda x: 2.0 * x, make_params(small, seed=1))
+
+
+def logp_of(params, rows, cfg, compute, front=()):
+  """Log-probabilities [N, T, V], in float32, of what follows PROMPT behind a front."""
+  return _logp(params, np.asarray(rows, np.int32), cfg, compute, front)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _logp(params, rows_NT, cfg, compute, front):
+  known = jnp.asarray([[*front, *PROMPT]] * len(rows_NT), jnp.int32)
+  tokens = jnp.concatenate([known, rows_NT], axis=1)
+  hidden_BTD, _ = transformer.forward_rows(params, tokens, cfg=cfg, compute=compute)
+  at = len(front) + len(PROMPT) - 1
+  logits = transformer.logits(params, hidden_BTD[:, at:-1], cfg=cfg, compute=compute)
+  return jax.nn.log_softmax(logits / TEMPERATURE)
+
+
+@functools.cache
+def score_of(cfg, compute, exact):
+  """What the teacher makes of each token."""
+  if exact:
+    return jax.jit(distillation.make_hidden(cfg=cfg, compute=compute))
+  return jax.jit(
+    policy_gradient.make_score(cfg=cfg, compute=compute, temperature=TEMPERATURE)
+  )
+
+
+def batch_of(samples, teacher, cfg, compute, *, exact, packs=packing.pack):
+  """What `distillation.make_loss` takes of samples, each of which follows PROMPT."""
+  known = len(PROMPT)
+  rows = [([*PROMPT, *own], [0.0] * known + [1.0] * len(own)) for own in samples]
+  told = [([*SPEC, *tokens], [0.0] * len(SPEC) + weights) for tokens, weights in rows]
+  packed, read = packs(rows, length=16), packing.pack(told, length=32)
+  lines = read.lines | {"wanted_BT": read.weight_BT > 0}
+  found = np.asarray(score_of(cfg, compute, exact)(teacher, lines))
+  at = np.zeros((*packed.tokens_BT.shape, *found.shape[2:]), np.float32)
+  places = zip(packed.where, read.where, samples, strict=True)
+  for (b, start, size), (c, begun, length), own in places:
+    end, last = start + size, begun + length
+    at[b, end - len(own) : end] = found[c, last - len(own) : last]
+  more = {"sampled_BT": packed.weight_BT > 0}
+  return packed.lines | more | {"teacher_BTD" if exact else "teacher_BT": at}
+
+
+@functools.cache
+def run_of(cfg, compute, exact, chunk=16):
+  """`run({"policy", "teacher"}, batch) -> (mean, metrics, gradients)`."""
+  compute = dataclasses.replace(compute, logits_chunk=chunk)
+  loss = distillation.make_loss(
+    cfg=cfg, compute=compute, temperature=TEMPERATURE, exact=exact
+  )
+
+  @jax.jit
+  def run(params, batch):
+    def total(p):
+      mean, metrics = loss(p, batch, KEY)
+      return mean.total, (mean, metrics)
+
+    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
+    return mean, metrics, grads
+
+  return run
+
+
+def every(length):
+  """All completions of so many of the five tokens there are."""
+  return [*itertools.product(range(5), repeat=length)]
+
+
+SAMPLES = [(0, 1, 2), (3,), (4, 4, 0, 2, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("packs", [packing.pad_rows, packing.pack])
+def test_the_loss_is_the_sum_by_hand(packs, student, teacher, small, compute):
+  batch = batch_of(SAMPLES, teacher, small, compute, exact=True, packs=packs)
+  params = {"policy": student, "teacher": distillation.head_of(teacher)}
+  mean, metrics, grads = run_of(small, compute, True)(params, batch)
+  rows = [(*own, *[0] * (5 - len(own))) for own in SAMPLES]
+  pi_NTV, p_NTV = (
+    np.asarray(logp_of(params, rows, small, compute, front), float)[..., :5]
+    for params, front in ((student, ()), (teacher, SPEC))
+  )
+  kls, entropies = [], []
+  for n, own in enumerate(SAMPLES):
+    for t in range(len(own)):
+      pi_V, p_V = pi_NTV[n, t], p_NTV[n, t]
+      kls.append(sum(np.exp(pi_V[v]) * (pi_V[v] - p_V[v]) for v in range(5)))
+      entropies.append(-sum(np.exp(pi_V[v]) * pi_V[v] for v in range(5)))
+  assert np.mean(kls) > 0.1
+  np.testing.assert_allclose(mean.total, sum(kls), rtol=1e-4)
+  assert mean.count == len(kls)
+  found = metrics["reverse_kl_nats"].value(), metrics["entropy_nats"].value()
+  np.testing.assert_allclose(found, (np.mean(kls), np.mean(entropies)), rtol=1e-4)
+  mask_NT = np.arange(5)[None] < np.array([*map(len, SAMPLES)])[:, None]
+
+  def by_hand(p):
+    pi_NTV = logp_of(p, rows, small, compute)[..., :5]
+    kl_NT = jnp.sum(jnp.exp(pi_NTV) * (pi_NTV - p_NTV), axis=-1)
+    return jnp.sum(jnp.where(mask_NT, kl_NT, 0.0))
+
+  close(grads["policy"], jax.jit(jax.grad(by_hand))(student))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_chunks_change_nothing(chunk, student, teacher, small, compute):
+  batch = batch_of(SAMPLES, teacher, small, compute, exact=True)
+  params = {"policy": student, "teacher": distillation.head_of(teacher)}
+  want = run_of(small, compute, True)(params, batch)
+  got = run_of(small, compute, True, chunk)(params, batch)
+  close(got, want)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_teacher_gets_no_gradient(exact, student, teacher, small, compute):
+  batch = batch_of(SAMPLES, teacher, small, compute, exact=exact)
+  name = "teacher_BTD" if exact else "teacher_BT"
+  loss = distillation.make_loss(
+    cfg=small, compute=compute, temperature=TEMPERATURE, exact=exact
+  )
+
+  def total(params, scores):
+    return loss(params, batch | {name: scores}, KEY)[0].total
+
+  params = {"policy": student, "teacher": distillation.head_of(teacher)}
+  grads, by_scores = jax.jit(jax.grad(total, (0, 1)))(params, batch[name])
+  assert not np.any(jax.tree.leaves(grads["teacher"])[0])
+  assert not np.any(by_scores)
+  assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(grads["policy"]["layers"]))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_teacher_that_says_the_same_teaches_nothing(
+  exact, student, small, compute, monkeypatch
+):
+  monkeypatch.setitem(globals(), "SPEC", ())
+  batch = batch_of(SAMPLES, student, small, compute, exact=exact)
+  params = {"policy": student, "teacher": distillation.head_of(student)}
+  mean, _, grads = run_of(small, compute, exact)(params, batch)
+  np.testing.assert_allclose(mean.value(), 0, atol=1e-5)
+  assert all(np.abs(g).max() < 1e-4 for g in jax.tree.leaves(grads))
+
+
+def test_the_expected_estimate_is_the_exact_loss(student, teacher, small, compute):
+  """All completions of three tokens, each as often as the student says it: no noise.
+
+  The estimate's mean gradient is that of the per-token KL with the states as given,
+  summed over all states by their probability; its mean value, and that of the exact
+  loss, is the KL of whole completions.
+  """
+  params = {"policy": student, "teacher": distillation.head_of(teacher)}
+  rows = every(3)
+  picked = np.asarray(rows)[..., None]
+  pi_NT, p_NT = (
+    np.take_along_axis(np.asarray(logp_of(p, rows, small, compute, f)), picked, -1)[
+      ..., 0
+    ].astype(float)
+    for p, f in ((student, ()), (teacher, SPEC))
+  )
+  prob_N = np.exp(pi_NT.sum(axis=1))
+  np.testing.assert_allclose(prob_N.sum(), 1, atol=1e-5)
+  whole = float(prob_N @ (pi_NT - p_NT).sum(axis=1))
+  assert whole > 0.3
+
+  seen = [(*row, *[0] * (3 - t)) for t in range(3) for row in every(t)]
+  length = [t for t in range(3) for _ in every(t)]
+  reached_N = np.array(
+    [
+      prob_N[[row[:t] == state[:t] for row in rows]].sum()
+      for state, t in zip(seen, length, strict=True)
+    ]
+  )
+  at_N1V = np.array(length)[:, None, None]
+  p_NTV = logp_of(teacher, seen, small, compute, SPEC)
+
+  def states(p):
+    """Of each state the probability that it comes to pass, times its KL."""
+    pi_NTV = logp_of(p, seen, small, compute)
+    pi_NV, p_NV = (
+      jnp.take_along_axis(x, at_N1V, axis=1)[:, 0, :5] for x in (pi_NTV, p_NTV)
+    )
+    return jnp.sum(reached_N * jnp.sum(jnp.exp(pi_NV) * (pi_NV - p_NV), axis=-1))
+
+  value, want = jax.jit(jax.value_and_grad(states))(student)
+  np.testing.assert_allclose(value, whole, rtol=1e-4)
+  for exact in (False, True):
+    run, mean = run_of(small, compute, exact), 0.0
+    sums = jax.tree.map(jnp.zeros_like, params)
+    for row, prob in zip(rows, prob_N, strict=True):
+      batch = batch_of([row], teacher, small, compute, exact=exact)
+      found, _, grads = run(params, batch)
+      sums = jax.tree.map(lambda s, g: s + prob * g, sums, grads)  # noqa: B023
+      mean += prob * float(found.total)
+    np.testing.assert_allclose(mean, whole, rtol=1e-4)
+    close(sums["policy"], want)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_student_comes_to_say_what_its_teacher_does(
+  exact, student, teacher, small, compute
+):
+  """Two tokens a sample, drawn by the student as it is at each step."""
+  rng, policy = np.random.default_rng(0), student
+  tx = optax.adam(3e-2)
+  opt, run = tx.init(policy), run_of(small, compute, exact)
+  head, values = distillation.head_of(teacher), []
+  for _ in range(40):
+    rows = np.zeros((24, 2), int)
+    for t in range(2):
+      noise = rng.gumbel(size=(24, small.vocab))
+      rows[:, t] = np.argmax(
+        np.asarray(logp_of(policy, rows, small, compute))[:, t] + noise, axis=1
+      )
+    batch = batch_of(rows.tolist(), teacher, small, compute, exact=exact)
+    exactly = batch_of(rows.tolist(), teacher, small, compute, exact=True)
+    params = {"policy": policy, "teacher": head}
+    values.append(float(run_of(small, compute, True)(params, exactly)[0].value()))
+    mean, _, grads = run(params, batch)
+    grads = jax.tree.map(lambda g: g / mean.count, grads["policy"])  # noqa: B023
+    updates, opt = tx.update(grads, opt)
+    policy = optax.apply_updates(policy, updates)
+  assert np.mean(values[-3:]) < 0.2 * values[0], values
