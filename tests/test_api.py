@@ -15,7 +15,7 @@ from dalign.formats import weights
 from dalign.policy import prompting
 from dalign.text import chat_template
 from dalign.text import thinking
-from dalign.training import policy_gradient
+from dalign.training import advantages
 from tests.helpers import ROOT
 
 THINK = thinking.ThinkFormat(open="<think>\n", close="(")  # which bytes at random draw
@@ -207,7 +207,7 @@ def test_rl_makes_likelier_what_earned_more(model):
   batch = dalign.rl_batch(model, good, verdicts)
   assert batch["reward_PR"].tolist() == [[0, 1], [0, 1]]
   sampled = batch["sampled_BT"]
-  np.testing.assert_allclose(batch["reference_BT"], batch["logp_BT"], atol=1e-3)
+  np.testing.assert_allclose(batch["reference_BT"], batch["behaviour_BT"], atol=1e-3)
   assert sampled.sum() == sum(len(s.logp) for s in good)
   start = dalign.init_state(model, learning_rate=1e-3)
   before = jax.tree.map(np.array, start)
@@ -228,12 +228,12 @@ def test_what_has_no_verdict_teaches_nothing(model):
   none = dalign.Verdict(score=None, reason="asleep")
   verdicts = [dalign.Verdict(score=1.0), dalign.Verdict(score=0.0), none]
   batch = dalign.rl_batch(model, good, verdicts)
-  made = policy_gradient.with_advantages(dalign.objective("rloo"), batch)
+  made = advantages.with_advantages(dalign.objective("rloo"), batch)
   assert made["sampled_BT"].any(axis=1).tolist() == [True, True, False]
   assert not made["left_out_B"].any()
   assert np.sign(made["advantage_BT"].sum(axis=1)).tolist() == [1, -1, 0]
   idle = dalign.rl_batch(model, good, [verdicts[0]] * 3)
-  made = policy_gradient.with_advantages(dalign.objective("rloo"), idle)
+  made = advantages.with_advantages(dalign.objective("rloo"), idle)
   assert not made["sampled_BT"].any() and made["left_out_B"].all()
 
 

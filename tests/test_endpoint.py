@@ -213,7 +213,7 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
     verdict = forms.verdict(forms.FORMS["grade"], servers.said(reply), asked)
     assert verdict.score is None and verdict.reason
   run = opened(served(server), tmp_path / "run")
-  said = [servers.sample(run, prompt, 0, reply, None) for reply in found]
+  said = [servers.sample(run.model, prompt, 0, reply, None) for reply in found]
   assert [sample.finish for sample in said].count("refused") == 3
   assert said[4].finish == "refused" and "abort" in said[4].malformed
   assert client(server.port).chat(requests(2))[0].text == "It is"

@@ -339,7 +339,7 @@ def test_a_guess_of_the_policys_tokens_is_said_to_be_one(tmp_path, capsys):
     run = opened(tiny(**{"model.path": path}), tmp_path / path[-4:])
     assert plan._spec_room(run) > 0
     said = "by a guess of 4 characters a token" in capsys.readouterr().err
-    assert said == guessed == (not run.has_model)
+    assert said == guessed == (not run.model.has_files)
 
 
 def test_unknown_chips_are_refused(tmp_path):
@@ -379,7 +379,8 @@ from dalign.stages import plan
 
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = sharding.make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1), chips)
-x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
+everywhere = sharding.replicated(mesh)
+x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=everywhere)
 lower = lambda: jax.jit(lambda x: x + 1).lower(x)
 row = plan._row(plan.Phase("large", lower, 1, 1, (), {}), plan.CHIPS["v5e"])
 print(row.fits, row.total)

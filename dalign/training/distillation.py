@@ -90,10 +90,11 @@ def make_loss(*, cfg: ModelConfig, compute: Compute, temperature: float, exact: 
   the means of the exact ones. Log-probabilities are those at `temperature`, at which
   y_t was sampled.
 
-  A batch is that of `transformer.target_stats` with sampled_BT (as targets) and what the
-  teacher makes of each of them, at its place: if exact teacher_BTD, the hidden states
-  that predict it (`make_hidden`), else teacher_BT, its log-probability. Parameters are
-  {"policy": a decoder's, "teacher": `head_of` the teacher's}; these have no gradient.
+  A batch is that of `transformer.target_stats` with sampled_BT (as targets) and what
+  the teacher makes of each of them, at its place: if exact teacher_BTD, the hidden
+  states that predict it (`make_hidden`), else teacher_BT, its log-probability.
+  Parameters are {"policy": a decoder's, "teacher": `head_of` the teacher's}; the latter
+  have no gradient.
   """
 
   def loss(params, batch, key):
@@ -154,7 +155,7 @@ def head_of(params: PyTree) -> PyTree:
 
 def make_hidden(*, cfg: ModelConfig, compute: Compute):
   """`hidden(params, batch) -> hidden_BTD`: at each token of a batch of
-  `transformer.target_stats` the state that predicts it, rounded as the head rounds it."""
+  `transformer.target_stats` the state that predicts it, rounded as the head does."""
 
   def hidden(params, batch):
     hidden_BTD = transformer.hidden(params, batch, cfg=cfg, compute=compute)
