@@ -59,6 +59,36 @@ def lora(rank: int, frozen: str = "float32") -> dict:
   )
 
 
+def distillation(**changes) -> dict:
+  """On-policy specification distillation, for `c.distill`: what to begin with, and
+  changes. No model of the quickstart's size has been trained with it."""
+  return (
+    dict(
+      start="sft",
+      # As in METHOD: it reads a specification as nobody has trained it not to.
+      teacher="base",
+      demonstrations=0,
+      loss="exact",
+      steps=60,
+      prompts=16,
+      expected=("refuse", "safe_complete", "comply"),
+      capability=2,
+      samples=4,
+      temperature=1.0,
+      max_new=160,
+      probed=96,
+      stop_kl=0.0,  # what is to be learned is far from where it starts
+      teacher_rows=2,
+      teacher_length=2048,
+      batch=dict(micro=11, rows=6, length=320),
+      optimizer=optimizer(3e-5),
+      checkpoint_every=10,
+      show_every=10,
+    )
+    | changes
+  )
+
+
 def sweep():
   """Whether SFT's learning rate is right, beyond what seeds differ by."""
   for seed in (0, 1, 2):
@@ -174,6 +204,7 @@ def _quickstart() -> ml_collections.ConfigDict:
   )
   c.sft = dict(
     epochs=1,
+    spec_in_prompt=False,
     worked=True,
     most=10**6,
     capability=0,  # they are in the recording
@@ -187,6 +218,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     optimizer=optimizer(2e-4),
     checkpoint_every=20,
   )
+  c.distill = None  # or distillation()
   c.reward = dict(
     start="sft",
     labels="judge",

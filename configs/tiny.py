@@ -55,6 +55,16 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
   )
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
+  c.distill = quickstart.distillation(
+    steps=2,
+    prompts=8,
+    capability=1,
+    max_new=96,
+    probed=4,
+    teacher_length=4096,
+    batch=dict(micro=2, rows=4, length=2048),
+    checkpoint_every=1,
+  )
   c.reward.update(dict(steps=3, rows=8, length=512, held_out=0.15, checkpoint_every=2))
   c.rl.update(
     dict(

@@ -2,13 +2,14 @@
 
   python -m dalign.main --config=configs/world.py --workdir=runs/world
   python -m dalign.main --config=configs/world.py:ablation --workdir=runs/ablation
+  python -m dalign.main --config=configs/world.py:distill --workdir=runs/distilled
 
 The first trains one model by SFT and RL, the second all arms, of one seed or more
-(--config.ablation.seeds="(0,1,2)"). At b39607a, in a fresh clone on two CPU cores, all
-arms of seed 0 took 26.8 minutes, of which the stages of the first command 12.6 (base
-559 s, generate 8, filter 19, SFT 32, RL 122, eval of one arm 13); three seeds, beside
-other work, 104. In README.md is the table of these three; in short, held out, the mean
-and each seed:
+(--config.ablation.seeds="(0,1,2)"), the third one by SFT on 300 rows and distillation.
+At b39607a, in a fresh clone on two CPU cores, all arms that there were of seed 0 took
+26.8 minutes, of which the stages of the first command 12.6 (base 559 s, generate 8,
+filter 19, SFT 32, RL 122, eval of one arm 13); three seeds, beside other work, 104. In
+README.md is the table of these three; in short, held out, the mean and each seed:
 
   base, spec in the prompt, SFT, SFT + RL:
   verdicts          36%, 100% (100, 100, 100), 99% (100, 100, 97), 100% (100, 100, 100)
@@ -67,6 +68,16 @@ SFT = dict(sft="sft")
 FEWER = (100, 300)
 # A reward model of preferences, which never sees the specification.
 PREFERENCES = dict(reward__detail="none", reward__point_weight=0.0, rl__reward="model")
+DISTILL = quickstart.distillation(
+  prompts=44,  # 38 of policies: as the trial of METHOD 9, which also has the rate
+  capability=6,
+  max_new=40,
+  teacher_rows=16,
+  teacher_length=512,
+  batch=dict(micro=4, rows=16, length=256),
+  optimizer=quickstart.optimizer(3e-3) | dict(final_share=0.0),
+  checkpoint_every=20,
+)
 ABLATION = dict(
   seeds=(0,),
   shared=("base", "generate", "filter"),
@@ -78,12 +89,16 @@ ABLATION = dict(
     "rl": _arm("rl", "rl", rl__start="base"),
     "sft_rl": _arm("sft_rl", "rl", SFT),
     "no_thoughts": _arm("sft", "sft", think__used=False),
+    "distill": _arm("distill", "distill", distill__start="base"),
     # How many rows it takes, with thoughts and without.
     **{f"sft_{n}": _arm("sft", "sft", sft__most=n) for n in FEWER},
     **{
       f"no_thoughts_{n}": _arm("sft", "sft", sft__most=n, think__used=False)
       for n in FEWER
     },
+    # What SFT on few rows leaves to be learned, by RL and by distillation.
+    "sft_300_rl": _arm("sft_rl", "rl", dict(sft="sft_300")),
+    "sft_300_distill": _arm("sft_distill", "distill", dict(sft="sft_300")),
     # As InstructGPT (2203.02155): demonstrations, then preferences.
     "rlhf": _arm(
       "sft_rl",
@@ -105,15 +120,21 @@ ABLATION = dict(
 )
 
 
-def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
-  """SFT and RL in the world, or all arms, or "short": those that the method is made of,
-  with less RL and fewer prompts; every number once, with its reason."""
-  if arms not in (None, "ablation", "short"):
+SIZES = ("distill",)
+VERSIONS = dict(ablation=4, distill=1)
+
+
+def get_config(which: str | None = None) -> ml_collections.ConfigDict:
+  """SFT and RL in the world, or distillation in RL's place, or all arms, or "short":
+  those that the method is made of, with less RL and fewer prompts; every number once,
+  with its reason."""
+  if which not in (None, "ablation", "short", *SIZES):
     raise ValueError(
-      f"wanted configs/world.py, or that with :ablation or :short, not {arms}"
+      "wanted configs/world.py, or with :ablation, :short or :distill behind it, not "
+      f"{which}"
     )
   c = ml_collections.ConfigDict()
-  c.recipe = "world.v3" if arms is None else "world:ablation.v3"
+  c.recipe = f"world:{which}.v{VERSIONS[which]}" if which else "world.v3"
   c.seed = 0
   c.stages = "base,generate,filter,sft,rl,eval,report"
   c.start_over = False
@@ -225,6 +246,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   )
   c.sft = dict(
     epochs=8,
+    spec_in_prompt=False,
     worked=False,
     most=10**6,
     capability=500,  # all there are: what is not rehearsed is lost first
@@ -236,6 +258,7 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
     optimizer=quickstart.optimizer(3e-3) | dict(final_share=0.0),
     checkpoint_every=100,
   )
+  c.distill = DISTILL if which else None
   c.reward = dict(
     start="base",
     labels="judge",
@@ -311,12 +334,17 @@ def get_config(arms: str | None = None) -> ml_collections.ConfigDict:
   c.log = dict(writers=("tensorboard",), project="dalign")
   c.profile = dict(steps=())
   c.plan = dict(topology="", chip="", price=0.0)
-  c.ablation = None if arms is None else ABLATION
-  if arms == "short":
+  c.ablation = ABLATION if which in ("ablation", "short") else None
+  if which == "short":
     c.recipe = ""  # nobody cites its numbers
     shown = ("none", "spec_in_prompt", "sft", "sft_rl", "no_thoughts")
     c.ablation.arms = {name: ABLATION["arms"][name] for name in shown}
     c.rl.steps = 20
     c.eval.update(dict(prompts=240, helpful=8, capability=48, budgets=()))
     c.eval.extra = {}
+  if which == "distill":
+    c.stages = "base,generate,filter,sft,distill,eval,report"
+    c.sft.most = 300  # of all rows SFT learns all there is
+    c.eval.arms = ("base", "spec_in_prompt", "sft", "sft_distill")
+    c.export.of = "distill"
   return c

@@ -48,15 +48,16 @@ From a written spec, prompts and a model to a model that reasons over the spec.
                              what is done and goes on with what is not
   --mode=MODE
 {modes}
-  --config.stages=NAMES      all, or some of base, generate, filter, sft, reward, rl,
-                             eval, report, export
+  --config.stages=NAMES      all, or some of base, generate, filter, sft, distill,
+                             reward, rl, eval, report, export
   --config.seed=N            and any other value of the config file, such as:
   --config.model.path=DIR    a local Hugging Face folder, or a .gguf file
   --config.data.source=FORM:PATH   prompts: jsonl, parquet, tfds
   --config.spec.dir=DIR      another specification
   --config.rl.steps=N        as of every stage
   --config.start_over=true   do a stage again whose config or input has changed
-  --stage=NAME               chat, serve: the model that base, sft or rl left
+  --stage=NAME               chat, serve: the model that base, sft, distill or rl
+                             left
   --host=ADDRESS --port=N    serve: where; others than loopback need a key
   --distributed              one of several processes, on the cluster that JAX finds
   --version
@@ -76,7 +77,7 @@ _MODE = flags.DEFINE_enum(
 _STAGE = flags.DEFINE_string(
   "stage",
   "",
-  "chat, serve: the model that base, sft or rl left; else the last of them.",
+  "chat, serve: the model that base, sft, distill or rl left; else the last of them.",
 )
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address.")
 _PORT = flags.DEFINE_integer(

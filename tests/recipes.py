@@ -28,6 +28,8 @@ LATER = {
   "eval.grader_endpoint.model": "",
   "eval.grader_max_new": 512,
   "eval.form": "grade",
+  "distill": None,
+  "sft.spec_in_prompt": False,
   "rl.skip_kl": 0.0,
   **{f"{x}.optimizer.skip_norm": 0.0 for x in ("world", "sft", "reward", "rl")},
 }
@@ -52,13 +54,13 @@ def values(config: configs.Config) -> dict:
   kept = {
     key
     for name, stage in stages.STAGES.items()
-    if config.world or name != "base"
+    if (config.world or name != "base") and (config.distill or name != "distill")
     for key in stages.kept(stages.of(stage, config))
   }
   return {
     key: value
     for key, value in configs.flat(config).items()
-    if key in kept or key == "world" or key.partition(".")[0] in BESIDES
+    if key in kept or key in ("world", "distill") or key.partition(".")[0] in BESIDES
     if key not in LATER or LATER[key] != value
   }
 

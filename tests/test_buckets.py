@@ -450,4 +450,4 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
   )
   assert done.returncode == 0
   skipped = [x for x in done.stderr.splitlines() if x.endswith("done before, skipped")]
-  assert len(skipped) == 7
+  assert len(skipped) == 8

@@ -4,7 +4,8 @@ They lie in the folder `cases` of the shared data, whose README.md says what is 
 The check of a case has its folder's name and takes its files as they lie there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -22,19 +23,26 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import dalign
 from dalign import stages
 from dalign.config import schema as configs
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
+from dalign.formats import ggufs
 from dalign.formats import weights
+from dalign.judges import endpoint
 from dalign.models import transformer
 from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import store
 from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
+from dalign.serving import server
+from dalign.stages import servers
 from dalign.stages import services
 from dalign.text import chat_template
+from dalign.text import thinking
+from dalign.text import vocab
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import opened
@@ -113,7 +121,8 @@ class Case:
     lines: list[str] = []
     self.patch.setattr(sys, "path", [*sys.path])
     said = {"print": lambda *said: lines.append(" ".join(map(str, said)))}
-    exec(compile(content, name, "exec"), said)
+    with _former():
+      exec(compile(content, name, "exec"), said)
     return lines
 
   def serve(self, kind: str, port: int = 0) -> "Served":
@@ -159,10 +168,39 @@ class Served:
     self._made.server_close()
 
 
+@contextlib.contextmanager
+def _former() -> Iterator[None]:
+  """Modules by the names of one folder, which the scripts of cases know them by."""
+
+  def run(cfg, workdir, devices):
+    found = opened(cfg, workdir, "eval")
+    return types.SimpleNamespace(model=found.model, domain=found.task)
+
+  def sample(run, *rest):
+    return servers.sample(run.model, *rest)
+
+  text = types.SimpleNamespace(**vars(chat_template) | vars(thinking))
+  pipeline = types.ModuleType("dalign.pipeline")
+  pipeline.context = types.SimpleNamespace(Run=run)
+  pipeline.servers = types.SimpleNamespace(sample=sample)
+  modules = {"config": configs, "data": prompt_sets, "text": text, "spec": specs}
+  modules |= {"model": transformer, "serve": server, "pipeline": pipeline}
+  modules |= {
+    module.__name__.rpartition(".")[2]: module
+    for module in (endpoint, evals, ggufs, store, vocab, weights)
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, module in modules.items():
+      patch.setitem(sys.modules, f"dalign.{name}", module)
+      patch.setattr(dalign, name, module, raising=False)
+    yield
+
+
 def _module(path: pathlib.Path) -> types.ModuleType:
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with _former():
+    spec.loader.exec_module(module)
   return module
 
 
@@ -488,28 +526,27 @@ def dated_template(own: Case):
   path, days = {"model.path": own.model("dated")}, []
 
   def stage(run):
-    days.append(
-      run.model.tok.decode(chat_template.render_chat(run.model.tok, ASK))[:40]
-    )
+    tok = run.model.tok
+    days.append(tok.decode(chat_template.render_chat(tok, ASK))[:40])
 
   class Later(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
       return super().now(tz) + datetime.timedelta(days=40)
 
-  own.patch.setitem(stages.STAGES, "report", stage)
-  own.run("report", **path)
+  own.patch.setitem(stages.STAGES, "export", stage)
+  own.run("export", **path)
   kept = json.loads((own.workdir / "config.json").read_text())["model.date"]
   today = datetime.datetime.now(datetime.UTC).date()
   assert abs((datetime.date.fromisoformat(kept) - today).days) < 2
   own.patch.setattr("datetime.datetime", Later)
-  own.run("report", **path)
+  own.run("export", **path)
   assert days[0] == days[1] and kept[:4] in days[0]
-  stages.run(own.config("report", **path), own.workdir.with_name("other"))
+  stages.run(own.config("export", **path), own.workdir.with_name("other"))
   assert days[2] != days[0]
   other = path | {"model.date": "2021-02-03"}
   own.refused(f"began with {kept}, got 2021-02-03", "report", **other)
-  stages.run(own.config("report", **other), own.workdir.with_name("third"))
+  stages.run(own.config("export", **other), own.workdir.with_name("third"))
   assert "03 Feb 2021" in days[3]
 
 

@@ -10,10 +10,19 @@ import numpy as np
 import optax
 import pytest
 
+from dalign.config import schema as configs
+from dalign.evaluation import evals
+from dalign.models import adapters
 from dalign.models import transformer
+from dalign.policy import prompting
+from dalign.stages import distill as distill_stage
+from dalign.stages import rollouts as rollouts_of
+from dalign.stages import services
 from dalign.text import packing
 from dalign.training import distillation
 from dalign.training import policy_gradient
+from tests.helpers import opened
+from tests.helpers import tiny
 
 KEY, TEMPERATURE = jax.random.key(0), 0.8
 PROMPT, SPEC = (3, 1, 4, 1), (2, 2, 0, 4, 3, 0)
@@ -266,3 +275,159 @@ def test_a_student_comes_to_say_what_its_teacher_does(
     updates, opt = tx.update(grads, opt)
     policy = optax.apply_updates(policy, updates)
   assert np.mean(values[-3:]) < 0.2 * values[0], values
+
+
+# --- The stage ---
+
+SMALL = {
+  "distill.start": "base",
+  "distill.prompts": 3,
+  "distill.samples": 2,
+  "distill.max_new": 24,
+  "distill.batch.rows": 2,
+  "distill.batch.micro": 4,
+  "distill.teacher_rows": 1,
+  "distill.probed": 4,
+  "distill.show_every": 1,
+}
+
+
+def distilled(folder, **changes) -> services.Services:
+  """The stage run to its end in a folder."""
+  run = opened(tiny(**SMALL | changes), folder, "distill")
+  with jax.set_mesh(run.mesh):
+    distill_stage.distill(run)
+  return run
+
+
+def left_by(run: services.Services) -> tuple:
+  """What the stage made, but for clocks."""
+  metrics = run.store.read_rows(run.store.workdir / "metrics.jsonl")
+  timeless = [
+    {n: x for n, x in row.items() if n not in ("time", "distill/step_s")}
+    for row in metrics
+  ]
+  with jax.set_mesh(run.mesh):
+    params = jax.tree.leaves(run.model.trained_params("distill"))
+  rollouts = run.store.read_rows(run.store.path("distill", "rollouts.jsonl"))
+  return [*map(np.asarray, params)], timeless, rollouts, run.store.manifest("distill")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  return left_by(distilled(tmp_path_factory.mktemp("whole")))
+
+
+def test_the_stage_leaves_what_it_learned_and_watched(whole):
+  params, metrics, rollouts, manifest = whole
+  assert [row["step"] for row in metrics] == [1, 2]
+  for name in (
+    *("reverse_kl_nats", "entropy_nats", "kl_nats", "length_tokens", "format"),
+    *("loss", "grad_norm", "truncated", "declined", "distinct"),
+  ):
+    assert np.isfinite([row[f"distill/{name}"] for row in metrics]).all(), name
+  assert metrics[0]["distill/loss"] == metrics[0]["distill/reverse_kl_nats"] > 0
+  assert abs(metrics[0]["distill/kl_nats"]) < 1e-3 < abs(metrics[1]["distill/kl_nats"])
+  assert {row["step"] for row in rollouts} == {1, 2} and len(rollouts) == 2 * 3 * 2
+  summary = manifest["summary"]
+  assert summary["steps"] == 2 and {"headroom_n", "headroom_unscored"} < {*summary}
+  assert summary["headroom_n"] + summary["headroom_unscored"] == 4
+
+
+def test_a_stage_that_was_cut_ends_as_one_that_was_not(whole, tmp_path, monkeypatch):
+  build, built = distill_stage.build_batch, []
+
+  def killed(*args):
+    built.append(args)
+    if len(built) == 2:
+      raise KeyboardInterrupt
+    return build(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(distill_stage, "build_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+      distilled(tmp_path)
+  params, *rest = left_by(distilled(tmp_path))
+  want, *others = whole
+  for got, wanted in zip(params, want, strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  assert rest[:2] == others[:2]
+  assert rest[2]["summary"] == others[2]["summary"]
+
+
+def test_adapters_and_the_estimate_are_trained_too(tmp_path):
+  run = distilled(
+    tmp_path,
+    **{"lora.rank": 2, "distill.loss": "sampled", "distill.steps": 1},
+  )
+  with jax.set_mesh(run.mesh):
+    trained, _ = adapters.split(run.model.trained_params("distill"))
+  assert np.abs(trained["layers"]["q_lora_b"]).max() > 0
+  assert all("lora" in name for name in trained["layers"]) and {*trained} == {"layers"}
+
+
+def test_a_run_too_far_from_its_start_stops(tmp_path, monkeypatch):
+  score = rollouts_of.with_scores
+
+  def far(*args):
+    return [dataclasses.replace(r, reference=r.reference - 1.0) for r in score(*args)]
+
+  monkeypatch.setattr(rollouts_of, "with_scores", far)
+  with pytest.raises(configs.Halted, match="above config.distill.stop_kl=3"):
+    distilled(tmp_path, **{"distill.stop_kl": 3.0, "distill.probed": 0})
+
+
+def test_the_teacher_reads_the_policy_of_what_is_no_capability(tmp_path):
+  run = opened(tiny(**SMALL | {"distill.capability": 1}), tmp_path, "distill")
+  prompts = rollouts_of.prompt_schedule(run, run.cfg.distill)(0)
+  assert {prompt.kind for prompt in prompts} == {"safety", "capability"}
+  for prompt in prompts:
+    alone = prompting.opened(run.model.tok, prompting.plain(prompt), run.model.thinks)
+    told, alone = (
+      run.model.tok.decode(tokens)
+      for tokens in (distill_stage.told_tokens(run, prompt), alone)
+    )
+    clauses = [f"{c.id}:" for p in run.task.spec.policies for c in p.clauses]
+    assert any(text in told for text in clauses) == (prompt.kind != "capability")
+    assert told.endswith(alone[-20:]) and not any(text in alone for text in clauses)
+
+
+def test_lines_too_short_for_the_teacher_are_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"teacher_length: wanted \d+ or more"):
+    distilled(tmp_path, **{"distill.teacher_length": 256})
+
+
+def test_the_headroom_is_said():
+  def row(metric, score, declined):
+    scores = dict.fromkeys(evals.TYPES) | {metric: score}
+    return {"scores": scores, "declined": declined}
+
+  refuses = row("refuse_disallowed", 1.0, True)
+  answers = row("refuse_disallowed", 0.0, False)
+  helps, declines = row("comply_allowed", 1.0, False), row("comply_allowed", 0.0, True)
+  silent = row("comply_allowed", None, False)
+  found = evals.flips(
+    [(answers, refuses), (answers, answers), (declines, helps), (helps, declines)]
+    + [(silent, helps)]
+  )
+  assert found == {
+    "n": 4,
+    "unscored": 1,
+    "otherwise": 0.75,
+    "gained": 0.5,
+    "lost": 0.25,
+    "right_untold": 0.25,
+    "right_told": 0.5,
+  }
+  assert "otherwise on 75% of 4 prompts" in distill_stage.headroom_line(found)
+  assert "nothing to be learned" not in distill_stage.headroom_line(found)
+  same = evals.flips([(refuses, refuses), (helps, helps)])
+  assert distill_stage.headroom_line(same).endswith("there is nothing to be learned")
+  assert "no reply" in distill_stage.headroom_line(evals.flips([(silent, silent)]))
+
+
+def test_a_stage_without_settings_is_refused_and_one_of_all_is_left_out():
+  with pytest.raises(ValueError, match="config.distill: wanted its settings"):
+    configs.changed(tiny(), {"distill": None, "stages": "sft,distill"})
+  assert configs.changed(tiny(), {"distill": None}).distill is None
+  assert configs.of_json(configs.to_json(tiny())) == tiny()

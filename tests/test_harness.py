@@ -216,7 +216,7 @@ def test_the_harness_runs_its_tasks_on_a_checkpoint(workdir, tmp_path):
   [
     ("workdir=/nowhere", "config.json is missing"),
     ("stage=sft", "wanted workdir=FOLDER"),
-    ("workdir=/nowhere,stage=third", "wanted one of base, sft, rl"),
+    ("workdir=/nowhere,stage=third", "wanted one of base, sft, distill, rl"),
     ("workdir=/nowhere,path=x", r"got \['path'\]"),
   ],
 )

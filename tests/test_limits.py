@@ -22,6 +22,7 @@ from dalign.stages import generate as generate_stage
 from dalign.stages import judging
 from dalign.stages import model as models
 from dalign.stages import rl as rl_stage
+from dalign.stages import rollouts as rollouts_of
 from dalign.stages import scoring
 from dalign.stages import services
 from dalign.stages import sft as sft_stage
@@ -151,7 +152,7 @@ def test_a_reward_that_is_not_finite_halts_rl(reinforced, monkeypatch):
 
 @long
 def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
-  collect = rl_stage.collect_rollouts
+  collect = rollouts_of.collect_rollouts
 
   def off(*args):
     return [
@@ -159,7 +160,7 @@ def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
       for r in collect(*args)
     ]
 
-  monkeypatch.setattr(rl_stage, "collect_rollouts", off)
+  monkeypatch.setattr(rollouts_of, "collect_rollouts", off)
   run = reinforced(**{"rl.stop_gap": 0.4})
   with pytest.raises(configs.Halted, match="nats a token, above config.rl.stop_gap=0"):
     reinforce(run)
@@ -168,12 +169,12 @@ def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
 
 @long
 def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkeypatch):
-  score = rl_stage.with_scores
+  score = rollouts_of.with_scores
 
   def far(*args):
     return [dataclasses.replace(r, reference=r.reference - 1.0) for r in score(*args)]
 
-  monkeypatch.setattr(rl_stage, "with_scores", far)
+  monkeypatch.setattr(rollouts_of, "with_scores", far)
   with pytest.raises(configs.Halted, match="from the start, above config.rl.stop_kl=3"):
     reinforce(reinforced(**{"rl.stop_kl": 3.0}))
   run = reinforced(**{"rl.stop_kl": 0.0, "rl.skip_kl": 3.0, "start_over": True})

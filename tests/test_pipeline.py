@@ -55,6 +55,7 @@ from dalign.stages import model as stage_models
 from dalign.stages import prompts as stage_prompts
 from dalign.stages import reward as reward_stage
 from dalign.stages import rl as rl_stage
+from dalign.stages import rollouts as rollouts_of
 from dalign.stages import samples
 from dalign.stages import scoring
 from dalign.stages import servers
@@ -307,7 +308,7 @@ def test_the_same_command_again_does_nothing(workdir):
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jsonl")}
   again = run_command(workdir, "--config.stages=generate,filter,sft,reward,rl,eval")
   assert again.returncode == 0
-  assert again.stderr.count("done before, skipped") == 6
+  assert again.stderr.count("done before, skipped") == 7
   assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jsonl")}
 
 
@@ -600,6 +601,24 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
   )
   assert {row["n"] for row in report.values()} == {len(ids)} and len(ids) >= 10
   assert not probing.failed(report, 0.2)  # of some hundred 0.09, 0.02 and 0.02
+
+
+def test_sft_leaves_the_spec_in_the_prompt_where_a_teacher_is_made(run, monkeypatch):
+  kept = run.store.path("filter", "kept.jsonl")
+  plain, _, dropped = sft_stage._rows(run, kept)
+  changes = {"spec_in_prompt": True, "batch": {"length": 4096}}
+  changed = configs.changed(run.cfg.sft, changes)
+  monkeypatch.setattr(run, "cfg", dataclasses.replace(run.cfg, sft=changed))
+  told, _, also_dropped = sft_stage._rows(run, kept)
+  assert also_dropped == dropped
+  n = len(rows(kept))
+  for (tokens, weights), (_, before) in zip(told[:n], plain[:n], strict=True):
+    before_reply = [t for t, w in zip(tokens, weights, strict=True) if not w]
+    shown = run.model.tok.decode(before_reply)
+    clauses = [c.text for p in run.task.spec.policies for c in p.clauses]
+    assert any(text in shown for text in clauses)
+    assert sum(weights) == sum(before)  # the same completion is learned
+  assert told[n:] == plain[n:]  # known answers
 
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
@@ -1142,7 +1161,7 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
     some = opened(
       tiny(**{"rl.expected": expected, "rl.prompts": 60}), run.store.workdir
     )
-    chosen = rl_stage.prompt_schedule(some)(0)
+    chosen = rollouts_of.prompt_schedule(some, some.cfg.rl)(0)
     return {p.expected for p in chosen if p.kind == "safety"}
 
   assert drawn(("refuse",)) == {"refuse"}
@@ -1154,7 +1173,7 @@ def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
     cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | changes)
     some = opened(cfg, tmp_path)
     some.prompts.all = [p for p in some.prompts.all if p.kind == kind]
-    return rl_stage.prompt_schedule(some)
+    return rollouts_of.prompt_schedule(some, some.cfg.rl)
 
   chosen = schedule("safety", **{"rl.capability": 0})(3)
   assert len(chosen) == 8 and {p.kind for p in chosen} == {"safety"}
@@ -1313,12 +1332,14 @@ def test_eval_without_held_out_prompts_is_refused(tmp_path, shared_cases):
   assert evaluate_stage._held_out(opened(tiny(**changes, **none), tmp_path)) == []
 
 
-def test_arms_that_are_left_out_are_said(tmp_path, capsys):
+@pytest.mark.parametrize("stage", ["rl", "distill"])
+def test_arms_that_are_left_out_are_said(stage, tmp_path, capsys):
   run = opened(tiny(), tmp_path)
-  run.store.path("rl", "params").mkdir(parents=True)
-  run.store.manifest = lambda _: {"config": {"rl.start": "sft"}}
-  assert not evaluate_stage._there(run, "rl") and evaluate_stage._there(run, "sft_rl")
-  assert "arm rl is left out" in capsys.readouterr().err
+  run.store.path(stage, "params").mkdir(parents=True)
+  run.store.manifest = lambda _: {"config": {f"{stage}.start": "sft"}}
+  there = [evaluate_stage._there(run, f"{front}{stage}") for front in ("", "sft_")]
+  assert there == [False, True]
+  assert f"arm {stage} is left out" in capsys.readouterr().err
   with pytest.raises(ValueError, match="no arm of sft"):
     evaluate_stage.evaluate(opened(tiny(**{"eval.arms": ("sft",)}), tmp_path, "eval"))
 
@@ -1738,7 +1759,8 @@ def test_an_unscored_rollout_is_not_counted_as_left_out(tmp_path):
 def test_steps_of_rl_take_categories_and_types_by_turns(tmp_path):
   sizes = {"rl.prompts": 7, "rl.capability": 1}
   cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | sizes)
-  choose = rl_stage.prompt_schedule(opened(cfg, tmp_path))
+  run = opened(cfg, tmp_path)
+  choose = rollouts_of.prompt_schedule(run, run.cfg.rl)
   seen_, count = [], collections.Counter()
   for at in range(2 * 27):
     chosen = choose(at)
@@ -1750,7 +1772,8 @@ def test_steps_of_rl_take_categories_and_types_by_turns(tmp_path):
     seen_ += [p.id for p in chosen[:6]]
   assert len(count) == 27 and {*count.values()} == {12}
   assert len({*seen_}) > 0.9 * len(seen_)  # and each cell its prompts by turns
-  again = rl_stage.prompt_schedule(opened(cfg, tmp_path))
+  run = opened(cfg, tmp_path)
+  again = rollouts_of.prompt_schedule(run, run.cfg.rl)
   assert [p.id for p in again(5)] == [p.id for p in choose(5)]
 
 

@@ -22,6 +22,7 @@ ALL = {
   "tiny": (),
   "world": (),
   "world:ablation": ("ablation",),
+  "world:distill": ("distill",),
   **{f"large:{name}": (name,) for name in config_file("large").PLACES},
 }
 

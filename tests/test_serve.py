@@ -337,7 +337,7 @@ def test_a_key_is_wanted_where_one_is_set(model):
   [
     (["--host=0.0.0.0"], "set DALIGN_API_KEY"),
     (["--port=99999"], "--port=99999: "),
-    (["--stage=third"], "wanted one of base, sft, rl"),
+    (["--stage=third"], "wanted one of base, sft, distill, rl"),
     (["--workdir=nowhere"], "config.json is missing"),
   ],
 )

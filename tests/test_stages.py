@@ -65,7 +65,7 @@ def test_a_stage_is_done_whatever_changes_nothing_of_it(tmp_path, stage, key, va
 
 
 def world() -> configs.Config:
-  node = config_file("world").get_config().to_dict()
+  node = config_file("world").get_config("distill").to_dict()
   return configs.build(configs.Config, node)
 
 

@@ -18,7 +18,8 @@ import typing
 from typing import Annotated, Any, Literal, Mapping
 
 STAGES = (
-  *("base", "generate", "filter", "sft", "reward", "rl", "eval", "report", "export"),
+  *("base", "generate", "filter", "sft", "distill", "reward", "rl"),
+  *("eval", "report", "export"),
 )
 
 
@@ -97,6 +98,8 @@ Arm = Literal[
   "spec_in_prompt_oracle",
   "self_refine",
   "sft",
+  "distill",
+  "sft_distill",
   "rl",
   "sft_rl",
   "endpoint",
@@ -321,7 +324,7 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Checked):
-  """Adapters in place of full fine-tuning, in SFT, reward model and RL (2106.09685).
+  """Adapters in place of full fine-tuning, in what is trained of the base (2106.09685).
 
   rank: rank of the adapters; 0 trains all parameters.
   alpha: adapters are multiplied with alpha / rank.
@@ -582,6 +585,8 @@ class SFTConfig(Checked):
   """Stage 3. Epochs over the kept rows, and what is mixed in with them.
 
   epochs: how often each row is learned.
+  spec_in_prompt: kept rows are learned with the specification left in their prompt, as
+    stage 1 has it: so a teacher for distillation is made, not what the method is after.
   worked: the spec's own worked examples are learned too, with their thoughts in brief.
   most: kept rows that are learned, at the most: a draw balanced over category and
     ideal response type.
@@ -597,6 +602,7 @@ class SFTConfig(Checked):
   """
 
   epochs: Count
+  spec_in_prompt: bool
   worked: bool
   most: Count
   capability: Natural
@@ -606,6 +612,68 @@ class SFTConfig(Checked):
   batch: BatchConfig
   optimizer: OptimizerConfig
   checkpoint_every: Count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(Checked):
+  """On-policy specification distillation, beside RL or in its place: the model answers
+  without the specification, and a teacher that has it in its prompt says of each token
+  how likely it finds it (distill.make_loss).
+
+  start: "sft" or "base".
+  teacher: whose parameters the teacher has: those of the "base", or of "sft".
+  demonstrations: worked examples in the teacher's context, or all that there are.
+  loss: the reverse KL of a token "exact", over the whole vocabulary, or its estimate by
+    the token that was "sampled".
+  steps: updates that the stage makes.
+  prompts: prompts a step, those of `capability` among them.
+  expected: the ideal response types of the prompts that are not of capability.
+  capability: how many prompts of a step have a known answer; of them the teacher reads
+    no specification.
+  samples: rollouts a prompt.
+  temperature: temperature of sampling, and of the log-probabilities of both.
+  max_new: tokens of a rollout at the most.
+  probed: training prompts that both answer before the first step: how often the
+    specification changes the decision is what there is to learn; 0 asks nothing.
+  stop_kl: nats of log pi - log pi_start that the rollouts of a step have in the mean,
+    above which the stage stops; 0 is no limit.
+  teacher_rows, teacher_length: lines that the teacher reads at once, and their tokens:
+    specification, prompt and rollout, the former once for all that share them.
+  checkpoint_every: steps between checkpoints.
+  show_every: steps between those whose rollouts are kept to be read.
+  """
+
+  start: Literal["base", "sft"]
+  teacher: Literal["base", "sft"]
+  demonstrations: Natural
+  loss: Literal["exact", "sampled"]
+  steps: Count
+  prompts: Count
+  expected: tuple[Response, ...]
+  capability: Natural
+  samples: Count
+  temperature: Positive
+  max_new: Count
+  probed: Natural
+  stop_kl: NotNegative
+  teacher_rows: Count
+  teacher_length: Count
+  batch: BatchConfig
+  optimizer: OptimizerConfig
+  checkpoint_every: Count
+  show_every: Count
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check_prompts(self)
+
+
+def _check_prompts(config: "DistillConfig | RLConfig") -> None:
+  """ValueError where the prompts of a step make no sense."""
+  if not config.expected:
+    _refuse(config, "expected", f"some of {', '.join(typing.get_args(Response))}")
+  if config.capability >= config.prompts:
+    _refuse(config, "capability", f"0 to {config.prompts - 1}, fewer than prompts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -784,10 +852,7 @@ class RLConfig(Checked):
       _refuse(
         self, "metadata", "told, or noisy:SHARE, without which the rubric is mute"
       )
-    if not self.expected:
-      _refuse(self, "expected", f"some of {', '.join(typing.get_args(Response))}")
-    if self.capability >= self.prompts:
-      _refuse(self, "capability", f"0 to {self.prompts - 1}, fewer than prompts")
+    _check_prompts(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -907,7 +972,7 @@ class ExportConfig(Checked):
   shard_gb: GiB of a file of weights at most.
   """
 
-  of: Literal["rl", "sft", "base"]
+  of: Literal["rl", "distill", "sft", "base"]
   dtype: Dtype
   shard_gb: Positive
 
@@ -1009,6 +1074,7 @@ class Config(Checked):
   start_over: does the stages again that are done, or were cut.
   world: where it is set, the run is about the policy world, and not about prompts and
     policies in English.
+  distill: where it is not set, "all" stages are those without it.
   ablation: where it is set, the run is one of many arms.
   """
 
@@ -1028,6 +1094,7 @@ class Config(Checked):
   generate: GenerateConfig
   filter: FilterConfig
   sft: SFTConfig
+  distill: DistillConfig | None
   reward: RewardConfig
   rl: RLConfig
   eval: EvalConfig
@@ -1039,7 +1106,12 @@ class Config(Checked):
 
   def __post_init__(self):
     super().__post_init__()
-    chosen_stages(self.stages)
+    stages = chosen_stages(self.stages)
+    if "distill" in stages and self.stages != "all" and self.distill is None:
+      raise ValueError(
+        "config.distill: wanted its settings where config.stages has distill, as "
+        "configs/world.py:distill; got None"
+      )
     if self.filter.judge == "recorded" and self.rl.reward == "judge":
       raise ValueError(
         "config.rl.reward: wanted model, or rubric with metadata, as nobody has "

@@ -177,6 +177,11 @@ class Rewarding(Sampling):
   reward_model: RewardModel = taken("reward")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rolling(Sampling, Training):
+  """Of a stage that trains on what the model samples."""
+
+
 # --- The stages ---
 
 
@@ -222,7 +227,15 @@ class RewardStage(Rewarding, Labelling, Drafting, Training):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLStage(Rewarding, Judging, Training):
+class DistillStage(Rolling):
+  """distill."""
+
+  stage: ClassVar[str] = "distill"
+  distill: schema.DistillConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLStage(Rewarding, Judging, Rolling):
   """rl."""
 
   stage: ClassVar[str] = "rl"
@@ -268,6 +281,7 @@ class Plan(Taught, Sampling):
   sft: schema.SFTConfig
   reward: schema.RewardConfig
   rl: schema.RLConfig
+  distill: schema.DistillConfig | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,8 +295,8 @@ class Talk(Sampling):
 STAGES: dict[str, type[Stage]] = {
   kind.stage: kind
   for kind in (
-    *(BaseStage, GenerateStage, FilterStage, SFTStage, RewardStage, RLStage),
-    *(EvalStage, ReportStage, ExportStage),
+    *(BaseStage, GenerateStage, FilterStage, SFTStage, DistillStage, RewardStage),
+    *(RLStage, EvalStage, ReportStage, ExportStage),
   )
 }
 

@@ -23,7 +23,7 @@ from dalign.evaluation import figures
 from dalign.runs import buckets
 from dalign.runs import store
 
-STAGES = ("base", "generate", "filter", "sft", "reward", "rl", "eval")
+STAGES = ("base", "generate", "filter", "sft", "distill", "reward", "rl", "eval")
 CORE = (  # the columns of the first table, in this order; other metrics follow it
   "refuse_disallowed",
   "comply_allowed",
@@ -54,6 +54,7 @@ SETTINGS = (  # what the methods name, and where it stands
   ("who answers them", "config.json", "generate.teacher"),
   ("that teacher's model, behind a server", "config.json", "generate.endpoint.model"),
   ("rows that SFT learns", "sft/manifest.json", "rows"),
+  ("decisions that the spec turns right", "distill/manifest.json", "headroom_gained"),
   ("judge of the filter", "config.json", "filter.judge"),
   ("that judge's model, behind a server", "config.json", "filter.endpoint.model"),
   ("votes, of which the least counts", "config.json", "filter.votes"),
@@ -82,7 +83,7 @@ SETTINGS = (  # what the methods name, and where it stands
   ("seed", "eval/summary.json", "seed"),
   ("seeds", "eval/summary.json", "seeds"),
 )
-THOUGHTS = "rl/thought_"  # what RL's metrics of thoughts begin with
+THOUGHTS = "rl/thought_", "distill/thought_"  # what metrics of thoughts begin with
 PROMPTS = 300  # in the sample browser; the same ones for every arm
 ROWS_A_PROMPT = 4  # of one arm
 ROLLOUT_STEPS, ROLLOUTS_A_STEP = 40, 8

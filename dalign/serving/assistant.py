@@ -44,7 +44,7 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 
-STAGES = ("base", "sft", "rl")
+STAGES = ("base", "sft", "distill", "rl")
 LINE = 128  # scored rows are in lines of a multiple of so many tokens
 LIKELIEST = 5  # tokens that are known of each place of a row, as in OpenAI's protocol
 SOME = 256  # rows that are scored together at the most
@@ -79,7 +79,7 @@ def finished(workdir: pathlib.Path) -> str:
 
 
 class Model:
-  """A model of a run's folder: its base, or what the stage sft or rl ended with.
+  """A model of a run's folder: its base, or what sft, distill or rl ended with.
 
   Nothing is written to the folder. Parameters are read when they are first needed.
   """

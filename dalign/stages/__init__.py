@@ -1,6 +1,7 @@
 """The method as a pipeline: one function a stage, each from artefact to artefact.
 
-[base ->] generate -> filter -> sft -> reward -> rl -> eval -> report -> export
+[base ->] generate -> filter -> sft [-> distill] -> reward -> rl -> eval -> report
+-> export
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dalign.runs import progress
 from dalign.runs import store
 from dalign.stages import ablate
 from dalign.stages import base
+from dalign.stages import distill
 from dalign.stages import evaluate
 from dalign.stages import export
 from dalign.stages import filter as filtering
@@ -44,6 +46,7 @@ STAGES: dict[str, Callable] = {  # the order is the method
   "generate": generate.generate,
   "filter": filtering.filter_,
   "sft": sft.finetune,
+  "distill": distill.distill,
   "reward": reward.train_reward,
   "rl": rl.reinforce,
   "eval": evaluate.evaluate,
@@ -91,6 +94,8 @@ def run_stages(
       for stage in stages:
         if stage == "base" and cfg.world is None:
           continue  # only a world's base is trained here
+        if stage == "distill" and cfg.distill is None:
+          continue  # one of "all"
         STAGES[stage](services.of(declared.STAGES[stage], cfg, here))
     except ValueError:
       # Nothing is of this config, and chat and serve want the other. Without others.

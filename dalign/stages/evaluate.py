@@ -60,6 +60,8 @@ ARMS = {
   "spec_in_prompt_oracle": Arm("", spec="policy"),
   "self_refine": Arm("", spec="policy", thinks=True),  # revises what the base answered
   "sft": Arm("sft", thinks=True),
+  "distill": Arm("distill", thinks=True),
+  "sft_distill": Arm("distill", thinks=True),
   "rl": Arm("rl", thinks=True),
   "sft_rl": Arm("rl", thinks=True),
   "endpoint": Arm("", served=True),
@@ -173,10 +175,10 @@ def _there(run: Run, arm: str) -> bool:
   if not run.store.path(stage, "params").exists():
     progress.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
     return False
-  if stage == "rl":
-    start = (run.store.manifest("rl") or {})["config"]["rl.start"]
-    if (arm == "sft_rl") != (start == "sft"):
-      progress.say(f"eval: rl started from {start}, arm {arm} is left out")
+  if stage in ("distill", "rl"):
+    start = (run.store.manifest(stage) or {})["config"][f"{stage}.start"]
+    if (arm == f"sft_{stage}") != (start == "sft"):
+      progress.say(f"eval: {stage} started from {start}, arm {arm} is left out")
       return False
   return True
 

@@ -41,13 +41,20 @@ LIMITS = (
   "languages and disguises can do worse. It can refuse what it should answer, and its "
   "thought need not be why it answers as it does."
 )
-TRAINED = {"base": "base", "sft": "sft", "rl": "sft_rl"}  # stage -> its arm in eval
+TRAINED = {  # stage -> its arm in eval
+  "base": "base",
+  "sft": "sft",
+  "distill": "sft_distill",
+  "rl": "sft_rl",
+}
 
 
 def export(run: Run) -> None:
   """Writes the parameters of a stage, adapters added to their matrices."""
   cfg = run.cfg.export
-  inputs = [run.store.path(stage, "manifest.json") for stage in ("sft", "rl", "eval")]
+  inputs = [
+    run.store.path(stage, "manifest.json") for stage in ("sft", "distill", "rl", "eval")
+  ]
   if not run.begin([path for path in inputs if path.exists()]):
     return
   base = cfg.of == "base"
@@ -120,7 +127,7 @@ def card(run: Run) -> str:
   digest = hashlib.sha256(texts.encode()).hexdigest()
   done = {
     stage: manifest["summary"]
-    for stage in ("generate", "filter", "sft", "reward", "rl")
+    for stage in ("generate", "filter", "sft", "distill", "reward", "rl")
     if (manifest := folder.manifest(stage))
   }
   origin = weights.origin(cfg.model.path)

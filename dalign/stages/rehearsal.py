@@ -24,7 +24,7 @@ def rehearse(
   """Renders what teacher, judges and reward model of some stages are to read of a
   prompt of each category. ValueError where the chat template leaves some of it out."""
   for stage, chats in READERS.items():
-    if stage not in stages:
+    if stage not in stages or (stage == "distill" and config.distill is None):
       continue
     run: Any = services.of(declared.STAGES[stage], config, work)
     for prompt in {p.category: p for p in run.prompts.raw}.values():
@@ -52,6 +52,11 @@ def _of_generate(
     yield "who revises", run.task.revise(prompt, SAID)
 
 
+def _of_distill(run: services.Services[declared.DistillStage], prompt: Prompt) -> Chats:
+  worked = run.cfg.distill.demonstrations
+  yield "the teacher", run.task.teach(prompt.blind(), worked=worked)
+
+
 def _of_judge(run: services.Services[declared.Judging], prompt: Prompt) -> Chats:
   if run.cfg.judge.judge in ("model", "sampled"):
     question = judge.FilterQuestion(prompt=prompt, thought="A thought.", answer=SAID)
@@ -69,6 +74,7 @@ def _of_arms(run: services.Services[declared.EvalStage], prompt: Prompt) -> Chat
 READERS: Mapping[str, Callable[[Any, Prompt], Chats]] = {
   "generate": _of_generate,
   "filter": _of_judge,
+  "distill": _of_distill,
   "reward": _of_judge,
   "eval": _of_arms,
 }

@@ -5,38 +5,27 @@ off goes on at the last checkpoint with the very same prompts and samples.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import pathlib
-from typing import Any, NoReturn
-
-import numpy as np
 
 from dalign.config import schema as configs
 from dalign.config import stages
 from dalign.data import prompt_sets
-from dalign.evaluation import evals
 from dalign.judges import judge
 from dalign.models import adapters
 from dalign.models import ops
-from dalign.policy import prompting
 from dalign.runs import progress
 from dalign.runs import stopping
-from dalign.sampling import likelihood
-from dalign.sampling.sampler import Request
 from dalign.stages import judging
-from dalign.stages import samples as sample_rows
+from dalign.stages import rollouts as rollouts_of
 from dalign.stages import scoring
 from dalign.stages import services
-from dalign.stages.prompts import too_long
-from dalign.text import chat_template
 from dalign.text import packing
 from dalign.training import policy_gradient
 from dalign.training import rollout
 from dalign.training import train
 from dalign.training import trainer as trainers
 from dalign.training.rollout import Rollout
-from dalign.types import Key
 from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Turn
@@ -49,7 +38,7 @@ def reinforce(run: Run) -> None:
   cfg = run.cfg.rl
   if not run.begin(input_files(run)):
     return
-  choose = prompt_schedule(run)
+  choose = rollouts_of.prompt_schedule(run, cfg)
   held_out = run.prompts.choose("eval", "safety", cfg.audit)
   start = run.model.start_params(cfg.start)
   trainer = make_trainer(run, start)
@@ -58,9 +47,7 @@ def reinforce(run: Run) -> None:
   ask = judging.rl_judge(run)
   if trainer.step == 0:
     admit(run, ask)
-  shown = run.store.path("rl", "rollouts.jsonl")
-  before = run.store.read_rows(shown) if run.store.has(shown) else []
-  run.store.write_rows(shown, [r for r in before if r["step"] <= trainer.step])
+  shown = rollouts_of.rewound(run, trainer.step)
   skipped = trainer.meta.get("skipped", 0)
   with trainer, progress.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
@@ -76,16 +63,16 @@ def reinforce(run: Run) -> None:
       rollouts = [r for group in groups for r in group]
 
       # Advantages, of rewards, the reference's log-probabilities, and values.
-      rollouts = with_scores(rollouts, "reference", reference, start)
+      rollouts = rollouts_of.with_scores(rollouts, "reference", reference, start)
       if cfg.objective.learns_values:
-        rollouts = with_scores(rollouts, "value", value_head, params)
+        rollouts = rollouts_of.with_scores(rollouts, "value", value_head, params)
       rollouts = rollout.compute_advantages(
         rollouts,
         objective=cfg.objective,
         group_size=cfg.samples,
         max_length=cfg.max_new,
       )
-      check_limits(rollouts, cfg, halter(run, trainer.step + 1, rollouts))
+      check_limits(rollouts, cfg, rollouts_of.halter(run, trainer.step + 1, rollouts))
       metrics = step_metrics(run, rollouts)
       if cfg.audit and trainer.step % cfg.show_every == 0:
         metrics |= audit(run, policy, ask, held_out)
@@ -154,43 +141,6 @@ def admit(run: Run, ask: judge.Judge) -> None:
     judging.refuse(judging.probe(run, ask, judging.metadata(run)), limit)
 
 
-def prompt_schedule(run: Run) -> Callable[[int], list[Prompt]]:
-  """A function from the index of a sampling round to its prompts. ValueError where
-  there are too few."""
-  cfg = run.cfg.rl
-  safety = fitting(run, run.prompts.choose("train", "safety", None, cfg.expected))
-  capability = fitting(run, run.prompts.choose("train", "capability", None))
-  safety_count = cfg.prompts - cfg.capability
-  if len(safety) < safety_count:
-    raise ValueError(
-      f"rl: wanted {safety_count} or more training prompts of kind safety and of "
-      f"{', '.join(cfg.expected)} (config.rl.expected), found {len(safety)}"
-    )
-  if cfg.capability and not capability:
-    raise ValueError(
-      f"config.rl.capability: wanted {cfg.capability} training prompts of kind "
-      "capability a step, found none; add some, or set it to 0"
-    )
-  return functools.partial(
-    rollout.choose_prompts,
-    rollout.prompt_cells(safety),
-    capability,
-    safety_count=safety_count,
-    capability_count=cfg.capability,
-    seed=run.cfg.seed,
-  )
-
-
-def fitting(run: Run, prompts: list[Prompt]) -> list[Prompt]:
-  """Those prompts that are not too long for the sampler."""
-  rows = {
-    p.id: prompting.opened(run.model.tok, prompting.plain(p), run.model.thinks)
-    for p in prompts
-  }
-  long = too_long(run.cfg.sampler, rows, run.cfg.sampler.prefix_step)
-  return [prompt for prompt in prompts if prompt.id not in long]
-
-
 # --- Sample ---
 
 
@@ -204,55 +154,11 @@ def sample_and_judge(
   """The groups of the sampling round with this index, with rewards."""
   key = ops.stream(run.key, "rollout", index)
   samples = run.cfg.rl.samples
-  rollouts = collect_rollouts(run, policy, choose(index), samples, key)
+  rollouts = rollouts_of.collect_rollouts(
+    run, run.cfg.rl, policy, choose(index), samples, key
+  )
   rollouts = judge_rollouts(run, ask, rollouts)
   return [rollouts[at] for at in packing.batches(len(rollouts), samples)]
-
-
-def collect_rollouts(
-  run: Run, policy: PyTree, prompts: list[Prompt], samples: int, key: Key
-) -> list[Rollout]:
-  """Samples from the policy, without the spec, `samples` times each prompt: the
-  rollouts of a prompt are next to each other."""
-  cfg = run.cfg.rl
-  rendered = [
-    chat_template.render_chat(run.model.tok, list(prompting.plain(p))) for p in prompts
-  ]
-  requests, place = [], {}
-  for i, prompt in enumerate(prompts):
-    forced = prompting.forced(run.model.tok, prompting.plain(prompt), run.model.thinks)
-    for index in range(samples):
-      row_id = prompt.id, index
-      place[row_id] = i, index
-      tokens = (*rendered[i], *forced)
-      requests.append(Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new))
-  completions = run.sampler.complete(
-    run.sampler.prepare(policy),
-    [requests],
-    key=key,
-    temperature=cfg.temperature,
-    max_new=cfg.max_new,
-    prefix_room=run.cfg.sampler.prefix_step,
-  )
-  found = {}
-  for completion in completions:
-    i, index = place[completion.request.row_id]
-    found[i, index] = Rollout(
-      prompt=prompts[i],
-      sample=sample_rows.of(run.model, prompts[i], completion, index, run.model.thinks),
-      prompt_tokens=rendered[i],
-      behaviour=completion.logp,
-    )
-  return [found[i, index] for i in range(len(prompts)) for index in range(samples)]
-
-
-def with_scores(
-  rollouts: Sequence[Rollout], name: str, score: likelihood.Scorer, params: PyTree
-) -> list[Rollout]:
-  """Rollouts with what a scorer says of each sampled token, as the field `name`."""
-  tokens, starts = [r.tokens for r in rollouts], [r.first_sampled for r in rollouts]
-  found: list[dict[str, Any]] = [{name: x_T} for x_T in score(params, tokens, starts)]
-  return [dataclasses.replace(r, **x) for r, x in zip(rollouts, found, strict=True)]
 
 
 # --- Judge ---
@@ -301,31 +207,14 @@ def scan_for_leaks(run: Run, r: Rollout, shown: str) -> None:
 
 # --- Limits ---
 
-Halt = Callable[[str, str], NoReturn]  # why, and what to do about it
-
-
-def halter(run: Run, step: int, rollouts: Sequence[Rollout]) -> Halt:
-  """Stops the stage at a step, and keeps its rollouts."""
-  batch = {
-    "prompt_id": [r.prompt.id for r in rollouts],
-    "thought": [r.sample.thought for r in rollouts],
-    "answer": [r.sample.answer for r in rollouts],
-    "kl_nats": [r.kl for r in rollouts],
-    "unscored": [r.unscored for r in rollouts],
-  }
-  return functools.partial(trainers.halt, run.store, "rl", step, batch=batch)
-
 
 def check_limits(
-  rollouts: Sequence[Rollout], cfg: configs.RLConfig, halt: Halt
+  rollouts: Sequence[Rollout], cfg: configs.RLConfig, halt: rollouts_of.Halt
 ) -> None:
   """Halts at rewards and log-probabilities that are not finite, at too many answers
   without a verdict, and above the limit of the KL."""
   if bad := [r.prompt.id for r in rollouts if r.unscored == scoring.NOT_FINITE]:
     halt(f"the reward of {', '.join(bad[:3])} is not finite", "find out why")
-  kl = rollout.mean(r.kl for r in rollouts)
-  if not np.isfinite(kl):
-    halt("log-probabilities of rollouts not finite", "find out why")
   judged = [r for r in rollouts if r.needs_judge]
   missing = [r.unscored for r in judged if r.unscored]
   if len(missing) > cfg.unscored * len(judged):
@@ -335,11 +224,7 @@ def check_limits(
       "(config.rl.unscored)",
       "mend the judge",
     )
-  if 0 < cfg.stop_kl < kl:
-    halt(
-      f"rollouts {kl:.4g} nats from the start, above config.rl.stop_kl={cfg.stop_kl:g}",
-      "raise that",
-    )
+  rollouts_of.check_kl(rollouts, "rl", cfg.stop_kl, halt)
 
 
 def check_gap(run: Run, step: int, gap: float, batch: dict) -> None:
@@ -364,13 +249,7 @@ def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
   """Means of a step's rollouts, and what evaluation's grader, which the reward never
   sees, says of them."""
   values = rollout.metrics(rollouts, group_size=run.cfg.rl.samples)
-  safety = [r for r in rollouts if r.prompt.kind != "capability"]
-  graded = [run.task.outcome(r.prompt, r.sample) for r in safety]
-  values |= {f"audit_{name}": value for name, value in grades(graded).items()}
-  for name in run.task.monitored:
-    found = [row["scores"][name] for row in graded if row["thought"]]
-    if known := [score for score in found if score is not None]:
-      values[f"thought_{name.removeprefix('thought_')}"] = rollout.mean(known)
+  values |= rollouts_of.graded(run, rollouts)
   return {f"rl/{name}": value for name, value in values.items()}
 
 
@@ -380,18 +259,12 @@ def audit(
   """What evaluation's grader and the judge of RL say of replies to a handful of
   held-out prompts: where they part, the judge is being fooled."""
   key = ops.stream(run.key, "audit")
-  rollouts = judge_rollouts(run, ask, collect_rollouts(run, policy, prompts, 1, key))
-  values = grades([run.task.outcome(r.prompt, r.sample) for r in rollouts])
+  rollouts = judge_rollouts(
+    run,
+    ask,
+    rollouts_of.collect_rollouts(run, run.cfg.rl, policy, prompts, 1, key),
+  )
+  values = rollouts_of.grades([run.task.outcome(r.prompt, r.sample) for r in rollouts])
   values["reward"] = rollout.mean(r.reward for r in rollouts if r.scored)
   values["unscored"] = rollout.mean(not r.scored for r in rollouts)
   return {f"rl/held_out_{name}": value for name, value in values.items()}
-
-
-def grades(graded: list[dict]) -> dict[str, float]:
-  """The mean of each response type's own metric, and over all replies the "grade"."""
-  found = {name: [row["scores"].get(name) for row in graded] for name in evals.TYPES}
-  known = {n: [x for x in xs if x is not None] for n, xs in found.items()}
-  values = {name: rollout.mean(xs) for name, xs in known.items() if xs}
-  if every := [x for xs in known.values() for x in xs]:
-    values["grade"] = rollout.mean(every)
-  return values

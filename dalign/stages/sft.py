@@ -84,7 +84,8 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
   ids_drawn = {prompt.id for prompt in drawn}
   some = [row for row, id in zip(kept_rows, of, strict=True) if id in ids_drawn]
   for kept in some:
-    turns = prompting.plain(prompts[kept["prompt_id"]])
+    prompt = prompts[kept["prompt_id"]]
+    turns = prompting.plain(prompt)
     sample, recalled = samples.of_row(kept), 0
     if cfg.recall_epochs and run.model.thinks:
       line = run.task.recalled(sample.thought)
@@ -103,7 +104,8 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
     tokens, forced = sample.tokens, sample.forced
     if not run.model.thinks:
       tokens, forced = _answer(run, sample.answer), 0
-    row = prompting.row(run.model.tok, turns, tokens, forced)
+    told = run.task.teach(prompt.blind(), worked=0) if cfg.spec_in_prompt else turns
+    row = prompting.row(run.model.tok, told, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
     found.append((turns, row, end))
   for prompt in run.prompts.choose("train", "capability", cfg.capability):

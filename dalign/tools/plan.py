@@ -34,6 +34,7 @@ from dalign.stages import scoring
 from dalign.stages import services
 from dalign.text import packing
 from dalign.tools import hlo
+from dalign.training import distillation
 from dalign.training import policy_gradient
 from dalign.training import reward
 from dalign.training import rollout
@@ -199,9 +200,10 @@ def phases(run: Run) -> Iterator[Phase]:
   kept = prompts * cfg.filter.per_prompt
 
   def training(
-    name, loss, optimizer, params, batch, *, steps, tokens, loops, beside=()
+    name, loss, optimizer, params, batch, *, steps, tokens, loops, beside=(), fixed=None
   ):
     trained, frozen = adapters.split(params)
+    frozen = adapters.join(frozen, fixed or {})
     tx = train.make_optimizer(optimizer, steps=max(2, round(steps)))
     program = train.program(loss, tx, mesh, trained)
     batch = {n: _array(mesh, n, x) for n, x in batch.items()}
@@ -266,6 +268,8 @@ def phases(run: Run) -> Iterator[Phase]:
       tokens=shape.micro * shape.rows * shape.length,
       loops=_loops(run, shape),
     )
+  if "distill" in stages and cfg.distill:
+    yield from _distill(run, cfg.distill, training, sampling, trunk)
   if "reward" in stages:
     c = cfg.reward
     head = jax.eval_shape(reward.init_head, made, run.key)
@@ -289,11 +293,60 @@ def phases(run: Run) -> Iterator[Phase]:
     yield from _rl(run, training, sampling, trunk)
 
 
+def _distill(
+  run: Run, c: configs.DistillConfig, training, sampling, trunk: PyTree
+) -> Iterator[Phase]:
+  """As of RL, and what the teacher reads; it is the start or, where it is another,
+  takes as much again."""
+  cfg, arch, shape = run.cfg, run.model.arch, c.batch
+  exact, start = c.loss == "exact", _start(cfg, trunk)
+  beside = start if c.teacher == c.start else (start, trunk)
+  lines = _lines(shape)
+  lines["sampled_BT"] = lines.pop("weight_BT") > 0
+  told = (arch.width,) if exact else ()
+  dtype = jnp.dtype(cfg.compute.dtype if exact else "float32")
+  name = "teacher_BTD" if exact else "teacher_BT"
+  lines[name] = np.zeros((*lines["tokens_BT"].shape, *told), dtype)
+  update = training(
+    "distill update",
+    distillation.make_loss(
+      cfg=arch, compute=cfg.compute, temperature=c.temperature, exact=exact
+    ),
+    c.optimizer,
+    {"policy": trunk},
+    lines,
+    steps=c.steps,
+    tokens=shape.micro * shape.rows * shape.length,
+    loops=_loops(run, shape),
+    beside=beside,
+    fixed={"teacher": distillation.head_of(trunk)},
+  )
+  yield from _rollouts(run, c, ("student", "student score"), sampling, trunk, update)
+  wide = configs.BatchConfig(micro=1, rows=c.teacher_rows, length=c.teacher_length)
+  how = {"make": distillation.make_hidden} if exact else {"temperature": c.temperature}
+  read = run.scorer(wide, **how)
+  own = _spec_room(run) + cfg.sampler.prompt_room + c.max_new
+  tokens = wide.rows * wide.length
+  yield Phase(
+    "teacher",
+    lambda: read.lowered(trunk),
+    c.steps * c.prompts * c.samples * own / tokens,
+    tokens,
+    (_chunks(run, wide),),
+    {"parameters": trunk},
+    (beside, update.held["optimizer"]),
+  )
+  yield update
+
+
+def _start(cfg, trunk: PyTree) -> PyTree:
+  """What lies beside a policy of the start: all or, with adapters, these alone."""
+  return trunk if not cfg.lora.rank else adapters.split(trunk)[0]
+
+
 def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
-  """Rollouts, scores of the start, and updates; the start lies beside the policy, all
-  of it or, with adapters, these alone."""
+  """Rollouts, scores of the start, and updates."""
   cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
-  start = trunk if not cfg.lora.rank else adapters.split(trunk)[0]
   policy = trunk
   if c.objective.learns_values:
     policy = {
@@ -306,8 +359,6 @@ def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     temperature=c.temperature,
     objective=c.objective,
   )
-  rollouts, room = c.prompts * c.samples, cfg.sampler.prompt_room
-  lines = rollouts * (room + c.max_new) / shape.length
   update = training(
     "rl update",
     loss,
@@ -317,29 +368,40 @@ def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     steps=c.steps,
     tokens=shape.micro * shape.rows * shape.length,
     loops=_loops(run, shape),
-    beside=start,
+    beside=_start(cfg, trunk),
   )
+  yield from _rollouts(run, c, ("rollout", "score"), sampling, trunk, update)
+  yield update
+
+
+def _rollouts(
+  run: Run, c, names: tuple[str, str], sampling, trunk: PyTree, update: Phase
+) -> Iterator[Phase]:
+  """Rollouts of a stage, and their scores by its start, so named."""
+  cfg, shape = run.cfg, c.batch
+  rollouts, room = c.prompts * c.samples, cfg.sampler.prompt_room
+  lines = rollouts * (room + c.max_new) / shape.length
+  beside = update.beside, update.held["optimizer"]
   yield from sampling(
-    "rollout",
+    names[0],
     trunk,
     samples=rollouts * c.steps,
     distinct=c.prompts * c.steps,
     prefix=cfg.sampler.prefix_step,
     max_new=c.max_new,
     lanes=1,
-    beside=(start, update.held["optimizer"]),
+    beside=beside,
   )
   score = run.scorer(shape, temperature=c.temperature)
   yield Phase(
-    "score",
+    names[1],
     lambda: score.lowered(trunk),
     c.steps * lines / shape.rows,
     shape.rows * shape.length,
     (_chunks(run, shape),),
     {"parameters": trunk},
-    (start, update.held["optimizer"]),
+    beside,
   )
-  yield update
 
 
 def _array(mesh, name: str, x) -> jax.ShapeDtypeStruct:
@@ -529,6 +591,8 @@ def uneven(cfg: configs.Config, parts: int) -> list[str]:
     "reward.rows": cfg.reward.rows,
     "rl.batch.rows": cfg.rl.batch.rows,
   }
+  if cfg.distill:
+    counts["distill.batch.rows"] = cfg.distill.batch.rows
   return [f"{name} = {rows}" for name, rows in counts.items() if rows % parts]
 
 
@@ -550,7 +614,7 @@ def _cure(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
 def _changes(cfg: configs.Config, names: list[str]) -> Iterator[tuple[str, dict]]:
   if not cfg.compute.remat:
     yield "--config.compute.remat=true", {"compute": {"remat": True}}
-  for part in ("sft", "rl"):
+  for part in ("sft", "rl", *(["distill"] if cfg.distill else [])):
     batch = getattr(cfg, part).batch
     rows = batch.rows
     while any(name.startswith(part) for name in names) and rows > 1:

@@ -294,8 +294,8 @@ def metrics(rollouts: Sequence[Rollout], *, group_size: int) -> dict[str, float]
   return values
 
 
-def to_row(r: Rollout, step: int) -> dict:
-  """A rollout as a JSON row for people to read."""
+def sample_row(r: Rollout, step: int) -> dict:
+  """What was sampled, as a JSON row for people to read."""
   return {
     "step": step,
     "prompt_id": r.prompt.id,
@@ -305,9 +305,15 @@ def to_row(r: Rollout, step: int) -> dict:
     "thought": r.sample.thought,
     "answer": r.sample.answer,
     "malformed": r.sample.malformed,
+    "kl_nats": r.kl,
+  }
+
+
+def to_row(r: Rollout, step: int) -> dict:
+  """The same with what it earned."""
+  return sample_row(r, step) | {
     "reward": r.reward if r.scored else None,
     "unscored": r.unscored,
-    "kl_nats": r.kl,
     "advantage": float(np.mean(r.advantage)),
   }
 

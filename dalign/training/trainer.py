@@ -49,9 +49,11 @@ class Trainer:
   averaged: int = 0
   profile: configs.ProfileConfig = configs.ProfileConfig(steps=())
   result: Callable[[PyTree], PyTree] = lambda params: params  # what is kept of them
+  beside: PyTree = dataclasses.field(default_factory=dict)  # read, and never trained
 
   def __post_init__(self):
-    trained, self._frozen = adapters.split(self.params)
+    trained, frozen = adapters.split(self.params)
+    self._frozen = adapters.join(frozen, self.beside)
     program = train.program(
       self.loss,
       train.make_optimizer(self.optimizer, steps=self.steps),

@@ -1,0 +1,217 @@
+"""prompts -> distill/params: the model's samples, scored by a teacher with the spec.
+
+The student thinks and answers without the specification. The teacher, whose parameters
+stay as they are, reads the same tokens behind spec(category) and, of prompts with a
+known answer, behind the prompt alone. One update a step; no judge, no reward.
+"""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from dalign.config import schema as configs
+from dalign.config import stages
+from dalign.evaluation import evals
+from dalign.models import adapters
+from dalign.models import ops
+from dalign.policy import prompting
+from dalign.runs import progress
+from dalign.runs import stopping
+from dalign.sampling import likelihood
+from dalign.sampling.sampler import Request
+from dalign.stages import rollouts as rollouts_of
+from dalign.stages import samples as sample_rows
+from dalign.stages import services
+from dalign.text import packing
+from dalign.training import distillation
+from dalign.training import rollout
+from dalign.training import train
+from dalign.training.rollout import Rollout
+from dalign.types import Prompt
+from dalign.types import PyTree
+
+Run = services.Services[stages.DistillStage]  # what this stage sees of a run
+
+NOTHING = 0.02  # of decisions: where no more of them differ, nothing is to be learned
+
+
+def distill(run: Run) -> None:
+  """Trains the student from its start; writes rollouts as text every few steps."""
+  cfg = run.cfg.distill
+  inputs = [*run.sources]
+  if "sft" in (cfg.start, cfg.teacher):
+    inputs.append(run.store.path("sft", "manifest.json"))
+  if not run.begin([path for path in inputs if path.exists()]):
+    return
+  choose = rollouts_of.prompt_schedule(run, cfg)
+  check_room(run)
+  start = run.model.start_params(cfg.start)
+  teacher = start if cfg.teacher == cfg.start else run.model.start_params(cfg.teacher)
+  headroom = measure_headroom(run, start, teacher)
+  trainer = run.trainer(
+    params={"policy": adapters.copy_trainable(start)},
+    loss=distillation.make_loss(
+      cfg=run.model.arch,
+      compute=run.cfg.compute,
+      temperature=cfg.temperature,
+      exact=cfg.loss == "exact",
+    ),
+    optimizer=cfg.optimizer,
+    steps=cfg.steps,
+    every=cfg.checkpoint_every,
+    result=lambda params: params["policy"],
+    beside={"teacher": distillation.head_of(teacher)},
+  )
+  reference = run.scorer(cfg.batch, temperature=cfg.temperature)
+  reads = teacher_scorer(run)
+  shown = rollouts_of.rewound(run, trainer.step)
+  with trainer, progress.bar(cfg.steps, "distill", "step", trainer.step) as bar:
+    while trainer.step < cfg.steps:
+      # The student samples without the specification.
+      student = trainer.all_params["policy"]
+      key = ops.stream(run.key, "student", trainer.step)
+      prompts = choose(trainer.step)
+      rollouts = rollouts_of.collect_rollouts(
+        run, cfg, student, prompts, cfg.samples, key
+      )
+      rollouts = rollouts_of.with_scores(rollouts, "reference", reference, start)
+      halt = rollouts_of.halter(run, trainer.step + 1, rollouts)
+      rollouts_of.check_kl(rollouts, "distill", cfg.stop_kl, halt)
+      metrics = step_metrics(run, rollouts)
+
+      # The teacher reads its tokens behind the specification; loss and update.
+      lines = build_batch(run, rollouts, reads, teacher)
+      batch, used = train.micro_batches(lines, cfg.batch)
+      with stopping.uninterrupted():
+        found = trainer.update(batch, used, metrics)
+        if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
+          rows = [rollout.sample_row(r, trainer.step) for r in rollouts]
+          run.store.append_rows(shown, rows)
+        trainer.save()
+      reverse_kl, kl = found["loss"], metrics["distill/kl_nats"]
+      bar.set_postfix(reverse_kl=f"{reverse_kl:.3f}", kl=f"{kl:.2f}")
+      bar.update()
+  trainer.finish()
+  told = {f"headroom_{name}": value for name, value in headroom.items()}
+  run.store.finish("distill", {"steps": cfg.steps} | told)
+
+
+def told_tokens(run: Run, prompt: Prompt) -> tuple[int, ...]:
+  """What the teacher reads before it goes on as the student did."""
+  turns = prompting.plain(prompt)
+  if prompt.kind != "capability":
+    turns = run.task.teach(prompt.blind(), worked=run.cfg.distill.demonstrations)
+  return prompting.opened(run.model.tok, turns, run.model.thinks, whole=True)
+
+
+def check_room(run: Run) -> None:
+  """ValueError where a line of the teacher may not hold what it has to read."""
+  cfg = run.cfg.distill
+  prompts = run.prompts.choose("train", "safety", None, cfg.expected)
+  if cfg.capability:
+    prompts += run.prompts.choose("train", "capability", None)
+  fitting = rollouts_of.fitting(run, prompts)
+  longest = max(len(told_tokens(run, prompt)) for prompt in fitting) + cfg.max_new
+  if longest > cfg.teacher_length:
+    raise ValueError(
+      f"config.distill.teacher_length: wanted {longest} or more, the tokens of the "
+      f"longest specification, prompt and rollout, got {cfg.teacher_length}"
+    )
+
+
+def teacher_scorer(run: Run) -> likelihood.Scorer:
+  """What the teacher makes of each token: the state that predicts it where the loss is
+  exact, else its log-probability in nats."""
+  cfg = run.cfg.distill
+  shape = configs.BatchConfig(micro=1, rows=cfg.teacher_rows, length=cfg.teacher_length)
+  if cfg.loss == "exact":
+    return run.scorer(shape, make=distillation.make_hidden)
+  return run.scorer(shape, temperature=cfg.temperature)
+
+
+def build_batch(
+  run: Run, rollouts: Sequence[Rollout], reads: likelihood.Scorer, teacher: PyTree
+) -> dict[str, np.ndarray]:
+  """The rollouts packed into lines, with what the teacher makes of each sampled token
+  at its place, as `distillation.make_loss` reads them."""
+  cfg = run.cfg.distill
+  told = {r.prompt.id: told_tokens(run, r.prompt) for r in rollouts}
+  fronts = [told[r.prompt.id] for r in rollouts]
+  said = [r.sample.tokens[r.sample.forced :] for r in rollouts]
+  rows = [[*front, *own] for front, own in zip(fronts, said, strict=True)]
+  found = reads(teacher, rows, [*map(len, fronts)])
+  own = [
+    (r.tokens, [False] * r.first_sampled + [True] * len(r.behaviour)) for r in rollouts
+  ]
+  packed = packing.pack(own, length=cfg.batch.length)
+  scores = np.zeros((*packed.tokens_BT.shape, *found[0].shape[1:]), found[0].dtype)
+  for (b, first, size), score in zip(packed.where, found, strict=True):
+    scores[b, first + size - len(score) : first + size] = score
+  name = "teacher_BTD" if cfg.loss == "exact" else "teacher_BT"
+  return packed.lines | {"sampled_BT": packed.weight_BT > 0, name: scores}
+
+
+def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+  """What says that a student collapses: format, length, KL, and what evaluation's
+  grader makes of answers and thoughts."""
+  watched = ("format", "kl_nats", "length_tokens", "truncated", "distinct")
+  found = rollout.metrics(rollouts, group_size=run.cfg.distill.samples)
+  values = {name: found[name] for name in (*watched, "thought_words")}
+  values |= rollouts_of.graded(run, rollouts)
+  return {f"distill/{name}": value for name, value in values.items()}
+
+
+def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
+  """How often the teacher decides otherwise than the student does before the first
+  step; said, and kept in distill/headroom.json."""
+  cfg = run.cfg.distill
+  path = run.store.path("distill", "headroom.json")
+  if not cfg.probed:
+    return {}
+  if run.store.has(path):
+    return run.store.read_json(path)
+  prompts = run.prompts.choose("train", "safety", None, cfg.expected)
+  there = {prompt.id for prompt in rollouts_of.fitting(run, prompts)}
+  prompts = run.prompts.choose("train", "safety", cfg.probed, cfg.expected, there)
+  key = ops.stream(run.key, "headroom")
+  alone = rollouts_of.collect_rollouts(run, cfg, start, prompts, 1, key)
+  groups = collections.defaultdict(list)
+  for prompt in prompts:
+    tokens, row_id = told_tokens(run, prompt), (prompt.id, 0)
+    asked = Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new)
+    groups[prompt.category].append(asked)
+  completions = run.sampler.complete(
+    run.sampler.prepare(teacher),
+    [*groups.values()],
+    key=key,
+    temperature=cfg.temperature,
+    max_new=cfg.max_new,
+    grows=True,
+  )
+  of = {completion.request.row_id[0]: completion for completion in completions}
+  pairs = []
+  for r in alone:
+    told = sample_rows.of(run.model, r.prompt, of[r.prompt.id], 0, run.model.thinks)
+    outcomes = [run.task.outcome(r.prompt, sample) for sample in (r.sample, told)]
+    pairs.append((outcomes[0], outcomes[1]))
+  found = evals.flips(pairs)
+  run.store.write_json(path, found)
+  progress.say(f"distill: {headroom_line(found)}")
+  return found
+
+
+def headroom_line(found: dict) -> str:
+  """The headroom in a line."""
+  if not found["n"]:
+    return "no reply to the prompts probed has a grade: what can be learned is unknown"
+  shares = {n: f"{x:.0%}" for n, x in found.items() if n not in ("n", "unscored")}
+  line = (
+    "with the specification in sight the teacher decides otherwise on "
+    f"{shares['otherwise']} of {found['n']} prompts: on {shares['gained']} from wrong "
+    f"to right, on {shares['lost']} from right to wrong; right are "
+    f"{shares['right_untold']} without it, {shares['right_told']} with it"
+  )
+  if found["otherwise"] <= NOTHING:
+    line += ". Of its decisions there is nothing to be learned"
+  return line
