@@ -16,6 +16,8 @@ README.md is the table of these three; in short, held out, the mean and each see
   attacks refused   0%, 99% (100, 100, 97), 97% (98, 97, 94), 97% (97, 97, 95)
   allowed answered  100%, 100% (100, 100, 99), 97% (100, 100, 92), 100% (100, 100, 99)
   capability        100% each
+
+Of :distill, seed 0: verdicts 78% after SFT, 98% after distillation (docs/results.md).
 """
 
 import importlib.util
