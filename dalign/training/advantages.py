@@ -145,7 +145,7 @@ def with_advantages(objective: ObjectiveConfig, rollouts: Mapping) -> dict:
   """Rollouts, a row each, as the batch that the loss reads.
 
   They have [B, T] arrays tokens, positions, ends, sampled, rollout
-  (`policy_gradient.scatter_to_packed`), behaviour and reference, of B = P R rows
+  (`rollout.scatter_to_packed`), behaviour and reference, of B = P R rows
   reward_PR and scored_PR, and cut_B, which max_new cut. Rows that carry no gradient are
   no targets, and are counted as left out.
   """
