@@ -54,7 +54,7 @@ def both(exported, workdir):
     pretrained=place, dtype="float32", device="cpu", batch_size=1, max_length=512
   )
   # It is compared as a base: no thought is opened, and the harness says how long.
-  theirs.tokenizer.chat_template = ours.model.run.model_tok.chat_template
+  theirs.tokenizer.chat_template = ours.model.tok.chat_template
   theirs.model.generation_config.max_new_tokens = None
   return ours, theirs
 

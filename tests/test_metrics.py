@@ -308,7 +308,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeyp
 
 
 def test_no_stage_depends_on_where_it_is_logged_or_profiled():
-  world = config_file("world").get_config().to_dict()
+  world = config_file("world").get_config("distill").to_dict()
   cfg = configs.build(configs.Config, world)
   kept = {
     key.partition(".")[0]

@@ -308,7 +308,7 @@ def test_the_same_command_again_does_nothing(workdir):
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jsonl")}
   again = run_command(workdir, "--config.stages=generate,filter,sft,reward,rl,eval")
   assert again.returncode == 0
-  assert again.stderr.count("done before, skipped") == 7
+  assert again.stderr.count("done before, skipped") == 6
   assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*.jsonl")}
 
 
@@ -612,11 +612,15 @@ def test_sft_leaves_the_spec_in_the_prompt_where_a_teacher_is_made(run, monkeypa
   told, _, also_dropped = sft_stage._rows(run, kept)
   assert also_dropped == dropped
   n = len(rows(kept))
-  for (tokens, weights), (_, before) in zip(told[:n], plain[:n], strict=True):
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
+  policies = [prompts[row["prompt_id"]].category != "benign" for row in rows(kept)]
+  for (tokens, weights), (_, before), policy in zip(
+    told[:n], plain[:n], policies, strict=True
+  ):
     before_reply = [t for t, w in zip(tokens, weights, strict=True) if not w]
     shown = run.model.tok.decode(before_reply)
-    clauses = [c.text for p in run.task.spec.policies for c in p.clauses]
-    assert any(text in shown for text in clauses)
+    ids = [f"{c.id}:" for p in run.task.spec.policies for c in p.clauses]
+    assert any(id in shown for id in ids) == policy
     assert sum(weights) == sum(before)  # the same completion is learned
   assert told[n:] == plain[n:]  # known answers
 
@@ -1171,7 +1175,7 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
 def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
   def schedule(kind, **changes):
     cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | changes)
-    some = opened(cfg, tmp_path)
+    some = opened(cfg, tmp_path, "rl")
     some.prompts.all = [p for p in some.prompts.all if p.kind == kind]
     return rollouts_of.prompt_schedule(some, some.cfg.rl)
 

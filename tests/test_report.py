@@ -583,13 +583,14 @@ def test_nothing_is_missing_from_a_whole_run(run):
 
 def test_a_stage_that_nobody_asked_for_is_not_missing(tmp_path):
   workdir = build_run(tmp_path)
-  for stage in ("base", "filter", "reward"):
+  for stage in ("base", "filter", "distill", "reward"):
     shutil.rmtree(workdir / stage)
   path = workdir / "config.json"
   config = json.loads(path.read_text())
   for stages, more, missing in (
     ("all", {}, ["filter", "reward"]),
     ("all", {"world.spec": 0}, ["base", "filter", "reward"]),
+    ("all", {"distill.start": "sft"}, ["filter", "distill", "reward"]),
     ("base, generate,filter,sft,rl", {}, ["filter"]),
     ("generate,rl", {"world.spec": 0}, []),
   ):

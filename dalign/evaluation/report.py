@@ -169,7 +169,8 @@ def _asked(config: Json) -> tuple[str, ...]:
   """The stages that a config asks for: but a world's, none trains a base."""
   config = config or {}
   asked = configs.chosen_stages(config.get("stages", "all"))
-  return asked if "world.spec" in config else tuple(s for s in asked if s != "base")
+  optional = {"base": "world.spec", "distill": "distill.start"}
+  return tuple(s for s in asked if s not in optional or optional[s] in config)
 
 
 def _manifests(workdir: pathlib.Path, asked: tuple[str, ...]) -> dict[str, Json]:
