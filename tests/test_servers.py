@@ -127,8 +127,8 @@ def test_a_server_opens_the_thought_of_an_exported_model(workdir, port, tmp_path
     replies = endpoint.Endpoint(at, tmp_path / "endpoint.jsonl").chat(requests)
   wanted = own.replies(chats, max_new=40, temperature=0.0)
   for said, reply, sample in zip(asked, replies, wanted, strict=True):
-    think = own.run.think.of(said)
-    written = own.run.tok.decode(sample.tokens[sample.forced :])
+    think = own.think.of(said)
+    written = own.tok.decode(sample.tokens[sample.forced :])
     thought, answer = thinking.split_begun(think.open + written, think, whole=True)
     heard, _, rest = reply.text.partition(think.close)  # as the card has it
     assert f"{think.start}{heard}".strip() == thought and rest.strip() == answer
@@ -208,7 +208,7 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
     *(f"--workdir={run}", "--config.stages=eval", "--config.eval.arms=('endpoint',)"),
     *("--config.eval.grader=('rules','endpoint')", "--config.eval.form=harmbench"),
     *("--config.eval.prompts=2", "--config.eval.helpful=1"),
-    *("--config.eval.capability=1", "--config.eval.max_new=16"),
+    *("--config.eval.capability=1", "--config.eval.max_new=256"),
     *("--config.eval.grader_max_new=16", "--config.eval.trials=10"),
     "--config.eval.unscored=1.0",
   ]
@@ -242,7 +242,12 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
 
 def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   cfg = configs.build(configs.Config, config_file("quickstart").get_config().to_dict())
-  field = domain.make(cfg, lambda: store.read_spec_files(ROOT / "specs"))
+  field = domain.English(
+    lambda: store.read_spec_files(ROOT / "specs"),
+    think=thinking.ThinkFormat(open=cfg.think.open, close=cfg.think.close),
+    detail=cfg.spec.detail,
+    copies="",
+  )
   known = field.labelled()[:8]
   cache, log = tmp_path / "endpoint.jsonl", tmp_path / "server.log"
   at = dataclasses.replace(
