@@ -4,18 +4,15 @@ They lie in the folder `cases` of the shared data, whose README.md says what is 
 The check of a case has its folder's name and takes its files as they lie there.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import dataclasses
 import datetime
 import functools
 import http.server
-import importlib.util
 import json
 import pathlib
 import sys
 import threading
-import types
 from typing import Any
 
 import jax
@@ -23,27 +20,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import dalign
 from dalign import stages
 from dalign.config import schema as configs
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
-from dalign.formats import ggufs
 from dalign.formats import weights
-from dalign.judges import endpoint
 from dalign.models import transformer
 from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import store
 from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
-from dalign.serving import server
-from dalign.stages import servers
 from dalign.stages import services
 from dalign.text import chat_template
-from dalign.text import thinking
-from dalign.text import vocab
 from dalign.types import Turn
+from tests import former
 from tests.helpers import ROOT
 from tests.helpers import opened
 from tests.helpers import tiny
@@ -109,7 +100,7 @@ class Case:
     where = self.folder / "mk.py"
     if not where.exists():
       where = self.folder.parent / "tied_both" / "mk.py"
-    mk = _module(where)
+    mk = former.load(where)
     cfg = dataclasses.replace(mk.CFG, **sizes)
     return str(mk.make(kind, self.workdir.parent / "models" / kind, cfg))
 
@@ -121,7 +112,7 @@ class Case:
     lines: list[str] = []
     self.patch.setattr(sys, "path", [*sys.path])
     said = {"print": lambda *said: lines.append(" ".join(map(str, said)))}
-    with _former():
+    with former.modules():
       exec(compile(content, name, "exec"), said)
     return lines
 
@@ -143,7 +134,7 @@ class Served:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(http.server, "ThreadingHTTPServer", Server)
       patch.setattr(sys, "argv", ["srv.py", str(port), kind])
-      self._module = _module(own.folder / "srv.py")
+      self._module = former.load(own.folder / "srv.py")
     self.port = self._made.server_port
 
   @property
@@ -166,42 +157,6 @@ class Served:
   def __exit__(self, *error) -> None:
     self._made.shutdown()
     self._made.server_close()
-
-
-@contextlib.contextmanager
-def _former() -> Iterator[None]:
-  """Modules by the names of one folder, which the scripts of cases know them by."""
-
-  def run(cfg, workdir, devices):
-    found = opened(cfg, workdir, "eval")
-    return types.SimpleNamespace(model=found.model, domain=found.task)
-
-  def sample(run, *rest):
-    return servers.sample(run.model, *rest)
-
-  text = types.SimpleNamespace(**vars(chat_template) | vars(thinking))
-  pipeline = types.ModuleType("dalign.pipeline")
-  pipeline.context = types.SimpleNamespace(Run=run)
-  pipeline.servers = types.SimpleNamespace(sample=sample)
-  modules = {"config": configs, "data": prompt_sets, "text": text, "spec": specs}
-  modules |= {"model": transformer, "serve": server, "pipeline": pipeline}
-  modules |= {
-    module.__name__.rpartition(".")[2]: module
-    for module in (endpoint, evals, ggufs, store, vocab, weights)
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    for name, module in modules.items():
-      patch.setitem(sys.modules, f"dalign.{name}", module)
-      patch.setattr(dalign, name, module, raising=False)
-    yield
-
-
-def _module(path: pathlib.Path) -> types.ModuleType:
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  with _former():
-    spec.loader.exec_module(module)
-  return module
 
 
 @pytest.fixture

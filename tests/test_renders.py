@@ -1,7 +1,6 @@
 """What models read of a conversation under templates that strangers wrote."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 
@@ -12,6 +11,7 @@ from dalign.stages import scoring
 from dalign.stages import services
 from dalign.types import Prompt
 from dalign.types import Turn
+from tests import former
 from tests.helpers import opened
 from tests.helpers import tiny
 
@@ -23,9 +23,7 @@ PROMPT = Prompt(id="x", turns=ASK, category="illicit_behavior", expected="refuse
 def model_of(shared_cases, tmp_path_factory):
   """The folder of a tiny model with a template of a kind that mk.py names."""
   where = shared_cases / "system_in_user_turn" / "mk.py"
-  spec = importlib.util.spec_from_file_location("mk", where)
-  mk = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(mk)
+  mk = former.load(where)
   return lambda name: str(mk.make(name, tmp_path_factory.mktemp("models") / name))
 
 

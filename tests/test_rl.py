@@ -520,7 +520,7 @@ def test_rollouts_left_out_count_where_a_constant_divides(
   some, _, same = run(params, batch)
   np.testing.assert_allclose(some.total, whole.total, rtol=1e-6)
   np.testing.assert_allclose(some.count, whole.count + counted, rtol=1e-6)
-  close(same, grads, atol=0, rtol=1e-6)
+  close(same, grads, atol=1e-7, rtol=1e-4)  # sums of two calls
 
 
 def even(rows):

@@ -30,7 +30,7 @@ TRICKY = [
   "x  2   3\t4",
   "don't\n\n  indent  \r\n",
   "naïve café 日本語 🙂 \u200d ½ ٣",
-  "tab\x04\x14 \U00050000 é",
+  "tab\t\x07 \U000e0041 \ufffd é",
   "<|im_end|",
   "_under__score's I'LL {x:03d} 1.5e-3",
 ]
