@@ -165,6 +165,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   c.filter.update(dict(judge="sampled", votes=4, max_new=512, per_cell=1000))
   c.sft.update(
     dict(
+      most=10**6,
       epochs=3,
       batch=dict(micro=1, rows=rows, length=2048),
       optimizer=quickstart.optimizer(2e-4 if rank else 1e-5),
@@ -172,6 +173,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   )
   c.reward.update(
     dict(
+      answer_weight=0.0,
       detail="full",
       steps=100,
       rows=few,
@@ -199,6 +201,8 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
       optimizer=quickstart.optimizer(2e-5 if rank else 1e-6),
     )
   )
-  c.eval.update(dict(max_new=1024, budgets=(0, 128, 512)))
+  c.eval.update(
+    dict(max_new=1024, prompts=135, helpful=15, capability=40, budgets=(0, 128, 512))
+  )
   c.plan.update(dict(topology=topology, chip="" if topology else "h200"))
   return c

@@ -105,14 +105,14 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"wanted one of {', '.join(SIZES)} or none, got {size!r}")
   c = _quickstart()
   if size:
-    c.recipe = f"quickstart:{size}.v2"
+    c.recipe = f"quickstart:{size}.v3"
     {"full": _full, "self_taught": _self_taught}[size](c)
   return c
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
   """More epochs, a longer reward model, RL until it matters, and more to measure."""
-  c.sft.epochs = 3
+  c.sft.update(dict(epochs=3, most=10**6))
   c.reward.steps = 330  # about all that it can learn from, once
   c.rl.steps = 60
   c.eval.update(dict(prompts=10**6, helpful=10**6, samples=2, budgets=(0,), swaps=60))
@@ -137,7 +137,7 @@ def _self_taught(c: ml_collections.ConfigDict) -> None:
 
 def _quickstart() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
-  c.recipe = "quickstart.v3"
+  c.recipe = "quickstart.v4"
   c.seed = 0
   c.stages = "all"
   c.start_over = False
@@ -206,7 +206,8 @@ def _quickstart() -> ml_collections.ConfigDict:
     epochs=1,
     spec_in_prompt=False,
     worked=True,
-    most=10**6,
+    # What decides is learned of all rows, by their recall; the whole of these.
+    most=800,
     capability=0,  # they are in the recording
     # Single steps move the odds of all refusals at once.
     # What a thought of this model makes of a prompt hangs on the clause it begins with.
@@ -226,12 +227,13 @@ def _quickstart() -> ml_collections.ConfigDict:
     shows_thought=False,
     detail="clauses",
     metadata="none",
-    steps=120,
+    steps=40,
     rows=24,
     length=128,  # of 8,813 questions one in a hundred is longer, behind its policy
     held_out=0.1,
     point_weight=1.0,
     pair_weight=1.0,
+    answer_weight=1.0,  # bare refusals sound alike, due or not
     optimizer=optimizer(1e-4),
     checkpoint_every=20,
   )
@@ -239,7 +241,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     start="sft",
     reward="model",
     metadata="none",
-    steps=16,
+    steps=8,
     # With the capability prompts, as many rollouts as the sampler has slots.
     prompts=16,
     expected=("refuse", "safe_complete", "comply"),
@@ -272,9 +274,9 @@ def _quickstart() -> ml_collections.ConfigDict:
     grader_endpoint=dict(NO_ENDPOINT),  # or a flag would change both
     form="grade",
     grader_max_new=512,  # a thought of some sentences, and one line
-    prompts=135,
-    helpful=15,
-    capability=40,
+    prompts=108,
+    helpful=12,
+    capability=24,
     samples=1,
     budgets=(),
     swaps=0,

@@ -274,6 +274,7 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     held_out=0.1,
     point_weight=1.0,
     pair_weight=1.0,
+    answer_weight=0.0,
     optimizer=quickstart.optimizer(3e-3),
     checkpoint_every=100,
   )

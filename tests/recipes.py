@@ -30,6 +30,7 @@ LATER = {
   "eval.form": "grade",
   "distill": None,
   "sft.spec_in_prompt": False,
+  "reward.answer_weight": 0.0,
   "rl.skip_kl": 0.0,
   **{f"{x}.optimizer.skip_norm": 0.0 for x in ("world", "sft", "reward", "rl")},
 }

@@ -676,6 +676,13 @@ def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeyp
     line = trained(row).strip().partition(": ")[0]
     assert line == "No clause" or line in specs.clause_ids(run.task.spec)
 
+  two = [kept, kept | {"index": 1}]
+  monkeypatch.setattr(run.store, "read_rows", lambda _: two)
+  changes = {"sft": {"most": 1, "capability": 0, "worked": False}}
+  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, changes))
+  found, recalls, dropped = sft_stage._rows(run, "kept.jsonl")
+  assert (len(found), len(recalls), dropped["beyond_most"]) == (1, 2, 1)
+
 
 def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
   draw = np.random.default_rng(0)

@@ -740,15 +740,15 @@ SPEC = [31, 41, 59, 26, 53]
 
 
 def reward_batch(rows, *, room=8, spec_room=8, filler=0, lines=None):
-  """Rows of (tokens, score, prompt) behind one shared prefix."""
+  """Rows of (tokens, score, prompt, answer) behind one shared prefix."""
   lines = len(rows) if lines is None else lines
   tokens_BT = np.full((lines, room), filler, np.int32)
   prefix_P = np.full(spec_room, filler, np.int32)
   prefix_P[: len(SPEC)] = SPEC
-  for b, (tokens, _, _) in enumerate(rows):
+  for b, (tokens, *_) in enumerate(rows):
     tokens_BT[b, : len(tokens)] = tokens
-  numbers = np.zeros((3, lines))
-  numbers[:, : len(rows)] = np.transpose([(len(t), s, p) for t, s, p in rows])
+  numbers = np.zeros((4, lines))
+  numbers[:, : len(rows)] = np.transpose([(len(t), *rest) for t, *rest in rows])
   return {
     "prefix_P": prefix_P,
     "prefix_len": np.int32(len(SPEC)),
@@ -756,6 +756,7 @@ def reward_batch(rows, *, room=8, spec_room=8, filler=0, lines=None):
     "length_B": numbers[0].astype(np.int32),
     "score_B": numbers[1].astype(np.float32),
     "prompt_B": numbers[2].astype(np.int32),
+    "answer_B": numbers[3].astype(np.int32),
   }
 
 
@@ -766,10 +767,11 @@ def reward_params(params):
 
 @pytest.fixture(scope="module")
 def rows():
-  """(tokens, judged score, prompt): three prompts of 3, 2 and 1 answers."""
+  """(tokens, judged score, prompt, answer): three prompts of 3, 2 and 1 answers, of
+  which the first two have one answer in common, and all three another."""
   rng = np.random.default_rng(2)
-  marks = [(0.9, 0), (0.1, 0), (0.5, 0), (0.0, 1), (1.0, 1), (0.4, 2)]
-  return [(rng.integers(0, 97, rng.integers(1, 9)).tolist(), s, p) for s, p in marks]
+  marks = [(0.9, 0, 0), (0.1, 0, 1), (0.5, 0, 2), (0.0, 1, 0), (1.0, 1, 1), (0.4, 2, 1)]
+  return [(rng.integers(0, 97, rng.integers(1, 9)).tolist(), *some) for some in marks]
 
 
 @pytest.fixture(scope="module")
@@ -806,7 +808,7 @@ def test_padding_and_neighbours_change_no_score(judge, rows):
 
 @pytest.fixture(scope="module")
 def reward_loss(cfg, compute, reward_params):
-  loss = reward.make_loss(cfg=cfg, compute=compute, pair_weight=0.5)
+  loss = reward.make_loss(cfg=cfg, compute=compute, pair_weight=0.5, answer_weight=0.25)
 
   @jax.jit
   def run(params, batch):
@@ -828,19 +830,24 @@ def test_the_reward_loss_is_points_and_pairs(judge, reward_loss, rows):
   batch = reward_batch(rows, lines=8)
   mean, metrics, _ = reward_loss(batch)
   logit = judge(batch).astype(float)
-  points, pairs, right = [], [], []
-  for i, (_, s, p) in enumerate(rows):
+  points, pairs, right, answers, told = [], [], [], [], []
+  for i, (_, s, p, a) in enumerate(rows):
     q = sigmoid(logit[i])
     points.append(-(s * np.log(q) + (1 - s) * np.log(1 - q)))
-    for j, (_, s_j, p_j) in enumerate(rows):
+    for j, (_, s_j, p_j, a_j) in enumerate(rows):
       if p == p_j and s > s_j:
         pairs.append(-np.log(sigmoid(logit[i] - logit[j])) * (s - s_j))
         right.append(logit[i] > logit[j])
-  assert len(pairs) == 4
+      if p != p_j and a == a_j and s > s_j:
+        answers.append(-np.log(sigmoid(logit[i] - logit[j])) * (s - s_j))
+        told.append(logit[i] > logit[j])
+  assert (len(pairs), len(answers)) == (4, 4)
   for name, want in (
     ("point_nats", points),
     ("pair_nats", pairs),
     ("pair_accuracy", right),
+    ("answer_pair_nats", answers),
+    ("answer_pair_accuracy", told),
     (
       "absolute_error",
       [abs(sigmoid(x) - r[1]) for x, r in zip(logit, rows, strict=False)],
@@ -848,7 +855,8 @@ def test_the_reward_loss_is_points_and_pairs(judge, reward_loss, rows):
   ):
     assert metrics[name].count == len(want), name
     np.testing.assert_allclose(metrics[name].value(), np.mean(want), atol=1e-5)
-  want = np.mean(points) + 0.5 * np.sum(pairs) / len(points)
+  more = 0.5 * np.sum(pairs) + 0.25 * np.sum(answers)
+  want = np.mean(points) + more / len(points)
   np.testing.assert_allclose(mean.value(), want, rtol=1e-5)
 
 
@@ -865,6 +873,7 @@ def test_padding_and_order_change_no_reward_gradient(reward_loss, rows):
 
 def test_micro_batches_of_whole_prompts_change_no_reward_gradient(reward_loss, rows):
   """Totals and gradients of the parts add up, as `train.make_update` adds them."""
+  rows = [(*row[:3], i) for i, row in enumerate(rows)]  # no answer of two prompts
   whole = reward_loss(reward_batch(rows, lines=8))
   parts = [reward_loss(reward_batch(part, lines=8)) for part in (rows[:3], rows[3:])]
   close(jax.tree.map(jnp.add, *parts), whole)
@@ -876,7 +885,7 @@ def test_a_reward_model_learns_what_is_plain(reward_loss, reward_params):
   rows = []
   for i in range(8):
     tokens = rng.integers(10, 97, rng.integers(1, 7)).tolist() + [3 + i % 2]
-    rows.append((tokens, 0.9 if i % 2 else 0.1, i // 4))
+    rows.append((tokens, 0.9 if i % 2 else 0.1, i // 4, i))
   batch, params, seen = reward_batch(rows), reward_params, []
   for _ in range(40):
     mean, metrics, grads = reward_loss(batch, params)
@@ -896,7 +905,7 @@ def test_agreement_of_numbers_by_hand():
   predicted = np.array([0.9, 0.3, 0.6, 0.2, 0.05])
   score = np.array([1.0, 0.1, 0.05, 0.5, 0.0])
   prompt = np.array([0, 0, 0, 1, 1])
-  got = reward.agreement(predicted, score, prompt)
+  got = reward.agreement(predicted, score, prompt, np.array([0, 1, 2, 1, 0]))
   # Bins of width 0.2: {0.05}, {0.3, 0.2}, {}, {0.6}, {0.9}.
   error = (0.05 + 2 * abs(0.25 - 0.3) + abs(0.6 - 0.05) + abs(0.9 - 1.0)) / 5
   assert got == {
@@ -904,10 +913,12 @@ def test_agreement_of_numbers_by_hand():
     "pairs": 4,  # 0 over 1, 0 over 2, 1 over 2 (ranked wrongly), 3 over 4
     "accuracy": pytest.approx(4 / 5),
     "pair_accuracy": pytest.approx(3 / 4),
+    "answer_pairs": 2,  # 0 over 4, 3 over 1 (ranked wrongly)
+    "answer_pair_accuracy": pytest.approx(1 / 2),
     "calibration_error": pytest.approx(error),
     "mean_absolute_error": pytest.approx((0.1 + 0.2 + 0.55 + 0.3 + 0.05) / 5),
   }
-  alone = reward.agreement(predicted, score, np.arange(5))
+  alone = reward.agreement(predicted, score, np.arange(5), np.arange(5))
   assert (alone["pairs"], alone["pair_accuracy"]) == (0, None)
 
 

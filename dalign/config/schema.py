@@ -588,8 +588,8 @@ class SFTConfig(Checked):
   spec_in_prompt: kept rows are learned with the specification left in their prompt, as
     stage 1 has it: so a teacher for distillation is made, not what the method is after.
   worked: the spec's own worked examples are learned too, with their thoughts in brief.
-  most: kept rows that are learned, at the most: a draw balanced over category and
-    ideal response type.
+  most: kept rows that are learned whole, at the most: a draw balanced over category
+    and ideal response type. What the others recall is learned in `recall_epochs`.
   capability: how many training prompts with a known answer, with that answer (METHOD:
     capability data).
   recall_epochs: so many epochs, before the others, of nothing but the id of the clause
@@ -693,8 +693,9 @@ class RewardConfig(Checked):
   length: tokens that are read after the policy, the prompt's and the answer's. What has
     more is not learned, and has no score.
   held_out: the share of prompts it is measured on and does not learn.
-  point_weight, pair_weight: weights of its two losses, of each score and of which of
-    two is higher (reward.loss).
+  point_weight, pair_weight, answer_weight: weights of its losses, of each score, of
+    which of two answers to a prompt is the better, and of which of two prompts an
+    answer suits better (reward.loss).
   checkpoint_every: steps between checkpoints.
   """
 
@@ -710,6 +711,7 @@ class RewardConfig(Checked):
   held_out: Share
   point_weight: NotNegative
   pair_weight: NotNegative
+  answer_weight: NotNegative
   optimizer: OptimizerConfig
   checkpoint_every: Count
 

@@ -100,6 +100,7 @@ def _trainer(run: Run) -> trainers.Trainer:
     cfg=run.model.arch,
     compute=run.cfg.compute,
     pair_weight=cfg.pair_weight,
+    answer_weight=cfg.answer_weight,
     point_weight=cfg.point_weight,
   )
   return run.trainer(
@@ -213,10 +214,12 @@ def _held_out(questions, share: float) -> list[bool]:
   return [q.prompt.id in held for q in questions]
 
 
-def _numbered(some: Sequence[int], questions) -> np.ndarray:
-  """A number for the prompt of each of some questions, one for each prompt."""
+def _numbered(some: Sequence[int], questions) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers of the prompt, and of the answer's text, of each of some questions."""
   ids = [questions[i].prompt.id for i in some]
-  return np.unique(ids, return_inverse=True)[1].astype(np.int32)
+  texts = [questions[i].answer for i in some]
+  prompts, answers = (np.unique(x, return_inverse=True)[1] for x in (ids, texts))
+  return prompts.astype(np.int32), answers.astype(np.int32)
 
 
 def _together(some: list[int], questions) -> list[int]:
@@ -267,7 +270,9 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
   batch = renderer.batch(category, rows)
   pad = renderer.cfg.rows - len(indices)
   batch["score_B"] = np.pad(scores[indices], (0, pad))
-  batch["prompt_B"] = np.pad(_numbered(indices, questions), (0, pad))
+  prompt_B, answer_B = _numbered(indices, questions)
+  batch["prompt_B"] = np.pad(prompt_B, (0, pad))
+  batch["answer_B"] = np.pad(answer_B, (0, pad))
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
@@ -276,10 +281,10 @@ def _measure(run: Run, ask, questions, scores, held) -> dict:
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
   some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
   verdicts = ask([questions[i] for i in some])
-  ids = _numbered(some, questions)
+  numbers = _numbered(some, questions)
   predicted = np.array([verdict.score for verdict in verdicts])
   return {
     "questions": len(questions),
-    "held_out": reward.agreement(predicted, scores[some], ids),
+    "held_out": reward.agreement(predicted, scores[some], *numbers),
     "probes": judging.probe(run, ask, run.cfg.reward.metadata),
   }

@@ -1,7 +1,9 @@
 """kept.jsonl -> sft/params: the spec taken out, thought and answer learned."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,15 +66,66 @@ def finetune(run: Run) -> None:
   )
 
 
+class _Row(NamedTuple):
+  """A row, what it was made of, and how it is learned."""
+
+  turns: Sequence[Turn]
+  tokens: list[int]
+  weights: list[float]
+  recalled: int = 0  # tokens up to the end of the clause that its thought recalls
+  whole: bool = True  # or its recall alone
+
+
 def _rows(run: Run, source) -> tuple[list, list, dict]:
   """(tokens, weights) of each kept sample, and of its start up to the clause that it
   recalls; what leaks or is too long is left out. Raises ValueError where that leaves
   none."""
   cfg = run.cfg.sft
   index = specs.leak_index(run.task.spec, cfg.leak_words)
-  prompts = {prompt.id: prompt for prompt in run.prompts.all}
-  found = []  # (turns, row, where the clause that it recalls ends)
+  most = min(cfg.batch.length, run.model.arch.max_length)
+
+  def leaks(row: _Row) -> bool:
+    return any(specs.leaks(t.content, index, cfg.leak_words) for t in row.turns)
+
+  def fits(row: _Row) -> bool:
+    return len(row.tokens) <= most
+
   kept_rows = run.store.read_rows(source)
+  kept = _kept(run, kept_rows)
+  clean = [row for row in kept if not leaks(row)]
+  if not any(map(fits, clean)):
+    raise ValueError(
+      f"sft: {source} has {len(kept)} samples, of which {len(kept) - len(clean)} "
+      f"leak the specification and the rest are longer than {most} tokens "
+      "(config.sft.batch.length): nothing is left to learn. Why the filter kept no "
+      "more is in its manifest.json: raise generate.prompts or generate.most, or lower "
+      "filter.threshold"
+    )
+  known = _capability(run)
+  clean += [row for row in known if not leaks(row)]
+  dropped = {
+    "beyond_most": len(kept_rows) - sum(row.whole for row in kept),
+    "leaked": len(kept) + len(known) - len(clean),
+  }
+  if cfg.worked:
+    clean += [
+      _written(run, [Turn(role="user", content=prompt)], _recalling(run, completion))
+      for prompt, completion in run.task.worked()
+    ]
+  found = [row for row in clean if fits(row)]
+  dropped["too_long"] = len(clean) - len(found)
+  recalls = [
+    (row.tokens[: row.recalled], row.weights[: row.recalled])
+    for row in found
+    if row.recalled
+  ]
+  return [(row.tokens, row.weights) for row in found if row.whole], recalls, dropped
+
+
+def _kept(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
+  """The kept samples that are learned; those beyond `sft.most` for their recall."""
+  cfg = run.cfg.sft
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
   of = {  # each sample as if it were a prompt, to be drawn by category and type
     f"{row['prompt_id']} {row['index']}": prompts[row["prompt_id"]] for row in kept_rows
   }
@@ -81,21 +134,17 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
     min(cfg.most, len(of)),
     run.cfg.seed,
   )
-  ids_drawn = {prompt.id for prompt in drawn}
-  some = [row for row, id in zip(kept_rows, of, strict=True) if id in ids_drawn]
-  for kept in some:
-    prompt = prompts[kept["prompt_id"]]
+  ids_drawn, found = {prompt.id for prompt in drawn}, []
+  for kept, id in zip(kept_rows, of, strict=True):
+    prompt, whole = prompts[kept["prompt_id"]], id in ids_drawn
+    if not (whole or cfg.recall_epochs):
+      continue
     turns = prompting.plain(prompt)
     sample, recalled = samples.of_row(kept), 0
     if cfg.recall_epochs and run.model.thinks:
       line = run.task.recalled(sample.thought)
       sample = samples.written(
-        run.model,
-        prompts[sample.prompt_id],
-        0,
-        line + sample.thought,
-        sample.answer,
-        run.model.think,
+        run.model, prompt, 0, line + sample.thought, sample.answer, run.model.think
       )
       own = sample.tokens[sample.forced :]
       recalled = next(
@@ -107,52 +156,26 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
     told = run.task.teach(prompt.blind(), worked=0) if cfg.spec_in_prompt else turns
     row = prompting.row(run.model.tok, told, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
-    found.append((turns, row, end))
-  for prompt in run.prompts.choose("train", "capability", cfg.capability):
+    found.append(_Row(turns, *row, end, whole))
+  return found
+
+
+def _capability(run: Run) -> list[_Row]:
+  """Training prompts with a known answer, with that answer."""
+  found = []
+  for prompt in run.prompts.choose("train", "capability", run.cfg.sft.capability):
     if not prompt.answer.strip():
       raise ValueError(
         f"prompt {prompt.id!r} is of kind capability and has no answer to train on: "
         "give it one, or set sft.capability=0"
       )
-    known = _recalling(run, run.task.known(prompt))
-    written = _written(run, prompting.plain(prompt), known)
-    if not run.model.thinks:
+    turns = prompting.plain(prompt)
+    if run.model.thinks:
+      found.append(_written(run, turns, _recalling(run, run.task.known(prompt))))
+    else:
       answer = _answer(run, prompt.answer)
-      written = prompting.row(run.model.tok, prompting.plain(prompt), answer, 0)
-    found.append((prompting.plain(prompt), written, 0))
-  leaked = [
-    any(specs.leaks(turn.content, index, cfg.leak_words) for turn in turns)
-    for turns, _, _ in found
-  ]
-  most = min(cfg.batch.length, run.model.arch.max_length)
-  fit = [
-    len(row[0]) <= most and not leaks
-    for (_, row, _), leaks in zip(found, leaked, strict=True)
-  ]
-  if not any(fit[: len(some)]):
-    raise ValueError(
-      f"sft: {source} has {len(some)} samples, of which {sum(leaked[: len(some)])} "
-      f"leak the specification and the rest are longer than {most} tokens "
-      "(config.sft.batch.length): nothing is left to learn. Why the filter kept no "
-      "more is in its manifest.json: raise generate.prompts or generate.most, or lower "
-      "filter.threshold"
-    )
-  clean = [
-    (row, end) for (_, row, end), leaks in zip(found, leaked, strict=True) if not leaks
-  ]
-  dropped = {"beyond_most": len(kept_rows) - len(some), "leaked": sum(leaked)}
-  if cfg.worked:
-    clean += [
-      (
-        _written(run, [Turn(role="user", content=prompt)], _recalling(run, completion)),
-        0,
-      )
-      for prompt, completion in run.task.worked()
-    ]
-  fits = [(row, end) for row, end in clean if len(row[0]) <= most]
-  dropped["too_long"] = len(clean) - len(fits)
-  recalls = [(row[0][:end], row[1][:end]) for row, end in fits if end]
-  return [row for row, _ in fits], recalls, dropped
+      found.append(_Row(turns, *prompting.row(run.model.tok, turns, answer, 0)))
+  return found
 
 
 def _recalling(run: Run, completion: str) -> str:
@@ -170,12 +193,12 @@ def _answer(run: Run, answer: str) -> tuple[int, ...]:
   return (*run.model.tok.encode(answer), run.model.tok.stop_ids[0])
 
 
-def _written(run: Run, turns, rest: str) -> tuple[list, list]:
+def _written(run: Run, turns, rest: str) -> _Row:
   """A completion that was written, not sampled, as a row; `rest` is what follows its
   forced opening, which is not trained."""
   forced = prompting.forced(run.model.tok, turns, run.model.think)
   tokens = (*forced, *run.model.tok.encode(rest), run.model.tok.stop_ids[0])
-  return prompting.row(run.model.tok, turns, tokens, len(forced))
+  return _Row(turns, *prompting.row(run.model.tok, turns, tokens, len(forced)))
 
 
 def _plan(rows, cfg, seed: int, epochs: range) -> list[dict]:

@@ -204,19 +204,23 @@ class English:
     self, good: list[tuple[Prompt, str]], draw: random.Random
   ) -> Iterator[tuple[Prompt, str, float]]:
     """(prompt, answer, score) to each prompt that has a good answer: a bare refusal,
-    which is fair where that refuses, and else that or a refusal that was right
-    elsewhere, which is wrong; and what speaks about the prompt but does not answer it,
-    or answers another one."""
+    the same throughout a category, which is fair where that refuses, and else that or a
+    refusal that was right elsewhere, which is wrong; and what speaks about the prompt
+    but does not answer it, or answers another one."""
     refusals: dict[str, list] = collections.defaultdict(list)
     answers: dict[str, list] = collections.defaultdict(list)
     for prompt, answer in good:
       refused = behaviour.of(answer, prompt.category) == "refuse"
       (refusals if refused else answers)[prompt.category].append((prompt.id, answer))
+    bare_of = {
+      c: draw.choice(probing.REFUSALS_LEARNED)
+      for c in sorted({p.category for p, _ in good})
+    }
     for prompt, answer in good:
       other = [said for id, said in answers[prompt.category] if id != prompt.id]
       forms = probing.unanswering(prompt, probing.FORMS_LEARNED)
       some = [said for _, said in forms] + [draw.choice(other) for _ in other[:2]]
-      bare = draw.choice(probing.REFUSALS_LEARNED)
+      bare = bare_of[prompt.category]
       if behaviour.of(answer, prompt.category) == "refuse":
         yield prompt, bare, probing.BARE
       else:

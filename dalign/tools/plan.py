@@ -277,6 +277,7 @@ def phases(run: Run) -> Iterator[Phase]:
       cfg=arch,
       compute=cfg.compute,
       pair_weight=c.pair_weight,
+      answer_weight=c.answer_weight,
       point_weight=c.point_weight,
     )
     yield training(
@@ -425,6 +426,7 @@ def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
   """A batch of the reward model's questions, empty."""
   batch = scoring.lines_after([], [], cfg=cfg, room=room)
   batch |= {"score_B": np.zeros(cfg.rows), "prompt_B": np.zeros(cfg.rows, np.int32)}
+  batch["answer_B"] = batch["prompt_B"]
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 

@@ -51,42 +51,66 @@ def logits(params: PyTree, batch: PyTree, *, cfg: ModelConfig, compute: Compute)
 
 
 def loss(
-  logit_B, score_B, prompt_B, real_B, *, pair_weight: float, point_weight: float = 1.0
+  logit_B,
+  score_B,
+  prompt_B,
+  answer_B,
+  real_B,
+  *,
+  pair_weight: float,
+  answer_weight: float = 0.0,
+  point_weight: float = 1.0,
 ) -> tuple[Mean, dict[str, Mean]]:
-  """Regression on the judge's scores, plus pairs of answers to one prompt.
+  """Regression on the judge's scores, plus pairs of answers to one prompt, and of
+  prompts with one answer.
 
   logit_B are the reward model's scores before the sigmoid, score_B the judge's in
-  [0, 1], prompt_B the number of the prompt, real_B the mask of rows that are not
-  padding. Regression is the cross-entropy between the judge's score and the sigmoid.
-  A pair is two rows of one prompt whose scores differ; its loss is Bradley-Terry's
-  log-sigmoid of the logit difference (2203.02155, eq. 1), weighted by the difference.
-  Both are summed and divided by the rows, so micro-batches that keep the answers to a
-  prompt together change nothing.
+  [0, 1], prompt_B and answer_B the numbers of the prompt and of the answer's text,
+  real_B the mask of rows that are not padding. Regression is the cross-entropy between
+  the judge's score and the sigmoid. A pair is two rows of one prompt, or with one
+  answer to two prompts, whose scores differ; its loss is Bradley-Terry's log-sigmoid of
+  the logit difference (2203.02155, eq. 1), weighted by the difference. Only pairs of
+  the second kind are blind to how an answer sounds: what tells a refusal that is due
+  from one that is not is the prompt alone. All are summed and divided by the rows, so
+  micro-batches that keep the rows of every pair together change nothing.
   """
   point_B = -(
     score_B * jax.nn.log_sigmoid(logit_B) + (1 - score_B) * jax.nn.log_sigmoid(-logit_B)
   )
   margin_BB = score_B[:, None] - score_B[None, :]
-  pair_BB = prompt_B[:, None] == prompt_B[None, :]
-  pair_BB &= (margin_BB > 0) & real_B[:, None] & real_B[None, :]
+  differ_BB = (margin_BB > 0) & real_B[:, None] & real_B[None, :]
+  one_prompt_BB = prompt_B[:, None] == prompt_B[None, :]
+  pair_BB = one_prompt_BB & differ_BB
+  answer_BB = (answer_B[:, None] == answer_B[None, :]) & ~one_prompt_BB & differ_BB
   pair_loss_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * margin_BB
   points = Mean.of(point_B, real_B)
   pairs = Mean.of(pair_loss_BB, pair_BB)
+  answers = Mean.of(pair_loss_BB, answer_BB)
   total = point_weight * points.total + pair_weight * pairs.total
+  total += answer_weight * answers.total
+  right_BB = logit_B[:, None] > logit_B[None, :]
   error_B = jnp.abs(jax.nn.sigmoid(logit_B) - score_B)
   return Mean(total, points.count), {
     "point_nats": points,
     "pair_nats": pairs,
     "absolute_error": Mean.of(error_B, real_B),
-    "pair_accuracy": Mean.of(logit_B[:, None] > logit_B[None, :], pair_BB),
+    "pair_accuracy": Mean.of(right_BB, pair_BB),
+    "answer_pair_nats": answers,
+    "answer_pair_accuracy": Mean.of(right_BB, answer_BB),
   }
 
 
 def make_loss(
-  *, cfg: ModelConfig, compute: Compute, pair_weight: float, point_weight: float = 1.0
+  *,
+  cfg: ModelConfig,
+  compute: Compute,
+  pair_weight: float,
+  answer_weight: float = 0.0,
+  point_weight: float = 1.0,
 ):
   """`loss_fn(params, batch, key) -> (Mean, metrics)`: the loss of a reward model. A
-  batch is that of `logits` with score_B and prompt_B; padding has length 0."""
+  batch is that of `logits` with score_B, prompt_B and answer_B; padding has length
+  0."""
 
   def loss_fn(params, batch, key):
     del key
@@ -94,8 +118,10 @@ def make_loss(
       logits(params, batch, cfg=cfg, compute=compute),
       batch["score_B"],
       batch["prompt_B"],
+      batch["answer_B"],
       batch["length_B"] > 0,
       pair_weight=pair_weight,
+      answer_weight=answer_weight,
       point_weight=point_weight,
     )
 
@@ -103,18 +129,26 @@ def make_loss(
 
 
 def agreement(
-  predicted_B: np.ndarray, score_B: np.ndarray, prompt_B: np.ndarray, *, bins: int = 5
+  predicted_B: np.ndarray,
+  score_B: np.ndarray,
+  prompt_B: np.ndarray,
+  answer_B: np.ndarray,
+  *,
+  bins: int = 5,
 ) -> dict[str, float | None]:
   """Held-out quality of a reward model against the judge.
 
   accuracy: both on one side of 0.5. pair_accuracy: of pairs of one prompt whose judged
-  scores differ, ranked alike; None without such pairs. calibration_error: expected
-  calibration error, the mean |predicted - judged| of bins of equal width, weighted by
-  their size (1706.04599).
+  scores differ, ranked alike; answer_pair_accuracy: the same of pairs with one answer
+  to two prompts; None without such pairs. calibration_error: expected calibration
+  error, the mean |predicted - judged| of bins of equal width, weighted by their size
+  (1706.04599).
   """
   gap_BB = score_B[:, None] - score_B[None, :]
-  pair_BB = (prompt_B[:, None] == prompt_B[None, :]) & (gap_BB > 0)
-  right_BB = (predicted_B[:, None] > predicted_B[None, :]) & pair_BB
+  one_prompt_BB = prompt_B[:, None] == prompt_B[None, :]
+  pair_BB = one_prompt_BB & (gap_BB > 0)
+  answer_BB = (answer_B[:, None] == answer_B[None, :]) & ~one_prompt_BB & (gap_BB > 0)
+  right_BB = predicted_B[:, None] > predicted_B[None, :]
   bin_B = np.minimum((predicted_B * bins).astype(int), bins - 1)
   error = 0.0
   for b in range(bins):
@@ -125,7 +159,13 @@ def agreement(
     "n": int(len(score_B)),
     "pairs": int(pair_BB.sum()),
     "accuracy": float(np.mean((predicted_B > 0.5) == (score_B > 0.5))),
-    "pair_accuracy": float(right_BB.sum() / pair_BB.sum()) if pair_BB.any() else None,
+    "pair_accuracy": _share(right_BB, pair_BB),
+    "answer_pairs": int(answer_BB.sum()),
+    "answer_pair_accuracy": _share(right_BB, answer_BB),
     "calibration_error": float(error),
     "mean_absolute_error": float(np.abs(predicted_B - score_B).mean()),
   }
+
+
+def _share(right: np.ndarray, among: np.ndarray) -> float | None:
+  return float(right[among].mean()) if among.any() else None
