@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
-from dalign.config.schema import OptimizerConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
+from dalign.config.training import OptimizerConfig
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.formats import weights

@@ -18,7 +18,8 @@ import pathlib
 
 import ml_collections
 
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import Config
 
 
 def _recipe(said) -> ml_collections.ConfigDict:
@@ -61,14 +62,14 @@ def get_config(file: str = "") -> ml_collections.ConfigDict:
     raise ValueError("wanted configs/from_json.py:FILE, a file of JSON")
   try:
     content = pathlib.Path(file).read_text(encoding="utf-8")
-    values = json.loads(content, object_pairs_hook=configs.unique)
+    values = json.loads(content, object_pairs_hook=convert.unique)
     if not isinstance(values, dict):
       raise ValueError(f"wanted names and their values, got {values!r:.80}")
     c = _recipe(values.pop("recipe", None))
     values.pop("$schema", None)
     with c.ignore_type():
       _put(c, values)
-    configs.build(configs.Config, c)
+    convert.build(Config, c)
   except (OSError, ValueError) as error:
     raise ValueError(f"{file}: {error}") from error
   return c

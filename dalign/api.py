@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config.schema import BatchConfig
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
-from dalign.config.schema import ObjectiveConfig
-from dalign.config.schema import build
+from dalign.config.convert import build
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
+from dalign.config.on_policy import ObjectiveConfig
+from dalign.config.training import BatchConfig
 from dalign.data import bundled
 from dalign.data import prompt_sets
 from dalign.formats import weights

@@ -15,8 +15,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import dalign
+from dalign.config import convert
 from dalign.config import explain
-from dalign.config import schema as configs
+from dalign.config.fields import Halted
+from dalign.config.schema import Config
 from dalign.data import bundled
 from dalign.runs import buckets
 from dalign.runs import stopping
@@ -92,7 +94,7 @@ _JOINED = flags.DEFINE_bool(
 ASKED = ("chat", "serve")  # modes that read the config of a run where none is given
 
 
-def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
+def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
   """The checked config, or None where the mode does without, and the workdir;
   ValueError for anything that is wrong."""
   try:
@@ -109,17 +111,17 @@ def read_flags(argv: list[str]) -> tuple[configs.Config | None, pathlib.Path]:
     node = _CONFIG.value.to_dict()
   except UNREAD as error:
     raise ValueError(_one_line(error, argv)) from error
-  return configs.build(configs.Config, node), place
+  return convert.build(Config, node), place
 
 
-def _explained(config: configs.Config | None) -> str:
+def _explained(config: Config | None) -> str:
   """The text of the modes that run nothing."""
   if config is None:
-    return json.dumps(explain.schema(configs.Config), indent=2)
+    return json.dumps(explain.schema(Config), indent=2)
   return explain.listing(config, _recipe(config.recipe), describe=_DESCRIBE.value)
 
 
-def _recipe(name: str) -> configs.Config:
+def _recipe(name: str) -> Config:
   """The config of a recipe such as "large:qwen3_8b.v3"; where configs/ has none of that
   name and version, that of the config file without flags."""
   stem, colon, argument = name.rpartition(".v")[0].partition(":")
@@ -155,7 +157,7 @@ def _found(argv: list[str]) -> list[str]:
   return found
 
 
-def _read_config(options: list[str]) -> configs.Config:
+def _read_config(options: list[str]) -> Config:
   """The config that some options make, whatever flags this process has."""
   argv, values = [sys.argv[0], *options], flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -164,7 +166,7 @@ def _read_config(options: list[str]) -> configs.Config:
     node = holder.value.to_dict()
   except UNREAD as error:
     raise ValueError(_one_line(error, argv)) from error
-  return configs.build(configs.Config, node)
+  return convert.build(Config, node)
 
 
 def _sweep(argv: list[str]) -> str:
@@ -223,7 +225,7 @@ def _of_several() -> str:
   return "; if another process of this run has died, its own output says why"
 
 
-def _do(config: configs.Config | None, workdir: pathlib.Path) -> None:
+def _do(config: Config | None, workdir: pathlib.Path) -> None:
   """What the flags ask for."""
   from dalign.runs import devices
 
@@ -285,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
   except ValueError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 2
-  except (ConnectionError, configs.Halted) as error:
+  except (ConnectionError, Halted) as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 1
   except (stopping.Stopped, KeyboardInterrupt):

@@ -2,7 +2,7 @@
 files of configs/, a page a module, and the reference of the config.
 
 MkDocs calls the functions that begin with `on_`, mkdocstrings the extension. Nothing of
-dalign is run but `schema.py` and `explain.py`, and nothing is copied: pages are made as
+dalign is run but its config, and nothing is copied: pages are made as
 they are built.
 """
 
@@ -23,8 +23,11 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dalign.config import convert  # noqa: E402  this checkout's, installed or not
 from dalign.config import explain  # noqa: E402
-from dalign.config import schema as configs  # noqa: E402  this checkout's, installed or not
+from dalign.config.fields import Bounds  # noqa: E402
+from dalign.config.fields import parted  # noqa: E402
+from dalign.config.schema import Config  # noqa: E402
 
 DOCUMENTS = (
   *("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
@@ -118,10 +121,10 @@ def reference() -> str:
   values = _quickstart()
   parts = [
     "# Config reference",
-    "Fields of [schema.py](dalign/config/schema.py), set as `--config.NAME=VALUE` or "
+    "Fields of [Config](dalign/config/schema.py), set as `--config.NAME=VALUE` or "
     "in a file of `configs/`. The last column is the value of the "
     "[quickstart](configs/quickstart.py), where the reasons stand.",
-    *_tables(configs.Config, "", values),
+    *_tables(Config, "", values),
   ]
   return "\n\n".join(parts) + "\n"
 
@@ -156,7 +159,7 @@ def _tables(cls, prefix: str, values):
 
 def _kind(kind) -> str:
   """A field's type in words."""
-  kind, more = configs.parted(kind)
+  kind, more = parted(kind)
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if isinstance(kind, types.UnionType):
     return f"{_kind(inner[0])} or None"
@@ -165,7 +168,7 @@ def _kind(kind) -> str:
   if origin is tuple:
     return f"tuple of {_kind(inner[0])}"
   name = getattr(kind, "__name__", str(kind))
-  return f"{name}, {more.words}" if isinstance(more, configs.Bounds) else name
+  return f"{name}, {more.words}" if isinstance(more, Bounds) else name
 
 
 def _joined(text: str) -> list[str]:
@@ -230,4 +233,4 @@ def _quickstart() -> dict[str, typing.Any]:
   path = ROOT / "configs" / "quickstart.py"
   names = {"__file__": str(path)}
   exec(compile(path.read_text(), str(path), "exec"), names)
-  return configs.flat(configs.build(configs.Config, names["get_config"]()))
+  return convert.flat(convert.build(Config, names["get_config"]()))

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
 from dalign.formats import weights
 from tests.helpers import run_command
 

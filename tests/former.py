@@ -10,7 +10,9 @@ import types
 import pytest
 
 import dalign
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config import model
+from dalign.config import schema
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.formats import ggufs
@@ -42,6 +44,7 @@ def modules() -> Iterator[None]:
   pipeline = types.ModuleType("dalign.pipeline")
   pipeline.context = types.SimpleNamespace(Run=run)
   pipeline.servers = types.SimpleNamespace(sample=sample)
+  configs = types.SimpleNamespace(**vars(convert) | vars(model) | vars(schema))
   modules = {"config": configs, "data": prompt_sets, "text": text, "spec": specs}
   modules |= {"model": transformer, "serve": server, "pipeline": pipeline}
   modules |= {

@@ -12,8 +12,9 @@ import hypothesis
 import jax
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages
+from dalign.config.schema import Config
 from dalign.stages import services
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,12 +52,12 @@ def examples(n: int):
   )
 
 
-def tiny(**changes) -> configs.Config:
+def tiny(**changes) -> Config:
   """The tiny config, with changes such as {"rl.steps": 1}."""
   node = config_file("tiny").get_config()
   for name, value in changes.items():
     node.update_from_flattened_dict({name: value})
-  return configs.build(configs.Config, node.to_dict())
+  return convert.build(Config, node.to_dict())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Several(
 
 
 def opened(
-  cfg: configs.Config, workdir: pathlib.Path, stage="", shared=None
+  cfg: Config, workdir: pathlib.Path, stage="", shared=None
 ) -> services.Services:
   """The services of a stage, or with "" of functions that several stages call, in this
   process on one of its devices: eight on a few cores wait for one another, and what

@@ -11,8 +11,9 @@ import hashlib
 import json
 import re
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages
+from dalign.config.schema import Config
 from tests.helpers import ROOT
 from tests.helpers import config_file
 
@@ -36,7 +37,7 @@ LATER = {
 }
 
 
-def each() -> Iterator[tuple[str, configs.Config]]:
+def each() -> Iterator[tuple[str, Config]]:
   """(its name for --config, config) of every config of configs/."""
   for path in sorted((ROOT / "configs").glob("*.py")):
     if path.stem in ("algorithms", "from_json"):
@@ -47,10 +48,10 @@ def each() -> Iterator[tuple[str, configs.Config]]:
     sizes = [(name,) for name in getattr(module, "SIZES", ())]
     for argument in places or [(), *arms, *sizes]:
       node = module.get_config(*argument)
-      yield ":".join((path.stem, *argument)), configs.build(configs.Config, node)
+      yield ":".join((path.stem, *argument)), convert.build(Config, node)
 
 
-def values(config: configs.Config) -> dict:
+def values(config: Config) -> dict:
   """The values that a stage depends on, flat; not those of LATER."""
   kept = {
     key
@@ -60,13 +61,13 @@ def values(config: configs.Config) -> dict:
   }
   return {
     key: value
-    for key, value in configs.flat(config).items()
+    for key, value in convert.flat(config).items()
     if key in kept or key in ("world", "distill") or key.partition(".")[0] in BESIDES
     if key not in LATER or LATER[key] != value
   }
 
 
-def digest(config: configs.Config) -> str:
+def digest(config: Config) -> str:
   """A hash of those values."""
   text = json.dumps(values(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()

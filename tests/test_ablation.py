@@ -7,7 +7,9 @@ import jax
 import pytest
 
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import STAGES
+from dalign.config.schema import Config
 from dalign.evaluation import evals
 from dalign.evaluation import figures
 from dalign.judges import forms
@@ -79,14 +81,14 @@ SMALL = {
 }
 
 
-def config(arms=None, **changes) -> configs.Config:
+def config(arms=None, **changes) -> Config:
   """configs/world.py, small; with arms the ablation."""
   node = config_file("world").get_config("ablation" if arms else None).to_dict()
-  built = configs.changed(configs.build(configs.Config, node), SMALL)
+  built = convert.changed(convert.build(Config, node), SMALL)
   if arms:
     some = {name: built.ablation.arms[name] for name in arms}
-    built = configs.changed(built, {"ablation": {"arms": some, "seeds": (3,)}})
-  return configs.changed(built, changes)
+    built = convert.changed(built, {"ablation": {"arms": some, "seeds": (3,)}})
+  return convert.changed(built, changes)
 
 
 ARMS = ("none", "sft", "sft_rl", "no_thoughts", "self_refine", "rlhf", "constitutional")
@@ -110,7 +112,7 @@ def test_arms_share_what_they_do_not_change(folder):
   folders = {
     p.name: {s.name for s in p.iterdir() if s.is_dir()} for p in seed.iterdir()
   }
-  own = {name: found & set(configs.STAGES) for name, found in folders.items()}
+  own = {name: found & set(STAGES) for name, found in folders.items()}
   assert own["shared"] == {"base", "generate", "filter"}
   assert own["none"] == own["self_refine"] == {"eval"}
   assert own["sft"] == own["no_thoughts"] == {"sft", "eval"}
@@ -314,21 +316,21 @@ def test_preferences_are_learned_without_the_text_of_the_spec(tmp_path):
 
 def test_changes_of_a_config_are_checked():
   cfg = config()
-  new = configs.changed(cfg, {"sft": {"batch": {"rows": 3}}, "seed": 5})
+  new = convert.changed(cfg, {"sft": {"batch": {"rows": 3}}, "seed": 5})
   assert (new.sft.batch.rows, new.seed) == (3, 5)
   assert new.sft.batch.length == cfg.sft.batch.length
   with pytest.raises(ValueError, match=r"config\.sft\.epoch: no such field"):
-    configs.changed(cfg, {"sft": {"epoch": 2}})
+    convert.changed(cfg, {"sft": {"epoch": 2}})
   with pytest.raises(ValueError, match=r"config\.sft\.epochs: wanted"):
-    configs.changed(cfg, {"sft": {"epochs": "2"}})
+    convert.changed(cfg, {"sft": {"epochs": "2"}})
   with pytest.raises(ValueError, match="arms before it, got nobody"):
     arm = {"stages": (), "takes": {"sft": "nobody"}, "row": "base", "changes": {}}
-    configs.changed(config(("none",)), {"ablation": {"arms": {"a": arm}}})
+    convert.changed(config(("none",)), {"ablation": {"arms": {"a": arm}}})
 
 
 def test_a_world_is_there_where_its_base_is_asked_for():
   with pytest.raises(ValueError, match="wanted world where config.world is set"):
-    configs.changed(config(), {"world": None})
+    convert.changed(config(), {"world": None})
 
 
 def test_thoughts_are_closed_at_their_budget(tmp_path):

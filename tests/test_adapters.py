@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign.config.schema import LoRAConfig
-from dalign.config.schema import OptimizerConfig
+from dalign.config.model import LoRAConfig
+from dalign.config.training import OptimizerConfig
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.models import param_tree

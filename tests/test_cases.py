@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.formats import weights
@@ -61,7 +61,7 @@ class Case:
   def source(self, name: str = "prompts") -> str:
     return f"jsonl:{self.folder / name}.jsonl"
 
-  def config(self, names: str, **changes) -> configs.Config:
+  def config(self, names: str, **changes) -> Config:
     """The tiny config, with the case's prompts and the base as teacher where it has
     such."""
     own = {"stages": names, "model.date": ""}

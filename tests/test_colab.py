@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 import dalign
-from dalign.config.schema import ModelConfig
+from dalign.config.model import ModelConfig
 from dalign.formats import weights
 from dalign.runs import store
 from dalign.text import vocab

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.fields import Halted
 from dalign.evaluation import evals
 from dalign.models import adapters
 from dalign.models import transformer
@@ -373,7 +374,7 @@ def test_a_run_too_far_from_its_start_stops(tmp_path, monkeypatch):
     return [dataclasses.replace(r, reference=r.reference - 1.0) for r in score(*args)]
 
   monkeypatch.setattr(rollouts_of, "with_scores", far)
-  with pytest.raises(configs.Halted, match="above config.distill.stop_kl=3"):
+  with pytest.raises(Halted, match="above config.distill.stop_kl=3"):
     distilled(tmp_path, **{"distill.stop_kl": 3.0, "distill.probed": 0})
 
 
@@ -428,6 +429,6 @@ def test_the_headroom_is_said():
 
 def test_a_stage_without_settings_is_refused_and_one_of_all_is_left_out():
   with pytest.raises(ValueError, match="config.distill: wanted its settings"):
-    configs.changed(tiny(), {"distill": None, "stages": "sft,distill"})
-  assert configs.changed(tiny(), {"distill": None}).distill is None
-  assert configs.of_json(configs.to_json(tiny())) == tiny()
+    convert.changed(tiny(), {"distill": None, "stages": "sft,distill"})
+  assert convert.changed(tiny(), {"distill": None}).distill is None
+  assert convert.of_json(convert.to_json(tiny())) == tiny()

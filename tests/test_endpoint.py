@@ -12,7 +12,9 @@ import time
 import pytest
 
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.replies import EndpointConfig
+from dalign.config.schema import Config
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.judges import judge
@@ -107,7 +109,7 @@ def client(tmp_path, monkeypatch):
   monkeypatch.setenv("DALIGN_TEST_KEY", KEY)
 
   def make(port: int, **changes) -> endpoint.Endpoint:
-    cfg = configs.EndpointConfig(
+    cfg = EndpointConfig(
       url=f"http://127.0.0.1:{port}/v1",
       model="m",
       key="DALIGN_TEST_KEY",
@@ -338,12 +340,12 @@ def test_a_run_that_is_stopped_waits_for_nobody(serve, client, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import pathlib, signal, threading, os
-from dalign.config import schema as config
+from dalign.config.replies import EndpointConfig
 from dalign.judges import endpoint
 from dalign.runs import stopping
 from dalign.types import Turn
 stopping.listen()
-cfg = config.EndpointConfig(url="http://127.0.0.1:{server.port}/v1", model="m", key="K",
+cfg = EndpointConfig(url="http://127.0.0.1:{server.port}/v1", model="m", key="K",
   concurrency=2, timeout=60.0, retries=3, price_in=0.0, price_out=0.0)
 some = [endpoint.Request(turns=(Turn(role="user", content=str(i)),), temperature=0.0,
   max_new=1) for i in range(4)]
@@ -369,7 +371,7 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   node.filter.judge = "endpoint"
   node.filter.endpoint.update(dict(url=f"http://127.0.0.1:{server.port}/v1", model="m"))
   node.rl.reward = "judge"
-  run = opened(configs.build(configs.Config, node.to_dict()), tmp_path, "rl")
+  run = opened(convert.build(Config, node.to_dict()), tmp_path, "rl")
   questions = [question for question, _ in run.task.labelled()[:3]]
   sum_ = dataclasses.replace(
     questions[0].prompt, kind="capability", category="benign", answer="4"
@@ -403,10 +405,10 @@ def test_asking_an_endpoint_needs_one(change, named):
   node = config_file("tiny").get_config()
   node.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=f"{named}.* needs an endpoint: wanted a url"):
-    configs.build(configs.Config, node.to_dict())
+    convert.build(Config, node.to_dict())
 
 
-def served(server, **changes) -> configs.Config:
+def served(server, **changes) -> Config:
   """The tiny config with one server for all who ask, and changes."""
   node = config_file("tiny").get_config()
   for stage in ("generate", "filter", "eval"):
@@ -414,7 +416,7 @@ def served(server, **changes) -> configs.Config:
     node[stage].endpoint.update(dict(url=url, model="m", retries=0))
   node.think.update(dict(open=OPEN, close="</think>"))
   node.update_from_flattened_dict(changes)
-  return configs.build(configs.Config, node.to_dict())
+  return convert.build(Config, node.to_dict())
 
 
 def thinks(body) -> str | dict:

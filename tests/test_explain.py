@@ -7,8 +7,15 @@ import sys
 
 import pytest
 
+from dalign.config import convert
 from dalign.config import explain
-from dalign.config import schema as configs
+from dalign.config import model
+from dalign.config import on_policy
+from dalign.config import replies
+from dalign.config import schema
+from dalign.config import training
+from dalign.config.model import ModelConfig
+from dalign.config.schema import Config
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
@@ -36,13 +43,13 @@ def said(*options: str, start: str = "python -m dalign.main") -> list[str]:
 def test_all_of_config_is_reached():
   own = {
     cls
-    for _, cls in inspect.getmembers(configs, dataclasses.is_dataclass)
-    if cls.__module__ == configs.__name__
+    for module in (model, on_policy, replies, schema, training)
+    for _, cls in inspect.getmembers(module, dataclasses.is_dataclass)
   }
-  assert own == set(explain.parts(configs.Config)) and configs.ModelConfig in own
+  assert own == set(explain.parts(Config)) and ModelConfig in own
 
 
-@pytest.mark.parametrize("cls", explain.parts(configs.Config), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", explain.parts(Config), ids=lambda c: c.__name__)
 def test_every_field_is_described_and_nothing_else(cls):
   texts = explain.fields(cls)
   assert [*texts] == [field.name for field in dataclasses.fields(cls)]
@@ -122,7 +129,7 @@ def test_a_field_without_words_and_words_without_a_field_are_found(doc, wanted):
 )
 def test_values_outside_of_their_type_are_refused_by_name(changes, wanted):
   with pytest.raises(ValueError, match=wanted):
-    configs.changed(tiny(), changes)
+    convert.changed(tiny(), changes)
 
 
 def test_a_part_that_is_made_by_hand_is_checked_too():
@@ -173,7 +180,7 @@ def test_what_is_other_than_in_the_recipe_is_said():
     "--mode=config", "--config=configs/quickstart.py", "--config.rl.steps=3"
   )
   assert first == "# recipe: quickstart.v4; changed: rl.steps"
-  quickstart = configs.build(configs.Config, config_file("quickstart").get_config())
+  quickstart = convert.build(Config, config_file("quickstart").get_config())
   assert len(lines) == len([*explain.values(quickstart)])
   assert all(len(line) <= explain.WIDTH for line in lines)
   wanted = f"rl.steps=3  # recipe: {quickstart.rl.steps}"
@@ -185,10 +192,10 @@ def test_what_is_other_than_in_the_recipe_is_said():
 
 
 def test_what_one_of_two_configs_has_alone_is_said():
-  base = configs.changed(
+  base = convert.changed(
     tiny(), {"data": {"columns": {"id": "name"}}, "recipe": "a.v1"}
   )
-  config = configs.changed(base, {"data": {"columns": {"prompt": "text"}}, "seed": 9})
+  config = convert.changed(base, {"data": {"columns": {"prompt": "text"}}, "seed": 9})
   first, *lines = explain.listing(config, base).splitlines()
   changed = "seed, data.columns.prompt, data.columns.id"
   assert first == f"# recipe: a.v1; changed: {changed}"
@@ -228,6 +235,6 @@ def test_a_reader_that_has_enough_is_no_error():
 
 def test_each_value_of_a_config_has_a_text():
   for name in ("tiny", "world", "large"):
-    config = configs.build(configs.Config, config_file(name).get_config())
+    config = convert.build(Config, config_file(name).get_config())
     for path, _ in explain.values(config):
-      assert explain.text(configs.Config, path)
+      assert explain.text(Config, path)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalign.config.schema import LoRAConfig
-from dalign.config.schema import SamplerConfig
+from dalign.config.model import LoRAConfig
+from dalign.config.model import SamplerConfig
 from dalign.formats import families
 from dalign.formats import weights
 from dalign.models import adapters

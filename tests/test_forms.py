@@ -5,7 +5,7 @@ import typing
 
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config.replies import JudgeForm
 from dalign.judges import forms
 from dalign.judges import judge
 from dalign.text import thinking
@@ -184,7 +184,7 @@ def test_a_broken_reply_is_unscored_with_a_reason(form, reply, reason):
 def test_each_form_has_replies_of_both_kinds():
   for rows in (GOOD, BROKEN):
     assert {row[0] for row in rows} == set(forms.FORMS)
-  assert typing.get_args(configs.JudgeForm) == tuple(forms.FORMS)
+  assert typing.get_args(JudgeForm) == tuple(forms.FORMS)
 
 
 @pytest.mark.parametrize("form", forms.FORMS)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import Config
 from dalign.evaluation import evals
 from dalign.runs import store
 from dalign.stages import evaluate as evaluate_stage
@@ -115,16 +116,16 @@ def test_a_further_set_is_a_source_and_columns(more):
   both = {"source": "bundled", "columns": {}}
   node["eval"]["extra"] = {"own": (both if more else {"source": "bundled"}) | more}
   with pytest.raises(ValueError, match="EvalConfig.extra: .*'own'"):
-    configs.build(configs.Config, node)
+    convert.build(Config, node)
   node["eval"]["extra"] = {"own": both}
-  assert configs.build(configs.Config, node).eval.extra
+  assert convert.build(Config, node).eval.extra
 
 
 def test_only_rules_grade_the_policy_world():
   node = config_file("world").get_config()
   node.eval.grader, node.eval.grader_model = ("rules", "model"), "somewhere"
   with pytest.raises(ValueError, match="wanted rules alone in the policy world"):
-    configs.build(configs.Config, node.to_dict())
+    convert.build(Config, node.to_dict())
 
 
 SMALL = {

@@ -16,7 +16,7 @@ from lm_eval.models import huggingface
 import numpy as np
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.runs import store
 from dalign.serving import assistant
 from dalign.serving.harness import inspect_provider
@@ -41,7 +41,7 @@ def exported(workdir, tmp_path_factory) -> pathlib.Path:
   """A run whose base is what the tiny run has exported, so that others can read it."""
   folder = tmp_path_factory.mktemp("exported")
   cfg = tiny(**{"model.path": str(workdir / "export" / "model")})
-  store.write_json(folder / "config.json", configs.to_json(cfg))
+  store.write_json(folder / "config.json", convert.to_json(cfg))
   return folder
 
 

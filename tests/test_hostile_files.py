@@ -16,7 +16,8 @@ from pyarrow import parquet
 import pytest
 
 from dalign import main
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.evaluation import report
 from dalign.runs import store
@@ -182,7 +183,7 @@ def test_any_parquet_is_prompts_or_one_clear_error(tmp_path_factory, table, harm
 
 # --- Flags ---
 
-KEYS = sorted(configs.flat(tiny()))
+KEYS = sorted(convert.flat(tiny()))
 VALUES = st.one_of(
   st.sampled_from(
     [
@@ -227,8 +228,8 @@ def test_any_override_makes_a_config_or_one_clear_error(overrides):
     for name in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, name)
   if not isinstance(found, str):
-    again = configs.of_json(json.loads(json.dumps(configs.to_json(found[0]))))
-    assert configs.flat(again) == configs.flat(found[0])
+    again = convert.of_json(json.loads(json.dumps(convert.to_json(found[0]))))
+    assert convert.flat(again) == convert.flat(found[0])
 
 
 NODE = config_file("tiny").get_config().to_dict()
@@ -240,8 +241,8 @@ NODE = config_file("tiny").get_config().to_dict()
 )
 def test_any_config_is_one_or_one_clear_error(path, new):
   """As a config file, which is Python and may hold anything, has it."""
-  found = sound(lambda: configs.build(configs.Config, changed(NODE, path, new)))
-  assert isinstance(found, str | configs.Config)
+  found = sound(lambda: convert.build(Config, changed(NODE, path, new)))
+  assert isinstance(found, str | Config)
 
 
 @pytest.mark.parametrize(
@@ -254,12 +255,12 @@ def test_any_config_is_one_or_one_clear_error(path, new):
 )
 def test_parts_of_configs_have_their_kind(path, value):
   with pytest.raises(ValueError, match=f"^config.{'.'.join(path)}.*: wanted "):
-    configs.build(configs.Config, changed(NODE, path, value))
+    convert.build(Config, changed(NODE, path, value))
 
 
 def test_a_name_of_several_lines_is_told_in_one():
   with pytest.raises(ValueError) as caught:
-    configs.build(configs.Config, NODE | {"a\nb": 1})
+    convert.build(Config, NODE | {"a\nb": 1})
   assert str(caught.value) == "config.'a\\nb': no such field"
 
 
@@ -267,18 +268,18 @@ def test_a_name_of_several_lines_is_told_in_one():
 def test_numbers_of_configs_are_finite(value):
   bad = changed(NODE, ("sft", "average_share"), value)
   with pytest.raises(ValueError, match="sft.average_share: wanted a finite number"):
-    configs.build(configs.Config, bad)
+    convert.build(Config, bad)
 
 
 def test_a_config_dict_is_read_as_it_is():
   node = config_file("tiny").get_config()
-  assert configs.build(configs.Config, node) == configs.build(configs.Config, NODE)
+  assert convert.build(Config, node) == convert.build(Config, NODE)
 
 
 @pytest.mark.parametrize("value", [[], 3, None, {"seed": 1, "seed.x": 2}, {}])
 def test_what_is_no_config_is_refused(value):
   with pytest.raises(ValueError, match="^config"):
-    configs.of_json(value)
+    convert.of_json(value)
 
 
 # --- Artefacts ---
@@ -340,8 +341,8 @@ def test_any_config_json_is_read_or_refused(artefacts, random):
   whole = path.read_bytes()
   try:
     path.write_bytes(random.draw(harmed(JSON, whole)))
-    found = sound(lambda: configs.of_json(store.read_json(path)))
-    assert isinstance(found, configs.Config) or "config" in found.casefold()
+    found = sound(lambda: convert.of_json(store.read_json(path)))
+    assert isinstance(found, Config) or "config" in found.casefold()
     assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
   finally:
     path.write_bytes(whole)

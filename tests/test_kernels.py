@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign.config.schema import MeshConfig
+from dalign.config.model import MeshConfig
 from dalign.models import attention
 from dalign.models import kernels
 from dalign.models import param_tree
@@ -172,25 +172,28 @@ def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
 AOT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
-from dalign.config import schema as config
+from dalign.config.model import Compute
+from dalign.config.model import MeshConfig
+from dalign.config.model import ModelConfig
+from dalign.config.training import OptimizerConfig
 from dalign.models import param_tree as leaves
 from dalign.models import sharding
 from dalign.models import transformer as model
 from dalign.training import sft
 from dalign.training import train
 
-cfg = config.ModelConfig(
+cfg = ModelConfig(
   width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffw=512, vocab=1024,
   rope_theta=1e4, norm_eps=1e-5, tied=True, max_length=1024,
 )
-compute = config.Compute(
+compute = Compute(
   dtype="bfloat16", kv_dtype="bfloat16", attention="splash", remat=True,
   logits_chunk=256,
 )
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), chips.devices)
+mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), chips.devices)
 tx = train.make_optimizer(
-  config.OptimizerConfig(
+  OptimizerConfig(
     learning_rate=1e-4, warmup_share=0.0, final_share=1.0, beta1=0.9, beta2=0.99,
     weight_decay=0.0, matrix_rate=0.0, clip_norm=1.0,
     skip_norm=0.0, stop_norm=0.0,

@@ -2,11 +2,11 @@
 
 import ast
 import dataclasses
-import inspect
 import subprocess
 import sys
 
-from dalign.config import schema
+from dalign.config import explain
+from dalign.config.schema import Config
 from tests.helpers import ROOT
 
 PATHS = {
@@ -83,14 +83,15 @@ assert not found, f"imported: {{found}}"
 
 
 def config_fields() -> list[tuple[str, str]]:
-  """(class, field) of every dataclass in schema.py."""
-  classes = inspect.getmembers(schema, dataclasses.is_dataclass)
-  return [(name, f.name) for name, cls in classes for f in dataclasses.fields(cls)]
+  """(class, field) of every dataclass of a config."""
+  classes = explain.parts(Config)
+  return [(cls.__name__, f.name) for cls in classes for f in dataclasses.fields(cls)]
 
 
 def read_names() -> set[str]:
-  """Every name that is read after a dot, below the checks of schema.py itself."""
-  trees = [tree for name, tree in TREES.items() if name != "config.schema"]
+  """Every name that is read after a dot, but where the classes check themselves."""
+  own = {cls.__module__.removeprefix("dalign.") for cls in explain.parts(Config)}
+  trees = [tree for name, tree in TREES.items() if name not in own]
   return {
     node.attr
     for tree in trees

@@ -14,7 +14,8 @@ import pytest
 
 from dalign import main
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.fields import Halted
 from dalign.judges import judge
 from dalign.runs import devices
 from dalign.runs import store
@@ -50,9 +51,9 @@ def same(one, other) -> bool:
 def test_a_gradient_above_skip_norm_changes_nothing(matrix_rate):
   """And one below is taken as without a limit; moments and schedule stand still."""
   limits = dict(matrix_rate=matrix_rate, weight_decay=0.1)
-  cfg = configs.changed(OPTIMIZER, limits)
+  cfg = convert.changed(OPTIMIZER, limits)
   plain = train.make_optimizer(cfg, steps=5)
-  limited = train.make_optimizer(configs.changed(cfg, {"skip_norm": 4.0}), steps=5)
+  limited = train.make_optimizer(convert.changed(cfg, {"skip_norm": 4.0}), steps=5)
   params, state = tree(0.5), limited.init(tree(0.5))
   assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
   for x in (0.5, 1.0):  # norms of 1.5 and 3
@@ -98,7 +99,7 @@ def reinforce(run: services.Services) -> None:
 
 def test_a_gradient_above_stop_norm_halts_and_the_run_goes_on_without(filtered):
   where = filtered / "sft" / "halted_step_1.npz"
-  with pytest.raises(configs.Halted) as caught:
+  with pytest.raises(Halted) as caught:
     finetune(filtered, **{"sft.optimizer.stop_norm": 1e-6})
   assert "above config.sft.optimizer.stop_norm=1e-06" in str(caught.value)
   assert str(where) in str(caught.value) and "\n" not in str(caught.value)
@@ -129,7 +130,7 @@ def test_a_loss_that_is_not_finite_halts_before_anything_is_kept(filtered, monke
     return params | {"norm": params["norm"] * np.nan}
 
   monkeypatch.setattr(models.Model, "base_params", broken)
-  with pytest.raises(configs.Halted, match="step 1: .*loss.* not finite; its batch is"):
+  with pytest.raises(Halted, match="step 1: .*loss.* not finite; its batch is"):
     finetune(filtered)
   assert (filtered / "sft" / "halted_step_1.npz").stat().st_size > 1000
   assert checkpoints.Checkpoints(filtered / "sft" / "checkpoints").latest() is None
@@ -144,7 +145,7 @@ def test_a_reward_that_is_not_finite_halts_rl(reinforced, monkeypatch):
     "load_reward_model",
     lambda run: jax.tree.map(lambda x: x * np.nan, load(run)),
   )
-  with pytest.raises(configs.Halted, match="rl step 1: the reward of .* not finite"):
+  with pytest.raises(Halted, match="rl step 1: the reward of .* not finite"):
     reinforce(run)
   with np.load(run.store.path("rl", "halted_step_1.npz")) as kept:
     assert scoring.NOT_FINITE in kept["unscored"] and len(kept["answer"]) == 16
@@ -162,7 +163,7 @@ def test_a_sampler_that_is_not_the_trainer_s_halts_rl(reinforced, monkeypatch):
 
   monkeypatch.setattr(rollouts_of, "collect_rollouts", off)
   run = reinforced(**{"rl.stop_gap": 0.4})
-  with pytest.raises(configs.Halted, match="nats a token, above config.rl.stop_gap=0"):
+  with pytest.raises(Halted, match="nats a token, above config.rl.stop_gap=0"):
     reinforce(run)
   assert checkpoints.Checkpoints(run.store.path("rl", "checkpoints")).latest() is None
 
@@ -175,7 +176,7 @@ def test_a_policy_that_has_strayed_is_halted_or_left_as_it_is(reinforced, monkey
     return [dataclasses.replace(r, reference=r.reference - 1.0) for r in score(*args)]
 
   monkeypatch.setattr(rollouts_of, "with_scores", far)
-  with pytest.raises(configs.Halted, match="from the start, above config.rl.stop_kl=3"):
+  with pytest.raises(Halted, match="from the start, above config.rl.stop_kl=3"):
     reinforce(reinforced(**{"rl.stop_kl": 3.0}))
   run = reinforced(**{"rl.stop_kl": 0.0, "rl.skip_kl": 3.0, "start_over": True})
   reinforce(run)
@@ -239,7 +240,7 @@ def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
 
 def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
   def run(*_):
-    raise configs.Halted("sft step 3: loss not finite")
+    raise Halted("sft step 3: loss not finite")
 
   assert ended(run, tmp_path, monkeypatch) == 1
   assert capsys.readouterr().err == "dalign: sft step 3: loss not finite\n"

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dalign.config.schema import MeshConfig
-from dalign.config.schema import SamplerConfig
+from dalign.config.model import MeshConfig
+from dalign.config.model import SamplerConfig
 from dalign.models import sharding
 from dalign.sampling import live
 from dalign.sampling import sampler

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dalign.config.schema import MeshConfig
-from dalign.config.schema import ModelConfig
-from dalign.config.schema import OptimizerConfig
-from dalign.config.schema import SamplerConfig
+from dalign.config.model import MeshConfig
+from dalign.config.model import ModelConfig
+from dalign.config.model import SamplerConfig
+from dalign.config.training import OptimizerConfig
 from dalign.formats import weights
 from dalign.models import param_tree
 from dalign.models import sharding

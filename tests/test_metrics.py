@@ -14,8 +14,10 @@ import sys
 import jax
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages
+from dalign.config.schema import Config
+from dalign.config.schema import LogConfig
 from dalign.runs import metrics as logs
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
@@ -42,8 +44,8 @@ def alone(monkeypatch, tmp_path):
     sys.modules["wandb"].teardown()
 
 
-def to(*writers: str) -> configs.LogConfig:
-  return configs.LogConfig(writers=writers, project="a project")
+def to(*writers: str) -> LogConfig:
+  return LogConfig(writers=writers, project="a project")
 
 
 def wandb_runs(workdir: pathlib.Path) -> list[dict]:
@@ -309,7 +311,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeyp
 
 def test_no_stage_depends_on_where_it_is_logged_or_profiled():
   world = config_file("world").get_config("distill").to_dict()
-  cfg = configs.build(configs.Config, world)
+  cfg = convert.build(Config, world)
   kept = {
     key.partition(".")[0]
     for stage in stages.STAGES.values()

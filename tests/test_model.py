@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign.config.schema import ModelConfig
+from dalign.config.model import ModelConfig
 from dalign.formats import weights
 from dalign.models import attention
 from dalign.models import ops

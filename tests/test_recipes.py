@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from tests import recipes
 from tests.helpers import ROOT
 from tests.helpers import tiny
@@ -62,7 +62,7 @@ def test_what_is_to_be_done_is_said(recipe, noted, changelog, wanted):
 )
 def test_a_hash_is_of_what_is_made(change, same):
   config = tiny()
-  changed = configs.changed(config, change)
+  changed = convert.changed(config, change)
   assert (recipes.digest(changed) == recipes.digest(config)) == same
 
 

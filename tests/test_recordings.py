@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.judges import probing
@@ -276,7 +276,7 @@ def test_known_answers_need_no_votes(tmp_path):
 # In a run.
 
 
-def written(folder, *rows, **changes) -> configs.Config:
+def written(folder, *rows, **changes) -> Config:
   """The tiny config with a recorded teacher and judge."""
   path = folder / "recorded.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))

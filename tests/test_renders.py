@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config.schema import STAGES
 from dalign.judges import judge
 from dalign.stages import rehearsal
 from dalign.stages import scoring
@@ -53,7 +53,7 @@ def test_a_template_without_place_for_the_policy_is_refused(model_of, tmp_path):
 def test_the_reward_model_reads_the_whole_policy(model_of, tmp_path, name):
   """Also where it stands in the user's turn, as in Gemma 3."""
   folder, untold = model_of(name), {"reward.metadata": "none"}
-  rehearse(folder, tmp_path, configs.STAGES, **untold)
+  rehearse(folder, tmp_path, STAGES, **untold)
   run = run_of(folder, tmp_path, **untold)
   renderer = scoring.Renderer(run)
   asked = dataclasses.replace(PROMPT, expected="")

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from dalign.config.schema import ObjectiveConfig
-from dalign.config.schema import build
+from dalign.config.convert import build
+from dalign.config.on_policy import ObjectiveConfig
 from dalign.models import param_tree
 from dalign.models import transformer
 from dalign.text import packing

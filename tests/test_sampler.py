@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalign.config.schema import SamplerConfig
+from dalign.config.model import SamplerConfig
 from dalign.formats import weights
 from dalign.models import transformer
 from dalign.sampling import sampler

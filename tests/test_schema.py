@@ -8,13 +8,14 @@ import sys
 import jsonschema
 import pytest
 
+from dalign.config import convert
 from dalign.config import explain
-from dalign.config import schema as configs
+from dalign.config.schema import Config
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
 
-SCHEMA = json.loads(json.dumps(explain.schema(configs.Config)))
+SCHEMA = json.loads(json.dumps(explain.schema(Config)))
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
 ALL = {
   "quickstart": (),
@@ -130,7 +131,7 @@ def test_what_builds_passes():
     for new in (VALUES[(at + i) % len(VALUES)] for i in (0, 5, 10)):
       other, tried = changed(node, path, new), tried + 1
       try:
-        configs.build(configs.Config, other)
+        convert.build(Config, other)
       except ValueError:
         continue
       built += 1

@@ -19,7 +19,8 @@ import urllib.request
 import pytest
 
 from dalign import stages
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import Config
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.runs import store
@@ -241,7 +242,7 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
 
 
 def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
-  cfg = configs.build(configs.Config, config_file("quickstart").get_config().to_dict())
+  cfg = convert.build(Config, config_file("quickstart").get_config().to_dict())
   field = domain.English(
     lambda: store.read_spec_files(ROOT / "specs"),
     think=thinking.ThinkFormat(open=cfg.think.open, close=cfg.think.close),

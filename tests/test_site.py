@@ -23,9 +23,9 @@ import yaml
 
 import dalign
 from dalign.config import explain
+from dalign.config.convert import flat
+from dalign.config.convert import to_json
 from dalign.config.schema import Config
-from dalign.config.schema import flat
-from dalign.config.schema import to_json
 from tests import test_processes
 from tests.helpers import ROOT
 from tests.helpers import clean_environment

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages
+from dalign.config.schema import Config
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import long
@@ -64,9 +65,9 @@ def test_a_stage_is_done_whatever_changes_nothing_of_it(tmp_path, stage, key, va
   assert not opened(tiny(**{key: value}), tmp_path, stage).begin([])
 
 
-def world() -> configs.Config:
+def world() -> Config:
   node = config_file("world").get_config("distill").to_dict()
-  return configs.build(configs.Config, node)
+  return convert.build(Config, node)
 
 
 def test_a_stage_cannot_read_what_it_does_not_declare(tmp_path):
@@ -74,7 +75,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare(tmp_path):
   for name, kind in stages.STAGES.items():
     own = opened(config, tmp_path, name).cfg
     declared = {*kind.__dataclass_fields__}
-    for section in configs.Config.__dataclass_fields__.keys() - declared:
+    for section in Config.__dataclass_fields__.keys() - declared:
       with pytest.raises(AttributeError):
         getattr(own, section)
   base = opened(config, tmp_path, "base")
@@ -87,7 +88,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare(tmp_path):
 
 def test_manifests_have_the_keys_and_values_of_the_config():
   for config in (tiny(), world()):
-    flat = configs.flat(config)
+    flat = convert.flat(config)
     for name, kind in stages.STAGES.items():
       if name == "base" and config.world is None:
         continue

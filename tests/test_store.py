@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
 from dalign.runs.store import Store
@@ -261,14 +261,14 @@ def test_a_manifest_of_another_format_is_refused(tmp_path):
 
 
 def test_a_config_json_of_another_format_is_refused():
-  values = configs.to_json(tiny())
-  assert configs.of_json(values) == tiny()
+  values = convert.to_json(tiny())
+  assert convert.of_json(values) == tiny()
   for version in (2, None):
     with pytest.raises(ValueError, match=f"wanted format 1, got {version}"):
-      configs.of_json(values | {"format_version": version})
+      convert.of_json(values | {"format_version": version})
   del values["rl.stop_kl"]
   with pytest.raises(ValueError, match="config.rl: missing stop_kl"):
-    configs.of_json(values)
+    convert.of_json(values)
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):

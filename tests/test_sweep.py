@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from dalign import main
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import Config
 from dalign.tools import sweep
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
@@ -18,7 +19,7 @@ from tests.helpers import config_file
 QUICKSTART = ROOT / "configs" / "quickstart.py"
 
 
-def read(options: list[str]) -> configs.Config:
+def read(options: list[str]) -> Config:
   """As the command line does."""
   return main._read_config([f"--config={QUICKSTART}", *options])
 
@@ -100,7 +101,7 @@ def test_a_shell_reads_each_line_as_its_point(file, tmp_path):
   )
   assert ran.returncode == 0, ran.stderr
   [folder] = runs.iterdir()
-  made = configs.of_json(json.loads((folder / "config.json").read_text()))
+  made = convert.of_json(json.loads((folder / "config.json").read_text()))
   assert (made.seed, made.spec.dir) == (1, "it's a; $folder")
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from dalign.config.schema import MeshConfig
-from dalign.config.schema import OptimizerConfig
+from dalign.config.model import MeshConfig
+from dalign.config.training import OptimizerConfig
 from dalign.models import attention
 from dalign.models import ops
 from dalign.models import param_tree

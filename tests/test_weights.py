@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalign.config.schema import LoRAConfig
-from dalign.config.schema import ModelConfig
+from dalign.config.model import LoRAConfig
+from dalign.config.model import ModelConfig
 from dalign.formats import families
 from dalign.formats import ggufs
 from dalign.formats import weights

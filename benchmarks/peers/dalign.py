@@ -9,10 +9,10 @@ import numpy as np
 
 from benchmarks import turn
 from benchmarks import works
-from dalign.config.schema import Compute
-from dalign.config.schema import ObjectiveConfig
-from dalign.config.schema import OptimizerConfig
-from dalign.config.schema import SamplerConfig
+from dalign.config.model import Compute
+from dalign.config.model import SamplerConfig
+from dalign.config.on_policy import ObjectiveConfig
+from dalign.config.training import OptimizerConfig
 from dalign.formats import weights
 from dalign.models import ops
 from dalign.sampling import sampler as sampling

@@ -1,7 +1,7 @@
 """Configs in words: what each field is, as JSON Schema, and as flags are written.
 
-Reads the classes of `schema.py`, whose docstrings describe their fields and whose types
-say what these may be. Values in, values out.
+Reads `schema.Config` and the classes that it reaches, whose docstrings describe their
+fields and whose types say what these may be. Values in, values out.
 """
 
 import collections.abc
@@ -15,7 +15,10 @@ import types
 import typing
 from typing import Any, Iterator, Mapping
 
-from dalign.config import schema as configs
+from dalign.config.fields import Bounds
+from dalign.config.fields import Form
+from dalign.config.fields import parted
+from dalign.config.schema import Config
 
 WIDTH = 100  # columns of a terminal
 _FIELD = re.compile(r"([a-z_0-9]+(?:, [a-z_0-9]+)*): +(.+)")
@@ -68,7 +71,7 @@ def _read(cls) -> tuple[str, dict[str, str]]:
 
 def _part(kind) -> Any:
   """The dataclass that a field is, or holds the values of in a mapping, or None."""
-  kind, more = configs.parted(kind)
+  kind, more = parted(kind)
   if isinstance(kind, types.UnionType):
     kind = typing.get_args(kind)[0]
   return next((c for c in (kind, more) if dataclasses.is_dataclass(c)), None)
@@ -118,7 +121,7 @@ def _object(cls, more: dict) -> dict[str, Any]:
 
 def _schema(kind) -> dict[str, Any]:
   """JSON Schema of a field's type."""
-  kind, more = configs.parted(kind)
+  kind, more = parted(kind)
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if isinstance(kind, types.UnionType):  # X | None
     return {"anyOf": [_schema(inner[0]), {"type": "null"}]}
@@ -134,9 +137,9 @@ def _schema(kind) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": _schema(inner[1])}
   if kind is Any:
     return {}
-  if isinstance(more, configs.Form):
+  if isinstance(more, Form):
     return {"type": "string", "pattern": f"^({more.pattern})$"}
-  limits = more._asdict() if isinstance(more, configs.Bounds) else {}
+  limits = more._asdict() if isinstance(more, Bounds) else {}
   limits.pop("words", None)
   return {"type": _TYPES[kind]} | {k: x for k, x in limits.items() if math.isfinite(x)}
 
@@ -175,9 +178,7 @@ def _escaped(letter: str) -> str:
   return letter if letter.isprintable() else named or f"\\U{ord(letter):08x}"
 
 
-def listing(
-  config: configs.Config, base: configs.Config, *, describe: bool = False
-) -> str:
+def listing(config: Config, base: Config, *, describe: bool = False) -> str:
   """The config, a value a line: name=value, and what `base`, its recipe, has where that
   is other. `describe` adds what it is. On top, what differs; at the end, what only
   `base` has."""

@@ -7,7 +7,7 @@ error of the type checker before, and its manifest, which keeps all that the cla
 (`kept`), cannot miss what it depends on.
 
 A field is the part of the config that is called as it is, or that of `taken(PATH)`.
-`unkept` marks those that change nothing a stage makes, as `schema.limit` does inside a
+`unkept` marks those that change nothing a stage makes, as `fields.limit` does inside a
 part: where and in which shapes it is computed.
 """
 
@@ -18,7 +18,27 @@ import types
 import typing
 from typing import Any, ClassVar, TypeVar
 
-from dalign.config import schema
+from dalign.config import convert
+from dalign.config.model import Compute
+from dalign.config.model import ExportConfig
+from dalign.config.model import LoRAConfig
+from dalign.config.model import MeshConfig
+from dalign.config.model import ModelSource
+from dalign.config.model import SamplerConfig
+from dalign.config.model import ThinkConfig
+from dalign.config.on_policy import DistillConfig
+from dalign.config.on_policy import RLConfig
+from dalign.config.replies import DataConfig
+from dalign.config.replies import EndpointConfig
+from dalign.config.replies import EvalConfig
+from dalign.config.replies import FilterConfig
+from dalign.config.replies import GenerateConfig
+from dalign.config.replies import SpecConfig
+from dalign.config.schema import ProfileConfig
+from dalign.config.training import BatchConfig
+from dalign.config.training import RewardConfig
+from dalign.config.training import SFTConfig
+from dalign.config.training import WorldConfig
 
 S = TypeVar("S")
 
@@ -49,7 +69,7 @@ class Judge:
   """Of FilterConfig, how the judge is asked that other stages share."""
 
   judge: str
-  endpoint: schema.EndpointConfig
+  endpoint: EndpointConfig
   form: str
   temperature: float
   max_new: int
@@ -105,10 +125,10 @@ class OfModel(Stage):
   """
 
   seed: int = unkept()
-  model: schema.ModelSource
-  mesh: schema.MeshConfig = unkept()
-  lora: schema.LoRAConfig
-  think: schema.ThinkConfig
+  model: ModelSource
+  mesh: MeshConfig = unkept()
+  lora: LoRAConfig
+  think: ThinkConfig
   world: WorldSpec | None
 
 
@@ -116,8 +136,8 @@ class OfModel(Stage):
 class Computing(OfModel):
   """Of a stage that computes with the model."""
 
-  compute: schema.Compute
-  sampler: schema.SamplerConfig = unkept()
+  compute: Compute
+  sampler: SamplerConfig = unkept()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,8 +147,8 @@ class OfTask(OfModel):
   copies: where public sets are read, whatever the place the same.
   """
 
-  spec: schema.SpecConfig
-  data: schema.DataConfig
+  spec: SpecConfig
+  data: DataConfig
   copies: str = unkept("eval.copies")
 
 
@@ -136,7 +156,7 @@ class OfTask(OfModel):
 class Training(Computing):
   """Of a stage that trains."""
 
-  profile: schema.ProfileConfig = unkept()
+  profile: ProfileConfig = unkept()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,8 +210,8 @@ class BaseStage(Training):
   """base: adapters are added to what it ends with."""
 
   stage: ClassVar[str] = "base"
-  lora: schema.LoRAConfig = unkept()
-  lessons: schema.WorldConfig = taken("world")
+  lora: LoRAConfig = unkept()
+  lessons: WorldConfig = taken("world")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +219,7 @@ class GenerateStage(Drafting, Taught):
   """generate."""
 
   stage: ClassVar[str] = "generate"
-  generate: schema.GenerateConfig
+  generate: GenerateConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +227,7 @@ class FilterStage(Labelling):
   """filter."""
 
   stage: ClassVar[str] = "filter"
-  filter: schema.FilterConfig
+  filter: FilterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +235,7 @@ class SFTStage(Sampling, Training):
   """sft."""
 
   stage: ClassVar[str] = "sft"
-  sft: schema.SFTConfig
+  sft: SFTConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +243,7 @@ class RewardStage(Rewarding, Labelling, Drafting, Training):
   """reward."""
 
   stage: ClassVar[str] = "reward"
-  reward: schema.RewardConfig
+  reward: RewardConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +251,7 @@ class DistillStage(Rolling):
   """distill."""
 
   stage: ClassVar[str] = "distill"
-  distill: schema.DistillConfig
+  distill: DistillConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +259,7 @@ class RLStage(Rewarding, Judging, Rolling):
   """rl."""
 
   stage: ClassVar[str] = "rl"
-  rl: schema.RLConfig
+  rl: RLConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +267,7 @@ class EvalStage(Drafting):
   """eval."""
 
   stage: ClassVar[str] = "eval"
-  eval: schema.EvalConfig
+  eval: EvalConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +282,7 @@ class ExportStage(Taught):
   """export, whose card says how the model was made and is asked."""
 
   stage: ClassVar[str] = "export"
-  export: schema.ExportConfig
+  export: ExportConfig
   teacher_model: str = taken("generate.endpoint.model")
   judge: str = taken("filter.judge")
   replies: Replies = taken("eval")
@@ -276,12 +296,12 @@ class Plan(Taught, Sampling):
   """The plan, which is about the stages that are asked for."""
 
   stages: str
-  generate: schema.GenerateConfig
-  filter: schema.FilterConfig
-  sft: schema.SFTConfig
-  reward: schema.RewardConfig
-  rl: schema.RLConfig
-  distill: schema.DistillConfig | None
+  generate: GenerateConfig
+  filter: FilterConfig
+  sft: SFTConfig
+  reward: RewardConfig
+  rl: RLConfig
+  distill: DistillConfig | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,7 +309,7 @@ class Talk(Sampling):
   """Chat, server and harness: the shapes in which rows are scored are those of SFT."""
 
   replies: Replies = taken("eval")
-  scoring: schema.BatchConfig = taken("sft.batch")
+  scoring: BatchConfig = taken("sft.batch")
 
 
 STAGES: dict[str, type[Stage]] = {
@@ -340,4 +360,4 @@ def _kept(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(value):
       yield from _kept(value, f"{key}.")
     else:
-      yield key, schema.plain(value)
+      yield key, convert.plain(value)

@@ -27,7 +27,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.text import words
 from dalign.types import EXPECTED
 from dalign.types import KINDS
@@ -396,7 +396,7 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     if not line.strip():
       continue
     try:
-      row = json.loads(line, object_pairs_hook=configs.unique)
+      row = json.loads(line, object_pairs_hook=convert.unique)
     except (ValueError, RecursionError) as error:
       raise ValueError(f"{path}:{number}: wanted JSON, got {error}") from None
     if not isinstance(row, dict):

@@ -18,7 +18,7 @@ import pathlib
 import re
 from typing import Any
 
-from dalign.config import schema as configs
+from dalign.config.schema import chosen_stages
 from dalign.evaluation import figures
 from dalign.runs import buckets
 from dalign.runs import store
@@ -168,7 +168,7 @@ def _read_json(path: pathlib.Path) -> Json:
 def _asked(config: Json) -> tuple[str, ...]:
   """The stages that a config asks for: but a world's, none trains a base."""
   config = config or {}
-  asked = configs.chosen_stages(config.get("stages", "all"))
+  asked = chosen_stages(config.get("stages", "all"))
   optional = {"base": "world.spec", "distill": "distill.start"}
   return tuple(s for s in asked if s not in optional or optional[s] in config)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import dataclasses
 from typing import Any, Literal
 
-from dalign.config.schema import ModelConfig
+from dalign.config.model import ModelConfig
 from dalign.models import param_tree
 from dalign.models import rotary
 

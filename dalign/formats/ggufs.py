@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from dalign.config.schema import ModelConfig
+from dalign.config.model import ModelConfig
 from dalign.formats import families
 from dalign.models import param_tree
 from dalign.text import templates

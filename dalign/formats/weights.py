@@ -24,8 +24,8 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 import yaml
 
-from dalign.config.schema import LoRAConfig
-from dalign.config.schema import ModelConfig
+from dalign.config.model import LoRAConfig
+from dalign.config.model import ModelConfig
 from dalign.formats import families
 from dalign.formats import ggufs
 from dalign.models import adapters

@@ -19,7 +19,7 @@ import queue
 import threading
 from typing import Any
 
-from dalign.config import schema as configs
+from dalign.config.replies import EndpointConfig
 from dalign.runs import buckets
 from dalign.runs import store
 from dalign.text import chat_template
@@ -76,7 +76,7 @@ class Endpoint:
   replies of which the server does not tell the tokens, and in `halves` those with half
   a character (a lone surrogate), in whose place U+FFFD is read."""
 
-  def __init__(self, cfg: configs.EndpointConfig, cache: pathlib.Path):
+  def __init__(self, cfg: EndpointConfig, cache: pathlib.Path):
     if not cfg.url or not cfg.model:
       raise ValueError(
         "endpoint: wanted a url, as http://127.0.0.1:8000/v1, and a model, got "

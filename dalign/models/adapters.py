@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalign.config.schema import LoRAConfig
-from dalign.config.schema import ModelConfig
+from dalign.config.model import LoRAConfig
+from dalign.config.model import ModelConfig
 from dalign.models import param_tree
 from dalign.types import Key
 from dalign.types import PyTree

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dalign.config.schema import ModelConfig
+from dalign.config.model import ModelConfig
 from dalign.types import PyTree
 
 Index = tuple[slice, ...]  # a part of an array, each slice with its start and stop

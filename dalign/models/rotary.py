@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config.schema import ModelConfig
+from dalign.config.model import ModelConfig
 
 MAIN, LOCAL, NONE = range(3)  # the kinds of layers
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from dalign.config.schema import MeshConfig
+from dalign.config.model import MeshConfig
 from dalign.types import PyTree
 
 RULES = {

@@ -11,8 +11,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name as keep
 import jax.numpy as jnp
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
 from dalign.models import adapters
 from dalign.models import attention
 from dalign.models import kernels

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol
 
 import tqdm
 
-from dalign.config import schema as configs
+from dalign.config.schema import LogConfig
 from dalign.runs import buckets
 from dalign.runs import distributed
 from dalign.runs import store
@@ -186,7 +186,7 @@ class Metrics:
   def __init__(
     self,
     workdir: pathlib.Path,
-    log: configs.LogConfig,
+    log: LogConfig,
     config: Mapping[str, Any] | None = None,
   ):
     self._workdir = buckets.absolute(workdir)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config.schema import BatchConfig
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
+from dalign.config.training import BatchConfig
 from dalign.models import transformer
 from dalign.text import chat_template
 from dalign.text import packing

@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
-from dalign.config.schema import Compute
-from dalign.config.schema import Halted
-from dalign.config.schema import ModelConfig
-from dalign.config.schema import SamplerConfig
+from dalign.config.fields import Halted
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
+from dalign.config.model import SamplerConfig
 from dalign.models import attention
 from dalign.models import ops
 from dalign.models import sharding

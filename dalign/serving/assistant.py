@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages
+from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.models import ops
 from dalign.models import transformer as decoder
@@ -88,7 +89,7 @@ class Model:
     self,
     workdir: str | pathlib.Path,
     stage: str = "rl",
-    cfg: configs.Config | None = None,
+    cfg: Config | None = None,
   ):
     """`stage` "" is the last that the run has finished; `cfg` takes the place of the
     run's own config. Raises ValueError for a folder without a run, a stage that is none
@@ -103,7 +104,7 @@ class Model:
         raise ValueError(
           f"{written} is missing: wanted the --workdir of a run of dalign"
         )
-      cfg = configs.of_json(store.read_json(written))
+      cfg = convert.of_json(store.read_json(written))
     devices.prepare()
     self._run = services.of(stages.Talk, cfg, services.Workspace(cfg, place))
     self.workdir = self._run.store.workdir

@@ -9,7 +9,7 @@ from collections.abc import Generator
 import pathlib
 import sys
 
-from dalign.config import schema as configs
+from dalign.config.schema import Config
 from dalign.policy import spec as specs
 from dalign.serving import assistant
 from dalign.text import words
@@ -125,7 +125,7 @@ def _shown(text: str) -> str:
   return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def chat(cfg: configs.Config | None, workdir: pathlib.Path, stage: str) -> None:
+def chat(cfg: Config | None, workdir: pathlib.Path, stage: str) -> None:
   """Talks until the input ends. `cfg` and `stage` are as of `assistant.Model`."""
   model = assistant.Model(workdir, stage, cfg)
   name = f"{model.workdir.name}, stage {model.stage}"

@@ -27,7 +27,7 @@ import time
 from typing import Any
 import uuid
 
-from dalign.config import schema as configs
+from dalign.config.schema import Config
 from dalign.runs import store
 from dalign.sampling import live
 from dalign.serving import assistant
@@ -507,7 +507,7 @@ def app(service: Service, *, local: bool):
 
 
 def serve(
-  cfg: configs.Config | None, workdir: pathlib.Path, stage: str, host: str, port: int
+  cfg: Config | None, workdir: pathlib.Path, stage: str, host: str, port: int
 ) -> None:
   """Answers until SIGINT or SIGTERM. `cfg` and `stage` are as of `assistant.Model`.
 

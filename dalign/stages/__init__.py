@@ -11,8 +11,10 @@ import pathlib
 
 import jax
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages as declared
+from dalign.config.schema import Config
+from dalign.config.schema import chosen_stages
 from dalign.evaluation import report
 from dalign.runs import distributed
 from dalign.runs import progress
@@ -55,24 +57,24 @@ STAGES: dict[str, Callable] = {  # the order is the method
 }
 
 
-def run(cfg: configs.Config, workdir: pathlib.Path) -> None:
+def run(cfg: Config, workdir: pathlib.Path) -> None:
   """Runs the stages that the config asks for, in order; or all of its arms."""
   cfg = _dated(cfg, workdir)
   if cfg.ablation:
     ablate.ablate(cfg, workdir, run_stages)
     _report(workdir)
   else:
-    run_stages(cfg, workdir, {}, configs.chosen_stages(cfg.stages))
+    run_stages(cfg, workdir, {}, chosen_stages(cfg.stages))
 
 
 def run_stages(
-  cfg: configs.Config,
+  cfg: Config,
   workdir: pathlib.Path,
   shared: dict[str, pathlib.Path],
   stages: tuple[str, ...],
 ) -> None:
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
-  distributed.same("config", configs.flat(cfg))
+  distributed.same("config", convert.flat(cfg))
   here = services.Workspace(cfg, workdir, shared)
   here.metrics.ready()
   with (
@@ -82,7 +84,7 @@ def run_stages(
   ):
     written = here.store.workdir / "config.json"
     before = _read(here.store, written)
-    here.store.write_json(written, configs.to_json(cfg))
+    here.store.write_json(written, convert.to_json(cfg))
     if not written.exists():
       raise ValueError(
         f"{here.store.workdir}: the first process wrote here and this one sees "
@@ -104,7 +106,7 @@ def run_stages(
       raise
 
 
-def _dated(cfg: configs.Config, workdir: pathlib.Path) -> configs.Config:
+def _dated(cfg: Config, workdir: pathlib.Path) -> Config:
   """The config with the day on which the run began, in this command or an earlier."""
   arms = cfg.ablation
   first = workdir / f"seed-{arms.seeds[0]}" / "shared" if arms else workdir
@@ -118,7 +120,7 @@ def _dated(cfg: configs.Config, workdir: pathlib.Path) -> configs.Config:
     )
   today = datetime.datetime.now(datetime.UTC).date().isoformat()
   day = asked or began or distributed.agree(today)
-  return configs.changed(cfg, {"model": {"date": day}})
+  return convert.changed(cfg, {"model": {"date": day}})
 
 
 def _read(kept: store.Store, path: pathlib.Path) -> dict | None:

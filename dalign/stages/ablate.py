@@ -11,16 +11,18 @@ import pathlib
 import numpy as np
 from scipy import stats
 
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import STAGES
+from dalign.config.schema import Config
 from dalign.evaluation import evals
 from dalign.evaluation import figures
 from dalign.runs import progress
 from dalign.runs import store
 
-RunStages = Callable[[configs.Config, pathlib.Path, dict, tuple[str, ...]], None]
+RunStages = Callable[[Config, pathlib.Path, dict, tuple[str, ...]], None]
 
 
-def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
+def ablate(cfg: Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
   """Runs every arm of every seed and writes their summary."""
   plan = cfg.ablation
   if plan is None:
@@ -30,16 +32,16 @@ def ablate(cfg: configs.Config, workdir: pathlib.Path, run_stages: RunStages) ->
   kept = store.Store(workdir)
   for seed in plan.seeds:
     folder = workdir / f"seed-{seed}"
-    one = configs.changed(cfg, {"seed": seed, "ablation": None})
+    one = convert.changed(cfg, {"seed": seed, "ablation": None})
     run_stages(one, folder / "shared", {}, plan.shared)
     for name, arm in plan.arms.items():
       own = {*arm["stages"], "eval"}
       shared = {s: folder / "shared" for s in plan.shared if s not in own}
       shared |= {stage: folder / other for stage, other in arm["takes"].items()}
       changes = arm["changes"] | {"eval": {"arms": (arm["row"],)}}
-      stages = tuple(stage for stage in configs.STAGES if stage in own)
+      stages = tuple(stage for stage in STAGES if stage in own)
       progress.say(f"seed {seed}, {name}: {', '.join(stages)}")
-      run_stages(configs.changed(one, changes), folder / name, shared, stages)
+      run_stages(convert.changed(one, changes), folder / name, shared, stages)
       summary = kept.read_json(folder / name / "eval" / "summary.json")
       found.setdefault(name, []).append(summary["arms"][arm["row"]])
       categories.setdefault(name, []).append(summary["categories"][arm["row"]])

@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.training import WorldConfig
 from dalign.runs import progress
 from dalign.stages import services
 from dalign.tasks import lessons
@@ -52,7 +52,7 @@ def learn(run: Run) -> None:
   run.store.finish("base", {"steps": cfg.steps, "left_out": left_out})
 
 
-def _batch(run: Run, cfg: configs.WorldConfig, step: int):
+def _batch(run: Run, cfg: WorldConfig, step: int):
   """The micro-batches of a step, full but for what packing leaves, how many of them
   are used, and how many lessons that were drawn found no line."""
   rng = world.rng_of("lessons", run.cfg.seed, step)

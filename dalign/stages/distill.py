@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.training import BatchConfig
 from dalign.evaluation import evals
 from dalign.models import adapters
 from dalign.models import ops
@@ -124,7 +124,7 @@ def teacher_scorer(run: Run) -> likelihood.Scorer:
   """What the teacher makes of each token: the state that predicts it where the loss is
   exact, else its log-probability in nats."""
   cfg = run.cfg.distill
-  shape = configs.BatchConfig(micro=1, rows=cfg.teacher_rows, length=cfg.teacher_length)
+  shape = BatchConfig(micro=1, rows=cfg.teacher_rows, length=cfg.teacher_length)
   if cfg.loss == "exact":
     return run.scorer(shape, make=distillation.make_hidden)
   return run.scorer(shape, temperature=cfg.temperature)

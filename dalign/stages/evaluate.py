@@ -12,8 +12,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.training import BatchConfig
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
@@ -329,7 +329,7 @@ def _add_odds(
       lines.append([*front, *opening])
       starts.append(len(front))
   length = -(-max(map(len, lines), default=1) // 128) * 128
-  shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
+  shape = BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
   score = run.scorer(shape)
   logp = iter(float(np.sum(own)) for own in score(params, lines, starts))
   for row in rows:

@@ -10,8 +10,8 @@ import itertools
 import math
 import sys
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.replies import FilterConfig
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.policy import spec as specs
@@ -134,9 +134,7 @@ def _row(
   }
 
 
-def _check_scored(
-  judged: list[_Judged], cfg: configs.FilterConfig, limit: float
-) -> None:
+def _check_scored(judged: list[_Judged], cfg: FilterConfig, limit: float) -> None:
   """ValueError where a judge has no verdict on more than `limit` of the samples that it
   was asked about, of all or of those of one cell; they are all on disk."""
   of: dict[str, list[str | None]] = collections.defaultdict(list)

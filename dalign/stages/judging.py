@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.training import BatchConfig
 from dalign.data import prompt_sets
 from dalign.judges import forms
 from dalign.judges import judge
@@ -75,7 +75,7 @@ def quality(run: Run) -> judge.Quality | None:
 
   @functools.cache
   def scorer(length: int) -> likelihood.Scorer:
-    shape = configs.BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
+    shape = BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
     return run.scorer(shape)
 
   @functools.lru_cache(maxsize=1)

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.model import Compute
+from dalign.config.model import LoRAConfig
+from dalign.config.model import ModelConfig
+from dalign.config.model import ModelSource
+from dalign.config.model import SamplerConfig
+from dalign.config.model import ThinkConfig
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.models import ops
@@ -37,9 +43,9 @@ class Model:
     store: files.Store,
     mesh: Mesh,
     *,
-    source: configs.ModelSource,
-    think: configs.ThinkConfig,
-    lora: configs.LoRAConfig,
+    source: ModelSource,
+    think: ThinkConfig,
+    lora: LoRAConfig,
     of_world: bool,
     seed: int,
   ):
@@ -68,19 +74,19 @@ class Model:
       if self._of_world:
         tok = vocab.word_tokenizer(world.vocabulary())
       sizes = dict(self._source.random) | {"vocab": len(tok.ids)}
-      arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
+      arch = convert.build(ModelConfig, sizes, "config.model.random")
       return weights.Checkpoint.random(arch, tok, self._seed)
     progress.say(f"loading {self._source.path}")
     return weights.find(self._source.path)
 
   @functools.cached_property
-  def arch(self) -> configs.ModelConfig:
+  def arch(self) -> ModelConfig:
     scale = self._lora.alpha / self._lora.rank if self._lora.rank else 0.0
     if self.has_files:
       arch = self._found.cfg
     else:
       sizes = self._source.random
-      arch = configs.build(configs.ModelConfig, sizes, "config.model.random")
+      arch = convert.build(ModelConfig, sizes, "config.model.random")
     return dataclasses.replace(arch, lora_scale=scale)
 
   @functools.cached_property
@@ -156,9 +162,7 @@ class Model:
     """Parameters as ShapeDtypeStructs that say where on the mesh they lie."""
     return _placed(self.mesh, shapes)
 
-  def sampler(
-    self, compute: configs.Compute, shapes: configs.SamplerConfig
-  ) -> sampling.Sampler:
+  def sampler(self, compute: Compute, shapes: SamplerConfig) -> sampling.Sampler:
     """A sampler of the model on its mesh; its programs are compiled for it alone."""
     return _sampler(
       self.arch,
@@ -178,8 +182,8 @@ class Guest:
     path: str,
     mesh: Mesh,
     *,
-    compute: configs.Compute,
-    shapes: configs.SamplerConfig,
+    compute: Compute,
+    shapes: SamplerConfig,
     date: str,
   ):
     progress.say(f"loading {path}")
@@ -208,7 +212,7 @@ def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:
   return sharding.abstract(shapes, sharding.shardings(mesh, axes, shapes))
 
 
-def _shapes(arch: configs.ModelConfig) -> PyTree:
+def _shapes(arch: ModelConfig) -> PyTree:
   return jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
     param_tree.shapes(arch),

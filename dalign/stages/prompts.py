@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import pathlib
 
-from dalign.config import schema as configs
+from dalign.config.model import SamplerConfig
+from dalign.config.replies import DataConfig
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.policy import spec as specs
@@ -23,7 +24,7 @@ class Prompts:
   Training prompts are drawn by the seed; held-out ones are the same for every seed.
   """
 
-  def __init__(self, task: domain.Task, *, data: configs.DataConfig, seed: int):
+  def __init__(self, task: domain.Task, *, data: DataConfig, seed: int):
     self._task, self._data, self._seed = task, data, seed
 
   @functools.cached_property
@@ -157,7 +158,7 @@ def say_halves(source: str, texts: Iterable[str]) -> None:
 
 
 def too_long(
-  shapes: configs.SamplerConfig, rows: Mapping[str, tuple[int, ...]], room: int
+  shapes: SamplerConfig, rows: Mapping[str, tuple[int, ...]], room: int
 ) -> set[str]:
   """Of prompts, by id the tokens that are read, the ids of those that the sampler has
   no room for beyond what all share, at most `room`; they are said. ValueError where

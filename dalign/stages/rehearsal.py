@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from typing import Any, Sequence
 
-from dalign.config import schema as configs
 from dalign.config import stages as declared
+from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.stages import scoring
@@ -18,9 +18,7 @@ SAID = "An answer."
 Chats = Iterator[tuple[str, Sequence[Turn]]]  # who reads, and what
 
 
-def rehearse(
-  config: configs.Config, work: services.Workspace, stages: Collection[str]
-) -> None:
+def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) -> None:
   """Renders what teacher, judges and reward model of some stages are to read of a
   prompt of each category. ValueError where the chat template leaves some of it out."""
   for stage, chats in READERS.items():

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import functools
 import pathlib
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.fields import Halted
+from dalign.config.on_policy import RLConfig
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.models import adapters
@@ -198,7 +199,7 @@ def scan_for_leaks(run: Run, r: Rollout, shown: str) -> None:
     where = run.store.path("rl", "thought_in_reward.json")
     row = {"prompt_id": r.prompt.id, "words": found, "thought": r.sample.thought}
     run.store.write_json(where, row | {"shown": shown})
-    raise configs.Halted(
+    raise Halted(
       f"rl: the judge was shown words of a thought, {found!r}, which nothing else "
       f"has; all of it is in {where}. Nothing was learned from this step: mend the "
       "judge, and the same command goes on"
@@ -209,7 +210,7 @@ def scan_for_leaks(run: Run, r: Rollout, shown: str) -> None:
 
 
 def check_limits(
-  rollouts: Sequence[Rollout], cfg: configs.RLConfig, halt: rollouts_of.Halt
+  rollouts: Sequence[Rollout], cfg: RLConfig, halt: rollouts_of.Halt
 ) -> None:
   """Halts at rewards and log-probabilities that are not finite, at too many answers
   without a verdict, and above the limit of the KL."""

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.on_policy import DistillConfig
+from dalign.config.on_policy import RLConfig
 from dalign.evaluation import evals
 from dalign.policy import prompting
 from dalign.sampling import likelihood
@@ -27,7 +28,7 @@ from dalign.types import Prompt
 from dalign.types import PyTree
 
 Run = services.Services[stages.Rolling]  # what is seen of a run
-Settings = configs.RLConfig | configs.DistillConfig
+Settings = RLConfig | DistillConfig
 Halt = Callable[[str, str], NoReturn]  # why, and what to do about it
 
 

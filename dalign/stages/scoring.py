@@ -12,8 +12,8 @@ from typing import Any, Sequence
 import jax
 import numpy as np
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.training import RewardConfig
 from dalign.judges import judge
 from dalign.models import sharding
 from dalign.policy import spec as specs
@@ -101,7 +101,7 @@ def lines_after(
   prefix: list[int],
   rows: Sequence[list[int]],
   *,
-  cfg: stages.RewardModel | configs.RewardConfig,
+  cfg: stages.RewardModel | RewardConfig,
   room: int,
 ) -> dict[str, Any]:
   """A prefix, padded to `room` tokens, and at most `rows` rows that follow it."""

@@ -6,8 +6,10 @@ What was said is kept in WORKDIR/endpoint.jsonl. Of several processes the first 
 from collections.abc import Iterator, Sequence
 import dataclasses
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.replies import EndpointConfig
+from dalign.config.replies import EvalConfig
+from dalign.config.replies import GenerateConfig
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.runs import distributed
@@ -29,7 +31,7 @@ class Server:
   """The endpoint of a config, asked for `name`, which its lines of progress begin
   with."""
 
-  def __init__(self, store: files.Store, cfg: configs.EndpointConfig, name: str):
+  def __init__(self, store: files.Store, cfg: EndpointConfig, name: str):
     self._endpoint = endpoint.Endpoint(cfg, store.workdir / "endpoint.jsonl")
     self._name = name
     self.round = ROUND * cfg.concurrency
@@ -152,7 +154,7 @@ def _unread(reply: endpoint.Reply) -> str:
 
 def request(
   turns: Sequence[Turn],
-  cfg: configs.GenerateConfig | stages.Judge | configs.EvalConfig,
+  cfg: GenerateConfig | stages.Judge | EvalConfig,
   draw: int = 0,
 ) -> endpoint.Request:
   """The request to continue a conversation as a stage samples."""

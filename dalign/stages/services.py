@@ -13,8 +13,11 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages
+from dalign.config.schema import Config
+from dalign.config.training import BatchConfig
+from dalign.config.training import OptimizerConfig
 from dalign.data import bundled
 from dalign.judges import recordings
 from dalign.models import kernels
@@ -45,7 +48,7 @@ class Workspace:
 
   def __init__(
     self,
-    cfg: configs.Config,
+    cfg: Config,
     workdir: pathlib.Path,
     shared: dict[str, pathlib.Path] | None = None,
     devices=None,
@@ -65,7 +68,7 @@ class Workspace:
         f"is a {platform}; use xla"
       )
     self.store = files.Store(workdir, shared)
-    self.metrics = metrics.Metrics(workdir, cfg.log, configs.flat(cfg))
+    self.metrics = metrics.Metrics(workdir, cfg.log, convert.flat(cfg))
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
     self.start_over = cfg.start_over
     self.opened = False  # whether a stage has begun or gone on
@@ -79,7 +82,7 @@ class Workspace:
     return self._made[key]
 
 
-def of(kind: type[S], cfg: configs.Config, work: Workspace) -> "Services[S]":
+def of(kind: type[S], cfg: Config, work: Workspace) -> "Services[S]":
   """The services of a stage, or of what else declares what it reads of a config."""
   return Services(stages.of(kind, cfg), work)
 
@@ -124,7 +127,7 @@ class Services(Generic[C]):
     return self._work.once(model.sampler, compute=self.cfg.compute, shapes=shapes)
 
   def scorer(
-    self: "Services[stages.Computing]", shape: configs.BatchConfig, *, make=None, **how
+    self: "Services[stages.Computing]", shape: BatchConfig, *, make=None, **how
   ) -> likelihood.Scorer:
     """A `Scorer` of the model on its mesh; `make(cfg=, compute=)` makes another score
     than the log-probability."""
@@ -140,7 +143,7 @@ class Services(Generic[C]):
     *,
     params: PyTree,
     loss: train.LossFn,
-    optimizer: configs.OptimizerConfig,
+    optimizer: OptimizerConfig,
     steps: int,
     every: int,
     **more,

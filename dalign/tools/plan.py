@@ -22,8 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config import schema as configs
+from dalign.config import convert
 from dalign.config import stages as declared
+from dalign.config.on_policy import DistillConfig
+from dalign.config.schema import Config
+from dalign.config.schema import PlanConfig
+from dalign.config.schema import chosen_stages
+from dalign.config.training import BatchConfig
+from dalign.config.training import RewardConfig
 from dalign.models import adapters
 from dalign.models import sharding
 from dalign.policy import spec as specs
@@ -113,7 +119,7 @@ class Row:
   compiled_s: float
 
 
-def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
+def plan(cfg: Config, workdir: pathlib.Path) -> None:
   """Prints the plan and writes WORKDIR/plan.json. ValueError says what does not fit
   and, where one change makes it fit, which."""
   devices, chip = _devices(cfg.plan)
@@ -153,11 +159,11 @@ def plan(cfg: configs.Config, workdir: pathlib.Path) -> None:
     )
 
 
-def _chip_name(cfg: configs.PlanConfig) -> str:
+def _chip_name(cfg: PlanConfig) -> str:
   return cfg.chip or cfg.topology.partition(":")[0]
 
 
-def _devices(cfg: configs.PlanConfig):
+def _devices(cfg: PlanConfig):
   """The devices to compile for, and what their chips have, if that is known."""
   name = _chip_name(cfg)
   if name and name not in CHIPS:
@@ -185,7 +191,7 @@ def _devices(cfg: configs.PlanConfig):
 def phases(run: Run) -> Iterator[Phase]:
   """The programs of the stages that the config asks for."""
   cfg, arch, mesh = run.cfg, run.model.arch, run.mesh
-  stages = configs.chosen_stages(cfg.stages)
+  stages = chosen_stages(cfg.stages)
   lying = jax.eval_shape(
     lambda p: adapters.cast_frozen(p, lora=cfg.lora), run.model.shapes
   )
@@ -295,7 +301,7 @@ def phases(run: Run) -> Iterator[Phase]:
 
 
 def _distill(
-  run: Run, c: configs.DistillConfig, training, sampling, trunk: PyTree
+  run: Run, c: DistillConfig, training, sampling, trunk: PyTree
 ) -> Iterator[Phase]:
   """As of RL, and what the teacher reads; it is the start or, where it is another,
   takes as much again."""
@@ -323,7 +329,7 @@ def _distill(
     fixed={"teacher": distillation.head_of(trunk)},
   )
   yield from _rollouts(run, c, ("student", "student score"), sampling, trunk, update)
-  wide = configs.BatchConfig(micro=1, rows=c.teacher_rows, length=c.teacher_length)
+  wide = BatchConfig(micro=1, rows=c.teacher_rows, length=c.teacher_length)
   how = {"make": distillation.make_hidden} if exact else {"temperature": c.temperature}
   read = run.scorer(wide, **how)
   own = _spec_room(run) + cfg.sampler.prompt_room + c.max_new
@@ -410,7 +416,7 @@ def _array(mesh, name: str, x) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
+def _lines(shape: BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
   """A batch of packed lines as the stages make it, empty."""
   packed = packing.pack([([0, 0], [0.0, 1.0])], length=shape.length)
   more = {"weight_BT": packed.weight_BT}
@@ -422,7 +428,7 @@ def _lines(shape: configs.BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
   return train.micro_batches(packed.lines | more, shape)[0]
 
 
-def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
+def _questions(cfg: RewardConfig, room: int) -> dict[str, np.ndarray]:
   """A batch of the reward model's questions, empty."""
   batch = scoring.lines_after([], [], cfg=cfg, room=room)
   batch |= {"score_B": np.zeros(cfg.rows), "prompt_B": np.zeros(cfg.rows, np.int32)}
@@ -430,14 +436,14 @@ def _questions(cfg: configs.RewardConfig, room: int) -> dict[str, np.ndarray]:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _chunks(run: Run, shape: configs.BatchConfig) -> int:
+def _chunks(run: Run, shape: BatchConfig) -> int:
   """How many blocks of logits a part of a micro-batch's tokens has, if all count."""
   lines = shape.rows, shape.length
   part = sharding.place(run.mesh, ("batch", "token"), lines).shard_shape(lines)
   return -(-math.prod(part) // run.cfg.compute.logits_chunk)
 
 
-def _loops(run: Run, shape: configs.BatchConfig) -> tuple[int, ...]:
+def _loops(run: Run, shape: BatchConfig) -> tuple[int, ...]:
   chunks = _chunks(run, shape)
   return (shape.micro, chunks) if shape.micro > 1 else (chunks,)
 
@@ -583,7 +589,7 @@ def bill(chips: int, hours: float, price: float) -> str:
   return f"{chips} chips; at least {hours:.3f} chip-hours{cost}"
 
 
-def uneven(cfg: configs.Config, parts: int) -> list[str]:
+def uneven(cfg: Config, parts: int) -> list[str]:
   """The numbers of rows that `parts` parts of a mesh do not divide. What axes do not
   divide lies whole on each of their devices (`sharding.fits`)."""
   counts = {
@@ -605,7 +611,7 @@ def _cure(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
   """The first change that makes the phases fit, found by trying."""
   for said, changes in _changes(cfg, names):
     try:
-      tried = _rows(configs.changed(cfg, changes), workdir, devices, chip, names)
+      tried = _rows(convert.changed(cfg, changes), workdir, devices, chip, names)
     except ValueError:
       continue  # such as a mesh that there is not
     if all(row.fits for row in tried):
@@ -613,7 +619,7 @@ def _cure(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
   return "no single change of remat, micro-batch, slots, caches or mesh makes it fit"
 
 
-def _changes(cfg: configs.Config, names: list[str]) -> Iterator[tuple[str, dict]]:
+def _changes(cfg: Config, names: list[str]) -> Iterator[tuple[str, dict]]:
   if not cfg.compute.remat:
     yield "--config.compute.remat=true", {"compute": {"remat": True}}
   for part in ("sft", "rl", *(["distill"] if cfg.distill else [])):

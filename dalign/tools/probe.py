@@ -8,8 +8,8 @@ import pathlib
 
 import jax
 
-from dalign.config import schema as configs
 from dalign.config import stages
+from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.judges import probing
@@ -21,7 +21,7 @@ from dalign.stages import services
 PROMPTS = 45  # held-out prompts that each probe is put to
 
 
-def probe(cfg: configs.Config, workdir: pathlib.Path) -> None:
+def probe(cfg: Config, workdir: pathlib.Path) -> None:
   """Prints what `rl.reward` makes of the probes of METHOD section 4 and of answers that
   are known to be right or wrong, and writes WORKDIR/probe.json.
 

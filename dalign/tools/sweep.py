@@ -9,7 +9,8 @@ import re
 import shlex
 from typing import Any
 
-from dalign.config import schema as configs
+from dalign.config import convert
+from dalign.config.schema import Config
 
 NAME = 120  # characters of a folder's name, before what makes it unique
 
@@ -19,7 +20,7 @@ def lines(
   args: list[str],
   command: list[str],
   workdir: str,
-  read: Callable[[list[str]], configs.Config],
+  read: Callable[[list[str]], Config],
 ) -> list[str]:
   """A command line a point, quoted for a shell, with a folder of its own in `workdir`.
 
@@ -42,7 +43,7 @@ def lines(
       )
     given = {name: _said(value) for name, value in point.items()}
     options = [*kept, *(f"--config.{name}={value}" for name, value in given.items())]
-    config = configs.flat(read(options))
+    config = convert.flat(read(options))
     for name, value in point.items():
       got = config.get(name)
       if name not in config or got != _plain(value):

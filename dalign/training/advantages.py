@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config.schema import ObjectiveConfig
+from dalign.config.on_policy import ObjectiveConfig
 
 EPSILON = 1e-6  # added to a standard deviation before it divides
 

@@ -16,8 +16,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
 from dalign.models import ops
 from dalign.models import sharding
 from dalign.models import transformer

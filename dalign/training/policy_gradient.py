@@ -1,6 +1,6 @@
 """The policy-gradient loss, a pure function of log-probabilities, and the value head.
 
-An algorithm is a handful of choices (`schema.ObjectiveConfig`), of which
+An algorithm is a handful of choices (`on_policy.ObjectiveConfig`), of which
 `configs/algorithms.py` has the usual ones. Where advantages come from is not known here
 (`advantages.py`). What runs a decoder is at the end: `make_loss` for the trainer,
 `make_score` and `make_values` for what is read off a model.
@@ -9,9 +9,9 @@ An algorithm is a handful of choices (`schema.ObjectiveConfig`), of which
 import jax
 import jax.numpy as jnp
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
-from dalign.config.schema import ObjectiveConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
+from dalign.config.on_policy import ObjectiveConfig
 from dalign.models import transformer
 from dalign.types import Mean
 

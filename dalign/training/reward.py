@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
 from dalign.models import ops
 from dalign.models import transformer
 from dalign.types import Key

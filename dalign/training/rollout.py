@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from dalign.config.schema import ObjectiveConfig
+from dalign.config.on_policy import ObjectiveConfig
 from dalign.data import prompt_sets
 from dalign.text import packing
 from dalign.text import words

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from dalign.config.schema import Compute
-from dalign.config.schema import ModelConfig
+from dalign.config.model import Compute
+from dalign.config.model import ModelConfig
 from dalign.models import transformer
 from dalign.types import Mean
 

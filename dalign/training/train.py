@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from dalign.config.schema import BatchConfig
-from dalign.config.schema import OptimizerConfig
+from dalign.config.training import BatchConfig
+from dalign.config.training import OptimizerConfig
 from dalign.models import adapters
 from dalign.models import param_tree
 from dalign.models import sharding

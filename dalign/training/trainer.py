@@ -13,7 +13,10 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from dalign.config import schema as configs
+from dalign.config.fields import Halted
+from dalign.config.model import ModelConfig
+from dalign.config.schema import ProfileConfig
+from dalign.config.training import OptimizerConfig
 from dalign.models import adapters
 from dalign.models import ops
 from dalign.runs import distributed
@@ -39,15 +42,15 @@ class Trainer:
   store: files.Store
   metrics: logs.Metrics
   mesh: Mesh
-  arch: configs.ModelConfig
+  arch: ModelConfig
   key: Key  # from which the randomness of each step comes
   params: PyTree
   loss: train.LossFn
-  optimizer: configs.OptimizerConfig
+  optimizer: OptimizerConfig
   steps: int
   every: int
   averaged: int = 0
-  profile: configs.ProfileConfig = configs.ProfileConfig(steps=())
+  profile: ProfileConfig = ProfileConfig(steps=())
   result: Callable[[PyTree], PyTree] = lambda params: params  # what is kept of them
   beside: PyTree = dataclasses.field(default_factory=dict)  # read, and never trained
 
@@ -184,7 +187,7 @@ def halt(
     arrays: dict[str, Any] = {n: np.asarray(x) for n, x in batch.items()}
     np.savez(content, **arrays)
     files.write_bytes(where, content.getvalue())
-  raise configs.Halted(
+  raise Halted(
     f"{stage} step {step}: {why}; its batch is in {where}. Nothing of this step is "
     f"kept: {advice}, and the same command goes on from the last checkpoint"
   )
