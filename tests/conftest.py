@@ -27,6 +27,7 @@ import pytest
 from dalign.config.model import Compute
 from dalign.config.model import ModelConfig
 from dalign.formats import weights
+from tests.helpers import SHARED
 from tests.helpers import run_command
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -43,7 +44,6 @@ LONG = (
   *("pipeline", "plan", "meshes", "families", "processes", "ablation", "site", "colab"),
   *("limits", "metrics", "rl", "serve", "sampler", "harness"),
 )
-SHARED = pathlib.Path(__file__).parents[1] / ".." / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,6 @@ import types
 
 import hypothesis
 import jax
-import pytest
 
 from dalign.config import convert
 from dalign.config import stages
@@ -19,10 +18,7 @@ from dalign.stages import services
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Of tests that take long, so that all others take a quarter of an hour on two cores.
-long = pytest.mark.skipif(
-  not os.environ.get("DALIGN_LONG"), reason="long: set DALIGN_LONG=1"
-)
+SHARED = ROOT / ".." / "shared"  # prompt sets and cases that are not of the project
 
 
 def clean_environment() -> dict[str, str]:
