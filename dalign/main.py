@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import runpy
 import signal
 import sys
@@ -54,7 +55,8 @@ From a written spec, prompts and a model to a model that reasons over the spec.
                              reward, rl, eval, report, export
   --config.seed=N            and any other value of the config file, such as:
   --config.model.path=DIR    a local Hugging Face folder, or a .gguf file
-  --config.data.source=FORM:PATH   prompts: jsonl, parquet, tfds
+  --config.data.source=FORM:PATH   prompts: csv, jsonl, parquet, hf, tfds
+  --config.data.columns.FIELD=COLUMN   the column of a field; =TEXT is a text for all
   --config.spec.dir=DIR      another specification
   --config.rl.steps=N        as of every stage
   --config.start_over=true   do a stage again whose config or input has changed
@@ -68,7 +70,10 @@ Exit codes: 0 done, or saved on SIGTERM; 2 bad input or config; 1 anything else.
 line on stderr says which. README.md says what comes out.
 """
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_ARGV: list[str] = []  # the arguments that are being read, but those of `_columns`
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/.", sys_argv=_ARGV
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run's artefacts.")
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -98,7 +103,8 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
   """The checked config, or None where the mode does without, and the workdir;
   ValueError for anything that is wrong."""
   try:
-    rest = flags.FLAGS(_found(argv))
+    _ARGV[:], columns = _columns(_found(argv))
+    rest = flags.FLAGS(_ARGV)
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
     place, mode = buckets.place(_WORKDIR.value or ""), _MODE.value
@@ -108,10 +114,26 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
       return None, place
     if _CONFIG.value is None:
       raise ValueError("wanted --config=FILE; see README.md")
-    node = _CONFIG.value.to_dict()
+    node = _node(_CONFIG.value, columns)
   except UNREAD as error:
     raise ValueError(_one_line(error, argv)) from error
   return convert.build(Config, node), place
+
+
+def _columns(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+  """The arguments without those --config.data.columns.FIELD=COLUMN, and the columns by
+  field: names that no config file has, which is all that flags can change."""
+  found = [re.fullmatch(r"--?config\.data\.columns\.(\w+)=(.*)", a) for a in argv]
+  rest = [given for given, match in zip(argv, found, strict=True) if not match]
+  return rest, dict(match.groups() for match in found if match)
+
+
+def _node(config, columns: dict[str, str]) -> dict:
+  """A config file's values, with some columns of its prompts."""
+  node = config.to_dict()
+  if columns:
+    node["data"]["columns"] = dict(node["data"]["columns"]) | columns
+  return node
 
 
 def _explained(config: Config | None) -> str:
@@ -159,11 +181,11 @@ def _found(argv: list[str]) -> list[str]:
 
 def _read_config(options: list[str]) -> Config:
   """The config that some options make, whatever flags this process has."""
-  argv, values = [sys.argv[0], *options], flags.FlagValues()
+  (argv, columns), values = _columns([sys.argv[0], *options]), flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
     values(argv, known_only=True)
-    node = holder.value.to_dict()
+    node = _node(holder.value, columns)
   except UNREAD as error:
     raise ValueError(_one_line(error, argv)) from error
   return convert.build(Config, node)

@@ -1,8 +1,8 @@
 """Prompt sets: where prompts come from, how they are split, and in which order.
 
-Reads the prompts that come with dalign (as a TFDS data set), any TFDS data set, JSONL
-and Parquet into `Prompt`; splits by scenario so that near-twins never straddle; says
-which row is visited when. Needs no TensorFlow.
+Reads the prompts that come with dalign (as a TFDS data set), any TFDS data set, CSV,
+JSONL, Parquet and what the library `datasets` saved into `Prompt`; splits by scenario
+so that near-twins never straddle; says which row is visited when. Needs no TensorFlow.
 
 Does not know specifications, chat templates, tokens, stages, or the other files of a
 run.
@@ -12,6 +12,7 @@ import codecs
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
+import csv
 import dataclasses
 import difflib
 import hashlib
@@ -43,7 +44,12 @@ NEAR = 0.5  # word-trigram Jaccard from which two prompts are near-twins
 EVAL_SHARE = 0.2  # of the scenarios
 _FOLDER = pathlib.Path(__file__).parents[1] / "prompts"
 _REFERENCES = pathlib.Path(__file__).parents[1] / "recordings/references.jsonl"
-_SOURCES = "'bundled', 'tfds:NAME:SPLIT', 'jsonl:PATH' or 'parquet:PATH'"
+_SOURCES = (
+  "'bundled', 'csv:PATH', 'jsonl:PATH', 'parquet:PATH', 'hf:DIR' or 'tfds:NAME:SPLIT'"
+)
+# Columns that may hold what is said, in the order in which they are looked for.
+_SAID = ("turns", "prompt", "messages", "conversations")
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
 
 Row = dict[str, object]
 
@@ -131,10 +137,13 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
 def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
   """The prompts of a source, with ids that differ and a split each.
 
-  `source` is "bundled", "tfds:NAME:SPLIT", "jsonl:PATH" or "parquet:PATH". `columns`
-  maps fields of `FIELDS` to the source's columns; "=text" is that text for every row,
-  and a field that is not mapped is read from the column of its own name if there is
-  one, turns from "messages" too. Wanted are prompt or turns, category and expected, and
+  `source` is "bundled", "csv:PATH", "jsonl:PATH", "parquet:PATH", "tfds:NAME:SPLIT", or
+  "hf:DIR", a folder that `datasets` wrote with save_to_disk. `columns` maps fields of
+  `FIELDS` to the source's columns; "=text" is that text for every row, and a field that
+  is not mapped is read from the column of its own name if there is one, turns from
+  "messages" and "conversations" too. A turn has a role and content, the latter in one
+  piece or in OpenAI's parts of text, or ShareGPT's from ("human", "gpt") and value; in
+  CSV turns and clauses are JSON. Wanted are prompt or turns, category and expected, and
   an answer of kind capability; where no row has a split, `split` decides. A row without
   an id has one that its turns make. What is null, NaN or blank is not there. TFDS files
   are kept under `data_dir`. Raises ValueError that names the row, what was wanted and
@@ -144,15 +153,13 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   _check_columns(columns)
   if source == "bundled":
     return _load_bundled(columns, data_dir)
-  if kind == "jsonl" and rest:
-    rows = _json_lines(pathlib.Path(rest))
-  elif kind == "parquet" and rest:
-    rows = _parquet_rows(pathlib.Path(rest))
+  if kind in _READERS and rest:
+    rows = _READERS[kind](pathlib.Path(rest))
   elif kind == "tfds" and all(parts := rest.partition(":")):
     rows = _tfds_rows(parts[0], parts[2], data_dir)
   else:
     kind = pathlib.Path(source).suffix.lstrip(".")
-    hint = f"; did you mean '{kind}:{source}'?" if kind in ("jsonl", "parquet") else ""
+    hint = f"; did you mean '{kind}:{source}'?" if kind in _READERS else ""
     raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
   prompts = prompts_of(rows, columns, source)
   if not prompts:
@@ -161,9 +168,9 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
 
 
 def file_of(source: str) -> pathlib.Path | None:
-  """The one file that a source of `load` is, or None."""
+  """The one file or folder that a source of `load` is, or None."""
   kind, _, rest = source.partition(":")
-  return pathlib.Path(rest) if kind in ("jsonl", "parquet") and rest else None
+  return pathlib.Path(rest) if kind in _READERS and rest else None
 
 
 def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Prompt]:
@@ -191,8 +198,9 @@ def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Promp
 def families(prompts: Sequence[Prompt]) -> list[str]:
   """For each prompt the name of its family, that is the first scenario in it.
 
-  Scenarios that share a near-twin are one family, and so on from twin to twin. A prompt
-  without a scenario starts with one of its own, named by what it says.
+  Scenarios that share a near-twin are one family, and so on from twin to twin; twins
+  are so by what the user says, whatever system turn they share. A prompt without a
+  scenario starts with one of its own, named by what it says.
   """
   scenarios = [prompt.scenario or digest(prompt.turns) for prompt in prompts]
   parent = {name: name for name in scenarios}
@@ -202,7 +210,7 @@ def families(prompts: Sequence[Prompt]) -> list[str]:
       parent[name] = name = parent[parent[name]]
     return name
 
-  for i, j in near_twins([_whole_text(prompt) for prompt in prompts]):
+  for i, j in near_twins([_users_text(prompt) for prompt in prompts]):
     first, second = sorted((root(scenarios[i]), root(scenarios[j])))
     parent[second] = first
   return [root(name) for name in scenarios]
@@ -235,8 +243,9 @@ def near_twins(
 def contaminated(
   prompts: Sequence[Prompt], others: Sequence[str], *, n: int = 8
 ) -> list[tuple[str, str]]:
-  """(prompt id, other) where they share `n` words in a row or are near-twins."""
-  texts = [_whole_text(prompt) for prompt in prompts]
+  """(prompt id, other) where what a user says in a prompt and the other share `n` words
+  in a row or are near-twins."""
+  texts = [_users_text(prompt) for prompt in prompts]
   long: dict[str, list[int]] = {}
   for j, other in enumerate(others):
     for gram in _grams(other, n):
@@ -418,6 +427,75 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     yield f"{path} row {number}", row
 
 
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  """(file:line, row) of each row of a CSV file, whose first one names the columns."""
+  try:
+    text = path.read_bytes().decode("utf-8-sig")
+  except OSError as error:
+    raise ValueError(f"{path}: wanted a CSV file, got {error.strerror}") from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: wanted CSV in UTF-8, {error}") from None
+  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+  try:
+    names = next(reader, [])
+    if twice := [name for name in names if names.count(name) > 1]:
+      raise ValueError(f"{path}:1: wanted each column once, got {twice[0]!r} again")
+    line = reader.line_num + 1
+    for cells in reader:
+      if cells and len(cells) != len(names):
+        raise ValueError(
+          f"{path}:{line}: wanted {len(names)} cells, as there are columns "
+          f"({', '.join(names)}), got {len(cells)}: {cells!r:.80}"
+        )
+      if cells:
+        yield f"{path}:{line}", dict(zip(names, cells, strict=True))
+      line = reader.line_num + 1
+  except csv.Error as error:
+    raise ValueError(f"{path}:{reader.line_num}: wanted CSV, got {error}") from None
+
+
+def _hf_rows(folder: pathlib.Path) -> Iterator[tuple[str, Row]]:
+  """(folder row n, row) of each row of a Dataset of the library `datasets`, as its
+  save_to_disk leaves it: Arrow files, and two of JSON that name them and the labels."""
+  if splits := sorted(path.parent for path in folder.glob("*/state.json")):
+    some = ", ".join(f"hf:{split}" for split in splits)
+    raise ValueError(f"hf:{folder}: wanted one of its splits, {some}")
+  import pyarrow.ipc  # large, and only some read Arrow
+
+  tables = []
+  try:
+    state = json.loads((folder / "state.json").read_bytes())
+    info = json.loads((folder / "dataset_info.json").read_bytes())
+    for file in state["_data_files"]:
+      with pyarrow.memory_map(str(folder / file["filename"])) as source:
+        tables.append(pyarrow.ipc.open_stream(source).read_all())
+    labels = {
+      name: feature["names"]
+      for name, feature in info["features"].items()
+      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+    rows = [row for table in tables for row in table.to_pylist()]
+    for row in rows:
+      for name, names in labels.items():
+        if row[name] is not None:
+          row[name] = names[row[name]] if row[name] >= 0 else None
+  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ValueError(
+      f"hf:{folder}: wanted a folder that save_to_disk of `datasets` wrote, got {said}"
+    ) from None
+  for number, row in enumerate(rows):
+    yield f"{folder} row {number}", row
+
+
+_READERS = {
+  "csv": _csv_rows,
+  "jsonl": _json_lines,
+  "parquet": _parquet_rows,
+  "hf": _hf_rows,
+}
+
+
 def rows_of(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
   """(where it is, row) of each row of a JSONL or a Parquet file, by its ending."""
   return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
@@ -504,8 +582,8 @@ def missing(value: object) -> bool:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-  """The row's values by our field names, and its "messages"."""
-  values = {name: row.get(name) for name in (*FIELDS, "messages")}
+  """The row's values by our field names, and its further columns of _SAID."""
+  values = {name: row.get(name) for name in (*FIELDS, *_SAID)}
   for name, column in columns.items():
     values[name] = column[1:] if column.startswith("=") else row.get(column)
   return {name: value for name, value in values.items() if not missing(value)}
@@ -520,7 +598,8 @@ def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) ->
       whole = isinstance(value, float) and value.is_integer()
       value = str(int(value) if whole else value)
     if not isinstance(value, str):
-      raise ValueError(f"{where}: wanted text as {name}, got {value!r:.60}")
+      said = _named(name, columns)
+      raise ValueError(f"{where}: wanted text as {said}, got {value!r:.60}")
     texts[name] = value
   if not texts["category"]:
     raise ValueError(f"{where}: wanted a category; map a column, or '=benign' for all")
@@ -529,7 +608,8 @@ def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) ->
     if texts[name] not in some:
       wanted = ", ".join(filter(None, some))
       raise ValueError(
-        f"{where}: wanted {name} as one of {wanted}, got {texts[name]!r}"
+        f"{where}: wanted {_named(name, columns)} as one of {wanted}, "
+        f"got {texts[name]!r:.80}"
       )
   if texts["kind"] == "capability" and not texts["answer"]:
     raise ValueError(
@@ -540,9 +620,15 @@ def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) ->
   return Prompt(turns=turns, clauses=clauses, source=source, **texts)
 
 
+def _named(name: str, columns: Mapping[str, str]) -> str:
+  """A field, and the column that it is read from where that has another name."""
+  column = columns.get(name, name)
+  return name if column == name else f"{name} (column {column!r})"
+
+
 def _clauses(where: str, values: Row) -> tuple[str, ...]:
   """The ids of the clauses that decide a row's prompt."""
-  found: Any = values.get("clauses", [])
+  found: Any = _listed(values.get("clauses", []))
   if not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
     raise ValueError(f"{where}: wanted clauses as a list of ids, got {found!r:.60}")
   return tuple(found)
@@ -551,7 +637,7 @@ def _clauses(where: str, values: Row) -> tuple[str, ...]:
 def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, ...]:
   """The turns of a row, or its prompt as the one turn."""
   # A column that is mapped before one that only has the name.
-  names = sorted(("turns", "prompt", "messages"), key=lambda name: name not in columns)
+  names = sorted(_SAID, key=lambda name: name not in columns)
   name = next((name for name in names if name in values), "")
   if not name:
     raise ValueError(
@@ -561,6 +647,7 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
   column, found = columns.get(name, name), values[name]
   if name == "prompt" and isinstance(found, str):
     found = [{"role": "user", "content": found}]
+  found = _listed(found)
   if not isinstance(found, (list, tuple)) or not found:
     raise ValueError(
       f"{where}: {column}: wanted turns [{{'role': ..., 'content': ...}}, ...], "
@@ -568,7 +655,7 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
     )
   turns = []
   for number, said in enumerate(found, 1):
-    said = said if isinstance(said, Mapping) else {"": said}
+    said = _of_openai(said) if isinstance(said, Mapping) else {"": said}
     role, content = said.get("role"), text_of(said.get("content"))
     at = (
       f"{where}: {column}, turn {number} of {len(found)} ({role or 'no role'}): wanted"
@@ -586,6 +673,28 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
   if role != "user":
     raise ValueError(f"{at} a user's turn as the last: take out what follows that")
   return tuple(turns)
+
+
+def _listed(value: Any) -> Any:
+  """A list that a source could not hold as one: JSON in a cell of text, or a list for
+  each name, as Arrow has sequences of objects."""
+  if isinstance(value, str) and value.lstrip().startswith("["):
+    with contextlib.suppress(ValueError, RecursionError):
+      return json.loads(value)
+  if isinstance(value, Mapping):
+    parts = [*value.values()]
+    if all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
+      return [dict(zip(value, own, strict=True)) for own in zip(*parts, strict=True)]
+  return value
+
+
+def _of_openai(message: Mapping) -> Mapping:
+  """A message with OpenAI's names where it has ShareGPT's."""
+  if message.get("role") is not None or "from" not in message:
+    return message
+  role = message["from"]
+  role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+  return {"role": role, "content": message.get("value")}
 
 
 def uses_tools(message: Mapping) -> bool:
@@ -620,8 +729,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
   return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _whole_text(prompt: Prompt) -> str:
-  return "\n".join(turn.content for turn in prompt.turns)
+def _users_text(prompt: Prompt) -> str:
+  """What the user says: a system turn that prompts share makes no twins of them."""
+  return "\n".join(turn.content for turn in prompt.turns if turn.role == "user")
 
 
 def _grams(text: str, n: int) -> frozenset[str]:

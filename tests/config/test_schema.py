@@ -8,6 +8,7 @@ import sys
 import jsonschema
 import pytest
 
+from dalign import main
 from dalign.config import convert
 from dalign.config import explain
 from dalign.config.schema import Config
@@ -255,6 +256,25 @@ def test_errors_of_flags_are_as_they_were(tmp_path):
     done = ran(file, option)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("dalign: ") and wanted in done.stderr
+
+
+def test_columns_are_mapped_by_flags(tmp_path):
+  file = tmp_path / "mine.json"
+  file.write_text('{"recipe": "tiny", "data": {"columns": {"id": "name"}}}')
+  done = ran(
+    file,
+    "--config.data.columns.prompt=my question",
+    "--config.data.columns.category==benign",
+    "--config.data.columns.id=key",
+    "--config.rl.steps=3",
+  )
+  assert done.returncode == 0, done.stderr
+  for wanted in ("id=key", "prompt=my question", "category==benign"):
+    assert f"\ndata.columns.{wanted}" in done.stdout
+  assert "\nrl.steps=3" in done.stdout
+  tiny = f"--config={ROOT}/configs/tiny.py"
+  config = main._read_config([tiny, "--config.data.columns.prompt=q"])
+  assert config.data.columns == {"prompt": "q"}
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path):

@@ -1,6 +1,8 @@
 """Prompt sets: bundled rows, splits that keep families together, sources, order."""
 
 import collections
+import csv
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -228,6 +230,28 @@ def test_families_join_scenarios_through_twins():
   assert prompt_sets.families(prompts) == ["a", "a", "a", own, "d"]
 
 
+def with_system(prompt, content):
+  turns = (Turn(role="system", content=content), *prompt.turns)
+  return dataclasses.replace(prompt, turns=turns)
+
+
+def test_a_shared_system_prompt_makes_no_twins():
+  """Else all of a set were one family, on one side of the split."""
+  system = "You are the assistant of a bookshop. " * 20
+  topics = [f"word{i} other{i} third{i} fourth{i}" for i in range(60)]
+  own = [with_system(prompt(topic, topic), system) for topic in topics]
+  assert len({*prompt_sets.families(own)}) == 60
+  assert {p.split for p in prompt_sets.split(own)} == {"train", "eval"}
+  assert prompt_sets.contaminated(own, [system]) == []
+
+
+def test_a_shared_question_is_one_family_whatever_the_system_prompt():
+  plain = prompt("1", "how do I clean an old rifle")
+  other = with_system(dataclasses.replace(plain, id="2"), "Be brief.")
+  first, second = prompt_sets.families([plain, other])
+  assert first == second
+
+
 def test_a_split_is_stable_and_whole():
   prompts = [
     prompt(f"{i}", f"text {i} about {i * 7} and {i * 13}", f"s{i // 3}")
@@ -406,6 +430,18 @@ def test_a_split_column_is_kept(tmp_path):
   assert {p.split for p in prompt_sets.load(source, COLUMNS, "")} == {"train", "eval"}
 
 
+def test_a_split_that_is_added_later_moves_no_prompt(tmp_path):
+  """What was drawn for a prompt stays its own: ids follow from what is said alone."""
+  rows = [{"question": f"q {i}", "area": "a"} for i in range(9)]
+  before = prompt_sets.load(write(tmp_path, *rows), COLUMNS, "")
+  added = [row | {"split": "eval" if i < 3 else "train"} for i, row in enumerate(rows)]
+  after = prompt_sets.load(write(tmp_path, *added), COLUMNS, "")
+  assert [dataclasses.replace(p, split="") for p in after] == [
+    dataclasses.replace(p, split="") for p in before
+  ]
+  assert [p.split for p in after] == ["eval"] * 3 + ["train"] * 6
+
+
 GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
 
 
@@ -467,6 +503,16 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
       [GOOD | {"turns": [{"role": "user", "content": "x", "tool_calls": [1]}]}],
       r"turn 1 of 1 .user.: wanted text alone, got a call of a tool",
     ),
+    (
+      {"expected": "label"},
+      [{"prompt": "p", "category": "a", "label": "deny"}],
+      r":1: wanted expected .column 'label'. as one of refuse, .* got 'deny'",
+    ),
+    (
+      {},
+      [GOOD | {"conversations": [{"from": "bing", "value": "x"}], "prompt": None}],
+      r":1: conversations, turn 1 of 1 .bing.: wanted a role",
+    ),
     ({}, [GOOD | {"Split": "eval"}], r"p.jsonl:1: column 'Split' is not read as split"),
     ({}, [], r"wanted prompts, found no row"),
   ],
@@ -525,6 +571,117 @@ def test_bad_sources_are_named(tmp_path):
   ):
     with pytest.raises(ValueError, match=message):
       prompt_sets.load(source, {}, str(tmp_path))
+
+
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+@pytest.mark.parametrize(
+  ("column", "turns"),
+  [
+    ("turns", [{"role": "user", "content": PARTS}]),
+    ("messages", [{"role": "user", "content": "one\ntwo"}]),
+    ("conversations", [{"role": "user", "content": "one\ntwo"}]),
+    ("conversations", [{"from": "human", "value": "one\ntwo"}]),
+    ("conversations", [{"from": "human", "value": PARTS}]),
+    ("conversations", {"from": ["human"], "value": ["one\ntwo"]}),
+  ],
+)
+def test_conversations_are_read_as_people_have_them(tmp_path, column, turns):
+  row = {column: turns, "category": "a", "expected": "comply"}
+  (found,) = prompt_sets.load(write(tmp_path, row), {}, "")
+  assert found.turns == (Turn(role="user", content="one\ntwo"),)
+
+
+def test_the_turns_of_sharegpt_keep_their_roles(tmp_path):
+  said = [("system", "s"), ("human", "a"), ("gpt", "b"), ("human", "c")]
+  row = {
+    "conversations": [{"from": role, "value": value} for role, value in said],
+    "category": "a",
+    "expected": "comply",
+  }
+  (found,) = prompt_sets.load(write(tmp_path, row), {}, "")
+  roles = [turn.role for turn in found.turns]
+  assert roles == ["system", "user", "assistant", "user"] and found.text == "c"
+
+
+def test_csv(tmp_path):
+  path = tmp_path / "p.csv"
+  turns = json.dumps(
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+  )
+  with path.open("w", newline="", encoding="utf-8-sig") as file:
+    writer = csv.writer(file)
+    writer.writerow(["question", "area", "expected", "messages", "clauses", "split"])
+    writer.writerow(["a, b\nand c", "weapons", "refuse", "", '["WE-D1"]', "train"])
+    writer.writerow([])
+    writer.writerow(["", "weapons", "comply", turns, "", "eval"])
+  columns = {"prompt": "question", "category": "area"}
+  first, second = prompt_sets.load(f"csv:{path}", columns, "")
+  assert (first.text, first.clauses, first.split) == (
+    "a, b\nand c",
+    ("WE-D1",),
+    "train",
+  )
+  assert [turn.role for turn in second.turns] == ["system", "user"]
+  assert prompt_sets.file_of(f"csv:{path}") == path
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("prompt,category,expected\np,a,deny\n", r"p.csv:2: wanted expected as one of"),
+    ('prompt,category,expected\n"p\nq",a,comply\np,a\n', r"p.csv:4: wanted 3 cells"),
+    ("prompt,prompt\na,b\n", r"p.csv:1: wanted each column once, got 'prompt'"),
+    ('prompt\n"a', r"p.csv:2: wanted CSV, got"),
+    ("prompt;category;expected\np;a;comply\n", r"the row has .'prompt;category"),
+    ("", "wanted prompts, found no row"),
+    (b"prompt\n\xff\n", r"p.csv: wanted CSV in UTF-8"),
+  ],
+)
+def test_bad_csv_is_named(tmp_path, text, message):
+  path = tmp_path / "p.csv"
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(ValueError, match=message):
+    prompt_sets.load(f"csv:{path}", {}, "")
+
+
+def test_what_datasets_saved(tmp_path):
+  datasets = pytest.importorskip("datasets")
+  features = datasets.Features(
+    {
+      "messages": [
+        {"role": datasets.Value("string"), "content": datasets.Value("string")}
+      ],
+      "expected": datasets.ClassLabel(names=["comply", "refuse"]),
+      "note": datasets.Value("float64"),
+    }
+  )
+  rows = [
+    {
+      "messages": [{"role": "user", "content": f"q {i}"}],
+      "expected": i % 2,
+      "note": None,
+    }
+    for i in range(4)
+  ]
+  table = datasets.Dataset.from_list(rows, features=features)
+  table.select([3, 0, 1]).save_to_disk(tmp_path / "own", num_shards=2)
+  found = prompt_sets.load(f"hf:{tmp_path / 'own'}", {"category": "=a"}, "")
+  assert [(p.text, p.expected) for p in found] == [
+    ("q 3", "refuse"),
+    ("q 0", "comply"),
+    ("q 1", "refuse"),
+  ]
+  datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "both")
+  with pytest.raises(
+    ValueError, match=r"wanted one of its splits, hf:.*both/test, hf:"
+  ):
+    prompt_sets.load(f"hf:{tmp_path / 'both'}", {}, "")
+  for left, message in (("none", "No such file"), ("own", "data-")):
+    next((tmp_path / "own").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match=f"hf:.*{left}: wanted a folder.*{message}"):
+      prompt_sets.load(f"hf:{tmp_path / left}", {}, "")
 
 
 def test_parquet_with_turns(tmp_path):
