@@ -35,6 +35,8 @@ LOW = (
   "no_answer",
 )  # metrics of which less is better, as of "truncated"
 VERSION = "3"
+SHARES = (0.0, 1.0)  # what a prompt adds to a share,
+GAPS = (-1.0, 0.0, 1.0)  # and to the difference of two
 
 Answers = Callable[[Prompt, str], bool]  # as `answered.Answered`
 
@@ -483,7 +485,8 @@ def summarize(
   {"mean", "n"}}}}, "definitions", "versions", "seed"}. `n` counts scored samples, in
   differences the prompts scored in both arms; "paired" are those to BASE, which is not
   itself an entry. Where some are unscored, "why" is the commonest reason. Several
-  samples of one prompt are resampled together. The parts of a metric of MEANS are
+  samples of one prompt are resampled together. Where all prompts say the same, as 3 of
+  3, the interval is Jeffreys' (`_Bootstrap`). The parts of a metric of MEANS are
   resampled side by side; without one of them it has no mean. A metric that applies to
   nothing has mean None and n 0, but no entry in "categories".
   `definitions` has the metrics, those of MEANS among them.
@@ -566,17 +569,33 @@ def _mean(scores: Sequence[float | None]) -> dict:
 
 
 class _Bootstrap:
-  """Resampled means; the same draws for one metric and number of items."""
+  """Resampled means; the same draws for one metric and number of items.
+
+  Items that are all 0 or all 1 resample to themselves, and an interval of no width says
+  more than three of three can: their means are drawn from the posterior under Jeffreys'
+  prior, half an item of each outcome (Brown, Cai and DasGupta 2001, Interval Estimation
+  for a Binomial Proportion, 4.1.2), whose interval `_cell` has reach the mean.
+  """
 
   def __init__(self, seed: int, trials: int):
     if trials < 1:
       raise ValueError(f"wanted one bootstrap trial or more, got {trials}")
     self.seed, self.trials = seed, trials
 
-  def means(self, metric: str, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[trials] means over items drawn with replacement; sums and counts are [items]."""
+  def means(
+    self,
+    metric: str,
+    sums: np.ndarray,
+    counts: np.ndarray,
+    outcomes: tuple[float, ...],
+  ) -> np.ndarray:
+    """[trials] means over items drawn with replacement; sums and counts are [items].
+    `outcomes` are the least, the most and what else all items may be alike in."""
     rng = np.random.default_rng([self.seed, zlib.crc32(metric.encode())])
-    n = len(sums)
+    n, first = len(sums), sums[0] / counts[0]
+    if first in outcomes and np.all(sums == first * counts):
+      items_O = [n * (outcome == first) + 0.5 for outcome in outcomes]
+      return rng.dirichlet(items_O, size=self.trials) @ np.array(outcomes)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=self.trials)
     return (weights @ sums) / (weights @ counts)
 
@@ -590,7 +609,7 @@ def _estimates(table: Table, draw: _Bootstrap) -> dict[str, dict]:
     sums = np.array([sum(scores) for scores in items])
     counts = np.array([len(scores) for scores in items])
     if items:
-      drawn[metric] = draw.means(metric, sums, counts)
+      drawn[metric] = draw.means(metric, sums, counts, SHARES)
     mean = float(sums.sum() / counts.sum()) if items else None
     cells[metric] = _cell(mean, drawn.get(metric), int(counts.sum()))
   return _with_means(cells, drawn, table)
@@ -605,7 +624,7 @@ def _differences(table: Table, base: Table, draw: _Bootstrap) -> dict[str, dict]
     shared = [prompt for prompt in ours if prompt in theirs]
     gaps = np.array([np.mean(ours[p]) - np.mean(theirs[p]) for p in shared])
     if shared:
-      drawn[metric] = draw.means(metric, gaps, np.ones(len(gaps)))
+      drawn[metric] = draw.means(metric, gaps, np.ones(len(gaps)), GAPS)
     mean = float(gaps.mean()) if shared else None
     cells[metric] = _cell(mean, drawn.get(metric), len(shared))
   return _with_means(cells, drawn, table)
@@ -626,7 +645,8 @@ def _with_means(cells: dict, drawn: dict, order) -> dict[str, dict]:
 
 
 def _cell(mean: float | None, trials: np.ndarray | None, n: int) -> dict:
-  if trials is None:
+  if trials is None or mean is None:
     return {"mean": None, "low": None, "high": None, "n": n}
   low, high = np.quantile(trials, [0.025, 0.975])
-  return {"mean": mean, "low": float(low), "high": float(high), "n": n}
+  low, high = min(float(low), mean), max(float(high), mean)
+  return {"mean": mean, "low": low, "high": high, "n": n}

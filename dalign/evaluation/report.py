@@ -640,7 +640,11 @@ def _methods(manifests: dict, summary: Json, config: Json) -> str:
     for stage, manifest in manifests.items()
     for path, digest in ((manifest or {}).get("inputs") or {}).items()
   ]
-  over = "Student's over seeds" if "seeds" in summary else "bootstrapped over prompts"
+  over = (
+    "Student's over seeds"
+    if "seeds" in summary
+    else ("bootstrapped over prompts, and Jeffreys' where all prompts say the same")
+  )
   parts = (
     ("What the metrics mean", ["metric", "version", "definition"], metrics),
     ("What the further sets are", ["set", "what it is"], sets),

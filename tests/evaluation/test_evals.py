@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dalign.data import prompt_sets
 from dalign.evaluation import answered
@@ -663,6 +664,34 @@ def test_a_bootstrap_interval_is_the_one_of_the_binomial():
   assert cell["mean"] == pytest.approx(0.3) and cell["n"] == 100
   assert cell["low"] == pytest.approx(0.3 - spread, abs=0.025)
   assert cell["high"] == pytest.approx(0.3 + spread, abs=0.025)
+
+
+@pytest.mark.parametrize("n", [3, 40])
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_prompts_that_all_say_the_same_have_the_interval_of_jeffreys(n, score):
+  rows = [row("capability", score, str(i)) for i in range(n)]
+  arms = {"base": rows, "sft": rows}
+  summary = evals.summarize(arms, seed=0, trials=20_000)
+  cell = summary["arms"]["base"]["capability"]
+  most = stats.beta(n * score + 0.5, n * (1 - score) + 0.5)
+  wanted = (most.ppf(0.025), 1.0) if score else (0.0, most.ppf(0.975))
+  assert (cell["low"], cell["high"]) == pytest.approx(wanted, abs=0.01)
+  gap = summary["paired"]["sft"]["capability"]
+  assert gap["mean"] == 0 and gap["low"] < -0.5 / n and gap["high"] > 0.5 / n
+  assert gap["low"] == pytest.approx(-gap["high"], abs=0.02)
+
+
+def test_a_mean_of_metrics_is_no_surer_than_its_parts():
+  rows = [row("refuse_disallowed", 1.0, f"r{i}") for i in range(3)]
+  rows += [row("comply_allowed", 1.0, f"c{i}") for i in range(3)]
+  balance = evals.summarize({"sft": rows}, seed=0)["arms"]["sft"]["balanced_accuracy"]
+  assert balance["low"] < 0.8 and balance["mean"] == balance["high"] == 1
+
+
+def test_a_difference_on_every_prompt_is_not_certain():
+  no, yes = ([row("capability", x, str(i)) for i in range(3)] for x in (0.0, 1.0))
+  gap = evals.summarize({"base": no, "sft": yes}, seed=0)["paired"]["sft"]["capability"]
+  assert gap["low"] < 0.7 and gap["mean"] == gap["high"] == 1
 
 
 def test_the_seed_alone_decides():
