@@ -284,6 +284,22 @@ class Store:
       raise ValueError(f"a stage is the name of one folder, got {stage!r}")
     return self._shared.get(stage, self.workdir) / stage / name
 
+  def left(self, stage: str, name: str) -> pathlib.Path:
+    """Where a stage has left a file or folder of that name; ValueError, with the flags
+    that make it, where it is not."""
+    where = self.path(stage, name)
+    if where.exists():
+      return where
+    if (self.manifest(stage) or {}).get("finished"):
+      raise ValueError(
+        f"{where} is gone since stage {stage} was done; put it back, or do that stage "
+        f"again ({again(stage)})"
+      )
+    raise ValueError(
+      f"{where} is missing: run the {stage} stage first "
+      f"(--config.stages={stage} or all)"
+    )
+
   def manifest(self, stage: str) -> dict | None:
     """The manifest of a stage, or None before its first `begin`."""
     return read_manifest(self.path(stage, "manifest.json"))
@@ -430,7 +446,10 @@ def read_manifest(path: pathlib.Path) -> dict | None:
   """
   if not path.is_file():
     return None
-  manifest = read_json(path)
+  try:
+    manifest = read_json(path)
+  except ValueError as error:
+    raise ValueError(f"{error}. {_ELSE}") from error
   version = manifest.get("format_version") if isinstance(manifest, dict) else None
   if version != FORMAT_VERSION:
     raise ValueError(
@@ -460,8 +479,13 @@ def check_outputs(folder: pathlib.Path) -> None:
       raise ValueError(
         f"{file}: {'changed' if file.is_file() else 'is gone'} since stage "
         f"{folder.name} was done; put it back, or do that stage again "
-        f"(--config.stages={folder.name} --config.start_over=true)"
+        f"({again(folder.name)})"
       )
+
+
+def again(stage: str) -> str:
+  """The flags that do a stage again which is done."""
+  return f"--config.stages={stage} --config.start_over=true"
 
 
 def _outputs(folder: pathlib.Path) -> dict[str, str]:

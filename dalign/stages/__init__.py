@@ -91,8 +91,13 @@ def run_stages(
         "nothing; wanted a --workdir on a file system that all hosts share"
       )
     try:
-      known = {stage: here.store.manifest(stage) or {} for stage in stages}
-      rehearsal.rehearse(cfg, here, [s for s in stages if not known[s].get("finished")])
+      done = [
+        stage
+        for stage in stages
+        # Of a stage that is done again nothing is read, which may be damaged.
+        if not cfg.start_over and (here.store.manifest(stage) or {}).get("finished")
+      ]
+      rehearsal.rehearse(cfg, here, [stage for stage in stages if stage not in done])
       for stage in stages:
         if stage == "base" and cfg.world is None:
           continue  # only a world's base is trained here

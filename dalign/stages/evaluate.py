@@ -172,11 +172,14 @@ def _there(run: Run, arm: str) -> bool:
   stage = ARMS[arm].stage
   if not stage:
     return True
+  manifest = run.store.manifest(stage) or {}
+  if manifest.get("finished"):
+    run.model.trained(stage)  # or what is to be done, where it is gone
   if not run.store.path(stage, "params").exists():
     progress.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
     return False
   if stage in ("distill", "rl"):
-    start = (run.store.manifest(stage) or {})["config"][f"{stage}.start"]
+    start = manifest["config"][f"{stage}.start"]
     if (arm == f"sft_{stage}") != (start == "sft"):
       progress.say(f"eval: {stage} started from {start}, arm {arm} is left out")
       return False

@@ -35,9 +35,7 @@ FEW = 10  # of a cell: fewer say nothing of a judge
 def filter_(run: Run) -> None:
   """Judges every well-formed sample and keeps the best, balanced over cells."""
   cfg = run.cfg.filter
-  source = run.store.path("generate", "samples.jsonl")
-  if not source.exists():
-    raise ValueError(f"{source} is missing: run the generate stage first")
+  source = run.store.left("generate", "samples.jsonl")
   if not run.begin([source, *run.sources, *run.recording_files]):
     return
   prompts = {prompt.id: prompt for prompt in run.prompts.all}

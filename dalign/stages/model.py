@@ -146,13 +146,7 @@ class Model:
 
   def trained(self, stage: str) -> pathlib.Path:
     """Where the parameters of a finished stage are; ValueError where they are not."""
-    where = self.store.path(stage, "params")
-    if not where.exists():
-      raise ValueError(
-        f"{where} is missing: run the {stage} stage first "
-        f"(--config.stages={stage} or all)"
-      )
-    return where
+    return self.store.left(stage, "params")
 
   def _load(self, where: pathlib.Path, shapes: PyTree) -> PyTree:
     """Saved parameters, laid on the mesh as they are read."""

@@ -37,9 +37,7 @@ MEASURED = 160  # held-out answers that the trained model is measured on
 def train_reward(run: Run) -> None:
   """Trains, measures on held-out prompts, and probes the reward model."""
   cfg = run.cfg.reward
-  source = run.store.path("filter", "judged.jsonl")
-  if not source.exists():
-    raise ValueError(f"{source} is missing: run the filter stage first")
+  source = run.store.left("filter", "judged.jsonl")
   inputs = [source, *run.sources, *run.recording_files]
   if cfg.start == "sft":
     inputs.append(run.store.path("sft", "manifest.json"))

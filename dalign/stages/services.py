@@ -201,10 +201,7 @@ class Services(Generic[C]):
     base."""
     if not self.cfg.world:
       return [self.spec_dir, *self.prompts.files]
-    base = self.store.path("base", "manifest.json")
-    if not base.exists():
-      raise ValueError(f"{base} is missing: run the base stage first")
-    return [base]
+    return [self.store.left("base", "manifest.json")]
 
   @property
   def recording(self: "Services[stages.Taught]") -> str:

@@ -25,9 +25,7 @@ Run = services.Services[stages.SFTStage]  # what this stage sees of a run
 def finetune(run: Run) -> None:
   """Fine-tunes the base model on the kept samples, without the spec."""
   cfg = run.cfg.sft
-  source = run.store.path("filter", "kept.jsonl")
-  if not source.exists():
-    raise ValueError(f"{source} is missing: run the filter stage first")
+  source = run.store.left("filter", "kept.jsonl")
   if not run.begin([source, *run.prompts.files]):
     return
   rows, recalls, dropped = _rows(run, source)

@@ -21,10 +21,6 @@ from dalign.runs import distributed
 from dalign.types import PyTree
 
 FORMAT_VERSION = 1  # of checkpoints
-_AGAIN = (
-  "Put it back from a copy, or do its stage again (--config.stages=STAGE "
-  "--config.start_over=true)"
-)
 
 
 class Checkpoints:
@@ -181,6 +177,14 @@ def _sums_file(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f"{path.name}.sums.json")
 
 
+def _again(where: pathlib.Path) -> str:
+  """What is to be done about a file or folder of a stage's that is damaged."""
+  return (
+    "Put it back from a copy, or do its stage again "
+    f"(--config.stages={where.parent.name} --config.start_over=true)"
+  )
+
+
 @contextlib.contextmanager
 def _readable(where: pathlib.Path) -> Iterator[None]:
   """Says in one line what of Orbax's errors a user needs."""
@@ -190,7 +194,7 @@ def _readable(where: pathlib.Path) -> Iterator[None]:
     if str(error).startswith(str(where)):
       raise
     said = " ".join(str(error).split())[:200]
-    raise ValueError(f"{where}: cannot be read: {said}. {_AGAIN}") from error
+    raise ValueError(f"{where}: cannot be read: {said}. {_again(where)}") from error
 
 
 @jax.jit
@@ -237,7 +241,8 @@ def _check_sums(where: pathlib.Path, tree: PyTree, saved: Mapping[str, list]) ->
   if wrong:
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise ValueError(
-      f"{where}: {', '.join(wrong[:3])}{more} changed since they were saved. {_AGAIN}"
+      f"{where}: {', '.join(wrong[:3])}{more} changed since they were saved. "
+      + _again(where)
     )
 
 

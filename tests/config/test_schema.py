@@ -263,18 +263,18 @@ def test_columns_are_mapped_by_flags(tmp_path):
   file.write_text('{"recipe": "tiny", "data": {"columns": {"id": "name"}}}')
   done = ran(
     file,
-    "--config.data.columns.prompt=my question",
+    "--config.data.columns.prompt=question",
     "--config.data.columns.category==benign",
     "--config.data.columns.id=key",
     "--config.rl.steps=3",
   )
   assert done.returncode == 0, done.stderr
-  for wanted in ("id=key", "prompt=my question", "category==benign"):
+  for wanted in ("id=key", "prompt=question", "category==benign"):
     assert f"\ndata.columns.{wanted}" in done.stdout
   assert "\nrl.steps=3" in done.stdout
   tiny = f"--config={ROOT}/configs/tiny.py"
-  config = main._read_config([tiny, "--config.data.columns.prompt=q"])
-  assert config.data.columns == {"prompt": "q"}
+  config = main._read_config([tiny, "--config.data.columns.prompt=my question"])
+  assert config.data.columns == {"prompt": "my question"}
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path):

@@ -998,8 +998,56 @@ def test_parameters_that_changed_are_refused(tmp_path, workdir):
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
-  with pytest.raises(ValueError, match="sft/params: .*do its stage again"):
+  with pytest.raises(ValueError, match="sft/params: .*--config.stages=sft "):
     opened(tiny(), made).model.trained_params("sft")
+
+
+@pytest.mark.parametrize(
+  ("name", "damaged"),
+  [
+    ("generate/samples.jsonl", None),
+    ("generate/samples.jsonl", b"{}\n"),
+    ("filter/manifest.json", b"{"),
+  ],
+)
+def test_what_is_gone_or_damaged_is_made_by_the_command_that_is_named(
+  tmp_path, workdir, name, damaged
+):
+  for stage in ("generate", "filter"):
+    shutil.copytree(workdir / stage, tmp_path / stage)
+  shutil.copy(workdir / "config.json", tmp_path)  # the day on which it began
+  if name.startswith("generate"):
+    shutil.rmtree(tmp_path / "filter")
+  (tmp_path / name).unlink()
+  if damaged:
+    (tmp_path / name).write_bytes(damaged)
+  done = run_command(tmp_path, "--config.stages=filter")
+  assert done.returncode == 2 and "do " in done.stderr
+  named = re.findall(r"--config\.[\w.]+=\w+", done.stderr.splitlines()[-1])
+  done = run_command(tmp_path, "--config.stages=filter", *named)  # the last counts
+  assert done.returncode == 0, done.stderr
+  assert run_command(tmp_path, "--config.stages=filter").returncode == 0
+  for kept in ("generate/samples.jsonl", "filter/kept.jsonl"):
+    assert (tmp_path / kept).read_bytes() == (workdir / kept).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_parameters_that_are_gone_are_those_of_a_stage_to_be_done_again(
+  tmp_path, workdir, stage
+):
+  shutil.copytree(workdir / stage, tmp_path / stage)
+  shutil.rmtree(tmp_path / stage / "params")
+  run = opened(tiny(), tmp_path)
+  again = f"--config.stages={stage} --config.start_over=true"
+  for ask in (
+    lambda: run.model.trained_params(stage),
+    lambda: evaluate_stage._there(run, stage),  # and leaves no arm out
+  ):
+    with pytest.raises(ValueError, match=f"{stage}/params is gone .*{again}"):
+      ask()
+  (tmp_path / stage / "manifest.json").unlink()
+  with pytest.raises(ValueError, match=f"run the {stage} stage first"):
+    run.model.trained_params(stage)
 
 
 def test_a_conversation_in_both_splits_is_refused(tmp_path):
