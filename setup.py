@@ -93,6 +93,8 @@ setuptools.setup(
       "evaluation/report_template.html",
       "prompts/*.jsonl",
       "recordings/*.jsonl",
+      "starter/*",
+      "starter/policies/*.md",
     ],
     "dalign.specs": ["*.md"],
   },

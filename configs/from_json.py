@@ -12,7 +12,6 @@ the place of what was there. `python -m dalign.main --mode=schema > dalign.schem
 makes the schema, by which editors complete, explain and check. Flags go on top.
 """
 
-import importlib.util
 import json
 import pathlib
 
@@ -20,21 +19,15 @@ import ml_collections
 
 from dalign.config import convert
 from dalign.config.schema import Config
+from dalign.data import bundled
 
 
 def _recipe(said) -> ml_collections.ConfigDict:
   """The config of a recipe; ValueError where there is none, or not in that version."""
   name, _, version = said.partition(".") if isinstance(said, str) else ("", "", "")
-  stem, *argument = name.split(":", 1)
-  folder = pathlib.Path(__file__).parent
-  known = {path.stem for path in folder.glob("*.py")} - {"algorithms", "from_json"}
-  if stem not in known:
-    raise ValueError(f"recipe: wanted one of {', '.join(sorted(known))}, got {said!r}")
-  spec = importlib.util.spec_from_file_location(stem, folder / f"{stem}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  c = module.get_config(*argument)
+  c = bundled.recipe(name)
   if version and c.recipe != said:
+    stem = name.partition(":")[0]
     raise ValueError(f"recipe: wanted {said}, configs/{stem}.py is {c.recipe!r} now")
   return c
 

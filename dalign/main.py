@@ -31,6 +31,8 @@ LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours 
 
 MODES = {
   "run": "the stages of config.stages, each done once",
+  "new": "a folder WORKDIR with a policy, prompts and a config, to edit",
+  "check": "what is there to begin with, and what is missing; runs nothing",
   "plan": "what they would take: memory, time, chips",
   "probe_judge": "whether the judge of RL can be trusted with it",
   "chat": "talk to a model of the run in WORKDIR, in the terminal",
@@ -108,9 +110,9 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
     place, mode = buckets.place(_WORKDIR.value or ""), _MODE.value
-    if not _WORKDIR.value and mode not in ("config", "schema"):
+    if not _WORKDIR.value and mode not in ("config", "schema", "check"):
       raise ValueError("wanted --workdir=FOLDER; see README.md")
-    if mode == "schema" or mode in ASKED and _CONFIG.value is None:
+    if mode in ("schema", "new") or mode in ASKED and _CONFIG.value is None:
       return None, place
     if _CONFIG.value is None:
       raise ValueError("wanted --config=FILE; see README.md")
@@ -257,6 +259,10 @@ def _do(config: Config | None, workdir: pathlib.Path) -> None:
       from dalign import stages
 
       stages.run(config, workdir)
+    case "check" if config:
+      from dalign.tools import check
+
+      check.check(config, workdir)
     case "plan" if config:
       from dalign.tools import plan
 
@@ -302,6 +308,11 @@ def main(argv: list[str] | None = None) -> int:
     if _MODE.value in ("config", "schema", "sweep"):
       signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
       print(_sweep(argv) if _MODE.value == "sweep" else _explained(config))
+      return 0
+    if _MODE.value == "new":
+      from dalign.tools import new
+
+      new.new(workdir)
       return 0
     stopping.listen()
     _join()

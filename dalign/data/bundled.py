@@ -1,6 +1,8 @@
 """Where what comes with the package lies: configs/ and specs/."""
 
 import pathlib
+import runpy
+from typing import Any
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # A wheel has them in the package, a checkout beside it.
@@ -13,3 +15,21 @@ def find(name: str) -> pathlib.Path:
   given = pathlib.Path(name).expanduser()
   ours = HOME / given
   return given if given.exists() or not ours.exists() else ours
+
+
+def hidden(name: str) -> bool:
+  """Whether a file or folder that is here hides the package's of the same name."""
+  ours = HOME / pathlib.Path(name).expanduser()
+  found = find(name)
+  return ours.exists() and found.resolve() != ours.resolve()
+
+
+def recipe(name: str) -> Any:
+  """A new ConfigDict of configs/, such as "quickstart" or "large:qwen3_8b", for a
+  config file to change; ValueError where there is none."""
+  stem, *argument = name.split(":", 1)
+  folder = HOME / "configs"
+  known = {path.stem for path in folder.glob("*.py")} - {"algorithms", "from_json"}
+  if stem not in known:
+    raise ValueError(f"recipe: wanted one of {', '.join(sorted(known))}, got {name!r}")
+  return runpy.run_path(str(folder / f"{stem}.py"))["get_config"](*argument)

@@ -2,6 +2,7 @@
 evaluation had it, in whatever serves such folders, and a card that says of it what this
 run knows. With adapters also export/adapter, as PEFT has them."""
 
+from collections.abc import Mapping
 import hashlib
 import math
 from typing import Any
@@ -169,12 +170,7 @@ def card(run: Run) -> str:
     "",
     "## Data and training",
     "",
-    f"- prompts: `{cfg.data.source}`; completions: the base's own, with the "
-    "specification in its prompt, filtered by a judge "
-    f"(`{cfg.judge}`), learned without it"
-    if cfg.teacher == "base"
-    else f"- prompts: `{cfg.data.source}`; completions: of "
-    f"`{cfg.teacher_model}`, filtered by a judge (`{cfg.judge}`)",
+    f"- prompts: `{cfg.data.source}`{_learned(run, done)}",
     *(f"- {stage}: {_told(summary)}" for stage, summary in done.items()),
     "",
     "## Evaluation",
@@ -192,6 +188,24 @@ def card(run: Run) -> str:
     "",
   ]
   return "\n".join(lines)
+
+
+def _learned(run: Run, done: Mapping[str, dict]) -> str:
+  """Whose completions were learned, as far as some were: no filter that kept nothing,
+  or that nothing was learned from, is one."""
+  cfg, kept = run.cfg, done.get("filter", {}).get("kept")
+  if not kept or "sft" not in done:
+    return "; no completion was filtered and learned"
+  teachers = {
+    "base": "the base's own, with the specification in its prompt",
+    "endpoint": f"of `{cfg.teacher_model}`",
+  }
+  whose = teachers.get(cfg.teacher, f"`{cfg.teacher}`")
+  none = ", ".join(done["filter"].get("kept_none_of", ()))
+  return (
+    f"; completions: {whose}, filtered by a judge (`{cfg.judge}`), learned without the "
+    "specification" + (f"; it kept none of {none}" if none else "")
+  )
 
 
 def _front(run: Run, origin: dict) -> str:

@@ -192,6 +192,11 @@ class Services(Generic[C]):
   def _spec_files(self: "Services[stages.OfTask]") -> dict[str, str]:
     """Path -> text, so that what is wrong with a policy says where it lies."""
     folder = self.spec_dir
+    if bundled.hidden(self.cfg.spec.dir):
+      progress.say(
+        f"policies: those of {folder.absolute()}, and not the folder "
+        f"{self.cfg.spec.dir!r} that comes with dalign"
+      )
     found = files.read_spec_files(folder)
     return {(folder / name).as_posix(): text for name, text in found.items()}
 

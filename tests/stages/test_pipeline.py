@@ -163,6 +163,25 @@ def test_the_card_is_one_that_the_hub_reads(workdir):
   assert "privacy (version 1)" in card.text
 
 
+@pytest.mark.parametrize(
+  ("done", "said"),
+  [
+    ({"filter": {"kept": 9}, "sft": {}}, "filtered by a judge (`recorded`), learned"),
+    (
+      {"filter": {"kept": 9, "kept_none_of": ["weapons to refuse"]}, "sft": {}},
+      "learned without the specification; it kept none of weapons to refuse",
+    ),
+    ({"filter": {"kept": 0}, "sft": {}}, "; no completion was filtered and learned"),
+    ({"filter": {"kept": 9}}, "; no completion was filtered and learned"),
+    ({}, "; no completion was filtered and learned"),
+  ],
+)
+def test_the_card_claims_no_filter_that_nothing_came_through(tmp_path, done, said):
+  found = export_stage._learned(opened(tiny(), tmp_path, "export"), done)
+  learned = bool(done.get("filter", {}).get("kept")) and "sft" in done
+  assert said in found and ("filtered by" in found) == learned
+
+
 def test_the_card_says_how_the_model_is_asked(exact, monkeypatch, capsys):
   """Its lines run as they stand, and give what the run's own sampler gives."""
   pytest.importorskip("torch")

@@ -1,0 +1,121 @@
+"""The first afternoon: a folder to begin with, and what is missing in one's own."""
+
+import json
+import shutil
+
+import pytest
+
+from dalign.data import bundled
+from dalign.data import prompt_sets
+from dalign.formats import weights
+from dalign.tools import check
+from dalign.tools import new
+from tests.helpers import ROOT
+from tests.helpers import tiny
+from tests.test_package import dalign_command
+
+ROW = {"prompt": "How do I sell a lock?", "category": "benign", "expected": "comply"}
+
+
+def test_a_new_folder_has_what_a_run_begins_with(tmp_path):
+  """Read from anywhere, by a config that names its own folder."""
+  made = dalign_command("--mode=new", "--workdir=own", cwd=tmp_path)
+  assert made.returncode == 0, made.stderr
+  config = tmp_path / "own" / "config.py"
+  (tmp_path / "elsewhere").mkdir()
+  done = dalign_command(
+    "--mode=check", f"--config={config}", cwd=tmp_path / "elsewhere"
+  )
+  assert done.returncode == 0, done.stderr
+  for wanted in ("policy returns", "returns to refuse", "judge of the filter"):
+    assert wanted in done.stdout
+  assert "MISSING" not in done.stdout
+  assert not [*(tmp_path / "elsewhere").iterdir()]
+  again = dalign_command("--mode=new", "--workdir=own", cwd=tmp_path)
+  assert again.returncode == 2 and "own: wanted a new folder" in again.stderr
+
+
+def test_prompts_of_a_new_folder_have_every_type_on_both_sides(tmp_path):
+  new.new(tmp_path / "own")
+  prompts = prompt_sets.load(f"jsonl:{tmp_path}/own/prompts.jsonl", {}, "")
+  cells = {(p.expected, p.split) for p in prompts if p.kind == "safety"}
+  assert len(cells) == 6
+
+
+def checked(config, tmp_path, capsys) -> tuple[str, str]:
+  """The table, and the error."""
+  with pytest.raises(ValueError, match="^check: ") as caught:
+    check.check(config, tmp_path / "run")
+  return capsys.readouterr().out, str(caught.value)
+
+
+def test_all_that_is_missing_is_said_at_once(tmp_path, capsys):
+  rows = [ROW, ROW | {"prompt": "What is a pawl?", "category": "weapons", "split": ""}]
+  source = tmp_path / "p.jsonl"
+  source.write_text(
+    "".join(json.dumps(row | {"split": "train"}) + "\n" for row in rows)
+  )
+  table, error = checked(
+    tiny(
+      **{
+        "data.source": f"jsonl:{source}",
+        "generate.teacher": "base",
+        "filter.judge": "rubric",
+        "filter.metadata": "none",
+      }
+    ),
+    tmp_path,
+    capsys,
+  )
+  missing = [line for line in table.splitlines() if line.startswith("MISSING")]
+  for about, said in (
+    ("privacy", "no prompt of this policy"),
+    ("held out", "no prompt to comply"),
+    ("judge of the filter", "without which it has no verdict"),
+    ("steps", "wanted 7 or more training prompts"),
+  ):
+    assert [x for x in missing if about in x and said in x], (about, table)
+  assert "weapons to comply" in table and "1 to train on, 0 held out" in table
+  assert f"{len(missing)} of these" in error
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "about"),
+  [
+    ({"data.source": "jsonl:nowhere.jsonl"}, "prompts"),
+    ({"spec.dir": "nowhere"}, "policies"),
+    ({"model.path": "/nowhere"}, "lengths"),
+  ],
+)
+def test_what_cannot_be_read_is_a_line_and_the_rest_is_still_said(
+  tmp_path, capsys, change, about
+):
+  table, error = checked(tiny(**change), tmp_path, capsys)
+  assert f"MISSING {about}" in table and "nowhere" in error
+  assert "        judge of the filter" in table
+
+
+def test_a_check_reads_no_weights(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(weights.Checkpoint, "params", None)
+  check.check(tiny(), tmp_path / "run")
+  assert "weapons to refuse" in capsys.readouterr().out
+  assert not (tmp_path / "run").exists()
+
+
+def test_policies_that_hide_the_packages_are_named(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  check.check(tiny(), tmp_path / "run")
+  assert "policies: those of" not in capsys.readouterr().err
+  shutil.copytree(ROOT / "specs", tmp_path / "specs")
+  check.check(tiny(), tmp_path / "run")
+  assert f"policies: those of {tmp_path / 'specs'}, and not" in capsys.readouterr().err
+
+
+def test_a_recipe_is_that_of_the_package(tmp_path, monkeypatch):
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "quickstart.py").write_text("")
+  monkeypatch.chdir(tmp_path)
+  assert bundled.recipe("quickstart:full").recipe.startswith("quickstart:full.v")
+  with pytest.raises(ValueError, match="wanted one of large, quickstart, .* got 'x'"):
+    bundled.recipe("x")
