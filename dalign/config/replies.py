@@ -61,8 +61,8 @@ class SpecConfig(Checked):
 class DataConfig(Checked):
   """The prompt set.
 
-  source: "bundled", "jsonl:PATH", "parquet:PATH", "tfds:NAME:SPLIT", "public:NAME", or
-    of the policy world "world".
+  source: "bundled", "csv:PATH", "jsonl:PATH", "parquet:PATH", "hf:DIR" (a folder that
+    `datasets` saved), "tfds:NAME:SPLIT", "public:NAME", or of the policy world "world".
   columns: our field names -> the set's own; {} where they are the same.
   contaminated: the share of training prompts that may say what held-out ones say (8
     words in a row, or near-twins); they are left out, and more stop the run.
@@ -174,6 +174,8 @@ class FilterConfig(Checked):
     ideal response type) with ten or more, on which the judge may have no verdict before
     filter fails; at half, and at once, if it is so after the first 256.
   threshold: the score, in [0, 1], from which a sample is kept.
+  least: kept samples of a cell that are enough to learn it from; with fewer, filter
+    does as config.thin says.
   per_prompt: samples of a prompt that are kept, at the most.
   per_cell: samples of a cell (category and ideal response type) that are kept, at the
     most.
@@ -190,6 +192,7 @@ class FilterConfig(Checked):
   max_new: Count
   unscored: SomeShare = limit()
   threshold: float
+  least: Natural = limit()
   per_prompt: Count
   per_cell: Count
   quality: bool
@@ -233,6 +236,8 @@ class EvalConfig(Checked):
     the same prompts, but for those that a code leaves as they are (Cyrillic in ROT13).
   worst: of a set in several disguises, the share that counts for each prompt besides:
     those which the arm does worst on (goodness@0.1 of 2402.10260 with 0.1).
+  least: held-out prompts of an ideal response type that are enough to say something of
+    it; with fewer, eval does as config.thin says, and before anything is trained.
   unscored: the share of answers that may go without a score before eval fails.
   temperature: temperature of sampling; 0 takes the likeliest token.
   max_think: tokens of a thought at the most, and then max_new are those of the answer;
@@ -259,6 +264,7 @@ class EvalConfig(Checked):
   copies: str
   extra_limit: Natural
   worst: SomeShare
+  least: Natural = limit()
   unscored: SomeShare = limit()
   temperature: NotNegative
   max_think: Natural

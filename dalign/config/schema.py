@@ -136,6 +136,8 @@ class Config(Checked):
   seed: all randomness of the run comes from it.
   stages: "all", or names out of STAGES, with commas.
   start_over: does the stages again that are done, or were cut.
+  thin: what is done where there is less to learn from or to measure by than
+    filter.least or eval.least: "stop", or "say" so, in the report too, and go on.
   world: where it is set, the run is about the policy world, and not about prompts and
     policies in English.
   distill: where it is not set, "all" stages are those without it.
@@ -146,6 +148,7 @@ class Config(Checked):
   seed: Annotated[int, Bounds("0 to 2^31 - 1", minimum=0, maximum=2**31 - 1)]
   stages: str
   start_over: bool
+  thin: Literal["stop", "say"]
   model: ModelSource
   compute: Compute
   mesh: MeshConfig

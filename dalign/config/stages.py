@@ -227,6 +227,7 @@ class FilterStage(Labelling):
   """filter."""
 
   stage: ClassVar[str] = "filter"
+  thin: str = unkept()
   filter: FilterConfig
 
 
@@ -267,6 +268,7 @@ class EvalStage(Drafting):
   """eval."""
 
   stage: ClassVar[str] = "eval"
+  thin: str = unkept()
   eval: EvalConfig
 
 

@@ -365,6 +365,7 @@ def _results(summary: Json) -> str:
   ]
   return "".join(
     [
+      _thin("held-out prompts", summary.get("thin") or []),
       *own[:1],
       _graders(summary.get("graders")),
       figures.plane(arms, (summary.get("curves") or {}).get("held out")),
@@ -588,6 +589,8 @@ def _filter(manifest: Json) -> str:
   table = "<p>No keep rates were recorded.</p>"
   if rows:
     table = figures.table("Kept by category", head, rows, "counts")
+  none = [f"0 of {what}" for what in summary.get("kept_none_of") or ()]
+  table = _thin("kept", summary.get("thin") or none) + table
   reasons = sorted((summary.get("reasons") or {}).items(), key=lambda r: -r[1])
   most = reasons[0][1] if reasons else 0
   rows = [
@@ -599,6 +602,15 @@ def _filter(manifest: Json) -> str:
   title = "Why samples were dropped"
   head = ["reason", "samples", "of the commonest"]
   return f"{table}<h3>{title}</h3>" + figures.table(title, head, rows, "counts")
+
+
+def _thin(what: str, found: list) -> str:
+  """What there is too little of to go by."""
+  if not found:
+    return ""
+  return (
+    f'<p class="thin">Too little to go by: {what} {figures.text(", ".join(found))}.</p>'
+  )
 
 
 def _curve_figures(curves: dict) -> str:

@@ -23,6 +23,7 @@ from dalign.policy import prompting
 from dalign.runs import progress
 from dalign.sampling.sampler import Completion
 from dalign.sampling.sampler import Request
+from dalign.stages import evidence
 from dalign.stages import grading
 from dalign.stages import samples
 from dalign.stages import servers
@@ -82,6 +83,7 @@ def evaluate(run: Run) -> None:
     raise ValueError(f"eval: no arm of {', '.join(cfg.arms)} is there to evaluate")
   if not run.begin(sorted({*inputs})):
     return
+  thin = evidence.require_held_out(run)
   sets = {"": _held_out(run)} | run.prompts.further(
     cfg.extra, cfg.suite, cfg.extra_limit
   )
@@ -140,6 +142,7 @@ def evaluate(run: Run) -> None:
     _add(summary, name, summarize(rows))
   summary["sets"] = _said(run, sets)
   summary["contaminated"] = _contaminated(run, sets)
+  summary["thin"] = thin
   if cfg.grader[1:]:
     every = [row for rows in files.values() for row in rows]
     summary["graders"] = grading.compared(run, every)

@@ -16,6 +16,7 @@ from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.policy import spec as specs
 from dalign.runs import progress
+from dalign.stages import evidence
 from dalign.stages import judging
 from dalign.stages import samples
 from dalign.stages import services
@@ -73,6 +74,19 @@ def filter_(run: Run) -> None:
     ],
   )
   summary = _summary(judged, kept)
+  counts = {
+    f"of {category} to {expected}": cell["kept"]
+    for category, cells in sorted(summary["keep_rates"].items())
+    for expected, cell in sorted(cells.items())
+  }
+  summary["thin"] = evidence.short(counts, cfg.least)
+  evidence.require(
+    run.cfg.thin,
+    summary["thin"],
+    f"filter: kept fewer samples than {cfg.least} of a cell (config.filter.least)",
+    "filter/judged.jsonl has why; more prompts, a larger generate.most, another judge "
+    "or a lower filter.threshold give more",
+  )
   run.store.finish("filter", summary)
   lost = [row.lost for row in judged if row.id not in ids]
   progress.say(

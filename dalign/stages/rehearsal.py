@@ -8,6 +8,7 @@ from dalign.config import stages as declared
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.judges import judge
+from dalign.stages import evidence
 from dalign.stages import scoring
 from dalign.stages import services
 from dalign.text import chat_template
@@ -20,7 +21,10 @@ Chats = Iterator[tuple[str, Sequence[Turn]]]  # who reads, and what
 
 def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) -> None:
   """Renders what teacher, judges and reward model of some stages are to read of a
-  prompt of each category. ValueError where the chat template leaves some of it out."""
+  prompt of each category. ValueError where the chat template leaves some of it out, and
+  where eval will not have enough to measure by."""
+  if "eval" in stages and config.thin == "stop":
+    evidence.require_held_out(services.of(declared.EvalStage, config, work))
   for stage, chats in READERS.items():
     if stage not in stages or (stage == "distill" and config.distill is None):
       continue

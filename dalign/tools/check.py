@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 
-from dalign.config import schema as configs
 from dalign.config import stages as declared
+from dalign.config.schema import Config
+from dalign.config.schema import chosen_stages
 from dalign.data import prompt_sets
 from dalign.policy import prompting
 from dalign.runs import distributed
+from dalign.stages import evidence
 from dalign.stages import rehearsal
 from dalign.stages import rollouts
 from dalign.stages import services
@@ -35,7 +37,7 @@ class Line:
 class Begun:
   """What the parts of the table look at."""
 
-  cfg: configs.Config
+  cfg: Config
   work: services.Workspace
   stages: tuple[str, ...]
 
@@ -45,11 +47,11 @@ class Begun:
     return services.of(declared.Plan, self.cfg, self.work)
 
 
-def check(cfg: configs.Config, workdir: pathlib.Path) -> None:
+def check(cfg: Config, workdir: pathlib.Path) -> None:
   """Prints a table of what is there and what is missing; ValueError where something is.
   A config with arms is checked as it stands, without their changes."""
   work = services.Workspace(cfg, workdir)
-  begun = Begun(cfg, work, configs.chosen_stages(cfg.stages))
+  begun = Begun(cfg, work, chosen_stages(cfg.stages))
   with jax.set_mesh(work.mesh):
     lines = [line for part in PARTS for line in _guarded(part, begun)]
   if distributed.first():
@@ -102,15 +104,20 @@ def _prompts(begun: Begun) -> Iterator[Line]:
   for (category, kind, expected), n in sorted(cells.items()):
     about = f"{category} to {expected}" if kind == "safety" else f"{category}, {kind}"
     said = f"{n['train']} to train on, {n['eval']} held out"
-    yield Line(about, said, fine=bool(n["train"]) or kind != "safety")
+    least = cfg.filter.least if cfg.thin == "stop" and "filter" in stages else 0
+    if n["train"] * cfg.filter.per_prompt < least:
+      said += f"; filter is to keep {least} (config.filter.least)"
+    fine = n["train"] * cfg.filter.per_prompt >= max(least, 1)
+    yield Line(about, said, fine=fine or kind != "safety")
   for policy in run.task.spec.policies:
     if policy.id not in {p.category for p in prompts}:
       yield Line(policy.id, "no prompt of this policy", fine=False)
-  held_out = [p for p in prompts if p.split == "eval" and p.kind == "safety"]
-  if "eval" in stages and cfg.eval.prompts:
-    types = {p.expected for p in prompts if p.kind == "safety"}
-    for expected in sorted(types - {p.expected for p in held_out}):
-      yield Line("held out", f"no prompt to {expected}: hold some out", fine=False)
+  if "eval" in stages:
+    least = cfg.eval.least if cfg.thin == "stop" else 1
+    own = services.of(declared.EvalStage, cfg, begun.work)
+    for what in evidence.of_held_out(own, max(least, 1)):
+      said = f"{what}, of {max(least, 1)} or more that are wanted"
+      yield Line("held out", said, fine=False)
   yield Line(
     "prompts",
     f"{len(run.prompts.raw)} of {run.cfg.data.source}; "
@@ -149,26 +156,25 @@ def _teacher(begun: Begun) -> Iterator[Line]:
 
 
 def _judges(begun: Begun) -> Iterator[Line]:
-  cfg, stages = begun.cfg, begun.stages
-  where = cfg.filter.endpoint
-  served = f"{where.model} at {where.url}, asked as {cfg.filter.form}; not asked here"
+  cfg, where = begun.cfg, begun.cfg.filter.endpoint
   names = {
-    "rubric": "the rubric, which reads no policy: rules on whether an answer does what "
-    "the label says",
+    "rubric": "the rubric, rules that read no policy and go by the label, or by the "
+    "clause that the thought cites",
     "model": f"{cfg.model.path} by the odds of its grades",
     "sampled": f"{cfg.model.path}, which thinks and grades",
-    "endpoint": served,
+    "endpoint": f"{where.model} at {where.url} as {cfg.filter.form}, not asked here",
     "recorded": f"the votes that came with {cfg.generate.teacher}",
   }
-  judge = names[cfg.filter.judge]
-  if "filter" in stages:
-    told = f"{judge}; told of the right type: {cfg.filter.metadata}"
-    fine = cfg.filter.judge != "rubric" or cfg.filter.metadata != "none"
-    lacks = "" if fine else ", without which it has no verdict"
-    yield Line("judge of the filter", told + lacks, fine=fine)
-  if "rl" in stages:
-    rewards = {"model": "the reward model", "judge": judge, "rubric": names["rubric"]}
-    yield Line("judge of rl", rewards[cfg.rl.reward])
+  own = names[cfg.filter.judge]
+  if "filter" in begun.stages:
+    yield Line(
+      "judge of the filter", f"{own}; told of the right type: {cfg.filter.metadata}"
+    )
+  if "rl" in begun.stages:
+    who = {"model": "the reward model", "rubric": names["rubric"]}
+    told = (cfg.reward if cfg.rl.reward == "model" else cfg.rl).metadata
+    who = who.get(cfg.rl.reward, own)
+    yield Line("judge of rl", f"{who}; told of the right type: {told}")
 
 
 def _lengths(begun: Begun) -> Iterator[Line]:
