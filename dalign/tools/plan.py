@@ -431,8 +431,8 @@ def _lines(shape: BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
 def _questions(cfg: RewardConfig, room: int) -> dict[str, np.ndarray]:
   """A batch of the reward model's questions, empty."""
   batch = scoring.lines_after([], [], cfg=cfg, room=room)
-  batch |= {"score_B": np.zeros(cfg.rows), "prompt_B": np.zeros(cfg.rows, np.int32)}
-  batch["answer_B"] = batch["prompt_B"]
+  batch["prompt_B"] = batch["answer_B"] = np.zeros(cfg.rows, np.int32)
+  batch["score_B"] = np.zeros(cfg.rows, np.float32)
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 

@@ -81,7 +81,7 @@ def _skipping(
 
   def update(grads, state, params=None):
     updates, after = tx.update(grads, state, params)
-    take = optax.global_norm(grads) <= most
+    take = optax.tree.norm(grads) <= most
     updates = jax.tree.map(lambda x: jnp.where(take, x, 0.0), updates)
     return updates, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, state)
 
@@ -186,7 +186,7 @@ def make_update(
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
       grads, loss, metrics = jax.lax.fori_loop(0, used, add, zeros)
     grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
