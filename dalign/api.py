@@ -13,6 +13,7 @@ no argument here is an argument in `dalign.training`, `dalign.sampling` and
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
+import datetime
 import functools
 import os
 import runpy
@@ -201,19 +202,23 @@ def load_model(
   think: ThinkFormat = THINK,
   compute: Compute = COMPUTE,
   seed: int = 0,
+  date: str = "",
 ) -> Model:
   """The model at a path: a Hugging Face folder, one of PEFT adapters, a .gguf file,
-  "pip:NAME" of an installed package that holds one, or "random", tiny and drawn by the
-  seed. Parameters are float32. ValueError names what is absent or not understood."""
+  "pip:NAME" of an installed package that holds one, or "random",
+  tiny and drawn by the seed. Parameters are float32. Its chat template is told that
+  today is `date`, such as 2026-11-27, or the day on which this is called. ValueError
+  names what is absent or not understood."""
   if path == "random":
     tok = vocab.tiny_tokenizer()
     arch = build(ModelConfig, RANDOM | {"vocab": len(tok.ids)})
     found = weights.Checkpoint.random(arch, tok, seed)
   else:
     found = weights.find(str(path))
+  date = date or datetime.datetime.now(datetime.UTC).date().isoformat()
   return Model(
     arch=found.cfg,
-    tokenizer=found.tok.unopened(think.tag),
+    tokenizer=dataclasses.replace(found.tok, date=date).unopened(think.tag),
     params=jax.tree.map(jnp.asarray, found.params()),
     think=think,
     compute=compute,

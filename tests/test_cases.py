@@ -431,17 +431,22 @@ def gguf_split(own: Case):
 
 @case
 def system_in_user_turn(own: Case):
-  """A template that has no place for the policy stops a run before it costs."""
-  last = {"model.path": own.model("lastuser")}
-  for metadata in ("none", "told"):
-    own.refused(
-      "the reward model is to read",
-      "generate,filter,sft,reward",
-      **last | {"reward.metadata": metadata},
-    )
-  none = {"model.path": own.model("nosystem"), "generate.teacher": "base"}
-  own.refused("the teacher is to read", "generate", **none)
-  assert not (own.workdir / "generate").exists()
+  """A template that has no place for the policy has it in the user's turn, which is
+  said once and kept."""
+  own.echo()
+  for kind in ("lastuser", "nosystem"):
+    changes = {"model.path": own.model(kind), "generate.teacher": "base"}
+    changes |= {"filter.judge": "rubric", "generate.prompts.refuse": 2}
+    place = own.workdir.with_name(kind)
+    stages.run(own.config("generate,filter", **changes), place)
+    said = own.capsys.readouterr().err
+    assert said.count("takes no system turn") == 1
+    for stage in ("generate", "filter"):
+      kept = json.loads((place / stage / "manifest.json").read_text())
+      assert kept["summary"]["system_turns"] == "in front of the first user turn"
+  tok = opened(tiny(**changes), own.workdir).model.tok
+  read = {tok.decode(request.tokens) for request in own.asked}
+  assert read and all("say what is asked and what for" in said for said in read)
 
 
 @case

@@ -23,6 +23,7 @@ from dalign.config.replies import EndpointConfig
 from dalign.runs import buckets
 from dalign.runs import store
 from dalign.text import chat_template
+from dalign.text import templates
 from dalign.text import thinking
 from dalign.types import Turn
 
@@ -214,7 +215,7 @@ class Endpoint:
     """One request, on a thread."""
     messages: list[Any] = [
       {"role": turn.role, "content": chat_template.characters(turn.content)}
-      for turn in request.turns
+      for turn in templates.merged(request.turns)
     ]
     try:
       made = self._client.chat.completions.create(

@@ -14,6 +14,7 @@ import re
 from typing import NamedTuple
 
 from dalign.judges import behaviour
+from dalign.text import templates
 from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import Turn
@@ -387,11 +388,7 @@ def _safeguard(asked: Asked) -> list[Turn]:
 def _conversation(asked: Asked) -> list[Turn]:
   """The conversation and the reply as they are: the chat template of a guard model
   (Llama Guard, 2312.06674) puts them into its own question, and has its own policy."""
-  turns = list(asked.prompt.turns)
-  if turns[0].role == "system":  # which those templates refuse
-    system, user, *rest = turns
-    front = f"{system.content}\n\n{user.content}"
-    turns = [Turn(role=user.role, content=front), *rest]
+  turns = templates.folded(templates.merged(asked.prompt.turns))  # they take no system
   return [*turns, Turn(role="assistant", content=asked.answer)]
 
 

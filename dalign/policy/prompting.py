@@ -214,7 +214,7 @@ def write(
   return Sample(
     prompt_id=prompt.id,
     index=index,
-    tokens=(*before, *tok.encode(rest), tok.stop_ids[0]),
+    tokens=(*before, *tok.encode(rest), tok.end_id),
     forced=len(before),
     thought=thought,
     answer=answer,

@@ -49,7 +49,7 @@ def learn(run: Run) -> None:
       bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.3f}")
       bar.update()
   trainer.finish()
-  run.store.finish("base", {"steps": cfg.steps, "left_out": left_out})
+  run.finish({"steps": cfg.steps, "left_out": left_out})
 
 
 def _batch(run: Run, cfg: WorldConfig, step: int):
@@ -76,5 +76,5 @@ def _batch(run: Run, cfg: WorldConfig, step: int):
 
 def _row(run: Run, lesson: lessons.Lesson):
   before = chat_template.render_chat(run.model.tok, list(lesson.turns))
-  own = [*run.model.tok.encode(lesson.completion), run.model.tok.stop_ids[0]]
+  own = [*run.model.tok.encode(lesson.completion), run.model.tok.end_id]
   return before + own, [0.0] * len(before) + [1.0] * len(own)

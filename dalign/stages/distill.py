@@ -94,7 +94,7 @@ def distill(run: Run) -> None:
       bar.update()
   trainer.finish()
   told = {f"headroom_{name}": value for name, value in headroom.items()}
-  run.store.finish("distill", {"steps": cfg.steps} | told)
+  run.finish({"steps": cfg.steps} | told)
 
 
 def told_tokens(run: Run, prompt: Prompt) -> tuple[int, ...]:

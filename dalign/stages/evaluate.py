@@ -147,7 +147,7 @@ def evaluate(run: Run) -> None:
     every = [row for rows in files.values() for row in rows]
     summary["graders"] = grading.compared(run, every)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
-  run.store.finish("eval", {"arms": arms, "rows": sum(map(len, sets.values()))})
+  run.finish({"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
     line = "  ".join(f"{m} {figures.line(metrics[m])}" for m in shown)

@@ -73,7 +73,7 @@ def export(run: Run) -> None:
   if run.cfg.lora.rank and not base:
     _adapter(run, params)
   run.store.write_bytes(place / "README.md", card(run).encode())
-  run.store.finish("export", {"of": cfg.of, "dtype": cfg.dtype})
+  run.finish({"of": cfg.of, "dtype": cfg.dtype})
   progress.say(f"export: {place}")
 
 

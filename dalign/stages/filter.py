@@ -87,7 +87,7 @@ def filter_(run: Run) -> None:
     "filter/judged.jsonl has why; more prompts, a larger generate.most, another judge "
     "or a lower filter.threshold give more",
   )
-  run.store.finish("filter", summary)
+  run.finish(summary)
   lost = [row.lost for row in judged if row.id not in ids]
   progress.say(
     f"filter: kept {len(kept)} of {len(judged)} samples"

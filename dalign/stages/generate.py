@@ -87,7 +87,7 @@ def generate(run: Run) -> None:
   order = {id: at for at, id in enumerate(book.prompts)}
   # Not in the order in which they happened to end.
   run.store.sort_rows(path, lambda row: (order[row["prompt_id"]], row["index"]))
-  run.store.finish("generate", book.summary())
+  run.finish(book.summary())
   bad = book.malformed
   progress.say(
     f"generate: {book.total} samples, {bad.total()} of them malformed"

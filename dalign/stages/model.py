@@ -30,6 +30,8 @@ from dalign.text import vocab
 from dalign.training import checkpoints
 from dalign.types import PyTree
 
+FOLDED = "in front of the first user turn"
+
 
 class Model:
   """The base model of a run, on its mesh, and what its stages have made of it.
@@ -94,7 +96,14 @@ class Model:
     """The tokenizer as the model's files have it, but that it opens no thought, and
     that all stages have one day."""
     found = dataclasses.replace(self._found.tok, date=self._source.date)
+    _say_folds(found)
     return found.unopened(self.think.tag)
+
+  @property
+  def notes(self) -> dict[str, str]:
+    """What a stage's manifest says of the model, as far as its files were read."""
+    folds = "file_tok" in vars(self) and self.file_tok.folds
+    return {"system_turns": FOLDED} if folds else {}
 
   @functools.cached_property
   def tok(self) -> chat_template.Tokenizer:
@@ -183,12 +192,18 @@ class Guest:
     progress.say(f"loading {path}")
     found = weights.find(path)
     self.arch, self.tok = found.cfg, dataclasses.replace(found.tok, date=date)
+    _say_folds(self.tok)
     self.sampler = _sampler(
       self.arch, self.tok.stop_ids, mesh, compute=compute, shapes=shapes
     )
     placed = _placed(mesh, _shapes(self.arch))
     params = found.params(jax.tree.map(lambda x: x.sharding, placed))
     self.weights = self.sampler.prepare(params)
+
+
+def _say_folds(tok: chat_template.Tokenizer) -> None:
+  if tok.folds:
+    progress.say(f"its chat template takes no system turn: they stand {FOLDED}")
 
 
 def _sampler(arch, stop_ids, mesh: Mesh, *, compute, shapes) -> sampling.Sampler:

@@ -81,7 +81,7 @@ def train_reward(run: Run) -> None:
     )
   summary = _measure(run, ask, questions, scores, held)
   summary |= {"too_long": too_long, "seen": len(seen)}
-  run.store.finish("reward", summary)
+  run.finish(summary)
   found = summary["held_out"]
   pairs = progress.percent(found["pair_accuracy"]).strip()
   progress.say(

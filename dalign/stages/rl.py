@@ -97,7 +97,7 @@ def reinforce(run: Run) -> None:
       bar.set_postfix(reward=f"{reward:.3f}", kl=f"{kl:.2f}")
       bar.update()
   trainer.finish()
-  run.store.finish("rl", {"steps": cfg.steps, "skipped_steps": skipped})
+  run.finish({"steps": cfg.steps, "skipped_steps": skipped})
 
 
 # --- What the stage starts with ---

@@ -62,16 +62,15 @@ class Renderer:
     )
 
   def _prefix(self, category: str) -> list[int]:
-    """The system turn; of a template that has none without a user's turn, what begins
-    that turn for unlike prompts."""
-    system = self._system(category)
-    try:
-      return self._render([system])
-    except ValueError:
-      answer = Turn(role="assistant", content="No.")
-      chats = [[system, Turn(role="user", content=asked), answer] for asked in UNLIKE]
-      rows = [tuple(self._render(turns)) for turns in chats]
-      return list(rows[0][: sampling.common_prefix(rows)])
+    """What questions about unlike prompts have in front, whose system turns say more
+    than the policy or do not."""
+    system, answer = self._system(category), Turn(role="assistant", content="No.")
+    rows = []
+    for asked in UNLIKE:
+      for front in ([system], [system, Turn(role="system", content=asked)]):
+        turns = [*front, Turn(role="user", content=asked), answer]
+        rows.append(tuple(self._render(turns)))
+    return list(rows[0][: sampling.common_prefix(rows)])
 
   def own(self, question: judge.RewardQuestion) -> list[int]:
     """The question's tokens after the prefix, however many."""

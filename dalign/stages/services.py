@@ -6,7 +6,7 @@ are those of one stage: they hold what `config.stages` gives that stage, and a s
 that needs another part is not there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import pathlib
 from typing import Any, Generic, TypeVar
@@ -244,6 +244,10 @@ class Services(Generic[C]):
     said = "goes on where it stopped" if state == "resume" else "starts"
     progress.say(f"{stage}: {said}")
     return True
+
+  def finish(self: "Services[stages.OfModel]", summary: Mapping) -> None:
+    """Marks the stage done; `summary` is as of `Store.finish`."""
+    self.store.finish(self.cfg.stage, dict(summary) | self.model.notes)
 
 
 def _recorded(

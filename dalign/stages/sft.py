@@ -56,8 +56,7 @@ def finetune(run: Run) -> None:
       bar.set_postfix(loss=f"{values['loss']:.3f}", acc=f"{values['accuracy']:.2f}")
       bar.update()
   trainer.finish()
-  run.store.finish(
-    "sft",
+  run.finish(
     {"rows": len(rows), "recalls": len(recalls), "steps": len(plan)}
     | {"trained_fraction": share}
     | dropped,
@@ -188,14 +187,14 @@ def _recalling(run: Run, completion: str) -> str:
 
 def _answer(run: Run, answer: str) -> tuple[int, ...]:
   """The tokens of an answer without a thought."""
-  return (*run.model.tok.encode(answer), run.model.tok.stop_ids[0])
+  return (*run.model.tok.encode(answer), run.model.tok.end_id)
 
 
 def _written(run: Run, turns, rest: str) -> _Row:
   """A completion that was written, not sampled, as a row; `rest` is what follows its
   forced opening, which is not trained."""
   forced = prompting.forced(run.model.tok, turns, run.model.think)
-  tokens = (*forced, *run.model.tok.encode(rest), run.model.tok.stop_ids[0])
+  tokens = (*forced, *run.model.tok.encode(rest), run.model.tok.end_id)
   return _Row(turns, *prompting.row(run.model.tok, turns, tokens, len(forced)))
 
 

@@ -46,12 +46,14 @@ class Tokenizer:
 
   `special` maps every control token to its id. `stop_ids` are the tokenizer's own end
   of text, the token with which the chat template ends a turn, and those that a model's
-  generation_config.json names, in that order.
-  `pad_id` may equal one of them. `date` (2026-11-27) is what the chat template is told
-  is today, by default the day on which it is rendered. The backend is taken over: its
-  padding, truncation and reading of control tokens are switched off. A character of
-  which its vocabulary lacks a byte (for SmolLM2 some ASCII control characters) is read
-  as U+FFFD; transformers drops the byte. ValueError where U+FFFD is lacking too.
+  generation_config.json names, in that order. `end_id` is the one that an assistant's
+  turn ends with. `pad_id` may equal one of them. Where it `folds`, its template takes
+  no system turn, and `render_chat` puts what one says in front of the first user turn.
+  `date` (2026-11-27) is what the chat template is told is today, by default the day on
+  which it is rendered. The backend is taken over: its padding, truncation and reading
+  of control tokens are switched off. A character of which its vocabulary lacks a byte
+  (for SmolLM2 some ASCII control characters) is read as U+FFFD; transformers drops the
+  byte. ValueError where U+FFFD is lacking too.
   """
 
   backend: tokenizers.Tokenizer
@@ -59,7 +61,9 @@ class Tokenizer:
   special: dict[str, int]
   bos_id: int | None
   stop_ids: tuple[int, ...]
+  end_id: int
   pad_id: int
+  folds: bool = False
   date: str = ""
   _anchor: list[int] = dataclasses.field(init=False, repr=False)
 
@@ -102,7 +106,8 @@ class Tokenizer:
     pad_id: int | None = None,
     stop_ids: Sequence[int] = (),
   ) -> "Tokenizer":
-    """Reads control tokens off the backend and the turn's end off the template.
+    """Reads control tokens off the backend, and off the template how a turn ends and
+    whether it takes a system turn.
 
     `stop_ids` are further ones that end a completion. Without a `pad_id` the end of
     text pads. Raises ValueError for a template that does not compile, or does not take
@@ -121,9 +126,13 @@ class Tokenizer:
       special={token.content: i for i, token in sorted(added.items()) if token.special},
       bos_id=bos_id,
       stop_ids=(eos_id,),
+      end_id=eos_id,
       pad_id=eos_id if pad_id is None else pad_id,
     )
-    ends = dict.fromkeys((eos_id, *_turn_end(draft), *stop_ids))
+    if chat_template:
+      end, folds = _turn_end(draft), not _takes_system(draft)
+      draft = dataclasses.replace(draft, end_id=end, folds=folds)
+    ends = dict.fromkeys((eos_id, draft.end_id, *stop_ids))
     return dataclasses.replace(draft, stop_ids=tuple(ends))
 
   def reading(self, text: str) -> "Tokenizer":
@@ -146,6 +155,7 @@ class Tokenizer:
       backend=tokenizers.Tokenizer.from_str(json.dumps(made)),
       special=unread,
       stop_ids=stop_ids,
+      end_id=stop_ids[0] if self.end_id in gone else self.end_id,
     )
 
   def unopened(self, tag: str) -> "Tokenizer":
@@ -319,7 +329,8 @@ def render_chat(
   template uses (<think>), which an assistant turn may write. For all other content the
   ids are those of `apply_chat_template` in transformers. No BOS is added to what the
   template writes, and a doubled one at the front becomes one. Templates may take the
-  thought out of an assistant's turn, but not where `whole` has its tags.
+  thought out of an assistant's turn, but not where `whole` has its tags. All system
+  turns are one, in front, or part of the user's turn (`templates.merged`, `folded`).
 
   Raises ValueError for an unknown role, and where the template refuses the turns or
   leaves out what one of them says.
@@ -348,6 +359,9 @@ def _render(
     raise ValueError("a conversation has at least one turn, got none")
   if not tok.chat_template:
     raise ValueError("this tokenizer has no chat template; use an instruction model")
+  turns = templates.merged(turns)
+  if tok.folds:
+    turns = templates.folded(turns)
   taken = set(tok.chat_template).union(*(turn.content for turn in turns))
   free = [m for m in _MARKS if m not in taken]
   if len(free) <= len(whole):
@@ -418,11 +432,26 @@ def _starts(names: tuple[str, ...], kept: tuple[str, ...]) -> re.Pattern[str]:
   return re.compile(f"(?!{other})[{first}]")
 
 
-def _turn_end(tok: Tokenizer) -> list[int]:
-  """The first control token after an assistant's words, if the template writes one."""
-  if not tok.chat_template:
-    return []
-  turns = [Turn(role="user", content="ask"), Turn(role="assistant", content="REPLY")]
-  text, _ = _render(tok, turns, False)
-  found = tok._control_pattern.search(text, text.rfind("REPLY"))
-  return [tok._control_id(found)] if found else []
+_ASK, _REPLY = Turn(role="user", content="ask"), Turn(role="assistant", content="REPLY")
+
+
+def _turn_end(tok: Tokenizer) -> int:
+  """The first control token that the template writes after an assistant's words: some
+  write none before the next turn begins. The end of text where there is none."""
+  for turns in ([_ASK, _REPLY], [_ASK, _REPLY, _ASK]):
+    text, _ = _render(tok, turns, False)
+    if found := tok._control_pattern.search(text, text.rfind(_REPLY.content)):
+      return tok._control_id(found)
+  return tok.end_id
+
+
+def _takes_system(tok: Tokenizer) -> bool:
+  """Whether the template writes a system turn, of a chat that is to be answered and of
+  one that has been."""
+  rules = Turn(role="system", content="Some rules.")
+  try:
+    _render(tok, [rules, _ASK], True)
+    _render(tok, [rules, _ASK, _REPLY], False)
+  except ValueError:
+    return False
+  return True

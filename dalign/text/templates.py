@@ -5,8 +5,8 @@ writes and adds up has at most MOST characters, a number that it gives a functio
 most WIDEST, and so are all ranges of a rendering together: plain mistakes and the usual
 bombs end within seconds. One that is made to be slow, or large, can still be so, as in
 transformers: by loops in loops over long lists, lists within lists, or joining and
-replacing by long texts. Also templates that write more or less than one that is
-given. Knows no tokens.
+replacing by long texts. Also what of a conversation goes to one, and templates that
+write more or less than one that is given. Knows no tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -24,6 +24,7 @@ from jinja2 import sandbox
 from jinja2 import visitor
 
 from dalign.text import thinking
+from dalign.types import Turn
 
 LONGEST = 200_000  # characters of a chat template; the longest we know has 30,000
 MOST = (
@@ -32,6 +33,27 @@ MOST = (
 WIDEST = 100_000  # of a number that a function is given, and of all ranges together
 BITS = 1024  # of a product or power
 _WIDE = re.compile(r"%[^a-z%]*(\d{6}|\*)")  # a field of a format, as wide or wider
+
+
+def merged(turns: Sequence[Turn]) -> list[Turn]:
+  """A conversation with one system turn at most, in front, since few templates take
+  more: what all of them say, in their order, a blank line between."""
+  said = [turn.content for turn in turns if turn.role == "system"]
+  rest = [turn for turn in turns if turn.role != "system"]
+  if not said:
+    return rest
+  return [Turn(role="system", content="\n\n".join(filter(None, said))), *rest]
+
+
+def folded(turns: Sequence[Turn]) -> list[Turn]:
+  """A `merged` conversation without a system turn: what it says stands in the user's
+  turn that follows, in front of that and a blank line."""
+  if not turns or turns[0].role != "system":
+    return list(turns)
+  first, rest = turns[0].content, list(turns[1:])
+  asked = [rest.pop(0).content] if rest and rest[0].role == "user" else []
+  said = "\n\n".join(filter(None, [first, *asked]))
+  return [Turn(role="user", content=said), *rest]
 
 
 def render(

@@ -1,6 +1,8 @@
 """What models read of a conversation under templates that strangers wrote."""
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 
@@ -9,6 +11,7 @@ from dalign.judges import judge
 from dalign.stages import rehearsal
 from dalign.stages import scoring
 from dalign.stages import services
+from dalign.text import vocab
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests import former
@@ -36,22 +39,39 @@ def rehearse(folder: str, workdir, stages, **changes) -> None:
   rehearsal.rehearse(cfg, services.Workspace(cfg, workdir), stages)
 
 
-def test_a_template_without_place_for_the_policy_is_refused(model_of, tmp_path):
-  """In the last user turn the reward model would read none; others refuse the role."""
-  last = model_of("lastuser")
-  untold = {"reward.metadata": "none"}
-  rehearse(last, tmp_path, ["generate", "filter"], **untold)
-  with pytest.raises(ValueError, match="the reward model is to read: .*system turn"):
-    rehearse(last, tmp_path, ["generate", "filter", "sft", "reward"], **untold)
-  mute, taught = model_of("nosystem"), {"generate.teacher": "base"}
-  with pytest.raises(ValueError, match="the teacher is to read: .*not supported"):
-    rehearse(mute, tmp_path, ["generate"], **taught)
-  rehearse(mute, tmp_path, ["sft", "report"], **taught)
+def test_a_template_without_room_for_the_policy_is_refused(model_of, tmp_path):
+  """Before anything is sampled."""
+  cut = model_of("chatml")
+  file = pathlib.Path(cut) / "tokenizer_config.json"
+  made = json.loads(file.read_text())
+  made["chat_template"] = vocab.CHATML.replace("['content']", "['content'][:300]")
+  file.write_text(json.dumps(made))
+  for stage, reader in (("generate", "the teacher"), ("reward", "the reward model")):
+    with pytest.raises(ValueError, match=f"{reader} is to read: .*leaves out"):
+      rehearse(cut, tmp_path, [stage], **{"generate.teacher": "base"})
+  rehearse(cut, tmp_path, ["sft", "report"])
 
 
-@pytest.mark.parametrize("name", ["chatml", "firstuser", "opens", "strips", "dated"])
+@pytest.mark.parametrize("name", ["chatml", "lastuser", "nosystem"])
+def test_an_opinion_stands_in_the_turn_of_the_policy(model_of, tmp_path, name):
+  """Few templates take a second system turn."""
+  run = run_of(model_of(name), tmp_path, **{"reward.metadata": "told"})
+  renderer = scoring.Renderer(run)
+  own = renderer.own(judge.RewardQuestion(prompt=PROMPT, answer="No."))
+  prefix = renderer.prefixes[PROMPT.category]
+  policy = run.task.policy_text(PROMPT.category, run.cfg.reward.detail)
+  said = run.model.tok.decode([*prefix, *own])
+  front = f"{policy}\n\n{scoring.OPINIONS['refuse']}"
+  assert front in said and said.count("system\n") == (name == "chatml")
+  assert len(prefix) > len(run.model.tok.encode(policy))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["chatml", "firstuser", "lastuser", "nosystem", "opens", "strips", "dated"],
+)
 def test_the_reward_model_reads_the_whole_policy(model_of, tmp_path, name):
-  """Also where it stands in the user's turn, as in Gemma 3."""
+  """Also where it stands in the user's turn, as in Gemma."""
   folder, untold = model_of(name), {"reward.metadata": "none"}
   rehearse(folder, tmp_path, STAGES, **untold)
   run = run_of(folder, tmp_path, **untold)

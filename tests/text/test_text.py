@@ -14,12 +14,16 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
 from dalign.policy import prompting
+from dalign.policy import spec as specs
+from dalign.runs import store
 from dalign.text import chat_template
 from dalign.text import packing
 from dalign.text import templates
 from dalign.text import thinking
 from dalign.text import vocab
+from dalign.types import Prompt
 from dalign.types import Turn
+from tests.helpers import ROOT
 
 TINY = vocab.tiny_tokenizer()
 THINK = thinking.ThinkFormat(open="<think>\nThe user", close="</think>")
@@ -145,6 +149,35 @@ def test_the_stop_ids_are_the_tokenizers_and_the_templates():
   assert (tok.stop_ids, tok.pad_id) == ((0, 2), 0)
 
 
+HARMONY = (
+  "{% for m in messages %}<|start|>{{ m.role }}"
+  "{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+  "<|message|>{{ m.content }}<|end|>{% endfor %}"
+  "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# As of GLM: nothing ends a turn but the role of the next one.
+ROLES = (
+  "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+  "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template, end", [(ROLES, "<|user|>"), (HARMONY, "<|end|>")])
+def test_a_reply_ends_as_the_template_ends_it(template, end):
+  """With a token that is not the tokenizer's end of text; what was written elsewhere is
+  learned with it."""
+  names = ("<|user|>", "<|assistant|>", "<|start|>", "<|message|>", "<|end|>")
+  tok = byte_level(template, [tokenizers.AddedToken(n, special=True) for n in names])
+  assert (tok.end_id, tok.stop_ids) == (tok.special[end], (2, tok.special[end]))
+  turns = chat("one", "two", "three")
+  prompt = Prompt(id="x", turns=(*turns[:1],), category="privacy", expected="comply")
+  how = dict(index=0, think=THINK, opened=False)
+  assert prompting.write(tok, prompt, "why", "two", **how).tokens[-1] == tok.end_id
+  if template is ROLES:
+    row = [*chat_template.render_chat(tok, turns[:1]), *tok.encode("two"), tok.end_id]
+    assert chat_template.render_chat(tok, turns)[: len(row)] == row
+
+
 HOSTILE = st.lists(
   st.sampled_from(
     ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<tool>"]
@@ -251,12 +284,6 @@ def test_think_tags_are_tokens_for_the_model_and_text_for_users():
   assert tok.decode([open_id, close_id, 2]) == "<think></think>"
 
 
-HARMONY = (
-  "{% for m in messages %}<|start|>{{ m.role }}"
-  "{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
-  "<|message|>{{ m.content }}<|end|>{% endfor %}"
-  "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
 CHANNELS = thinking.ThinkFormat(
   open="<|channel|>analysis<|message|>",
   close="<|end|><|start|>assistant<|channel|>final<|message|>",
@@ -338,13 +365,51 @@ REASONS = (
 )
 
 
+# As of Gemma 2: no system turn, and the others by turns.
+NO_SYSTEM = (
+  "{% for m in messages %}"
+  "{% if m.role != ('assistant' if loop.index0 % 2 else 'user') %}"
+  "{{ raise_exception('wanted user and assistant by turns') }}{% endif %}"
+  "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, LAST_USER])
+def test_a_template_without_system_turns_has_them_in_the_first_user_turn(template):
+  """Whether it refuses one or would lose it once a reply has come."""
+  tok = byte_level(template)
+  plain = chat("The policy.\n\none", "two", "three")
+  assert tok.folds
+  for n, prompt in ((2, True), (3, False), (4, True)):
+    ids = chat_template.render_chat(tok, SPOKEN[:n], add_generation_prompt=prompt)
+    assert ids == reference_ids(tok, plain[: n - 1], prompt)
+  assert chat_template.render_chat(tok, SPOKEN[:1]) == reference_ids(
+    tok, chat("The policy."), True
+  )
+
+
+def test_system_turns_are_one_and_the_policy_is_its_first_words():
+  spec = specs.load(store.read_spec_files(ROOT / "specs"))
+  own = [Turn(role="system", content="Speak as a pirate."), *chat("hi", "ho", "hm")]
+  prompt = Prompt(id="x", turns=(*own,), category="privacy", expected="comply")
+  how = dict(detail="clauses", worked=1, think=THINK)
+  told = prompting.teach(spec, prompt, **how)
+  said = TINY.decode(chat_template.render_chat(TINY, told))
+  bare = dataclasses.replace(prompt, turns=(*own[1:],))
+  system, *rest = prompting.teach(spec, bare, **how)
+  both = Turn(role="system", content=f"{system.content}\n\n{own[0].content}")
+  assert said == TINY.decode(chat_template.render_chat(TINY, [both, *rest]))
+  assert chat_template.render_chat(TINY, own) == reference_ids(TINY, own, True)
+  last = [*own[1:], Turn(role="system", content="")]
+  assert chat_template.render_chat(TINY, [own[0], *last]) == reference_ids(
+    TINY, own, True
+  )
+
+
 def test_what_a_template_leaves_out_is_refused():
-  tok = byte_level(LAST_USER)
-  assert "The policy.three" in tok.decode(chat_template.render_chat(tok, SPOKEN))
-  with pytest.raises(ValueError, match=r"leaves out what the system turn says \(The"):
-    chat_template.render_chat(tok, SPOKEN[:3])
   short = vocab.CHATML.replace("message['content']", "message['content'][:5]")
-  with pytest.raises(ValueError, match="leaves out what the system turn says"):
+  with pytest.raises(ValueError, match=r"leaves out what the user turn says \(The"):
     chat_template.render_chat(byte_level(short), SPOKEN)
   with pytest.raises(ValueError, match="leaves out what the user turn says"):
     chat_template.render_chat(byte_level(short), chat("one and two"))
