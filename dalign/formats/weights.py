@@ -697,11 +697,13 @@ def _settings_files(
     if i is not None:
       tokenizer[f"{name}_token"] = tok.backend.id_to_token(i)
   config = families.settings(cfg) | ids | {"eos_token_id": tok.stop_ids[0]}
+  padding = [i for start, stop in cfg.absent for i in range(start, stop)]
   return {
     "config.json": config | {"torch_dtype": dtype},
     "generation_config.json": {
       **ids,
       "eos_token_id": list(tok.stop_ids),
+      **({"suppress_tokens": padding} if padding else {}),  # as the sampler does
       **generation,
     },
     "tokenizer_config.json": tokenizer,

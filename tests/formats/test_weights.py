@@ -345,6 +345,29 @@ def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path, other):
   np.testing.assert_array_equal(head, model.lm_head.weight.detach().numpy())
 
 
+def test_transformers_does_not_draw_ids_without_a_token_either(tmp_path):
+  """Though an exported model finds them likeliest, as nothing trained them away."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  cfg = dataclasses.replace(CFG, vocab=267)
+  params = weights.random_model(cfg, 3)
+  params["head"][:, 259:] = 9 * np.sign(np.arange(259, 267) - 262.5)
+  weights.save_hf(tmp_path, cfg, params, vocab.tiny_tokenizer())
+  cfg, params, tok = weights.load(str(tmp_path))
+  assert cfg.absent == ((259, 267),)
+  weights.save_hf(tmp_path / "again", cfg, params, tok)
+
+  def drawn(place) -> set[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      place, dtype=torch.float32
+    )
+    row = model.generate(torch.tensor([[5, 6]]), do_sample=False, max_new_tokens=8)
+    return {*row[0].tolist()}
+
+  assert drawn(tmp_path) & {*range(259, 267)}  # saved when nobody knew of them
+  assert not drawn(tmp_path / "again") & {*range(259, 267)}
+
+
 def test_weights_of_whole_numbers_are_refused(folder, tmp_path):
   place = copy(folder, tmp_path)
   tensors = safetensors.numpy.load_file(place / "model.safetensors")
