@@ -205,7 +205,7 @@ def load_model(
   date: str = "",
 ) -> Model:
   """The model at a path: a Hugging Face folder, one of PEFT adapters, a .gguf file,
-  "pip:NAME" of an installed package that holds one, or "random",
+  "pip:NAME" of an installed package that holds one, a name on the Hub, or "random",
   tiny and drawn by the seed. Parameters are float32. Its chat template is told that
   today is `date`, such as 2026-11-27, or the day on which this is called. ValueError
   names what is absent or not understood."""

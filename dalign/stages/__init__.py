@@ -16,6 +16,7 @@ from dalign.config import stages as declared
 from dalign.config.schema import Config
 from dalign.config.schema import chosen_stages
 from dalign.evaluation import report
+from dalign.formats import hub
 from dalign.runs import distributed
 from dalign.runs import progress
 from dalign.runs import store
@@ -59,7 +60,7 @@ STAGES: dict[str, Callable] = {  # the order is the method
 
 def run(cfg: Config, workdir: pathlib.Path) -> None:
   """Runs the stages that the config asks for, in order; or all of its arms."""
-  cfg = _dated(cfg, workdir)
+  cfg = _pinned(cfg, workdir)
   if cfg.ablation:
     ablate.ablate(cfg, workdir, run_stages)
     _report(workdir)
@@ -111,12 +112,14 @@ def run_stages(
       raise
 
 
-def _dated(cfg: Config, workdir: pathlib.Path) -> Config:
-  """The config with the day on which the run began, in this command or an earlier."""
+def _pinned(cfg: Config, workdir: pathlib.Path) -> Config:
+  """The config with the day on which the run began, in this command or an earlier, and
+  the commits that names on the Hub had then."""
   arms = cfg.ablation
   first = workdir / f"seed-{arms.seeds[0]}" / "shared" if arms else workdir
   before = _read(store.Store(first), first / "config.json")
-  began = before.get("model.date") if isinstance(before, dict) else None
+  before = before if isinstance(before, dict) else {}
+  began = before.get("model.date")
   asked = cfg.model.date
   if began and asked and began != asked and not cfg.start_over:
     raise ValueError(
@@ -125,7 +128,15 @@ def _dated(cfg: Config, workdir: pathlib.Path) -> Config:
     )
   today = datetime.datetime.now(datetime.UTC).date().isoformat()
   day = asked or began or distributed.agree(today)
-  return convert.changed(cfg, {"model": {"date": day}})
+  model, grader = (
+    distributed.agree(hub.pinned(path, str(before.get(name, ""))))
+    for name, path in (
+      ("model.path", cfg.model.path),
+      ("eval.grader_model", cfg.eval.grader_model),
+    )
+  )
+  changes = {"model": {"date": day, "path": model}, "eval": {"grader_model": grader}}
+  return convert.changed(cfg, changes)
 
 
 def _read(kept: store.Store, path: pathlib.Path) -> dict | None:

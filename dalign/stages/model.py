@@ -15,6 +15,7 @@ from dalign.config.model import ModelConfig
 from dalign.config.model import ModelSource
 from dalign.config.model import SamplerConfig
 from dalign.config.model import ThinkConfig
+from dalign.formats import hub
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.models import ops
@@ -66,6 +67,7 @@ class Model:
       or path in ("random", "world")
       or not self._source.random
       or pathlib.Path(path).expanduser().exists()
+      or hub.cached(path)
     )
 
   @functools.cached_property
