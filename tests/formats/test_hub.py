@@ -15,8 +15,8 @@ from dalign.formats import hub
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.text import vocab
+from tests.formats.test_weights import CFG
 from tests.helpers import tiny
-from tests.test_weights import CFG
 
 FIRST, SECOND = "1" * 40, "2" * 40
 
