@@ -97,7 +97,7 @@ setuptools.setup(
       "evaluation/report_template.html",
       "prompts/*.jsonl",
       "recordings/*.jsonl",
-      "starter/*",
+      "starter/*.*",
       "starter/policies/*.md",
     ],
     "dalign.specs": ["*.md"],

@@ -127,7 +127,7 @@ def _columns(argv: list[str]) -> tuple[list[str], dict[str, str]]:
   field: names that no config file has, which is all that flags can change."""
   found = [re.fullmatch(r"--?config\.data\.columns\.(\w+)=(.*)", a) for a in argv]
   rest = [given for given, match in zip(argv, found, strict=True) if not match]
-  return rest, dict(match.groups() for match in found if match)
+  return rest, {match[1]: match[2] for match in found if match}
 
 
 def _node(config, columns: dict[str, str]) -> dict:

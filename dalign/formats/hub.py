@@ -37,8 +37,8 @@ def folder(path: str, *, download: bool = True) -> pathlib.Path:
     found = huggingface_hub.snapshot_download(
       name,
       revision=revision or None,
-      allow_patterns=TAKEN,
-      ignore_patterns=LEFT,
+      allow_patterns=[*TAKEN],
+      ignore_patterns=[*LEFT],
       local_files_only=not download,
     )
   except Exception as error:  # of the network, the Hub or the cache: many classes
