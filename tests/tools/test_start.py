@@ -73,7 +73,7 @@ def test_all_that_is_missing_is_said_at_once(tmp_path, capsys):
   missing = [line for line in table.splitlines() if line.startswith("MISSING")]
   for about, said in (
     ("privacy", "no prompt of this policy"),
-    ("held out", "no prompt to comply"),
+    ("held out", "0 to comply"),
     ("steps", "wanted 7 or more training prompts"),
   ):
     assert [x for x in missing if about in x and said in x], (about, table)
