@@ -610,7 +610,7 @@ def _estimates(table: Table, draw: _Bootstrap) -> dict[str, dict]:
     counts = np.array([len(scores) for scores in items])
     if items:
       drawn[metric] = draw.means(metric, sums, counts, SHARES)
-    mean = float(sums.sum() / counts.sum()) if items else None
+    mean = float(sums.sum()) / float(counts.sum()) if items else None
     cells[metric] = _cell(mean, drawn.get(metric), int(counts.sum()))
   return _with_means(cells, drawn, table)
 
