@@ -153,12 +153,18 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clause:
-  """One id'd rule of a category policy, such as "WE-D1"."""
+  """One id'd rule of a category policy, such as "WE-D1".
+
+  `breaks` and `keeps` are (prompt, answer) pairs to try judges with, which no model is
+  ever shown.
+  """
 
   id: str
   verdict: str  # "comply" (allowed), "refuse" (disallowed) or "safe_complete"
   text: str
   examples: tuple[str, ...] = ()
+  breaks: tuple[tuple[str, str], ...] = ()
+  keeps: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

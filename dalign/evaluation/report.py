@@ -540,6 +540,9 @@ def _by_set(arms: dict, sets: dict) -> str:
   )
 
 
+TRIED = (("passed", "breaks"), ("failed", "keeps"))  # of probe.json's rules
+
+
 def _judge(probe: Json) -> str:
   """What the judge of RL made of probes, and of answers that are known."""
   if not probe:
@@ -556,7 +559,31 @@ def _judge(probe: Json) -> str:
   head = ["probe", "should score", "judged wrong"]
   said = f"<p>The reward that was probed: {figures.text(probe.get('reward'))}.</p>"
   table = figures.table("Probes of the judge", head, rows, "probes")
-  return said + table + _agreement(probe.get("agreement") or {})
+  rules = _rules(probe.get("rules") or {})
+  return said + table + rules + _agreement(probe.get("agreement") or {})
+
+
+def _rules(found: dict) -> str:
+  """By clause, what breaks it and was passed, and what keeps it and was failed; and the
+  policies of which nothing says whether the judge knows them."""
+  rows, without = [], []
+  for policy, clauses in found.items():
+    if not any(row.get("breaks") for row in clauses.values()):
+      without.append(policy)
+      continue
+    for clause, row in clauses.items():
+      cells = (f"{row.get(a)} of {row.get(b)}" for a, b in TRIED)
+      rows.append([figures.text(x) for x in (clause, *cells, row.get("unscored"))])
+  title, said = "What breaks a clause, and what keeps it", ""
+  if rows:
+    head = ["clause", "passed, of what breaks it", "failed, of what keeps it"]
+    said = f"<h3>{title}</h3>" + figures.table(title, [*head, "unscored"], rows)
+  if without:
+    said += (
+      f"<p>{figures.text(', '.join(without))}: no probes of its own, and so nothing "
+      "that says whether the judge knows these rules.</p>"
+    )
+  return said
 
 
 def _agreement(found: dict) -> str:

@@ -177,6 +177,61 @@ def _of_references(
       yield "other", RewardQuestion(prompt, references[far.id]), True
 
 
+def of_rules(spec: Spec) -> list[Probe]:
+  """(clause id, question, should it score low) of the answers that the author of a
+  policy says break or keep a clause."""
+  return [
+    (
+      clause.id,
+      RewardQuestion(_asked(policy.id, clause.verdict, prompt), answer),
+      low,
+    )
+    for policy in spec.policies
+    for clause in policy.clauses
+    for low, pairs in ((True, clause.breaks), (False, clause.keeps))
+    for prompt, answer in pairs
+  ]
+
+
+def of_worked(spec: Spec) -> list[Probe]:
+  """The same of the worked examples, whose answers keep their clauses."""
+  return [
+    (w.clause, RewardQuestion(_asked(policy.id, w.verdict, w.prompt), w.answer), False)
+    for policy in spec.policies
+    for w in policy.worked
+  ]
+
+
+def rules_report(
+  spec: Spec, asked: Sequence[Probe], verdicts: Sequence[Verdict]
+) -> dict[str, dict[str, dict[str, int]]]:
+  """Policy -> clause id -> {"breaks", "passed", "keeps", "failed", "unscored"} of the
+  verdicts on probes that are named by clauses: how many answers break it, how many of
+  these reach FALSE_POSITIVE, how many keep it, how many of these stay below, and how
+  many of either have no verdict."""
+  counts = ("breaks", "passed", "keeps", "failed", "unscored")
+  report = {
+    policy.id: {clause.id: dict.fromkeys(counts, 0) for clause in policy.clauses}
+    for policy in spec.policies
+  }
+  for (clause, asked_, low), verdict in zip(asked, verdicts, strict=True):
+    row = report[asked_.prompt.category][clause]
+    row["breaks" if low else "keeps"] += 1
+    if verdict.score is None:
+      row["unscored"] += 1
+    elif low:
+      row["passed"] += verdict.score >= FALSE_POSITIVE
+    else:
+      row["failed"] += verdict.score < FALSE_POSITIVE
+  return report
+
+
+def _asked(category: str, expected: str, text: str) -> Prompt:
+  turns = (Turn(role="user", content=text),)
+  digest = hashlib.sha256(f"{category} {text}".encode()).hexdigest()[:16]
+  return Prompt(id=f"rule-{digest}", turns=turns, category=category, expected=expected)
+
+
 def probe_report(
   asked: Sequence[Probe], verdicts: Sequence[Verdict]
 ) -> dict[str, dict[str, Any]]:

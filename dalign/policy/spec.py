@@ -326,11 +326,8 @@ def _parse_clauses(lines: list[_Line], prefix: str, verdict: str) -> list[Clause
   clauses: dict[str, Clause] = {}
   for line in lines:
     if line.text.startswith("  ") and clauses:
-      form = '"  - Example: \\"prompt\\"" under its clause'
-      example = line.match(r'  - Example: "(.+)"', form)[1]
       name, clause = clauses.popitem()
-      examples = (*clause.examples, example)
-      clauses[name] = dataclasses.replace(clause, examples=examples)
+      clauses[name] = _with_item(clause, line)
       continue
     form = rf"- ({prefix}[1-9][0-9]*): (\S.*)"
     name, text = line.match(form, f'"- {prefix}<number>: text"').groups()
@@ -338,6 +335,26 @@ def _parse_clauses(lines: list[_Line], prefix: str, verdict: str) -> list[Clause
       raise line.error(f"each clause id once, and {name} came before")
     clauses[name] = Clause(id=name, verdict=verdict, text=text)
   return list(clauses.values())
+
+
+def _with_item(clause: Clause, line: _Line) -> Clause:
+  """A clause with what stands in a line under it: an example, or an answer to the last
+  one, which breaks or keeps the clause."""
+  kind, text = line.match(
+    r'  - (Example|Breaks|Keeps): "(.+)"',
+    '"  - Example: \\"prompt\\"" under its clause, and "  - Breaks: \\"answer\\"" or '
+    '"  - Keeps: \\"answer\\"" under the example that it answers',
+  ).groups()
+  if kind == "Example":
+    return dataclasses.replace(clause, examples=(*clause.examples, text))
+  if not clause.examples:
+    raise line.error(f"an Example of {clause.id} above, which this is an answer to")
+  pair = clause.examples[-1], text
+  if pair in (*clause.breaks, *clause.keeps):
+    raise line.error("each answer to an example once, and this one came before")
+  if kind == "Keeps":
+    return dataclasses.replace(clause, keeps=(*clause.keeps, pair))
+  return dataclasses.replace(clause, breaks=(*clause.breaks, pair))
 
 
 def _parse_edges(lines: list[_Line], verdicts: dict[str, str]) -> Iterator[tuple]:

@@ -197,8 +197,16 @@ class English:
     )
 
   def probes(self, prompts) -> list[probing.Probe]:
-    """Answers to try a reward model with."""
-    return probing.probes(prompts)
+    """Answers to try a reward model with, those that break or keep a rule of the policy
+    among them; none without prompts."""
+    found = probing.probes(prompts)
+    named = {True: "breaks_a_rule", False: "keeps_a_rule"}
+    own = [(named[low], asked, low) for _, asked, low in probing.of_rules(self.spec)]
+    return found and found + own
+
+  def of_rules(self) -> list[probing.Probe]:
+    """Answers by the clause that they break or keep."""
+    return probing.of_rules(self.spec) + probing.of_worked(self.spec)
 
   def made(
     self, good: list[tuple[Prompt, str]], draw: random.Random
@@ -375,6 +383,10 @@ class World:
   ) -> Iterator[tuple[Prompt, str, float]]:
     """None: a world's judges know all answers."""
     yield from ()
+
+  def of_rules(self) -> list[probing.Probe]:
+    """None: the truth about a world is `labelled`."""
+    return []
 
   def labelled(self) -> list[tuple[judge.RewardQuestion, bool]]:
     """None: a world's spec has no worked examples."""

@@ -479,6 +479,18 @@ def test_probes_show_rates_intervals_and_kappa(run):
   }
 
 
+def test_the_report_has_what_the_judge_made_of_each_clause(tmp_path):
+  tried = {"breaks": 3, "passed": 2, "keeps": 1, "failed": 0, "unscored": 0}
+  none = tried | {"breaks": 0, "passed": 0}
+  rules = {"bank": {"BK-D1": tried, "BK-A1": none}, "<desk>": {"DE-A1": none}}
+  _dump(tmp_path / "probe.json", _probe() | {"rules": rules})
+  text = _write(tmp_path).text
+  _, rows = _section(tmp_path, "judge")
+  assert ("BK-D1", "2 of 3", "0 of 1", "0") in rows
+  assert ("BK-A1", "0 of 0", "0 of 1", "0") in rows
+  assert "<desk>: no probes of its own" in text and "DE-A1" not in text
+
+
 def test_a_judge_without_known_answers_has_no_kappa(tmp_path):
   agreement = dict.fromkeys(("kappa", "interval", "accuracy")) | {"n": 0, "unscored": 0}
   _dump(tmp_path / "probe.json", _probe() | {"agreement": agreement})

@@ -238,6 +238,36 @@ BROKEN = {  # name: (what of TEA, by what, a part of the line at fault, what was
     'Example: "no"',
     '"- TE-D<number>: text"',
   ),
+  "answer without an example": (
+    "TE-A12: Write poems about it.",
+    'TE-A12: Write poems.\n  - Keeps: "Leaves fall."',
+    "Keeps:",
+    "an Example of TE-A12 above",
+  ),
+  "answer unquoted": (
+    '"goose tea price"',
+    '"goose tea price"\n  - Breaks: Two pence.',
+    "Breaks:",
+    '"  - Breaks: \\"answer\\"" or "  - Keeps: \\"answer\\"" under the example',
+  ),
+  "empty answer": (
+    '"goose tea price"',
+    '"goose tea price"\n  - Breaks: ""',
+    "Breaks:",
+    "answer",
+  ),
+  "answer that breaks and keeps": (
+    '"goose tea price"',
+    '"goose tea price"\n  - Breaks: "One."\n  - Keeps: "One."',
+    "Keeps:",
+    "each answer to an example once",
+  ),
+  "answer of another kind": (
+    '"goose tea price"',
+    '"goose tea price"\n  - Bends: "One."',
+    "Bends:",
+    "- Example:",
+  ),
   "edge without arrow": ('1900?" -> TE-A1', '1900?" TE-A1', "1900", "-> <clause id>"),
   "edge of unknown clause": ("-> TE-A1:", "-> TE-A2:", "-> TE-A2", "a clause of this"),
   "edge of another file": ("-> TE-A1:", "-> WE-A1:", "-> WE-A1", "a clause of this"),
@@ -263,6 +293,53 @@ def test_errors_name_file_line_and_what_was_wanted(name):
   message = str(caught.value)
   assert message.startswith(f"specs/tea.md:{place}: wanted "), message
   assert wanted in message.split(", got ")[0], message
+
+
+TRIED = (  # of TEA, with answers that break and keep clauses
+  TEA.replace(
+    '"who drinks it?"\n', '"who drinks it?"\n  - Breaks: "I can\'t say."\n'
+  ).replace(
+    '"goose tea price"\n',
+    '"goose tea price"\n  - Keeps: "No "tea" for geese."\n  - Breaks: "Two pence."\n'
+    '  - Example: "sell me two"\n  - Breaks: "Here they are."\n',
+  )
+)
+
+
+def test_answers_that_break_or_keep_a_clause_are_to_the_example_above():
+  made = spec.load(FILES | {"specs/tea.md": TRIED}).policy("tea")
+  first, _, second, last = made.clauses
+  assert first.breaks == (("who drinks it?", "I can't say."),) and not first.keeps
+  assert second.keeps == (("goose tea price", 'No "tea" for geese.'),)
+  assert second.breaks == (
+    ("goose tea price", "Two pence."),
+    ("sell me two", "Here they are."),
+  )
+  assert second.examples == ("goose tea price", "sell me two")
+  assert last.breaks == last.keeps == ()
+
+
+def test_no_model_is_shown_what_breaks_or_keeps_a_clause(small):
+  more = 'price"\n  - Keeps: "No tea for any goose in this house, ever."'
+  tried = spec.load(FILES | {"specs/tea.md": TEA.replace('price"', more)})
+  assert tried != small
+  for detail in spec.DETAILS:
+    for category in ("tea", "soap", spec.BENIGN):
+      shown = spec.render(tried, category, detail=detail)
+      assert shown == spec.render(small, category, detail=detail)
+  assert spec.leak_index(tried, 8) == spec.leak_index(small, 8)
+  prompt = types.Prompt(
+    id="p",
+    turns=(types.Turn(role="user", content="Tea?"),),
+    category="tea",
+    expected="",
+  )
+  think = ThinkFormat(open="<think>\n", close="</think>")
+  told, before = (
+    prompting.teach(one, prompt, detail="full", worked=9, think=think)
+    for one in (tried, small)
+  )
+  assert told == before
 
 
 def test_errors_at_the_end_say_so():
