@@ -14,9 +14,11 @@ __all__ = [
   "Judge",
   "Model",
   "Prompt",
+  "Reply",
   "RewardQuestion",
   "Rollout",
   "Spec",
+  "ThoughtfulReply",
   "TrainState",
   "Turn",
   "Verdict",
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
   from dalign.api import Judge
   from dalign.api import Model
   from dalign.api import Prompt
+  from dalign.api import Reply
   from dalign.api import RewardQuestion
   from dalign.api import Rollout
   from dalign.api import Spec
+  from dalign.api import ThoughtfulReply
   from dalign.api import TrainState
   from dalign.api import Turn
   from dalign.api import Verdict

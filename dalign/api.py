@@ -11,7 +11,7 @@ no argument here is an argument in `dalign.training`, `dalign.sampling` and
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import functools
@@ -31,7 +31,10 @@ from dalign.config.training import BatchConfig
 from dalign.data import bundled
 from dalign.data import prompt_sets
 from dalign.formats import weights
+from dalign.judges import functions
 from dalign.judges import judge as judges
+from dalign.judges.functions import Reply as Reply
+from dalign.judges.functions import ThoughtfulReply as ThoughtfulReply
 from dalign.judges.judge import FilterQuestion as FilterQuestion
 from dalign.judges.judge import Judge as Judge
 from dalign.judges.judge import RewardQuestion as RewardQuestion
@@ -246,17 +249,20 @@ def judge(
   spec: Spec,
   samples: Sequence[Rollout],
   *,
-  judge: Model | Judge | None = None,
+  judge: Model | Judge | Callable[[list[Reply]], Sequence[Any]] | None = None,
   thought: bool = True,
   detail: str = "clauses",
 ) -> list[Verdict]:
   """A verdict on each sample: a score in [0, 1], or None with a reason, as malformed
   samples have.
 
-  `judge` is a model, which reads the policy and whose expected grade counts, any
-  `Judge`, or None for the rubric of `judges/rubric.py`. With `thought` false it is
-  asked a `RewardQuestion`, which cannot carry one: the reward of RL. By answers alone
-  the rubric judges prompts with `expected` only.
+  `judge` is a model, which reads the policy and whose expected grade counts; a function
+  from a list of `Reply`, which have the policy, to a score, None, or a pair of one and
+  a reason for each; any `Judge`; or None for the rubric of `judges/rubric.py`, which
+  judges by the policies that come with dalign alone. With `thought` false it is asked
+  of the answers alone, in what cannot carry a thought: the reward of RL. Of those the
+  rubric judges prompts with `expected` only. ValueError where the function gives
+  something else, and for the rubric with another specification.
   """
   if isinstance(judge, Model):
     score_logprobs = likelihood.of_labels(
@@ -264,6 +270,8 @@ def judge(
     )
     policy = functools.partial(render, spec, detail=detail)
     judge = judges.model_judge(policy, score_logprobs)
+  elif judge is not None and not isinstance(judge, Judge):
+    judge = functions.of_function(judge, functools.partial(render, spec, detail="full"))
   rubric = judges.rubric_judge if thought else judges.rubric_reward
   ask = judge or rubric(spec, quality=None)
   return judges.verdicts(ask, [(s.prompt, s) for s in samples], thought=thought)

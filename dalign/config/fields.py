@@ -59,6 +59,7 @@ Share = Annotated[float, Bounds("a share in [0, 1]", minimum=0.0, maximum=1.0)]
 SomeShare = Annotated[
   float, Bounds("a share in (0, 1]", exclusiveMinimum=0.0, maximum=1.0)
 ]
+FUNCTION = "python:.+:[A-Za-z_][A-Za-z0-9_]*"  # `functions.of_file`
 Metadata = Annotated[
   str, Form("none|told|noisy:(0|1|0?\\.[0-9]+)")
 ]  # `prompt_sets.with_metadata`

@@ -4,9 +4,11 @@ import dataclasses
 import typing
 from typing import Annotated, Literal
 
+from dalign.config.fields import FUNCTION
 from dalign.config.fields import Bounds
 from dalign.config.fields import Checked
 from dalign.config.fields import Count
+from dalign.config.fields import Form
 from dalign.config.fields import Metadata
 from dalign.config.fields import Natural
 from dalign.config.fields import NotNegative
@@ -161,8 +163,10 @@ class RLConfig(Checked):
 
   start: "sft", or "base" for the arm without SFT.
   reward: "model" (the trained reward model), "rubric" (the rubric judge, which needs
-    metadata) or "judge" (the filter's own judge, one vote).
-  metadata: what the rubric or the filter's judge is told, as `filter.metadata`.
+    metadata), "judge" (the filter's own judge, one vote), or a function of yours,
+    "python:FILE:FUNCTION".
+  metadata: what the rubric, the filter's judge or the function is told, as
+    `filter.metadata`.
   steps: updates that the stage makes.
   prompts: prompts a step, those of `capability` among them.
   expected: the ideal response types of the prompts that are not of capability.
@@ -188,7 +192,7 @@ class RLConfig(Checked):
   """
 
   start: Literal["base", "sft"]
-  reward: Literal["model", "rubric", "judge"]
+  reward: Annotated[str, Form(f"model|rubric|judge|{FUNCTION}")]
   metadata: Metadata
   steps: Count
   prompts: Count

@@ -4,6 +4,7 @@ judged and evaluated."""
 import dataclasses
 from typing import Annotated, Any, Literal, Mapping
 
+from dalign.config.fields import FUNCTION
 from dalign.config.fields import Checked
 from dalign.config.fields import Count
 from dalign.config.fields import Form
@@ -123,7 +124,8 @@ class GenerateConfig(Checked):
   batch: samples a prompt and round.
   most: samples a prompt at the most.
   enough: stop with a prompt that has this many samples that look right: well-formed,
-    and at least `threshold` to the rubric without its language quality.
+    and at least `threshold` to the rubric without its language quality; of policies
+    that the rubric was not made for, a thought that ends in what the answer does.
   threshold: the score, in [0, 1], from which a sample looks right.
   refused: the share of samples that an endpoint may refuse, or its filter cut, before
     generate fails.
@@ -157,8 +159,10 @@ class FilterConfig(Checked):
   """Stage 2. Each sample is judged, and the best are kept.
 
   judge: the "rubric", the base "model" by the odds of its grades, the base "sampled":
-    it thinks, then grades; as that the model at an "endpoint"; or the votes that were
-    "recorded" with the samples of a recorded teacher.
+    it thinks, then grades; as that the model at an "endpoint"; the votes that were
+    "recorded" with the samples of a recorded teacher; or a function of yours,
+    "python:FILE:FUNCTION" (`functions.py`). The rubric judges by the policies that come
+    with dalign, and no others.
   metadata: what judges are told of the ideal response type: "none", "told", or wrong
     for a share of the prompts, as "noisy:0.2" (METHOD: noisy side information).
   endpoint: the server of such a judge.
@@ -183,7 +187,7 @@ class FilterConfig(Checked):
     an answer is English and is likelier after its prompt than after none.
   """
 
-  judge: Literal["rubric", "model", "sampled", "endpoint", "recorded"]
+  judge: Annotated[str, Form(f"rubric|model|sampled|endpoint|recorded|{FUNCTION}")]
   metadata: Metadata
   endpoint: EndpointConfig
   form: JudgeForm

@@ -1,4 +1,4 @@
-"""Where what comes with the package lies: configs/ and specs/."""
+"""What comes with the package, where it lies: configs/ and specs/."""
 
 import pathlib
 import runpy
@@ -33,3 +33,9 @@ def recipe(name: str) -> Any:
   if stem not in known:
     raise ValueError(f"recipe: wanted one of {', '.join(sorted(known))}, got {name!r}")
   return runpy.run_path(str(folder / f"{stem}.py"))["get_config"](*argument)
+
+
+def spec_files() -> dict[str, str]:
+  """Path -> text of the specification of the package, whatever lies where this runs."""
+  paths = sorted((HOME / "specs").glob("*.md"))
+  return {path.as_posix(): path.read_text(encoding="utf-8") for path in paths}

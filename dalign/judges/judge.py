@@ -8,9 +8,11 @@ verdict that could not be reached is unscored with a reason, never a low score.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
+from dalign.data import bundled
 from dalign.judges import behaviour
 from dalign.judges import forms
 from dalign.judges import rubric
@@ -72,6 +74,24 @@ class Judge:
 # Rubric judges.
 
 
+@functools.cache
+def _of_rubric() -> Spec:
+  return specs.load(bundled.spec_files())
+
+
+@functools.cache
+def unknown_to_rubric(spec: Spec) -> tuple[str, ...]:
+  """Ids of the clauses of a specification that the rubric was not made for."""
+  return rubric.unknown(spec, _of_rubric())
+
+
+def reworded(spec: Spec) -> tuple[str, ...]:
+  """Ids of the clauses whose wording is not the one that the rubric was made for."""
+  known = {(c.id, c.text) for policy in _of_rubric().policies for c in policy.clauses}
+  clauses = (clause for policy in spec.policies for clause in policy.clauses)
+  return tuple(c.id for c in clauses if (c.id, c.text) not in known)
+
+
 def rubric_judge(spec: Spec, *, quality: Quality | None) -> Judge:
   """The filter by rubric: thought and answer of each `FilterQuestion`.
 
@@ -80,6 +100,7 @@ def rubric_judge(spec: Spec, *, quality: Quality | None) -> Judge:
   question has one; without, the thought's deciding clause does, then its decision.
   With `quality`, an answer has to be English, and likelier after its prompt than after
   none. Unscored: no language quality, an unknown category, no reference answer.
+  ValueError for a specification that the rubric was not made for: it reads no clause.
   """
   answers = _AnswerRubric(spec, quality)
 
@@ -95,8 +116,8 @@ def rubric_judge(spec: Spec, *, quality: Quality | None) -> Judge:
 
 
 def rubric_reward(spec: Spec, *, quality: Quality | None) -> Judge:
-  """The reward by rubric: what `rubric_judge` says of the answer alone. Unscored: a
-  prompt without a label, as nothing else says which behaviour is wanted."""
+  """The reward by rubric: what `rubric_judge` says of the answer alone, and refuses.
+  Unscored: a prompt without a label, as nothing else says which behaviour is wanted."""
   answers = _AnswerRubric(spec, quality)
 
   def ask(questions: Sequence[RewardQuestion]) -> list[Verdict]:
@@ -116,6 +137,15 @@ class _AnswerRubric:
   """The answer side of both rubrics; holds the specification's word runs."""
 
   def __init__(self, spec: Spec, quality: Quality | None):
+    if others := unknown_to_rubric(spec):
+      more = f" and {len(others) - 3} more" if others[3:] else ""
+      raise ValueError(
+        "the rubric reads no policy: it was made for the rules that come with dalign, "
+        f"and {', '.join(others[:3])}{more} are none of these. Wanted a judge that "
+        "knows them: filter.judge or rl.reward as python:FILE:FUNCTION (docs/usage.md);"
+        " filter.judge as model, sampled, endpoint or recorded; rl.reward as model, "
+        "one that has learned such verdicts; in Python, judge= a model or a function"
+      )
     self.spec, self.quality = spec, quality
     self.index = specs.leak_index(spec, rubric.LEAK_WORDS)
     self.categories = {policy.id for policy in spec.policies} | {specs.BENIGN}

@@ -313,18 +313,20 @@ class Store:
     device: str,
     *,
     start_over: bool = False,
+    anew: bool = False,
   ) -> str:
     """Opens a stage: "done" (nothing to do), "resume" (was cut off) or "fresh".
 
     `config` has the flat keys that the stage depends on, `inputs` files or folders it
     reads. Raises ValueError, naming what changed, when the stage was begun or done with
     another config, seed or input. `start_over` deletes the stage's folder first (the
-    stage's metrics stay: see `metrics.Metrics.rewind`).
+    stage's metrics stay: see `metrics.Metrics.rewind`). `anew` says that a stage which
+    was cut off keeps nothing of that go, whose config and inputs then do not count.
     """
     state = wrong = None
     if distributed.first():
       try:
-        state = self._begin(stage, config, inputs, seed, device, start_over)
+        state = self._begin(stage, config, inputs, seed, device, start_over, anew)
       except ValueError as error:
         wrong = str(error)
     state, wrong = distributed.agree([state, wrong])
@@ -334,7 +336,7 @@ class Store:
       self._since[stage] = time.monotonic()
     return state
 
-  def _begin(self, stage, config, inputs, seed, device, start_over) -> str:
+  def _begin(self, stage, config, inputs, seed, device, start_over, anew) -> str:
     if start_over and buckets.remote(self.path(stage)):
       buckets.remove(self.path(stage))
     elif start_over and self.path(stage).exists():
@@ -346,6 +348,8 @@ class Store:
     old = self.manifest(stage)
     if old is None:
       self._refuse_leftovers(stage)
+    elif anew and old["finished"] is None:
+      pass
     elif changes := _differences(_compared(old), _compared(new)):
       state = "was cut off" if old["finished"] is None else "is done"
       raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_ELSE}")

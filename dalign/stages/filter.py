@@ -37,7 +37,9 @@ def filter_(run: Run) -> None:
   """Judges every well-formed sample and keeps the best, balanced over cells."""
   cfg = run.cfg.filter
   source = run.store.left("generate", "samples.jsonl")
-  if not run.begin([source, *run.sources, *run.recording_files]):
+  functions = judging.function_files(cfg.judge)
+  inputs = [source, *run.sources, *run.recording_files, *functions]
+  if not run.begin(inputs, anew=True):
     return
   prompts = {prompt.id: prompt for prompt in run.prompts.all}
   path = run.store.path("filter", "judged.jsonl")
@@ -111,13 +113,17 @@ class _Judged:
 
   @classmethod
   def of(cls, row: dict, threshold: float) -> "_Judged":
+    def why(score: str, reason: str) -> str | None:
+      missing = row[reason] if row[score] is None else ""  # or it has a score's reason
+      return None if row["malformed"] else sys.intern(missing)
+
     return cls(
       id=(row["prompt_id"], row["index"]),
       cell=(row["category"], row["kind"], row["expected"]),
       score=row["score"],
       lost=sys.intern(_why(row, threshold)),
-      unscored=None if row["malformed"] else sys.intern(row["reason"]),
-      unrewarded=None if row["malformed"] else sys.intern(row["reward_reason"]),
+      unscored=why("score", "reason"),
+      unrewarded=why("reward", "reward_reason"),
     )
 
 

@@ -2,7 +2,7 @@
 
 Nothing here is told how a prompt should be replied to. Prompts of one category share
 their context, so each category is one run of the sampler. A prompt is sampled in rounds
-until enough samples look right to the rubric, or it has had its share. A teacher behind
+until enough samples look right, or it has had its share. A teacher behind
 a server is asked for the same; a recorded one has been.
 """
 
@@ -275,7 +275,7 @@ class SampleLedger:
     )
 
   def add(self, sample) -> None:
-    """Notes a sample and whether it looks right: well-formed, good to the rubric."""
+    """Notes a sample and whether it looks right: well-formed, and to the task."""
     prompt = self.prompts.get(sample.prompt_id)
     if prompt is None:
       raise ValueError(

@@ -8,11 +8,13 @@ import functools
 import hashlib
 import json
 import math
+import pathlib
 
 from dalign.config import stages
 from dalign.config.training import BatchConfig
 from dalign.data import prompt_sets
 from dalign.judges import forms
+from dalign.judges import functions
 from dalign.judges import judge
 from dalign.judges import probing
 from dalign.judges import recordings
@@ -101,6 +103,8 @@ def _model(run: Run, name: str) -> judge.Judge | None:
     return model_judge(run)
   if kind == "sampled":
     return sampled_judge(run, name)
+  if kind.startswith(functions.MARK):
+    return function_judge(run, kind)
   return endpoint_judge(run) if kind == "endpoint" else None
 
 
@@ -151,12 +155,32 @@ def endpoint_judge(run: Run) -> judge.Judge:
   return run.task.written_judge(ask, cfg.form)
 
 
+def function_judge(run: Run, source: str) -> judge.Judge:
+  """A function of the user's, "python:FILE:FUNCTION", which is told whole policies."""
+  return functions.of_file(source, lambda name: run.task.policy_text(name, "full"))
+
+
+def function_files(kind: str) -> list[pathlib.Path]:
+  """The file of a judge that is a function of the user's. What that imports of other
+  files is not among these."""
+  return [functions.place(kind)[0]] if kind.startswith(functions.MARK) else []
+
+
+def reward_of(run: services.Services[stages.RLStage]) -> str:
+  """What RL is rewarded by: `rl.reward`, or the filter's judge where that says so."""
+  kind = run.cfg.rl.reward
+  return run.cfg.judge.judge if kind == "judge" else kind
+
+
 def rl_judge(run: services.Services[stages.RLStage]) -> judge.Judge:
-  """What RL is rewarded by: the reward model, the filter's judge, or the rubric."""
+  """What RL is rewarded by: the reward model, the filter's judge, the rubric, or a
+  function."""
   kind = run.cfg.rl.reward
   if kind == "model":
     params = scoring.load_reward_model(run)
     return scoring.reward_model(run, params, scoring.Renderer(run))
+  if kind.startswith(functions.MARK):
+    return function_judge(run, kind)
   return (kind == "judge" and _model(run, "rl")) or answer_rubric(run)
 
 

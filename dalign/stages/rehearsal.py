@@ -1,4 +1,5 @@
-"""A rehearsal: what models are to read, rendered before anything costs."""
+"""A rehearsal, before anything costs: what models are to read is rendered, and judges
+that are code are tried."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
@@ -7,21 +8,26 @@ from typing import Any, Sequence
 from dalign.config import stages as declared
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
+from dalign.judges import functions
 from dalign.judges import judge
+from dalign.runs import progress
 from dalign.stages import evidence
+from dalign.stages import judging
 from dalign.stages import scoring
 from dalign.stages import services
 from dalign.text import chat_template
 from dalign.types import Prompt
 from dalign.types import Turn
 
-SAID = "An answer."
+THOUGHT, SAID = "A thought.", "An answer."
 Chats = Iterator[tuple[str, Sequence[Turn]]]  # who reads, and what
 
 
 def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) -> None:
   """Renders what teacher, judges and reward model of some stages are to read of a
-  prompt of each category. ValueError where the chat template leaves some of it out, and
+  prompt of each category, and has judges that are code judge an answer to each.
+  ValueError where the chat template leaves some of it out, for a rubric that was made
+  for another policy, for a function that cannot be called or gives no verdicts, and
   where eval will not have enough to measure by."""
   if "eval" in stages and config.thin == "stop":
     evidence.require_held_out(services.of(declared.EvalStage, config, work))
@@ -39,8 +45,44 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
       renderer = scoring.Renderer(reward)
       for prompt in {p.category: p for p in reward.prompts.raw}.values():
         told = prompt_sets.with_metadata(prompt, reward.cfg.reward.metadata)
-        question = scoring.reward_question(reward, told, "A thought.", SAID)
+        question = scoring.reward_question(reward, told, THOUGHT, SAID)
         renderer.own(question)
+  judges = {stage: who for stage, who in _judges(config).items() if stage in stages}
+  if "rubric" in {kind for kind, _ in judges.values()}:
+    _try_rubric(services.of(declared.FilterStage, config, work))
+  for stage, (kind, metadata) in judges.items():
+    if kind.startswith(functions.MARK):
+      run = services.of(declared.STAGES[stage], config, work)
+      _try_function(run, kind, metadata, thinks=stage == "filter")
+
+
+def _judges(config: Config) -> dict[str, tuple[str, str]]:
+  """Stage -> who judges in it, and what that is told of the ideal response type."""
+  own, rl, reward = config.filter, config.rl, config.reward
+  return {
+    "filter": (own.judge, own.metadata),
+    "reward": (own.judge if reward.labels == "judge" else "rubric", reward.metadata),
+    "rl": (own.judge if rl.reward == "judge" else rl.reward, rl.metadata),
+  }
+
+
+def _try_rubric(run: judging.Run) -> None:
+  run.task.reward_rubric(None)
+  if others := run.task.reworded():
+    progress.say(
+      f"the rubric does not read the wording of {', '.join(others)}, which is not the "
+      "one that it was made for"
+    )
+
+
+def _try_function(run: judging.Run, kind: str, metadata: str, *, thinks: bool) -> None:
+  """Has a function judge an answer to a prompt of each category."""
+  prompts = {p.category: p for p in run.prompts.raw}.values()
+  told = [prompt_sets.with_metadata(prompt, metadata) for prompt in prompts]
+  ask = judging.function_judge(run, kind)
+  ask([judge.RewardQuestion(prompt, SAID) for prompt in told])
+  if thinks:
+    ask([judge.FilterQuestion(prompt, THOUGHT, SAID) for prompt in told])
 
 
 def _of_generate(
@@ -61,7 +103,7 @@ def _of_distill(run: services.Services[declared.DistillStage], prompt: Prompt) -
 
 def _of_judge(run: services.Services[declared.Judging], prompt: Prompt) -> Chats:
   if run.cfg.judge.judge in ("model", "sampled"):
-    question = judge.FilterQuestion(prompt=prompt, thought="A thought.", answer=SAID)
+    question = judge.FilterQuestion(prompt=prompt, thought=THOUGHT, answer=SAID)
     yield "the judge", run.task.question(question)
 
 

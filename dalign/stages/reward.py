@@ -41,6 +41,8 @@ def train_reward(run: Run) -> None:
   inputs = [source, *run.sources, *run.recording_files]
   if cfg.start == "sft":
     inputs.append(run.store.path("sft", "manifest.json"))
+  if cfg.labels == "judge":
+    inputs += judging.function_files(run.cfg.judge.judge)
   if not run.begin(inputs):
     return
   renderer = scoring.Renderer(run)

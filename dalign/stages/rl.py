@@ -110,7 +110,8 @@ def input_files(run: Run) -> list[pathlib.Path]:
     files.append(run.store.path("sft", "manifest.json"))
   if cfg.reward == "model":
     files.append(run.store.path("reward", "manifest.json"))
-  return [path for path in files if path.exists()]
+  functions = judging.function_files(judging.reward_of(run))
+  return [*(path for path in files if path.exists()), *functions]
 
 
 def make_trainer(run: Run, start: PyTree) -> trainers.Trainer:

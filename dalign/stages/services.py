@@ -224,8 +224,13 @@ class Services(Generic[C]):
     """The rows of the recording."""
     return self._once(_recorded, self.recording, self.prompts.raw, self.task.spec)
 
-  def begin(self: "Services[stages.OfModel]", inputs: Iterable[pathlib.Path]) -> bool:
-    """Opens the stage; False when it is done already."""
+  def begin(
+    self: "Services[stages.OfModel]",
+    inputs: Iterable[pathlib.Path],
+    *,
+    anew: bool = False,
+  ) -> bool:
+    """Opens the stage; False when it is done already. `anew`: as of `Store.begin`."""
     stage = self.cfg.stage
     state = self.store.begin(
       stage,
@@ -234,6 +239,7 @@ class Services(Generic[C]):
       self.cfg.seed,
       machines.name(),
       start_over=self._work.start_over,
+      anew=anew,
     )
     if state == "done":
       progress.say(f"{stage}: done before, skipped")

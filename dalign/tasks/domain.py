@@ -133,7 +133,10 @@ class English:
 
   def looks_right(self, threshold: float) -> Callable[[Prompt, Sample], bool]:
     """Whether a well-formed sample needs no further ones beside it: its score by the
-    rubric is at least `threshold`."""
+    rubric is at least `threshold`; by policies that the rubric was not made for, it has
+    what is checked whoever judges."""
+    if judge.unknown_to_rubric(self.spec):
+      return lambda prompt, sample: all(self.checks(prompt, sample).values())
     ask = judge.rubric_judge(self.spec, quality=None)
 
     def right(prompt: Prompt, sample: Sample) -> bool:
@@ -169,6 +172,10 @@ class English:
     cited, ends = specs.cited(thought, self.spec), behaviour.verdict(thought)
     deciding = [id for id in cited if verdicts[id] == ends] or cited
     return f"{[*deciding, 'No clause'][0]}: "
+
+  def reworded(self) -> tuple[str, ...]:
+    """Ids of clauses in other words than the rubric was made for."""
+    return judge.reworded(self.spec)
 
   def filter_rubric(self, quality) -> judge.Judge:
     """The judge of thought and answer that is no model."""
@@ -339,6 +346,10 @@ class World:
   def recalled(self, thought: str) -> str:
     """Nothing: what is to be recalled is where a thought of the world begins."""
     return ""
+
+  def reworded(self) -> tuple[str, ...]:
+    """None: the truth about a world knows its words."""
+    return ()
 
   def filter_rubric(self, quality) -> judge.Judge:
     """The truth about thought and answer."""

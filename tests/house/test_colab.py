@@ -197,7 +197,7 @@ def test_a_model_is_aligned_to_a_policy_of_ones_own(tmp_path):
         "prompts": dict(refuse=4, safe_complete=0, comply=4),
         "helpful": 1,
       },
-      "filter": {"judge": "rubric", "threshold": 0.0, "unscored": 1.0},
+      "filter": {"threshold": 0.0, "unscored": 1.0},
       "sft": {"capability": 0},
       "rl": {
         "steps": 1,

@@ -48,13 +48,15 @@ SMALL = {  # what is said, and what is run
   "configs/quickstart.py": "configs/tiny.py",
   "configs/large.py:qwen3_8b": "configs/tiny.py",
   "from configs import quickstart": "from configs import tiny as quickstart",
+  "--config.filter.threshold=0.6": "--config.filter.threshold=0.0",
   "--workdir=runs/plan": "--workdir=runs/plan --config.stages=sft",
   "--workdir=runs/two": " ".join(["--workdir=runs/two", *LITTLE]),
   "  return c\n": """\
-  c.generate.update(most=1, max_new=16)
+  c.generate.teacher = "base"
+  c.filter.threshold = 0.0
   c.sft.batch.length = 512
   c.reward.steps = c.rl.steps = 1
-  c.rl.update(reward="rubric", metadata="told", max_new=16, prompts=4)
+  c.rl.update(max_new=16, prompts=4)
   c.rl.batch = dict(micro=4, rows=4, length=512)
   c.eval.arms = ("base", "sft_rl")
   return c

@@ -1,0 +1,213 @@
+"""A judge of the user's own: a Python function from replies to scores.
+
+In a config it is named "python:FILE:FUNCTION". What it gives is checked row by row, and
+what is wrong with it, or in it, is one ValueError. Of several processes the first asks
+it. Runs the code of that file, as the one who wrote it would.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import difflib
+import math
+import numbers
+import pathlib
+import sys
+import traceback
+import types
+from typing import Any
+
+import numpy as np
+
+from dalign.judges import judge
+from dalign.runs import distributed
+from dalign.types import Turn
+from dalign.types import Verdict
+
+MARK = "python:"
+SILENT = "the function gave no score"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+  """What a function judges: an answer alone, as in RL. It has no field that could carry
+  the thought.
+
+  `turns` is the conversation up to the answer, `policy` the whole text of the policy of
+  its `category`, `expected` the ideal response type where the config's metadata tells
+  it, else "".
+  """
+
+  turns: tuple[Turn, ...]
+  category: str
+  policy: str
+  expected: str
+  answer: str
+
+  @property
+  def prompt(self) -> str:
+    """The last turn, the user's."""
+    return self.turns[-1].content
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThoughtfulReply(Reply):
+  """What a function judges where the filter asks: thought and answer."""
+
+  thought: str
+
+
+# A score in [0, 1], None for no verdict, or a pair of either and why.
+Said = Verdict | float | None | tuple[float | None, str]
+Function = Callable[[list[Reply]], Sequence[Said]]
+
+
+def of_file(source: str, policy: Callable[[str], str]) -> judge.Judge:
+  """The judge "python:FILE:FUNCTION"; `policy` gives the text of a category.
+
+  ValueError names what there is no file or no function for, or what ends in an error.
+  """
+  path, name = place(source)
+  return of_function(_load(path, name), policy, f"{path}: {name}", path)
+
+
+def place(source: str) -> tuple[pathlib.Path, str]:
+  """The file and the name in "python:FILE:FUNCTION"; ValueError where there is no such
+  file."""
+  file, _, name = source.removeprefix(MARK).rpartition(":")
+  path = pathlib.Path(file).expanduser()
+  if not path.is_file():
+    raise ValueError(f"{source}: wanted a file with a Python function, found none")
+  return path, name
+
+
+def of_function(
+  function: Function,
+  policy: Callable[[str], str],
+  name: str = "",
+  path: pathlib.Path | None = None,
+) -> judge.Judge:
+  """A function as judge of either question; `name` stands in errors, and the line of
+  `path` that one comes from. Known answers are compared and not asked about."""
+  name = name or getattr(function, "__qualname__", type(function).__name__)
+
+  def told(question: judge.Question) -> Reply:
+    prompt = question.prompt
+    shown: dict[str, Any] = dict(
+      turns=prompt.turns,
+      category=prompt.category,
+      policy=policy(prompt.category),
+      expected=prompt.expected,
+      answer=question.answer,
+    )
+    if isinstance(question, judge.FilterQuestion):
+      return ThoughtfulReply(thought=question.thought, **shown)
+    return Reply(**shown)
+
+  def ask(questions: Sequence[judge.Question]) -> list[Verdict]:
+    open_ = [q for q in questions if q.prompt.kind != "capability"]
+    wrong, rows = "", list[tuple[float | None, str]]()
+    if distributed.first() and open_:
+      try:
+        rows = _asked(function, [*map(told, open_)], path)
+      except _Wrong as error:
+        wrong = f"{name}: {error}"
+        if error.row is not None:
+          row, id = error.row, open_[error.row].prompt.id
+          wrong = f"{name}: row {row + 1} of {len(open_)}, prompt {id!r}: {error}"
+    wrong, rows = distributed.agree([wrong, rows])
+    if wrong:
+      raise ValueError(wrong)
+    found = (Verdict(score=score, reason=why) for score, why in rows)
+    return [
+      judge.compared(q.prompt, q.answer)
+      if q.prompt.kind == "capability"
+      else next(found)
+      for q in questions
+    ]
+
+  return judge.Judge(ask, deterministic=False)
+
+
+class _Wrong(Exception):
+  """What is wrong with what a function gave, and of which row, counted from 0."""
+
+  def __init__(self, said: str, row: int | None = None):
+    super().__init__(said)
+    self.row = row
+
+
+def _asked(
+  function: Function, replies: list[Reply], path: pathlib.Path | None
+) -> list[tuple[float | None, str]]:
+  try:
+    given: Any = function([*replies])
+    several = isinstance(given, Iterable) and not isinstance(
+      given, (str, bytes, Mapping)
+    )
+    found = [*given] if several else None
+  except (Exception, SystemExit) as error:
+    raise _Wrong(_told(error, path), _culprit(function, replies)) from error
+  if found is None:
+    raise _Wrong(f"wanted a list of verdicts, got {given!r:.80}")
+  if len(found) != len(replies):
+    raise _Wrong(f"wanted a verdict each of {len(replies)} replies, got {len(found)}")
+  return [_row(i, said) for i, said in enumerate(found)]
+
+
+def _culprit(function: Function, replies: list[Reply]) -> int | None:
+  """The first reply that a function cannot judge even alone, if there is one."""
+  for i, reply in enumerate(replies):
+    try:
+      [*function([reply])]
+    except (Exception, SystemExit):
+      return i
+  return None
+
+
+def _row(i: int, said: Any) -> tuple[float | None, str]:
+  """A checked verdict: a score, or None, and why."""
+  score, why = said, ""
+  if isinstance(said, Verdict):
+    score, why = said.score, said.reason
+  elif isinstance(said, (tuple, list)) and len(said) == 2:
+    score, why = said
+  if not isinstance(why, str):
+    raise _Wrong(f"wanted a text as the reason, got {why!r:.80}", i)
+  if score is None:
+    return None, why or SILENT
+  if not isinstance(score, (numbers.Real, np.bool_)):
+    wanted = "a score in [0, 1], None, or a pair of one and a reason"
+    raise _Wrong(f"wanted {wanted}, got {said!r:.80}", i)
+  value = float(score)
+  if math.isnan(value) or not 0.0 <= value <= 1.0:
+    raise _Wrong(f"wanted a score in [0, 1], or None for no verdict, got {value}", i)
+  return value, why
+
+
+def _told(error: BaseException, path: pathlib.Path | None) -> str:
+  """An error of the user's code in one line, with the last of its own lines."""
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [frame.lineno for frame in frames if path and frame.filename == str(path)]
+  line = error.lineno if isinstance(error, SyntaxError) else (own or [None])[-1]
+  said = " ".join(f"{type(error).__name__}: {error}".split())
+  if isinstance(error, AttributeError) and "'thought'" in said:
+    said += " (an answer alone is judged, as RL does: its reply has no thought)"
+  return f"line {line}: {said}" if line else said
+
+
+def _load(path: pathlib.Path, name: str) -> Function:
+  """The function of that name in a file."""
+  made = types.ModuleType(f"dalign_user_{path.stem}")
+  made.__file__ = str(path)
+  sys.modules[made.__name__] = made  # where dataclasses of the file look for it
+  try:
+    exec(compile(path.read_bytes(), path, "exec"), vars(made))
+  except (Exception, SystemExit) as error:
+    raise ValueError(f"{path}: {_told(error, path)}") from error
+  found = getattr(made, name, None)
+  if not callable(found):
+    own = [n for n, x in vars(made).items() if callable(x) and not n.startswith("_")]
+    near = difflib.get_close_matches(name, own, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{path}: wanted a function {name}, found none{hint}")
+  return found
