@@ -89,6 +89,8 @@ def _policies(begun: Begun) -> Iterator[Line]:
   for policy in spec.policies:
     counts = collections.Counter(clause.verdict for clause in policy.clauses)
     said = ", ".join(f"{counts[name]} to {name}" for name in EXPECTED)
+    tried = sum(bool(clause.breaks) for clause in policy.clauses)
+    said += f"; {tried} with answers that break them, to try judges with"
     yield Line(f"policy {policy.id}", f"version {policy.version}, clauses: {said}")
   if not begun.cfg.world:
     yield Line("policies", f"{len(spec.policies)} of {run.spec_dir.absolute()}")
@@ -158,14 +160,14 @@ def _teacher(begun: Begun) -> Iterator[Line]:
 def _judges(begun: Begun) -> Iterator[Line]:
   cfg, where = begun.cfg, begun.cfg.filter.endpoint
   names = {
-    "rubric": "the rubric, rules that read no policy and go by the label, or by the "
-    "clause that the thought cites",
+    "rubric": "the rubric, rules that read no policy but were made for that of dalign, "
+    "and go by the label, or by the clause that the thought cites",
     "model": f"{cfg.model.path} by the odds of its grades",
     "sampled": f"{cfg.model.path}, which thinks and grades",
     "endpoint": f"{where.model} at {where.url} as {cfg.filter.form}, not asked here",
     "recorded": f"the votes that came with {cfg.generate.teacher}",
   }
-  own = names[cfg.filter.judge]
+  own = names.get(cfg.filter.judge, cfg.filter.judge)  # or a function
   if "filter" in begun.stages:
     yield Line(
       "judge of the filter", f"{own}; told of the right type: {cfg.filter.metadata}"
@@ -173,7 +175,7 @@ def _judges(begun: Begun) -> Iterator[Line]:
   if "rl" in begun.stages:
     who = {"model": "the reward model", "rubric": names["rubric"]}
     told = (cfg.reward if cfg.rl.reward == "model" else cfg.rl).metadata
-    who = who.get(cfg.rl.reward, own)
+    who = who.get(cfg.rl.reward, own if cfg.rl.reward == "judge" else cfg.rl.reward)
     yield Line("judge of rl", f"{who}; told of the right type: {told}")
 
 

@@ -1,4 +1,4 @@
-"""A folder to begin with: a policy, prompts, a config and how to go on, all to edit."""
+"""A folder to begin with: a policy, prompts, a judge, a config, all to edit."""
 
 import pathlib
 import shutil
@@ -19,11 +19,12 @@ def new(folder: pathlib.Path) -> None:
       "a config into; this one is in use: take another --workdir"
     )
   shutil.copytree(_STARTER, folder, dirs_exist_ok=True)
-  # Under its own name tools would take it for a module of the package.
-  (folder / "config.py.txt").rename(folder / "config.py")
+  # Under their own names tools would take them for modules of the package.
+  for name in ("config.py", "judge.py"):
+    (folder / f"{name}.txt").rename(folder / name)
   for name in _SHARED:
     shutil.copy(bundled.HOME / "specs" / name, folder / "policies")
   progress.say(
-    f"new: {folder} has a policy, prompts and a config to edit, and README.md says how "
-    f"to go on; what is missing says --mode=check --config={folder / 'config.py'}"
+    f"new: {folder} has a policy, prompts, a judge and a config to edit. README.md "
+    f"says how to go on, --mode=check --config={folder / 'config.py'} what is missing"
   )

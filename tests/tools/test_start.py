@@ -9,6 +9,9 @@ from dalign import stages
 from dalign.data import bundled
 from dalign.data import prompt_sets
 from dalign.formats import weights
+from dalign.judges import functions
+from dalign.judges import probing
+from dalign.policy import spec as specs
 from dalign.runs import store
 from dalign.stages import evidence
 from dalign.tools import check
@@ -31,7 +34,8 @@ def test_a_new_folder_has_what_a_run_begins_with(tmp_path):
     "--mode=check", f"--config={config}", cwd=tmp_path / "elsewhere"
   )
   assert done.returncode == 0, done.stderr
-  for wanted in ("policy returns", "returns to refuse", "judge of the filter"):
+  judge = f"python:{tmp_path / 'own' / 'judge.py'}:judge"
+  for wanted in ("policy returns", "returns to refuse", f"{judge}; told of"):
     assert wanted in done.stdout
   assert "MISSING" not in done.stdout
   assert not [*(tmp_path / "elsewhere").iterdir()]
@@ -44,6 +48,30 @@ def test_prompts_of_a_new_folder_have_every_type_on_both_sides(tmp_path):
   prompts = prompt_sets.load(f"jsonl:{tmp_path}/own/prompts.jsonl", {}, "")
   cells = {(p.expected, p.split) for p in prompts if p.kind == "safety"}
   assert len(cells) == 6
+
+
+def test_the_judge_of_a_new_folder_knows_the_rules_of_its_policy(tmp_path):
+  own = tmp_path / "own"
+  new.new(own)
+  spec = specs.load(store.read_spec_files(own / "policies"))
+  ask = functions.of_file(f"python:{own / 'judge.py'}:judge", str)
+  asked = probing.of_rules(spec) + probing.of_worked(spec)
+  verdicts = ask([question for _, question, _ in asked])
+  [clauses] = probing.rules_report(spec, asked, verdicts).values()
+  assert sum(row["breaks"] for row in clauses.values()) == 3
+  assert not any(row["passed"] or row["failed"] for row in clauses.values())
+
+
+def test_a_rubric_that_does_not_know_the_policy_is_missing(tmp_path, capsys):
+  new.new(tmp_path / "own")
+  changes = {
+    "spec.dir": str(tmp_path / "own" / "policies"),
+    "data.source": f"jsonl:{tmp_path / 'own' / 'prompts.jsonl'}",
+    "generate.teacher": "base",
+    "filter.judge": "rubric",
+  }
+  table, _ = checked(tiny(**changes), tmp_path, capsys)
+  assert "the rubric reads no policy" in table and "RT-A1" in table
 
 
 def checked(config, tmp_path, capsys) -> tuple[str, str]:
