@@ -8,7 +8,7 @@ it. Runs the code of that file, as the one who wrote it would.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import difflib
-import math
+import functools
 import numbers
 import pathlib
 import sys
@@ -89,6 +89,7 @@ def of_function(
   """A function as judge of either question; `name` stands in errors, and the line of
   `path` that one comes from. Known answers are compared and not asked about."""
   name = name or getattr(function, "__qualname__", type(function).__name__)
+  policy = functools.cache(policy)
 
   def told(question: judge.Question) -> Reply:
     prompt = question.prompt
@@ -179,7 +180,7 @@ def _row(i: int, said: Any) -> tuple[float | None, str]:
     wanted = "a score in [0, 1], None, or a pair of one and a reason"
     raise _Wrong(f"wanted {wanted}, got {said!r:.80}", i)
   value = float(score)
-  if math.isnan(value) or not 0.0 <= value <= 1.0:
+  if not 0.0 <= value <= 1.0:  # nor is NaN
     raise _Wrong(f"wanted a score in [0, 1], or None for no verdict, got {value}", i)
   return value, why
 
