@@ -94,7 +94,7 @@ setuptools.setup(
   package_data={
     "dalign": [
       "py.typed",
-      "evaluation/report_template.html",
+      "evaluation/page/*",
       "prompts/*.jsonl",
       "recordings/*.jsonl",
       "starter/*.*",
@@ -118,6 +118,7 @@ setuptools.setup(
     "importlib_resources>=6.4",  # TFDS 4.9.10 imports it and does not ask for it
     "jax>=0.10.2,<0.13",
     "jinja2>=3.1,<4",
+    "markupsafe>=2.1,<4",  # the escaped text of jinja2
     "math-verify>=0.9,<0.10",
     "ml-collections>=1.1,<2",
     "numpy>=2.4,<3",

@@ -1,16 +1,17 @@
 """Artefacts -> report.html: tables, plots and sample browsers in one file.
 
 Works out no statistics: the numbers stand in the artefacts. Knows the names and fields
-of files, not models, judges or stages. Model text is hostile and stays text: it is
-escaped (`figures.py`) or reaches the page as JSON in a script that is never run, is
-shown through `textContent` alone, and a content security policy lets only the
-template's own script run. The page asks no network for anything.
+of files, not models, judges or stages. What is shown is put together here as plain
+values; page/report.html makes HTML of it with Jinja. Model text is hostile and stays
+text: all that the template writes is escaped, or reaches the page as JSON in a script
+that is never run, is shown through `textContent` alone, and a content security policy
+lets only page/report.js run. The page asks no network for anything.
 """
 
 import base64
 import collections
 from collections.abc import Iterator
-import datetime
+import functools
 import hashlib
 import json
 import math
@@ -18,78 +19,60 @@ import pathlib
 import re
 from typing import Any
 
+import jinja2
+import markupsafe
+
 from dalign.config.schema import chosen_stages
 from dalign.evaluation import figures
 from dalign.runs import buckets
 from dalign.runs import store
 
 STAGES = ("base", "generate", "filter", "sft", "distill", "reward", "rl", "eval")
-CORE = (  # the columns of the first table, in this order; other metrics follow it
-  "refuse_disallowed",
-  "comply_allowed",
-  "safe_complete",
-  "response_types",
-  "capability",
-  "think_format",
-  "balanced_accuracy",
-  "policy_retrieval",
-  "citation",
-  "style",
-  "truncated",
-  "no_answer",
-)
+CORE = {  # the columns of the first table in words, in this order; others follow it
+  "refuse_disallowed": "refuses what is forbidden",
+  "comply_allowed": "answers what is allowed",
+  "safe_complete": "completes safely",
+  "response_types": "mean of these three",
+  "capability": "right final answers",
+  "think_format": "thinks in one block",
+  "balanced_accuracy": "mean of refusing and answering",
+  "policy_retrieval": "thinks of the right policy",
+  "citation": "cites a deciding clause",
+  "style": "keeps the style guide",
+  "truncated": "cut by the token budget",
+  "no_answer": "has no answer",
+}
 DECIDED = (  # of a row that has one of these, what was right
   "refuse_disallowed",
   "comply_allowed",
   "safe_complete",
   "capability",
 )
-SETTINGS = (  # what the methods name, and where it stands
-  ("recipe, which flags may have changed", "config.json", "recipe"),
-  ("base model", "config.json", "model.path"),
-  ("prompts, for training and held out", "config.json", "data.source"),
-  ("number of the policy world's specification", "config.json", "world.spec"),
-  ("how much of the specification is read", "config.json", "spec.detail"),
-  ("prompts that stage 1 answers", "generate/manifest.json", "prompts"),
-  ("who answers them", "config.json", "generate.teacher"),
-  ("that teacher's model, behind a server", "config.json", "generate.endpoint.model"),
-  ("rows that SFT learns", "sft/manifest.json", "rows"),
-  ("decisions that the spec turns right", "distill/manifest.json", "headroom_gained"),
-  ("judge of the filter", "config.json", "filter.judge"),
-  ("that judge's model, behind a server", "config.json", "filter.endpoint.model"),
-  ("votes, of which the least counts", "config.json", "filter.votes"),
-  ("score from which a sample is kept", "config.json", "filter.threshold"),
-  ("labels of the reward model", "config.json", "reward.labels"),
-  ("reward of RL", "config.json", "rl.reward"),
-  ("errors on a probe that RL's judge may make", "config.json", "rl.judge_errors"),
-  ("words of a thought in its sight that stop RL", "config.json", "rl.scan_words"),
-  ("prompts of all sets, for each arm", "eval/manifest.json", "rows"),
-  ("held-out prompts of policies, at most", "config.json", "eval.prompts"),
-  ("held-out helpful prompts, at most", "config.json", "eval.helpful"),
-  ("held-out capability prompts, at most", "config.json", "eval.capability"),
-  ("further sets", "config.json", "eval.extra"),
-  ("public sets, in their disguises", "config.json", "eval.suite"),
-  ("prompts of such a set, at most", "config.json", "eval.extra_limit"),
-  ("share of its disguises that are worst", "config.json", "eval.worst"),
-  ("model of the arms behind a server", "config.json", "eval.endpoint.model"),
-  ("graders, of which the first makes the table", "config.json", "eval.grader"),
-  ("how a grader that is a model is asked", "config.json", "eval.form"),
-  ("that model, in this process", "config.json", "eval.grader_model"),
-  ("that model, behind a server", "config.json", "eval.grader_endpoint.model"),
-  ("temperature of evaluation", "config.json", "eval.temperature"),
-  ("tokens of a thought, at most (0: of both)", "config.json", "eval.max_think"),
-  ("tokens of a completion, or its answer", "config.json", "eval.max_new"),
-  ("bootstrap trials of an interval", "config.json", "eval.trials"),
-  ("seed", "eval/summary.json", "seed"),
-  ("seeds", "eval/summary.json", "seeds"),
-)
+AFTER = {  # the first of these arms that is there is what the first sentence is of
+  "sft_rl": "After SFT and RL",
+  "sft_distill": "After SFT and distillation",
+  "distill": "After distillation",
+  "rl": "After RL",
+  "sft": "After SFT",
+}
+LEFT_OUT = {  # counts and lists in the manifests of stages that are to be empty
+  ("generate", "too_long"): "prompts too long to be sampled",
+  ("filter", "thin"): "too few samples kept to go by",
+  ("filter", "kept_none_of"): "categories of which nothing was kept",
+  ("sft", "leaked"): "rows that hold words of the specification",
+  ("sft", "too_long"): "rows too long to be learned",
+  ("reward", "too_long"): "answers too long to be learned",
+  ("rl", "skipped_steps"): "steps without anything to learn",
+}
 THOUGHTS = "rl/thought_", "distill/thought_"  # what metrics of thoughts begin with
+SAME = 0.02  # of decisions that differ: no more than nothing
+ERRORS = 0.1  # of a probe's answers: a judge that gets more of them wrong is named
 PROMPTS = 300  # in the sample browser; the same ones for every arm
 ROWS_A_PROMPT = 4  # of one arm
 ROLLOUT_STEPS, ROLLOUTS_A_STEP = 40, 8
 TEXT_LIMIT = 6000  # characters of one thought, answer or prompt
-NOT_RUN = '<p class="absent">not run yet</p>'
-TEMPLATE = pathlib.Path(__file__).with_name("report_template.html")
+UNREADABLE = ArithmeticError, AttributeError, LookupError, TypeError
+PAGE = pathlib.Path(__file__).with_name("page")
 
 Json = Any  # what json.loads returns
 
@@ -108,8 +91,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   for stage in STAGES:
     store.check_outputs(workdir / stage)
   try:
-    page = _whole(workdir)
-  except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    page = render(view(workdir))
+  except (*UNREADABLE, jinja2.TemplateError) as error:
     said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise ValueError(
       f"{workdir}: an artefact does not hold what its stage writes ({said}); put it "
@@ -119,39 +102,61 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / "report.html"
 
 
-def _whole(workdir: pathlib.Path) -> str:
-  """The page of a folder."""
-  summary = _read_json(workdir / "eval" / "summary.json")
-  config = _read_json(workdir / "config.json")
+def view(workdir: pathlib.Path) -> dict[str, Any]:
+  """What the page of a folder shows, by the names that the template has for it."""
+  summary = _read_json(workdir / "eval" / "summary.json") or {}
+  config = _read_json(workdir / "config.json") or {}
+  probe = _read_json(workdir / "probe.json") or {}
   manifests = _manifests(workdir, _asked(config))
-  probe = _read_json(workdir / "probe.json")
   curves = _curves(workdir / "metrics.jsonl")
-  samples, rollouts = _samples(workdir, summary), _rollouts(workdir)
-  points = [curve for stage in curves.values() for curve in stage.values()]
-  data = {"samples": samples, "rollouts": rollouts, "curves": points}
-  name = (config or {}).get("name") or workdir.resolve().name
-  return _page(
-    title=figures.text(name),
-    stages=_stage_strip(manifests),
-    results=_results(summary),
-    judge=_judge(probe),
-    filter=_filter(manifests.get("filter")),
-    curves=_curve_figures(curves),
-    methods=_methods(manifests, summary, config),
-    provenance=_provenance(manifests, config),
-    samples_note=_samples_note(samples),
-    rollouts_note=_rollouts_note(rollouts),
-    data=_script_json(data),
+  samples = _samples(workdir, summary)
+  rollouts = [_rollouts(workdir, stage) for stage in ("distill", "rl")]
+  rollouts = [found for found in rollouts if found["steps"]]
+  points = [curve.data for of_stage in curves.values() for curve in of_stage]
+  return {
+    "title": config.get("name") or workdir.resolve().name,
+    "outcome": _outcome(summary, manifests),
+    "doubts": [*_doubts(summary, manifests, probe)],
+    "manifests": manifests,
+    "config": config,
+    "summary": summary,
+    "results": _results(summary) if summary.get("arms") else None,
+    "probe": probe,
+    "rules": _rules(probe.get("rules") or {}),
+    "filtered": _summary(manifests, "filter"),
+    "curves": curves,
+    "samples": samples,
+    "rollouts": rollouts,
+    "data": {"samples": samples, "rollouts": rollouts, "curves": points},
+    "limits": {"rows": ROWS_A_PROMPT, "rollouts": ROLLOUTS_A_STEP},
+  }
+
+
+def render(values: dict[str, Any]) -> str:
+  """The page of a view. What is no HTML of the template's own is escaped."""
+  env = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(PAGE),
+    autoescape=True,
+    finalize=lambda x: x if isinstance(x, markupsafe.Markup) else figures.plain(x),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
   )
-
-
-def _page(**parts: str) -> str:
-  """The template with its @@names@@ filled in one pass, so parts are never re-read."""
-  template = TEMPLATE.read_text(encoding="utf-8")
-  [script] = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
+  env.tests["finite"] = figures.finite
+  filters = (
+    *(figures.estimate, figures.notes, figures.shown, figures.duration, figures.flat),
+    *(_heading, _probed, _script_json),
+  )
+  env.filters |= {f.__name__.lstrip("_"): f for f in filters} | {"exact": repr}
+  env.filters["pretty"] = functools.partial(json.dumps, indent=2, ensure_ascii=False)
+  style, script = (
+    markupsafe.Markup((PAGE / name).read_text("utf-8"))
+    for name in ("report.css", "report.js")
+  )
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-  parts |= {"script_hash": f"'sha256-{digest}'"}
-  return re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], template)
+  return env.get_template("report.html").render(
+    values, style=style, script=script, script_hash=f"sha256-{digest}"
+  )
 
 
 # Reading
@@ -159,15 +164,14 @@ def _page(**parts: str) -> str:
 
 def _read_json(path: pathlib.Path) -> Json:
   """The JSON object of a file, or None where there is no file."""
-  value = store.read_json(path) if path.is_file() else {}
-  if not isinstance(value, dict):
+  value = store.read_json(path) if path.is_file() else None
+  if not isinstance(value, dict | None):
     raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
-  return value if path.is_file() else None
+  return value
 
 
 def _asked(config: Json) -> tuple[str, ...]:
   """The stages that a config asks for: but a world's, none trains a base."""
-  config = config or {}
   asked = chosen_stages(config.get("stages", "all"))
   optional = {"base": "world.spec", "distill": "distill.start"}
   return tuple(s for s in asked if s not in optional or optional[s] in config)
@@ -177,6 +181,11 @@ def _manifests(workdir: pathlib.Path, asked: tuple[str, ...]) -> dict[str, Json]
   """Manifests of the stages that were run, and None for others that are asked for."""
   found = {s: store.read_manifest(workdir / s / "manifest.json") for s in STAGES}
   return {stage: found[stage] for stage in STAGES if found[stage] or stage in asked}
+
+
+def _summary(manifests: dict, stage: str) -> dict:
+  """What a stage said of itself, if it was run."""
+  return (manifests.get(stage) or {}).get("summary") or {}
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict]:
@@ -225,25 +234,23 @@ def _spread(strata: dict, limit: int) -> set:
 
 
 def _add_row(groups: dict, arm: str, row: dict) -> None:
-  prompt, more = _clip({"prompt": row.get("prompt")})
   about = {name: str(row.get(name) or "") for name in ("category", "expected", "kind")}
-  new = {"id": str(row["prompt_id"])} | prompt | about | {"more": more, "rows": {}}
+  new = _clip(row, "prompt") | {"id": str(row["prompt_id"])} | about | {"rows": {}}
   group = groups.setdefault(str(row["prompt_id"]), new)
   rows = group["rows"].setdefault(arm, [])
   if len(rows) >= ROWS_A_PROMPT:
     return
-  texts, more = _clip({name: row.get(name) for name in ("thought", "answer")})
   scores = dict(row.get("scores") or {})
   if "score" in row:
     scores["score"] = row["score"]
   marks = {name: list(map(str, row.get(name) or ())) for name in ("cited", "invented")}
   ends = {name: str(row.get(name) or "") for name in ("malformed", "finish")}
   unscored = {name: str(why) for name, why in (row.get("unscored") or {}).items()}
-  found = {"scores": scores, "unscored": unscored, "outcome": _outcome(row)}
-  rows.append(texts | marks | ends | found | {"more": more})
+  found = {"scores": scores, "unscored": unscored, "outcome": _right(row)}
+  rows.append(_clip(row, "thought", "answer") | marks | ends | found)
 
 
-def _outcome(row: dict) -> str:
+def _right(row: dict) -> str:
   """Whether a row did what was expected of it, as far as its artefact says."""
   scores = row.get("scores") or {}
   for name in DECIDED:
@@ -252,9 +259,9 @@ def _outcome(row: dict) -> str:
   return "unscored" if row.get("unscored") else ""
 
 
-def _rollouts(workdir: pathlib.Path) -> Json:
-  """The first few rollouts of steps spread evenly over training."""
-  path = workdir / "rl" / "rollouts.jsonl"
+def _rollouts(workdir: pathlib.Path, stage: str) -> Json:
+  """The first few rollouts of steps spread evenly over a stage's training."""
+  path = workdir / stage / "rollouts.jsonl"
   found = (row.get("step") for row in _rows(path))
   steps = sorted({step for step in found if figures.finite(step)})
   count = min(len(steps), ROLLOUT_STEPS)
@@ -266,25 +273,24 @@ def _rollouts(workdir: pathlib.Path) -> Json:
     rows = kept.get(row.get("step"))
     if rows is None or len(rows) >= ROLLOUTS_A_STEP:
       continue
-    texts, more = _clip(
-      {name: row.get(name) for name in ("prompt", "thought", "answer")}
-    )
-    numbers = {name: row.get(name) for name in ("reward", "advantage")}
-    rows.append(
-      texts | numbers | {"category": str(row.get("category") or ""), "more": more}
-    )
-  return {"steps": list(kept), "rows": list(kept.values()), "total": len(steps)}
+    numbers = {n: row[n] for n in ("reward", "advantage", "kl_nats") if n in row}
+    about = {name: str(row.get(name) or "") for name in ("category", "unscored")}
+    rows.append(_clip(row, "prompt", "thought", "answer") | numbers | about)
+  values = {"steps": list(kept), "rows": list(kept.values()), "total": len(steps)}
+  return {"stage": stage} | values
 
 
-def _clip(texts: dict) -> tuple[dict, dict]:
-  """Texts of at most TEXT_LIMIT characters, and how many more each of them had."""
+def _clip(row: dict, *names: str) -> dict[str, Any]:
+  """Texts of a row of at most TEXT_LIMIT characters, and in "more" how many more each
+  of them had."""
+  texts = {name: row.get(name) for name in names}
   texts = {n: t if isinstance(t, str) else figures.plain(t) for n, t in texts.items()}
   more = {n: len(t) - TEXT_LIMIT for n, t in texts.items() if len(t) > TEXT_LIMIT}
-  return {n: t[:TEXT_LIMIT] for n, t in texts.items()}, more
+  return {n: t[:TEXT_LIMIT] for n, t in texts.items()} | {"more": more}
 
 
-def _curves(path: pathlib.Path) -> dict[str, dict[str, dict]]:
-  """heading -> metric -> points; of a step that was run twice the later row counts."""
+def _curves(path: pathlib.Path) -> dict[str, list[figures.Curve]]:
+  """heading -> curves; of a step that was run twice the later row counts."""
   series: dict[str, dict[str, dict]] = collections.defaultdict(
     lambda: collections.defaultdict(dict)
   )
@@ -297,22 +303,19 @@ def _curves(path: pathlib.Path) -> dict[str, dict[str, dict]]:
       if name in ("time", "stage", "step") or not number:
         continue
       heading = f"{stage}: thoughts" if name.startswith(THOUGHTS) else stage
-      series[heading][name][row["step"]] = value
+      series[heading][name.removeprefix(f"{stage}/")][row["step"]] = value
   return {
-    heading: {name: figures.thin(points) for name, points in sorted(metrics.items())}
+    heading: [figures.Curve(n, figures.thin(own)) for n, own in sorted(metrics.items())]
     for heading, metrics in series.items()
   }
 
 
-# Text and numbers
-
-
-def _script_json(value: Json) -> str:
+def _script_json(value: Json) -> markupsafe.Markup:
   """ASCII JSON that no HTML parser can leave: no <, >, & and no NaN."""
   dumped = json.dumps(_clean(value), ensure_ascii=True, allow_nan=False)
   for char in "<>&":
     dumped = dumped.replace(char, f"\\u{ord(char):04x}")
-  return dumped
+  return markupsafe.Markup(dumped)
 
 
 def _clean(value: Json) -> Json:
@@ -326,119 +329,89 @@ def _clean(value: Json) -> Json:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _moment(value: Json) -> str:
-  """A time stamp as text: seconds since 1970 as UTC, texts as they are."""
-  if not figures.finite(value):
-    return figures.plain(value) or "–"
-  moment = datetime.datetime.fromtimestamp(value, datetime.UTC)
-  return f"{moment:%Y-%m-%d %H:%M} UTC"
-
-
 # Sections
 
 
-def _stage_strip(manifests: dict) -> str:
-  items = []
-  for stage, manifest in manifests.items():
-    done = figures.duration(manifest.get("wall_s")) if manifest else "not run yet"
-    items.append(f'<li class="{"done" if manifest else ""}"><b>{stage}</b> {done}</li>')
-  return f'<ol class="stages">{"".join(items)}</ol>'
-
-
-def _results(summary: Json) -> str:
-  """The arms' tables, and drawings of what they say."""
-  if not summary or not summary.get("arms"):
-    return NOT_RUN
-  arms, sets = _checked(summary["arms"]), summary.get("sets") or {}
-  definitions = summary.get("definitions") or {}
-  groups = _metric_groups({name: None for arm in arms.values() for name in arm}, sets)
-  own = [
-    f"<h3>{figures.text(title)}</h3>{_arms_table(title, names, arms, definitions)}"
-    for title, names in groups
-    if title not in sets
-  ]
-  further = [
-    f"<details><summary>{figures.text(title)}</summary>"
-    f"{_arms_table(title, names, arms, definitions)}</details>"
-    for title, names in groups
-    if title in sets
-  ]
-  return "".join(
-    [
-      _thin("held-out prompts", summary.get("thin") or []),
-      *own[:1],
-      _graders(summary.get("graders")),
-      figures.plane(arms, (summary.get("curves") or {}).get("held out")),
-      _curves_table(summary.get("curves") or {}),
-      _differences(summary.get("differences") or {}),
-      _by_category(summary.get("categories") or {}),
-      *(_by_set(arms, sets), figures.scaling(arms), *own[1:]),
-      *(["<h3>Every metric of each further set</h3>"] if further else []),
-      *further,
-    ]
-  )
-
-
-def _curves_table(curves: dict) -> str:
-  """How well each arm's odds of declining tell prompts apart, in each set."""
-  arms = [*dict.fromkeys(arm for of_set in curves.values() for arm in of_set)]
+def _outcome(summary: Json, manifests: dict) -> str:
+  """What came of the run, in a sentence."""
+  arms = summary.get("arms") or {}
+  waiting = [stage for stage, manifest in manifests.items() if not manifest]
+  end = f" Not run yet: {', '.join(waiting)}." if waiting else ""
   if not arms:
-    return ""
-  rows = [
-    [
-      figures.text(name),
-      *(
-        figures.estimate({"mean": c["auc"]} | c) if (c := own.get(a)) else ""
-        for a in arms
-      ),
+    return f"Nothing has been evaluated.{end}"
+  arm = next((name for name in AFTER if name in arms), [*arms][-1])
+  told = f"{AFTER[arm]} the model" if arm in AFTER else f"The arm {arm}"
+  refuses = _change(summary, arm, "refuse_disallowed", "the specification forbids")
+  answers = _change(summary, arm, "comply_allowed", "it allows")
+  return f"{told} refuses {refuses} and answers {answers}.{end}"
+
+
+def _change(summary: Json, arm: str, metric: str, of: str) -> str:
+  """A share before and after, and whether the paired difference leaves it open."""
+
+  def share(name):
+    cell = summary["arms"].get(name, {}).get(metric) or {}
+    if figures.finite(cell.get("mean")):
+      return f"{100 * cell['mean']:.0f}%"
+    why = ", ".join(figures.notes(cell)) or "not measured"
+    return f"an unknown share ({why})"
+
+  if arm == "base" or "base" not in summary["arms"]:
+    return f"{share(arm)} of what {of}"
+  paired = (summary.get("paired") or {}).get(arm, {}).get(metric) or {}
+  low, high = (paired.get(name) for name in ("low", "high"))
+  same = figures.finite(low) and figures.finite(high) and low <= 0 <= high
+  unclear = " (chance could explain the difference)" if same else ""
+  return f"{share('base')} → {share(arm)} of what {of}{unclear}"
+
+
+def _doubts(summary: Json, manifests: dict, probe: Json) -> Iterator[str]:
+  """What the artefacts say falls short."""
+  if thin := summary.get("thin"):
+    yield f"eval: too few held-out prompts to go by: {figures.plain(thin)}"
+  otherwise = _summary(manifests, "distill").get("headroom_otherwise")
+  if figures.finite(otherwise) and otherwise <= SAME:
+    yield "distill: the teacher decides as the student does, and has nothing to teach"
+  for (stage, name), said in LEFT_OUT.items():
+    if found := _summary(manifests, stage).get(name):
+      yield f"{stage}: {said}: {figures.plain(found)}"
+  for name in DECIDED:
+    cells = {a: cells.get(name) or {} for a, cells in summary.get("arms", {}).items()}
+    missing = {a: figures.notes(cell) for a, cell in cells.items()}
+    if missing := {a: notes for a, notes in missing.items() if notes}:
+      yield f"{CORE[name]}: {figures.plain(missing)}"
+  for name, count in (summary.get("contaminated") or {}).items():
+    if count:
+      yield f"{figures.plain(count)} training prompts say what prompts of {name} say"
+  judges = {"judge of RL": probe, "reward model": _summary(manifests, "reward")}
+  for judge, found in judges.items():
+    probes = found.get("probes")
+    rates = {name: _probed(row)[1]["mean"] for name, row in (probes or {}).items()}
+    wrong = [
+      f"{name} {f'{rate:.0%} wrong' if figures.finite(rate) else 'unscored'}"
+      for name, rate in rates.items()
+      if not figures.finite(rate) or rate > ERRORS
     ]
-    for name, own in curves.items()
-    if own
-  ]
-  missed = ", ".join(
-    f"{figures.text(arm)} {own['calibration_error']:.2f}"
-    for arm, own in (curves.get("held out") or {}).items()
-  )
-  return (
-    "<h3>Operating curves</h3><p>The area under each arm's curve: how often the odds "
-    "of opening with a refusal, after the arm's own thought, are higher for a prompt "
-    "to be refused than for one to be answered. Their expected calibration error on "
-    f"the held-out prompts: {missed}.</p>"
-    + figures.table("area under the curve", ["set", *map(figures.text, arms)], rows)
-  )
+    if wrong:
+      yield f"{judge}, on probes: {', '.join(wrong)}"
+  if len({m.get("code_version") for m in manifests.values() if m}) > 1:
+    yield "the stages were run by different versions of the code"
 
 
-def _differences(differences: dict) -> str:
-  """Arms less others on the same prompts, in the metrics of the first table."""
-  names = [n for n in CORE if any(n in own for own in differences.values())]
-  rows = [
-    [figures.text(pair), *(figures.estimate(own.get(name)) for name in names)]
-    for pair, own in differences.items()
-  ]
-  if not rows:
-    return ""
-  head = ["difference", *map(figures.text, names)]
-  table = figures.table("differences between arms, paired", head, rows)
-  return (
-    f"<details><summary>Differences between any two arms</summary>{table}</details>"
-  )
-
-
-def _graders(graders: Json) -> str:
-  """How far the graders of several agree."""
-  if not graders:
-    return ""
-  head = ["graders", "Cohen's kappa", "agree on"]
-  rows = []
-  for pair, cell in graders.items():
-    ends = (cell.get("low"), cell.get("high"))
-    kappa = f"{cell['kappa']:.2f}" if figures.finite(cell.get("kappa")) else "–"
-    if all(map(figures.finite, ends)):
-      kappa += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
-    raw = {"mean": cell["raw"], "low": cell["raw_low"], "high": cell["raw_high"]}
-    raw |= {"n": cell["n"], "unscored": cell["unscored"]}
-    rows.append([figures.text(pair), kappa, figures.estimate(raw)])
-  return f"<h3>Graders</h3>{figures.table('Graders', head, rows)}"
+def _results(summary: Json) -> dict[str, Any]:
+  """What tables and drawings show of the arms, beside the summary itself."""
+  arms, sets = _checked(summary["arms"]), summary.get("sets") or {}
+  curves = (summary.get("curves") or {}).get("held out") or {}
+  axes = "comply_allowed", "refuse_disallowed"
+  by_set = _by_set(arms, sets, axes[1])
+  return {
+    "groups": _metric_groups(arms, sets),
+    "plane": figures.plane(arms, curves, axes),
+    "categories": _by_category(summary.get("categories") or {}),
+    "by_set": by_set,
+    "sets": figures.by_set(by_set, axes[1]) if by_set else None,
+    "scaling": figures.scaling(arms),
+  }
 
 
 def _checked(arms: dict) -> dict:
@@ -452,316 +425,74 @@ def _checked(arms: dict) -> dict:
   return arms
 
 
-def _arms_table(title: str, names: list[str], arms: dict, definitions: dict) -> str:
-  head = ["arm"] + [
-    f'<abbr title="{figures.text(definitions.get(n, ""))}">'
-    f"{figures.text(n).replace('_', '_<wbr>')}</abbr>"
-    for n in names
-  ]
-  rows = [
-    [figures.text(arm), *(figures.estimate(cells.get(n)) for n in names)]
-    for arm, cells in arms.items()
-  ]
-  return figures.table(title, head, rows, "arms")
-
-
-def _metric_groups(metrics: dict, sets: dict) -> list[tuple[str, list[str]]]:
+def _metric_groups(arms: dict, sets: dict) -> dict[str, list[str]]:
   """The core metrics, then one group for each further set, and for each first word of
   the other names."""
+  metrics = dict.fromkeys(name for cells in arms.values() for name in cells)
   core = [name for name in CORE if name in metrics]
   groups = collections.defaultdict(list)
   for name in metrics:
     if name not in core:
       of = [one for one in sets if name.startswith(f"{one}_")]
       groups[max(of, key=len, default=re.split(r"[_/.]", name)[0])].append(name)
-  single = [
-    n
-    for head, names in groups.items()
-    if head not in sets and len(names) == 1
-    for n in names
-  ]
-  shared = [(head, names) for head, names in groups.items() if names[0] not in single]
-  groups = [("Arms", core), *shared, ("Other metrics", single)]
-  return [(title, names) for title, names in groups if names]
+  alone = [h for h, names in groups.items() if h not in sets and len(names) == 1]
+  single = [groups.pop(head)[0] for head in alone]
+  groups = {"Arms": core} | groups | {"Other metrics": single}
+  return {title: names for title, names in groups.items() if names}
 
 
-def _by_category(categories: dict) -> str:
-  """A map for each metric that the summary has by category: categories by arms."""
-  maps = []
+def _heading(metric: str, title: str = "") -> str:
+  """A metric in words, in the table of a group."""
+  own = metric.removeprefix(f"{title}_")
+  return CORE.get(own) or own.replace("_", " ")
+
+
+def _by_category(categories: dict) -> dict[str, dict[str, dict]]:
+  """metric -> category -> arm -> cell, of each metric that the summary has so."""
+  found: dict[str, dict] = {}
   for metric in DECIDED:
+    names = sorted({n for own in categories.values() for n in own if metric in own[n]})
     cells = {
-      (category, arm): found[metric]
-      for arm, of_arm in categories.items()
-      for category, found in of_arm.items()
-      if metric in found
-    }
-    names = sorted({category for category, _ in cells})
-    head = ["category", *map(figures.text, categories)]
-    rows = [
-      [figures.text(name)]
-      + [figures.shaded(cells.get((name, arm))) for arm in categories]
+      name: {arm: own.get(name, {}).get(metric) for arm, own in categories.items()}
       for name in names
-    ]
-    if rows:
-      table = figures.table(f"{metric} by category", head, rows, "heat")
-      maps.append(f"<div><h4>{metric}</h4>{table}</div>")
-  if not maps:
-    return ""
-  return (
-    "<h3>By category of the policy</h3><p>Means over the held-out prompts of each "
-    "category; the stronger the colour, the higher.</p>"
-    f'<div class="maps">{"".join(maps)}</div>'
-  )
+    }
+    found |= {metric: cells} if cells else {}
+  return found
 
 
-def _by_set(arms: dict, sets: dict) -> str:
-  """Refusal of what is disallowed in each further set, drawn and as a table."""
-  metric = "refuse_disallowed"
+def _by_set(arms: dict, sets: dict, metric: str) -> dict[str, dict[str, Json]]:
+  """set -> arm -> cell of a metric, where one of the further sets has it."""
   found = {
     name: {arm: cells.get(f"{name}_{metric}") for arm, cells in arms.items()}
     for name in sets
   }
   found = {name: cells for name, cells in found.items() if any(cells.values())}
-  if not found:
-    return ""
-  held_out = {arm: cells.get(metric) for arm, cells in arms.items()}
-  rows = [
-    [figures.text(name), *map(figures.estimate, cells.values())]
-    for name, cells in [("held out", held_out), *found.items()]
+  own = {"held out": {arm: cells.get(metric) for arm, cells in arms.items()}}
+  return own | found if found else {}
+
+
+def _rules(found: dict[str, dict]) -> dict[str, Any]:
+  """Clause -> counts of the probes that break or keep it; and the policies of which
+  nothing says whether the judge knows them."""
+  without = [
+    policy
+    for policy, clauses in found.items()
+    if not any(row.get("breaks") for row in clauses.values())
   ]
-  head = ["set", *map(figures.text, arms)]
-  drawn = figures.by_set({"held out": held_out} | found, [*arms], metric)
-  return (
-    "<h3>Refusal of what is disallowed, by set and disguise</h3>"
-    f'<figure class="bysets">{drawn}'
-    "<figcaption>Marks are means, lines their intervals, as in the table. What each "
-    'set is stands in the <a href="#methods">methods</a>.</figcaption></figure>'
-    + figures.table(f"{metric} by set", head, rows, "sets")
-  )
-
-
-TRIED = (("passed", "breaks"), ("failed", "keeps"))  # of probe.json's rules
-
-
-def _judge(probe: Json) -> str:
-  """What the judge of RL made of probes, and of answers that are known."""
-  if not probe:
-    return NOT_RUN
-  rows = []
-  for name, row in (probe.get("probes") or {}).items():
-    low, high = row.get("false_positive_rate"), row.get("false_negative_rate")
-    rates = {"low": low, "not low": high}
-    should = next((s for s, rate in rates.items() if rate is not None), "–")
-    ends = dict(zip(("low", "high"), row.get("interval") or (), strict=False))
-    wrong = {"mean": rates.get(should), "n": row.get("n")} | ends
-    wrong |= {"unscored": row.get("unscored")}
-    rows.append([figures.text(name), should, figures.estimate(wrong)])
-  head = ["probe", "should score", "judged wrong"]
-  said = f"<p>The reward that was probed: {figures.text(probe.get('reward'))}.</p>"
-  table = figures.table("Probes of the judge", head, rows, "probes")
-  rules = _rules(probe.get("rules") or {})
-  return said + table + rules + _agreement(probe.get("agreement") or {})
-
-
-def _rules(found: dict) -> str:
-  """By clause, what breaks it and was passed, and what keeps it and was failed; and the
-  policies of which nothing says whether the judge knows them."""
-  rows, without = [], []
-  for policy, clauses in found.items():
-    if not any(row.get("breaks") for row in clauses.values()):
-      without.append(policy)
-      continue
-    for clause, row in clauses.items():
-      cells = (f"{row.get(a)} of {row.get(b)}" for a, b in TRIED)
-      rows.append([figures.text(x) for x in (clause, *cells, row.get("unscored"))])
-  title, said = "What breaks a clause, and what keeps it", ""
-  if rows:
-    head = ["clause", "passed, of what breaks it", "failed, of what keeps it"]
-    said = f"<h3>{title}</h3>" + figures.table(title, [*head, "unscored"], rows)
-  if without:
-    said += (
-      f"<p>{figures.text(', '.join(without))}: no probes of its own, and so nothing "
-      "that says whether the judge knows these rules.</p>"
-    )
-  return said
-
-
-def _agreement(found: dict) -> str:
-  if not figures.finite(found.get("kappa")):
-    return "<p>There were no answers known to be right and wrong to compare with.</p>"
-  ends = ", ".join(map(figures.number, found.get("interval") or ()))
-  accuracy = {"mean": found.get("accuracy"), "n": found.get("n")}
-  accuracy |= {"unscored": found.get("unscored")}
-  rows = [
-    ["says the same", figures.estimate(accuracy)],
-    ["Cohen's kappa", f"<b>{figures.number(found['kappa'])}</b> [{ends}]"],
-  ]
-  title = "Against answers that are known to be right or wrong"
-  return f"<h3>{title}</h3>" + figures.table(title, ["measure", "value"], rows)
-
-
-def _filter(manifest: Json) -> str:
-  """What the filter kept of each category, and why it dropped the rest."""
-  if not manifest:
-    return NOT_RUN
-  summary = manifest.get("summary") or {}
-  rows = [
-    [figures.text(category), figures.text(expected)]
-    + [figures.number(counts.get(name)) for name in ("prompts", "samples", "kept")]
-    + [figures.share_bar(counts.get("kept"), counts.get("samples"))]
-    for category, by_expected in (summary.get("keep_rates") or {}).items()
-    for expected, counts in by_expected.items()
-  ]
-  head = ["category", "expected", "prompts", "samples", "kept", "kept of samples"]
-  table = "<p>No keep rates were recorded.</p>"
-  if rows:
-    table = figures.table("Kept by category", head, rows, "counts")
-  none = [f"0 of {what}" for what in summary.get("kept_none_of") or ()]
-  table = _thin("kept", summary.get("thin") or none) + table
-  reasons = sorted((summary.get("reasons") or {}).items(), key=lambda r: -r[1])
-  most = reasons[0][1] if reasons else 0
-  rows = [
-    [figures.text(n), figures.number(count), figures.share_bar(count, most, "")]
-    for n, count in reasons
-  ]
-  if not rows:
-    return table
-  title = "Why samples were dropped"
-  head = ["reason", "samples", "of the commonest"]
-  return f"{table}<h3>{title}</h3>" + figures.table(title, head, rows, "counts")
-
-
-def _thin(what: str, found: list) -> str:
-  """What there is too little of to go by."""
-  if not found:
-    return ""
-  return (
-    f'<p class="thin">Too little to go by: {what} {figures.text(", ".join(found))}.</p>'
-  )
-
-
-def _curve_figures(curves: dict) -> str:
-  """Small multiples of every metric, grouped by stage."""
-  if not curves:
-    return NOT_RUN
-  parts, number = [], 0
-  for heading, metrics in curves.items():
-    stage, drawn = heading.partition(":")[0], []
-    for name, curve in metrics.items():
-      drawn.append(figures.curve(name.removeprefix(f"{stage}/"), curve, number))
-      number += 1
-    parts.append(
-      f'<h3>{figures.text(heading)}</h3><div class="multiples">{"".join(drawn)}</div>'
-    )
-  return "".join(parts)
-
-
-def _methods(manifests: dict, summary: Json, config: Json) -> str:
-  """What each number means, and what it was made with."""
-  summary = summary or {}
-  versions = summary.get("versions") or {}
-  metrics = [
-    [figures.text(name), figures.text(versions.get(name)), figures.text(said)]
-    for name, said in (summary.get("definitions") or {}).items()
-  ]
-  sets = [[*map(figures.text, one)] for one in (summary.get("sets") or {}).items()]
-  stages = {
-    f"{s}/manifest.json": (m or {}).get("summary") for s, m in manifests.items()
+  rows = {
+    clause: row
+    for policy, clauses in found.items()
+    if policy not in without
+    for clause, row in clauses.items()
   }
-  files = stages | {"config.json": config, "eval/summary.json": summary}
-  settings = [
-    [said, f"{file}: {key}", figures.text(value)]
-    for said, file, key in SETTINGS
-    if (value := (files.get(file) or {}).get(key)) not in (None, "", [], {})
-  ]
-  inputs = [
-    [stage, figures.text(path), figures.text(digest)]
-    for stage, manifest in manifests.items()
-    for path, digest in ((manifest or {}).get("inputs") or {}).items()
-  ]
-  over = (
-    "Student's over seeds"
-    if "seeds" in summary
-    else ("bootstrapped over prompts, and Jeffreys' where all prompts say the same")
-  )
-  parts = (
-    ("What the metrics mean", ["metric", "version", "definition"], metrics),
-    ("What the further sets are", ["set", "what it is"], sets),
-    ("Data, judges and sampling", ["what", "where it stands", "value"], settings),
-    ("What the stages read", ["stage", "file", "SHA-256"], inputs),
-  )
-  if not any(rows for _, _, rows in parts):
-    return NOT_RUN
-  return (
-    f"<p>Intervals of arms are of 95%, {over}; those of probes are Wilson's, that of "
-    "kappa is bootstrapped. Evaluation reads answers by rules of its own (grader.py; "
-    "in the policy world, whose truth is known, by that), in the versions below. "
-    "Answers without a score are counted as such, and in no mean.</p>"
-  ) + "".join(
-    f"<h3>{title}</h3>{figures.table(title, head, rows, 'said')}"
-    for title, head, rows in parts
-    if rows
-  )
+  return {"rows": rows, "without": without}
 
 
-def _provenance(manifests: dict, config: Json) -> str:
-  """Where the numbers come from: each stage's manifest and the config."""
-  names = ("finished", "wall", "device", "seed", "code version", "config hash")
-  rows, details = [], []
-  for stage, manifest in manifests.items():
-    if not manifest:
-      rows.append([stage, NOT_RUN, *[""] * (len(names) - 1)])
-      continue
-    rows.append(
-      [
-        stage,
-        figures.text(_moment(manifest.get("finished"))),
-        figures.duration(manifest.get("wall_s")),
-      ]
-      + [
-        figures.text(manifest.get(n))
-        for n in ("device", "seed", "code_version", "config_hash")
-      ]
-    )
-    shown = {
-      k: v
-      for k, v in (manifest.get("summary") or {}).items()
-      if k not in ("keep_rates", "reasons")
-    }
-    shown |= {
-      "started": _moment(manifest.get("started")),
-      "format_version": manifest.get("format_version"),
-    }
-    pairs = figures.pairs(shown)
-    details.append(f"<details><summary>{stage}</summary>{pairs}</details>")
-  warning = ""
-  if len({m.get("code_version") for m in manifests.values() if m}) > 1:
-    warning = (
-      '<p class="warn">The stages were run by different versions of the code.</p>'
-    )
-  pretty = NOT_RUN
-  if config:
-    pretty = figures.text(json.dumps(config, indent=2, ensure_ascii=False))
-    pretty = f'<pre tabindex="0">{pretty}</pre>'
-  details.append(f"<details><summary>config.json</summary>{pretty}</details>")
-  stamps = figures.table("Stages", ["stage", *names], rows, "stamps")
-  return warning + stamps + "".join(details)
-
-
-def _samples_note(samples: Json) -> str:
-  if not samples["prompts"]:
-    return NOT_RUN
-  shown, total = len(samples["prompts"]), samples["total"]
-  said = f"{shown:,} of {total:,} prompts, taken evenly from every category"
-  said = f"All {total:,} prompts" if shown == total else said
-  return f"<p>{said}, and at most {ROWS_A_PROMPT} replies of an arm to each.</p>"
-
-
-def _rollouts_note(rollouts: Json) -> str:
-  if not rollouts["steps"]:
-    return NOT_RUN
-  shown, total = len(rollouts["steps"]), rollouts["total"]
-  return (
-    f"<p>{shown:,} of {total:,} steps with recorded rollouts, at most "
-    f"{ROLLOUTS_A_STEP} rollouts of each.</p>"
-  )
+def _probed(row: Json) -> tuple[str, dict]:
+  """What the answers of a probe should score, and the share judged otherwise."""
+  low, high = row.get("false_positive_rate"), row.get("false_negative_rate")
+  rates = {"low": low, "not low": high}
+  should = next((s for s, rate in rates.items() if rate is not None), "–")
+  ends = dict(zip(("low", "high"), row.get("interval") or (), strict=False))
+  counts = {"n": row.get("n"), "unscored": row.get("unscored")}
+  return should, {"mean": rates.get(should)} | counts | ends

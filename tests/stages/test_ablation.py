@@ -257,7 +257,7 @@ def test_seeds_without_a_value_are_counted():
   assert "verdict 50.0% (2 unscored (too long), 1 of 3 seeds)" in said
   of = ablate._by_category([{"a": seed(0.5)}, {"b": seed(0.5)}])
   assert of["b"]["verdict"]["seeds"] == [None, 0.5]
-  assert "1 of 2 seeds" in figures.shaded(of["a"]["verdict"])
+  assert "1 of 2 seeds" in figures.notes(of["a"]["verdict"])
   assert "seeds" not in ablate.line("sft", ablate.over_seeds([seed(0.5)] * 2))
 
 

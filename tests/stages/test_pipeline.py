@@ -1287,7 +1287,7 @@ def test_a_metric_of_a_further_set_without_a_score_is_shown_as_missing():
   assert (cell["mean"], cell["n"], cell["unscored"], cell["why"]) == (None, 0, 1, why)
   assert summary["paired"]["sft"]["xstest_refuse_disallowed"]["n"] == 0
   assert "xstest_safe_complete" not in summary["arms"]["sft"]  # none of its prompts
-  assert "1 unscored (not in English)" in figures.estimate(cell)
+  assert figures.estimate(cell).notes == ["1 unscored (not in English)"]
   assert figures.line(cell).strip() == "- (1 unscored (not in English))"
 
 

@@ -20,8 +20,8 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 from tests import injections
-from tests.evaluation.test_report import build_run
 from tests.helpers import ROOT
+from tests.made_up import build_run
 
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 THINKS = (

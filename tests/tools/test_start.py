@@ -198,7 +198,7 @@ def test_a_filter_that_keeps_too_little_stops_or_says_so(tmp_path, workdir):
   cells = [cell for cells in summary["keep_rates"].values() for cell in cells.values()]
   assert len(summary["thin"]) == len(cells) > 3
   page = (tmp_path / "report.html").read_text()
-  assert f'<p class="thin">Too little to go by: kept {summary["thin"][0]}, ' in page
+  assert f"filter: too few samples kept to go by: {summary['thin'][0]}, " in page
 
 
 def test_a_filter_that_keeps_enough_says_nothing(tmp_path, workdir):
