@@ -240,7 +240,7 @@ def _add_row(groups: dict, arm: str, row: dict) -> None:
   rows = group["rows"].setdefault(arm, [])
   if len(rows) >= ROWS_A_PROMPT:
     return
-  scores = dict(row.get("scores") or {})
+  scores = {**(row.get("scores") or {})}
   if "score" in row:
     scores["score"] = row["score"]
   marks = {name: list(map(str, row.get(name) or ())) for name in ("cited", "invented")}
