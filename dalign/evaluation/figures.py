@@ -87,12 +87,12 @@ class Estimate:
 def estimate(cell: Mapping, unit: str | None = None) -> Estimate:
   """Of a cell of a summary, {"mean", "low", "high", "n", "unscored", ...}. In percent,
   but where a unit is given or a number is outside [0, 1]."""
-  mean, *ends = (cell.get(name) for name in ("mean", "low", "high"))
+  mean, low, high = (cell.get(name) for name in ("mean", "low", "high"))
   if unit is None:
-    share = all(0 <= value <= 1 for value in (mean, *ends) if finite(value))
+    share = all(0 <= value <= 1 for value in (mean, low, high) if finite(value))
     unit = "%" if share else ""
-  there = (ends[0], ends[1]) if all(map(finite, ends)) else None
-  return Estimate(mean, there, cell.get("n"), notes(cell), unit)
+  ends = (low, high) if finite(low) and finite(high) else None
+  return Estimate(mean, ends, cell.get("n"), notes(cell), unit)
 
 
 def notes(cell: Json) -> list[str]:
@@ -150,11 +150,13 @@ class Series:
     with whiskers where they have intervals; nothing where one has no mean."""
     cells = [c if isinstance(c, dict) else {"mean": c} for c in (across, up)]
     x, y = (cell.get("mean") for cell in cells)
-    if finite(x) and finite(y):
-      self.marks.append((x, y))
-      ends = [[cell.get("low"), cell.get("high")] for cell in cells]
-      lines = [(v, y) for v in ends[0]], [(x, v) for v in ends[1]]
-      self.lines.extend(line for line in lines if all(map(finite, sum(line, ()))))
+    if not (finite(x) and finite(y)):
+      return
+    self.marks.append((x, y))
+    for place, cell in enumerate(cells):
+      low, high = cell.get("low"), cell.get("high")
+      if finite(low) and finite(high):
+        self.lines.append([(x, v) if place else (v, y) for v in (low, high)])
 
 
 @dataclasses.dataclass(frozen=True)
