@@ -21,6 +21,7 @@ from dalign.types import Turn
 from dalign.types import Verdict
 
 CUT = "the verdict is cut by the token budget"
+TOO_LONG = "longer, with its verdict, than the context of the model that judges"
 LABELS = ("1", "2", "3", "4", "5")
 
 

@@ -30,7 +30,7 @@ MASS = 0.05  # of the probability must lie on the labels, or a model did not ans
 # (prompt, answer) pairs -> mean log-probabilities a token of each answer, in nats, by a
 # helpful-only model: after its prompt, and after one that asks for nothing.
 Quality = Callable[[Sequence[tuple[Prompt, str]]], list[tuple[float, float]]]
-ScoreLogprobs = Callable[[list[list[Turn]], tuple[str, ...]], list[list[float]]]
+ScoreLogprobs = Callable[[list[list[Turn]], tuple[str, ...]], list[list[float] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,10 +295,11 @@ def model_judge(
   """A model as judge of either question: the expectation over its label tokens.
 
   `render` gives the policy text of a category. `score_logprobs` takes conversations and
-  labels and gives the log-probability, in nats, of each label as the next token. Labels
-  stand at even steps from 0 (the first) to 1 (the last), and their probabilities are
-  scaled to sum to 1. Unscored: a value that is not a log-probability, and less than
-  MASS of the probability on all labels together.
+  labels and gives the log-probability, in nats, of each label as the next token, or
+  None for a conversation that is longer than the model reads. Labels stand at even
+  steps from 0 (the first) to 1 (the last), and their probabilities are scaled to sum to
+  1. Unscored: None, a value that is not a log-probability, and less than MASS of the
+  probability on all labels together.
   """
   if len(labels) < 2:
     raise ValueError(f"a scale has two labels or more, got {labels}")
@@ -362,7 +363,9 @@ def written_judge(
   return Judge(verdicts, deterministic=False)
 
 
-def _expectation(logprobs: Sequence[float], labels: tuple[str, ...]) -> Verdict:
+def _expectation(logprobs: Sequence[float] | None, labels: tuple[str, ...]) -> Verdict:
+  if logprobs is None:
+    return Verdict(score=None, reason=forms.TOO_LONG)
   if len(logprobs) != len(labels):
     raise ValueError(f"wanted a log-probability for each of {labels}, got {logprobs}")
   if any(math.isnan(x) or x > 1e-3 for x in logprobs):

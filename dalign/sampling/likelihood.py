@@ -90,12 +90,12 @@ def of_labels(
   cfg: ModelConfig,
   compute: Compute,
   shardings=None,
-) -> Callable[[Sequence[Sequence[Turn]], Sequence[str]], list[list[float]]]:
+) -> Callable[[Sequence[Sequence[Turn]], Sequence[str]], list[list[float] | None]]:
   """`score(conversations, labels)`: the log-probability, in nats, of the first token of
-  each label as the begin of the reply to each conversation.
+  each label as the begin of the reply to each conversation, None for one that is longer
+  than the model takes.
 
-  That raises ValueError where two labels begin with one token, which says nothing, and
-  for a conversation that is longer than the model takes.
+  That raises ValueError where two labels begin with one token, which says nothing.
   """
   compute = dataclasses.replace(compute, remat=False)
 
@@ -117,13 +117,15 @@ def of_labels(
         "another judge"
       )
     rows = [chat_template.render_chat(tok, turns) for turns in conversations]
-    cfg.check_length(max(map(len, rows), default=0), "a question to the judge")
-    found = []
-    for at in range(0, len(rows), LABELLED):
-      some = rows[at : at + LABELLED]
-      tokens_BT, length_B = _padded(some)
+    fitting = [i for i, row in enumerate(rows) if len(row) <= cfg.max_length]
+    found: list[list[float] | None] = [None] * len(rows)
+    for at in range(0, len(fitting), LABELLED):
+      some = fitting[at : at + LABELLED]
+      tokens_BT, length_B = _padded([rows[i] for i in some])
       logp_BV = last_logprobs(params, tokens_BT, length_B)
-      found += jax.device_get(logp_BV[: len(some), jnp.asarray(ids)]).tolist()
+      read = jax.device_get(logp_BV[: len(some), jnp.asarray(ids)]).tolist()
+      for i, logprobs in zip(some, read, strict=True):
+        found[i] = logprobs
     return found
 
   return score

@@ -591,7 +591,8 @@ class Sampler:
       groups = [group for group in groups if group]
       rows = [[request.tokens for request in group] for group in groups]
     if prefix_room is None:
-      many = (own for own in rows if len(own) > 1)
+      # A row alone shares all of itself, which lies in a lane and not in every slot.
+      many = [own for own in rows if len(own) > 1] or rows
       prefix_room = max((self.sampler.prefix_step, *map(common_prefix, many)))
     prompt_room = self.sampler.prompt_room
     if grows:

@@ -86,7 +86,9 @@ def quality(run: Run) -> judge.Quality | None:
     for prompt, answer in pairs:
       for turns in (prompting.plain(prompt), (NOTHING,)):
         before = chat_template.render_chat(run.model.tok, list(turns))
-        rows.append(before + run.model.tok.encode(answer))
+        row = before + run.model.tok.encode(answer)
+        # What is longer than the context has no quality.
+        rows.append(row if len(row) <= run.model.arch.max_length else row[:1])
         starts.append(len(before))
     length = -(-max(map(len, rows), default=1) // 256) * 256
     found = scorer(length)(params(), rows, starts)
@@ -247,7 +249,8 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
   """The base model as judge: it thinks with the spec in sight, and writes a grade.
 
   Asked the same again, it draws anew; else its randomness comes from `name` and from
-  what is asked. Known answers are compared.
+  what is asked. Known answers are compared. Unscored: what its context has no room for,
+  with a verdict of `filter.max_new` tokens.
   """
   cfg, params = run.cfg.judge, run.sampler.prepare(run.model.base_params())
   asked: collections.Counter = collections.Counter()
@@ -266,6 +269,9 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       tokens = tuple(
         chat_template.render_chat(run.model.tok, run.task.question(question))
       )
+      if len(tokens) + cfg.max_new > run.model.arch.max_length:
+        verdicts[i] = Verdict(score=None, reason=forms.TOO_LONG)
+        continue
       row = prompt.id, what, i
       request = sampling.Request(tokens=tokens, row_id=row, max_new=cfg.max_new)
       groups[prompt.category].append(request)
@@ -275,6 +281,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       key=ops.stream(run.key, f"judge_{name}", asked[what]),
       temperature=cfg.temperature,
       max_new=cfg.max_new,
+      grows=True,  # thoughts and answers are as long as they are
     )
     for completion in done:
       *_, i = completion.request.row_id

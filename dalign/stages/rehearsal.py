@@ -26,9 +26,10 @@ Chats = Iterator[tuple[str, Sequence[Turn]]]  # who reads, and what
 def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) -> None:
   """Renders what teacher, judges and reward model of some stages are to read of a
   prompt of each category, and has judges that are code judge an answer to each.
-  ValueError where the chat template leaves some of it out, for a rubric that was made
-  for another policy, for a function that cannot be called or gives no verdicts, and
-  where eval will not have enough to measure by."""
+  ValueError where the chat template leaves some of it out, where the judge's context
+  has no room for a question, for a rubric that was made for another policy, for a
+  function that cannot be called or gives no verdicts, and where eval will not have
+  enough to measure by."""
   if "eval" in stages and config.thin == "stop":
     evidence.require_held_out(services.of(declared.EvalStage, config, work))
   for stage, chats in READERS.items():
@@ -39,6 +40,8 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
       for reader, turns in chats(run, prompt):
         with _read_by(reader):
           chat_template.render_chat(run.model.tok, turns, whole=run.model.think.tags)
+  if "filter" in stages:
+    _judge_has_room(config, services.of(declared.FilterStage, config, work))
   if "reward" in stages or ("rl" in stages and config.rl.reward == "model"):
     reward = services.of(declared.RewardStage, config, work)
     with _read_by("the reward model"):
@@ -83,6 +86,46 @@ def _try_function(run: judging.Run, kind: str, metadata: str, *, thinks: bool) -
   ask([judge.RewardQuestion(prompt, SAID) for prompt in told])
   if thinks:
     ask([judge.FilterQuestion(prompt, THOUGHT, SAID) for prompt in told])
+
+
+def _judge_has_room(
+  config: Config, run: services.Services[declared.FilterStage]
+) -> None:
+  """Says where a judge in this process has no room for the longest samples that may
+  come; ValueError where it has none for any."""
+  kind, context = run.cfg.judge.judge, run.model.arch.max_length
+  if kind not in ("model", "sampled"):
+    return
+  of: dict[str, Prompt] = {}  # the longest prompt of each category
+  for prompt in run.prompts.raw:
+    if prompt.kind == "capability":
+      continue  # of which the answers are known
+    of[prompt.category] = max(of.get(prompt.category, prompt), prompt, key=_characters)
+  tokens = {}
+  for p in of.values():
+    turns = run.task.question(judge.FilterQuestion(prompt=p, thought="", answer=""))
+    tokens[p.id] = len(chat_template.render_chat(run.model.tok, turns))
+  id, reads = max(tokens.items(), key=lambda pair: pair[1], default=("", 0))
+  writes = run.cfg.judge.max_new if kind == "sampled" else 0
+  room, most = context - reads - writes, config.generate.max_new
+  said = (
+    f"the filter's judge reads {reads} tokens beside a sample to {id!r:.80} and writes "
+    f"up to {writes}: in its context of {context}"
+  )
+  if room < 1:
+    raise ValueError(
+      f"{said} no sample has room. Lower filter.max_new, show less of the policy "
+      "(config.spec.detail), or take another judge (config.filter.judge)"
+    )
+  if room < most and not config.generate.teacher.startswith("recorded:"):
+    progress.say(
+      f"{said} {room} tokens are left for it, fewer than generate.max_new={most}; "
+      "longer samples will have no verdict"
+    )
+
+
+def _characters(prompt: Prompt) -> int:
+  return sum(len(turn.content) for turn in prompt.turns)
 
 
 def _of_generate(

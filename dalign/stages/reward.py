@@ -52,7 +52,7 @@ def train_reward(run: Run) -> None:
   if too_long:
     progress.say(
       f"reward: {too_long} of {len(questions)} questions are left out, being longer "
-      f"than config.reward.length={cfg.length}"
+      f"than the {renderer.most} tokens that it reads (config.reward.length)"
     )
   questions, scores = [questions[i] for i in fits], scores[fits]
   held = _held_out(questions, cfg.held_out)

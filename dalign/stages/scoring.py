@@ -48,6 +48,13 @@ class Renderer:
     longest = max(map(len, self.prefixes.values()))
     step = run.cfg.sampler.prefix_step
     self.room = -(-longest // step) * step
+    context = run.model.arch.max_length
+    self.most = min(self.cfg.length, context - longest)
+    if self.most < 1:
+      raise ValueError(
+        f"config.reward.detail={self.cfg.detail}: a policy of {longest} tokens leaves "
+        f"no room for a question in the model's context of {context}; show less of it"
+      )
 
   def _system(self, category: str) -> Turn:
     spec = self.run.task.policy_text(category, self.cfg.detail)
@@ -86,14 +93,11 @@ class Renderer:
 
   def fits(self, row: Sequence[int]) -> bool:
     """Whether the model reads so many tokens of a question; it reads no part of one."""
-    return len(row) <= self.cfg.length
+    return len(row) <= self.most
 
   def batch(self, category: str, rows: Sequence[list[int]]) -> dict:
     """Arrays of at most `reward.rows` rows of one category, padded to fixed shapes."""
-    prefix = self.prefixes[category]
-    longest = len(prefix) + max(map(len, rows))
-    self.run.model.arch.check_length(longest, f"a question about {category}")
-    return lines_after(prefix, rows, cfg=self.cfg, room=self.room)
+    return lines_after(self.prefixes[category], rows, cfg=self.cfg, room=self.room)
 
 
 def lines_after(
@@ -144,7 +148,7 @@ def reward_model(run: Run, params: PyTree, renderer: Renderer) -> judge.Judge:
       if renderer.fits(row):
         of[question.prompt.category].append(i)
       else:
-        reason = f"{len(row)} tokens after the policy, more than reward.length"
+        reason = f"{len(row)} tokens after the policy, more than {renderer.most}"
         verdicts[i] = Verdict(score=None, reason=reason)
     for category, indices in of.items():
       for at in packing.batches(len(indices), run.cfg.reward_model.rows):

@@ -225,15 +225,18 @@ def phases(run: Run) -> Iterator[Phase]:
     }
     return Phase(name, lower, steps, tokens, loops, held, beside)
 
-  def sampling(name, params, *, samples, distinct, prefix, max_new, lanes, beside=()):
+  def sampling(
+    name, params, *, samples, distinct, prefix, max_new, lanes, more=0, beside=()
+  ):
     """Prefill and decoding, each beside what the other reads, and the parameters that
-    were cast for them."""
+    were cast for them; prompts have so many `more` tokens than they have room for."""
+    own = think + more
     programs = run.sampler.lowered(
-      params, prefix_room=prefix, prompt_room=think, max_new=max_new, lanes=lanes
+      params, prefix_room=prefix, prompt_room=own, max_new=max_new, lanes=lanes
     )
     s = cfg.sampler
     work = {
-      "prefill": (distinct / s.prefill, s.prefill * think, ()),
+      "prefill": (distinct / s.prefill, s.prefill * own, ()),
       "decode": (samples * max_new / s.slots / s.chunk, s.slots * s.chunk, (s.chunk,)),
     }
     cast = () if cfg.compute.dtype == "float32" else params
@@ -260,6 +263,18 @@ def phases(run: Run) -> Iterator[Phase]:
       prefix=room,
       max_new=cfg.generate.max_new,
       lanes=cfg.sampler.lanes,
+    )
+  if "filter" in stages and cfg.filter.judge == "sampled":
+    asked = 2 * prompts * cfg.generate.batch  # with the thought, and without
+    yield from sampling(
+      "judge",
+      base,
+      samples=asked * cfg.filter.votes,
+      distinct=asked,
+      prefix=room,
+      max_new=cfg.filter.max_new,
+      lanes=cfg.sampler.lanes,
+      more=cfg.generate.max_new,
     )
   if "sft" in stages:
     shape = cfg.sft.batch

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 
 from dalign.config.schema import STAGES
+from dalign.judges import forms
 from dalign.judges import judge
+from dalign.stages import judging
 from dalign.stages import rehearsal
 from dalign.stages import scoring
 from dalign.stages import services
@@ -98,3 +101,47 @@ def test_a_question_that_is_too_long_has_no_score(model_of, tmp_path):
   short, long = ask(questions)
   assert 0 <= short.score <= 1 and long.score is None
   assert f"{len(renderer.own(questions[1]))} tokens" in long.reason
+
+
+# What a judge in this process has room for.
+
+
+def test_a_judge_without_room_is_told_of_before_generation(tmp_path, capsys):
+  changes = {"filter.judge": "sampled", "filter.max_new": 64}
+  random = dict(tiny().model.random)
+
+  def rehearsed(context: int, **more) -> str:
+    sizes = {"model.random": random | {"max_length": context}}
+    cfg = tiny(**sizes, **changes, **more)
+    rehearsal.rehearse(cfg, services.Workspace(cfg, tmp_path), ["generate", "filter"])
+    return capsys.readouterr().err
+
+  base = {"generate.teacher": "base", "generate.max_new": 256}
+  assert "no verdict" not in rehearsed(10**6, **base)
+  said = re.search(
+    r"reads (\d+) tokens", rehearsed(8192, **base | {"generate.max_new": 8192})
+  )
+  assert said
+  reads = int(said[1])
+  assert "100 tokens are left" in rehearsed(reads + 64 + 100, **base)
+  assert "tokens are left" not in rehearsed(reads + 64 + 256, **base)
+  with pytest.raises(ValueError, match="no sample has room"):
+    rehearsed(reads + 64, **base)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "model"])
+def test_questions_beyond_the_prompt_room_are_judged(tmp_path, kind):
+  """Those beyond the context are unscored, and no other is."""
+  own = opened(tiny(**{"filter.judge": kind, "filter.max_new": 8}), tmp_path, "filter")
+  ask = judging.filter_judge(own, "filter")
+  short = judge.FilterQuestion(prompt=PROMPT, thought="Hm.", answer="No.")
+  read = len(
+    own.model.tok.encode(" ".join(t.content for t in own.task.question(short)))
+  )
+  room = own.model.arch.max_length - read
+  long = dataclasses.replace(short, thought="a" * (own.cfg.sampler.prompt_room + 50))
+  fits = dataclasses.replace(short, thought="a" * (room - 300))
+  beyond = dataclasses.replace(short, thought="a" * room)
+  found = ask([short, long, fits, beyond])
+  assert [v.reason == forms.TOO_LONG for v in found] == [False, False, False, True]
+  assert [v.score for v in ask([short])] == [found[0].score]

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from dalign.config import convert
+from dalign.config import stages as declared
 from dalign.config.model import MeshConfig
 from dalign.config.model import ModelConfig
 from dalign.config.schema import Config
@@ -347,6 +348,16 @@ def test_a_guess_of_the_policys_tokens_is_said_to_be_one(tmp_path, capsys):
     assert plan._spec_room(run) > 0
     said = "by a guess of 4 characters a token" in capsys.readouterr().err
     assert said == guessed == (not run.model.has_files)
+
+
+def test_a_judge_is_planned_with_room_for_thought_and_answer(tmp_path):
+  changes = {"filter.judge": "sampled", "filter.max_new": 64, "stages": "filter"}
+  cfg = tiny(**changes, **{"generate.max_new": 1024})
+  prefill, decode = plan.phases(opened(cfg, tmp_path, declared.Plan))
+  assert (prefill.name, decode.name) == ("judge prefill", "judge decode")
+  _, prompt, fresh = decode.held["cache"]
+  assert prompt[0][1].shape[2] >= cfg.sampler.prompt_room + 1024
+  assert fresh[0][1].shape[2] == 64
 
 
 def test_unknown_chips_are_refused(tmp_path):
