@@ -128,7 +128,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   # over 128 took 99 GiB a chip in the reward update, 128 take 15.
   few = max(64, mesh.get("fsdp", 1)) if topology else 8
   c = quickstart.get_config()
-  c.recipe = f"large:{name}.v3"
+  c.recipe = f"large:{name}.v4"
   c.model = dict(path=f"~/models/{model}", date="", random=MODELS[model])
   c.compute = dict(
     dtype="bfloat16",
@@ -162,7 +162,9 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
       max_new=1024,
     )
   )
-  c.filter.update(dict(judge="sampled", votes=4, max_new=512, per_cell=1000))
+  c.filter.update(
+    dict(judge="sampled", votes=4, max_new=512, at_once=512, per_cell=1000)
+  )
   c.sft.update(
     dict(
       most=10**6,

@@ -197,6 +197,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     votes=2,
     temperature=1.0,
     max_new=64,
+    at_once=4096,
     unscored=0.2,
     threshold=0.7,
     least=10,  # what fewer samples of a cell teach is an accident

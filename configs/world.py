@@ -241,6 +241,7 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     votes=2,
     temperature=0.3,
     max_new=56,
+    at_once=4096,
     unscored=0.2,
     threshold=1.0,
     least=0,

@@ -30,6 +30,7 @@ LATER = {
   "eval.grader_max_new": 512,
   "eval.form": "grade",
   "distill": None,
+  "filter.at_once": 4096,
   "sft.spec_in_prompt": False,
   "reward.answer_weight": 0.0,
   "rl.skip_kl": 0.0,

@@ -174,6 +174,8 @@ class FilterConfig(Checked):
   votes: verdicts a sample, of which the least counts.
   temperature: temperature of a judge that samples.
   max_new: tokens of a judge's verdict, with its thought, at the most.
+  at_once: samples that are judged together, and then saved: what a kill loses at the
+    most; the first time they are 256.
   unscored: the share of well-formed samples, of all and of each cell (category and
     ideal response type) with ten or more, on which the judge may have no verdict before
     filter fails; at half, and at once, if it is so after the first 256.
@@ -194,6 +196,7 @@ class FilterConfig(Checked):
   votes: Count
   temperature: Positive
   max_new: Count
+  at_once: Count
   unscored: SomeShare = limit()
   threshold: float
   least: Natural = limit()

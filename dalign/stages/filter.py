@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import pathlib
 import sys
 
 from dalign.config import stages
@@ -28,13 +29,14 @@ from dalign.types import Verdict
 Run = services.Services[stages.FilterStage]  # what this stage sees of a run
 
 
-AT_ONCE = 4096  # samples that are held and put to the judge at the same time
-FIRST = 256  # of them at first: a judge that answers few of these is asked no more
+FIRST = 256  # samples at first: a judge that answers few of these is asked no more
 FEW = 10  # of a cell: fewer say nothing of a judge
+SAVED = ("endpoint", "recorded")  # judges whose every reply lies on the disk
 
 
 def filter_(run: Run) -> None:
-  """Judges every well-formed sample and keeps the best, balanced over cells."""
+  """Judges every well-formed sample and keeps the best, balanced over cells; goes on
+  where it stopped."""
   cfg = run.cfg.filter
   source = run.store.left("generate", "samples.jsonl")
   functions = judging.function_files(cfg.judge)
@@ -43,13 +45,15 @@ def filter_(run: Run) -> None:
     return
   prompts = {prompt.id: prompt for prompt in run.prompts.all}
   path = run.store.path("filter", "judged.jsonl")
-  run.store.write_rows(path, [])  # what a run that was cut off has judged
+  judged = _judged_before(run, path)
   likely = judging.quality(run)
   ask = judging.filter_judge(run, "filter", likely)
   reward = judging.answer_judge(run, "reward", likely)
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
-  judged: list[_Judged] = []
-  size = FIRST
+  for _ in itertools.islice(rows, len(judged)):
+    pass
+  size = cfg.at_once if judged else FIRST
+  _check_scored(judged[:FIRST], cfg, max(cfg.unscored, 0.5))
   while some := [*map(samples.of_row, itertools.islice(rows, size))]:
     # What judges see has no label but by `filter.metadata`.
     asked = [
@@ -63,9 +67,10 @@ def filter_(run: Run) -> None:
     ]
     run.store.append_rows(path, found)
     judged += (_Judged.of(row, cfg.threshold) for row in found)
+    run.store.pause("filter")
     if size == FIRST:
       _check_scored(judged, cfg, max(cfg.unscored, 0.5))
-    size = AT_ONCE
+    size = cfg.at_once
   _check_scored(judged, cfg, cfg.unscored)
   kept = _keep(judged, cfg)
   ids = {row.id for row in kept}
@@ -127,6 +132,23 @@ class _Judged:
     )
 
 
+def _judged_before(run: Run, path: pathlib.Path) -> list[_Judged]:
+  """What a run that was cut off has judged, of samples that were put to the judge
+  together all or none. Nothing of an endpoint and of a recording, which have what they
+  said on the disk and are asked again: of what had no verdict there may be one now."""
+  if run.cfg.filter.judge in SAVED or not run.store.has(path):
+    run.store.write_rows(path, [])
+    return []
+  cfg = run.cfg.filter
+  judged = [_Judged.of(row, cfg.threshold) for row in run.store.each_row(path)]
+  whole = len(judged) >= FIRST
+  beyond = (len(judged) - FIRST) % cfg.at_once if whole else len(judged)
+  if beyond:
+    judged = judged[: len(judged) - beyond]
+    run.store.write_rows(path, run.store.read_rows(path)[: len(judged)])
+  return judged
+
+
 def _row(
   run, prompt: Prompt, sample: Sample, verdict: Verdict, reward: Verdict
 ) -> dict:
@@ -162,6 +184,9 @@ def _check_scored(judged: list[_Judged], cfg: FilterConfig, limit: float) -> Non
       of[where].append(row.unscored)
       if cfg.judge != "rubric":  # which may say nothing of answers alone
         of[where.replace("samples", "answers", 1)].append(row.unrewarded)
+  again = "The same command asks again for these"
+  if cfg.judge not in SAVED:
+    again = "Raise that where it may be so, or mend the judge and take another workdir"
   for where, reasons in of.items():
     asked = [why for why in reasons if why is not None]
     missing = [why for why in asked if why]
@@ -170,7 +195,7 @@ def _check_scored(judged: list[_Judged], cfg: FilterConfig, limit: float) -> Non
       raise ValueError(
         f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
         f"{progress.counted(missing)}; wanted at most {cfg.unscored:.0%} "
-        "(config.filter.unscored). The same command asks again for these"
+        f"(config.filter.unscored). {again}"
       )
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 
 import huggingface_hub
 import jax
@@ -68,6 +69,7 @@ from dalign.stages import servers
 from dalign.stages import services
 from dalign.stages import sft as sft_stage
 from dalign.stages.prompts import too_long
+from dalign.tasks import domain
 from dalign.tasks import world
 from dalign.text import chat_template
 from dalign.text import thinking
@@ -1512,6 +1514,53 @@ def test_a_judge_that_is_down_is_asked_about_the_first_samples_alone(
   with pytest.raises(ValueError, match="no verdict on 256 of 256 samples: 256 x down"):
     filter_stage.filter_(own)
   assert len(asked) == 2 * 256
+
+
+def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
+  """With a judge that samples: what is on the disk is not judged again."""
+  monkeypatch.setattr(filter_stage, "FIRST", 4)
+  judged, kills = [], []
+
+  def grade(self, said):
+    judged.append(said)
+    return Verdict(score=zlib.crc32(said.encode()) % 101 / 100)
+
+  def killed(own, path, found):
+    if kills and not kills.pop():
+      raise KeyboardInterrupt
+    store.append_rows(path, found)
+
+  monkeypatch.setattr(domain.English, "grade", grade)
+  monkeypatch.setattr(store.Store, "append_rows", killed)
+  changes = {"filter.judge": "sampled", "filter.votes": 2, "filter.max_new": 400}
+  changes |= {"filter.threshold": 0.0, "filter.unscored": 1.0, "filter.at_once": 3}
+  changes |= {"filter.temperature": 9.0}  # some are cut
+
+  def filtered(workdir, *torn):
+    own = opened(tiny(**changes), workdir, "filter")
+    source = own.store.path("generate", "samples.jsonl")
+    if not source.exists():
+      own.store.write_rows(source, written(own, labelled(own, 6))[:-1])
+    path = own.store.path("filter", "judged.jsonl")
+    if torn:
+      with path.open("a") as file:
+        file.write("".join(torn))
+    with jax.set_mesh(own.mesh):
+      filter_stage.filter_(own)
+    return path.read_text(), path.with_name("kept.jsonl").read_text()
+
+  whole = filtered(tmp_path / "whole")
+  lines = whole[0].splitlines(keepends=True)
+  assert len(lines) == 11 and whole[1]
+  scores = [row["reward"] for row in map(json.loads, lines)]
+  assert len({*scores}) > 3
+  every = len(judged)
+  kills += [False, True, True]
+  with pytest.raises(KeyboardInterrupt):
+    filtered(tmp_path / "killed")
+  judged.clear()
+  assert filtered(tmp_path / "killed", lines[7], lines[8][:9]) == whole
+  assert 0 < len(judged) < every / 2
 
 
 @pytest.mark.parametrize(
