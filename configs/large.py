@@ -30,7 +30,8 @@ share of a chip, and what a run takes at least, in chip-hours:
   llama33_70b     RL update         21.9   23%   92.6
   qwen3_8b_lora   generate prefill  66.6   51%    0.7
 
-The last by a CPU's compiler, for an H200, with compute.attention="xla" and
+Judges' phases, and the reward model that RL holds, were not planned then. The last is
+by a CPU's compiler, for an H200, with compute.attention="xla" and
 compute.kv_dtype="float32", which holds the matrices it multiplies in float32 too; of
 80 GB (74.5 GiB) it is 89%.
 """

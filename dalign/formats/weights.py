@@ -54,15 +54,21 @@ class Checkpoint:
   tok: Tokenizer
   read: Callable[[str, param_tree.Index], np.ndarray]
 
-  def params(self, shardings: PyTree | None = None) -> PyTree:
-    """The parameters, as numpy arrays, or as JAX arrays that lie as `shardings` say."""
+  def params(
+    self,
+    shardings: PyTree | None = None,
+    dtype: Callable[[str], Any] = lambda leaf: np.float32,
+  ) -> PyTree:
+    """The parameters, as numpy arrays, or as JAX arrays that lie as `shardings` say,
+    each in the dtype of its leaf's name: no device holds it in another."""
 
     def leaf(path, shape):
       name = path[-1].key
 
       def part(index):
         whole = (i.indices(n) for i, n in zip(index, shape, strict=True))
-        return self.read(name, tuple(slice(start, stop) for start, stop, _ in whole))
+        found = self.read(name, tuple(slice(start, stop) for start, stop, _ in whole))
+        return found.astype(dtype(name), copy=False)
 
       if shardings is None:
         return part((slice(None),) * len(shape))

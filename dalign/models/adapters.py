@@ -26,17 +26,18 @@ def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> P
   return params | {"layers": params["layers"] | _fresh(key, cfg, lora)}
 
 
+def frozen_dtype(leaf: str, *, lora: LoRAConfig) -> str:
+  """In what a leaf of a decoder is held: matrices that adapters leave as they are in
+  `lora.frozen`, all else in float32."""
+  low = lora.rank and leaf in ("embed", "head", *param_tree.MATRICES)
+  return lora.frozen if low else "float32"
+
+
 def cast_frozen(params: PyTree, *, lora: LoRAConfig) -> PyTree:
-  """A decoder's parameters as adapters leave them, matrices in `lora.frozen`; without
-  adapters as they are, in float32."""
-  if not lora.rank:
-    return params
-  low = ("embed", "head", *param_tree.MATRICES)
-
-  def some(tree):
-    return {n: x.astype(lora.frozen) if n in low else x for n, x in tree.items()}
-
-  return some(params) | {"layers": some(params["layers"])}
+  """A decoder's parameters, each in its `frozen_dtype`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x.astype(frozen_dtype(path[-1].key, lora=lora)), params
+  )
 
 
 def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:

@@ -372,22 +372,32 @@ def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Comput
   return Prefix(kv=kv, length=length)
 
 
-def cast(params: PyTree, *, compute: Compute) -> PyTree:
-  """Parameters for encoding: the layers' matrices in the compute dtype, once for many
-  calls, each of which would take as long for it as for some hundred tokens.
+def matrices_to_cast(params: PyTree, *, compute: Compute) -> dict:
+  """The layers' matrices that encoding wants as `cast` makes them: none in float32, and
+  on an accelerator none that have the compute dtype already."""
+  if jnp.dtype(compute.dtype) == jnp.float32:
+    return {}
+
+  def as_it_is(w) -> bool:
+    platforms = {device.platform for device in w.sharding.device_set}
+    return w.dtype == compute.dtype and "cpu" not in platforms
+
+  layers = params["layers"]
+  return {n: layers[n] for n in param_tree.MATRICES if not as_it_is(layers[n])}
+
+
+def cast(matrices: dict, *, compute: Compute) -> dict:
+  """Matrices for encoding in the compute dtype, once for many calls, each of which
+  would take as long for it as for some hundred tokens.
 
   In bfloat16 they are held as their bits: XLA's CPU backend would widen all layers to
   float32 again before it slices one.
   """
-  if jnp.dtype(compute.dtype) == jnp.float32:
-    return params
 
   def bits(w):
     return jax.lax.bitcast_convert_type(w.astype(compute.dtype), jnp.uint16)
 
-  layers = params["layers"]
-  low = {name: bits(layers[name]) for name in param_tree.MATRICES}
-  return params | {"layers": layers | low}
+  return {name: bits(w) for name, w in matrices.items()}
 
 
 def from_bits(w):

@@ -349,9 +349,7 @@ class Sampler:
     self._start = self._jit(_start, slots, donate_argnums=0)
     self.chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
     self._lanes = {lanes: self._of_lanes(lanes) for lanes in (1, sampler.lanes)}
-    self._cast: Callable = functools.partial(transformer.cast, compute=self.compute)
-    if self.compute.dtype != "float32":
-      self._cast = jax.jit(self._cast)
+    self._cast = jax.jit(functools.partial(transformer.cast, compute=self.compute))
     unstack = functools.partial(transformer.unstack, cfg=cfg, compute=self.compute)
     self._unstack = jax.jit(unstack)
 
@@ -411,12 +409,13 @@ class Sampler:
     whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._lies())
     tokens_P = jax.ShapeDtypeStruct((P,), jnp.int32, sharding=self._lies())
     rows = jax.ShapeDtypeStruct((s.prefill, T), jnp.int32, sharding=self._lies())
-    encode = jax.eval_shape(self._cast, params)
-    encode = jax.tree.map(
-      lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
-      encode,
-      params,
-    )
+    casting = self.to_cast(params)
+    low = jax.eval_shape(self._cast, casting)
+    low = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=casting[name].sharding)
+      for name, x in low.items()
+    }
+    encode = params | {"layers": params["layers"] | low}
     decode = self._unstack.lower(params).compile().output_shardings
     decode = sharding.abstract(jax.eval_shape(self._unstack, params), decode)
     prefix = self._prefix.eval_shape(encode, tokens_P, whole)
@@ -431,9 +430,15 @@ class Sampler:
     kept = prefixes.kv, slots.prompt, slots.fresh
     return {"prefill": (prefill, encode, prefix.kv), "decode": (chunk, decode, kept)}
 
+  def to_cast(self, params: PyTree) -> dict:
+    """The matrices of which encoding reads another copy than the parameters'."""
+    return transformer.matrices_to_cast(params, compute=self.compute)
+
   def prepare(self, params: PyTree) -> Weights:
     """The weights to run with; of use until the parameters change."""
-    return Weights(encode=self._cast(params), decode=self._unstack(params))
+    low = self._cast(self.to_cast(params))
+    encode = params | {"layers": params["layers"] | low}
+    return Weights(encode=encode, decode=self._unstack(params))
 
   def _prefix_fn(self, params, tokens_P, length):
     return transformer.encode_prefix(

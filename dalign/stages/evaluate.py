@@ -9,7 +9,6 @@ import itertools
 import math
 from typing import Literal
 
-import jax
 import numpy as np
 
 from dalign.config import stages
@@ -340,7 +339,7 @@ def _add_odds(
   logp = iter(float(np.sum(own)) for own in score(params, lines, starts))
   for row in rows:
     row["decline_probability"] = min(1.0, sum(math.exp(next(logp)) for _ in openings))
-  jax.tree.map(lambda x: x.delete(), params)
+  run.model.free(params)
 
 
 def _arm(
@@ -468,7 +467,7 @@ def _sampled(
     if opened and cfg.max_think:
       completion = _apart(run, completion, max(cfg.max_think, put))
     yield prompt, samples.of(run.model, prompt, completion, index, opened)
-  jax.tree.map(lambda x: x.delete(), params)
+  run.model.free(params)
 
 
 def _params(run: Run, arm: str) -> PyTree:

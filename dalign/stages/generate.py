@@ -133,7 +133,7 @@ def _sampled(run: Run, book: "SampleLedger") -> Iterator[Sample]:
   ]
   room = max(book.shared(group[:AT_ONCE]) for group in groups.values())
   done = run.sampler.complete(
-    run.sampler.prepare(run.model.base_params()),
+    run.base_weights,
     (book.fitting(part, room) for part in parts),
     key=ops.stream(run.key, "generate"),
     temperature=run.cfg.generate.temperature,

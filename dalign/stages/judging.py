@@ -252,7 +252,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
   what is asked. Known answers are compared. Unscored: what its context has no room for,
   with a verdict of `filter.max_new` tokens.
   """
-  cfg, params = run.cfg.judge, run.sampler.prepare(run.model.base_params())
+  cfg, weights = run.cfg.judge, run.base_weights
   asked: collections.Counter = collections.Counter()
 
   def ask(questions):
@@ -276,7 +276,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       request = sampling.Request(tokens=tokens, row_id=row, max_new=cfg.max_new)
       groups[prompt.category].append(request)
     done = run.sampler.complete(
-      params,
+      weights,
       [*groups.values()],
       key=ops.stream(run.key, f"judge_{name}", asked[what]),
       temperature=cfg.temperature,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ class Model:
     self.store, self.mesh = store, mesh
     self._source, self._lora, self._of_world = source, lora, of_world
     self._seed = seed
+    self._shared: list[weakref.ref] = []  # leaves of the base that somebody may hold
     self.think = thinking.ThinkFormat(open=think.open, close=think.close)
     self.thinks = self.think if think.used else None  # what is trained writes it
 
@@ -118,18 +120,34 @@ class Model:
     return _shapes(self.arch)
 
   def base_params(self) -> PyTree:
-    """The base model's parameters, on the mesh; a new copy at each call."""
-    params = (
-      self._load(self.trained("base"), self.shapes)
-      if self._of_world
-      else self.fresh_params()
-    )
+    """The base model's parameters, on the mesh: a new copy at each call, but with
+    adapters, which leave them as they are, the same arrays for all who hold them."""
+    if not self._lora.rank:
+      return self._read_base()
+    leaves = [ref() for ref in self._shared]
+    if not leaves or any(leaf is None for leaf in leaves):
+      leaves = jax.tree.leaves(self._read_base())
+      self._shared = [weakref.ref(leaf) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(self.shapes), leaves)
+
+  def _read_base(self) -> PyTree:
+    if not self._of_world:
+      return self.fresh_params(
+        functools.partial(adapters.frozen_dtype, lora=self._lora)
+      )
+    params = self._load(self.trained("base"), self.shapes)
     return adapters.cast_frozen(params, lora=self._lora)
 
-  def fresh_params(self) -> PyTree:
-    """The parameters that the model's source has, on the mesh."""
+  def free(self, params: PyTree) -> None:
+    """Deletes parameters that were read for one use, but those that others share."""
+    if not self._lora.rank:
+      jax.tree.map(lambda x: x.delete(), params)
+
+  def fresh_params(self, dtype=lambda leaf: jnp.float32) -> PyTree:
+    """The parameters that the model's source has, on the mesh; `dtype` is of a leaf's
+    name."""
     return self._found.params(
-      jax.tree.map(lambda x: x.sharding, self.placed(self.shapes))
+      jax.tree.map(lambda x: x.sharding, self.placed(self.shapes)), dtype
     )
 
   def start_params(self, start: str) -> PyTree:

@@ -74,7 +74,7 @@ def drafts(
     for prompt in prompts
   ]
   done = run.sampler.complete(
-    run.sampler.prepare(model.base_params()),
+    run.base_weights,
     [requests],
     key=ops.stream(run.key, "draft"),
     temperature=cfg.temperature,

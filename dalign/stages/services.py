@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import pathlib
 from typing import Any, Generic, TypeVar
+import weakref
 
 import jax
 
@@ -94,6 +95,7 @@ class Services(Generic[C]):
     self.cfg, self._work = cfg, work
     self.store, self.metrics, self.mesh = work.store, work.metrics, work.mesh
     self._own: dict[Callable, Any] = {}
+    self._base: Callable[[], sampling.Weights | None] = lambda: None
 
   def _once(self, make: Callable[..., T], *args, **parts) -> T:
     """As `Workspace.once`, and at once where the stage has asked before."""
@@ -125,6 +127,15 @@ class Services(Generic[C]):
     """The model's sampler in the shapes of the config."""
     shapes, model = self.cfg.sampler, self.model
     return self._work.once(model.sampler, compute=self.cfg.compute, shapes=shapes)
+
+  @property
+  def base_weights(self: "Services[stages.Computing]") -> sampling.Weights:
+    """The base model as the sampler reads it, the same for all who hold it."""
+    weights = self._base()
+    if weights is None:
+      weights = self.sampler.prepare(self.model.base_params())
+      self._base = weakref.ref(weights)
+    return weights
 
   def scorer(
     self: "Services[stages.Computing]", shape: BatchConfig, *, make=None, **how

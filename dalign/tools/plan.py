@@ -239,7 +239,7 @@ def phases(run: Run) -> Iterator[Phase]:
       "prefill": (distinct / s.prefill, s.prefill * own, ()),
       "decode": (samples * max_new / s.slots / s.chunk, s.slots * s.chunk, (s.chunk,)),
     }
-    cast = () if cfg.compute.dtype == "float32" else params
+    cast = params if run.sampler.to_cast(params) else ()
     for kind, other in (("prefill", "decode"), ("decode", "prefill")):
       lowered, weights, cache = programs[kind]
       calls, tokens, loops = work[kind]
@@ -319,10 +319,10 @@ def _distill(
   run: Run, c: DistillConfig, training, sampling, trunk: PyTree
 ) -> Iterator[Phase]:
   """As of RL, and what the teacher reads; it is the start or, where it is another,
-  takes as much again."""
+  takes as much again: with adapters these alone."""
   cfg, arch, shape = run.cfg, run.model.arch, c.batch
   exact, start = c.loss == "exact", _start(cfg, trunk)
-  beside = start if c.teacher == c.start else (start, trunk)
+  beside = start if c.teacher == c.start else (start, start)
   lines = _lines(shape)
   lines["sampled_BT"] = lines.pop("weight_BT") > 0
   told = (arch.width,) if exact else ()
@@ -369,7 +369,8 @@ def _start(cfg, trunk: PyTree) -> PyTree:
 def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   """Rollouts, scores of the start, and updates."""
   cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
-  policy = trunk
+  policy, start = trunk, _start(cfg, trunk)
+  beside = (start, start) if c.reward == "model" else start  # a reward model's trunk
   if c.objective.learns_values:
     policy = {
       "policy": trunk,
@@ -390,7 +391,7 @@ def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     steps=c.steps,
     tokens=shape.micro * shape.rows * shape.length,
     loops=_loops(run, shape),
-    beside=_start(cfg, trunk),
+    beside=beside,
   )
   yield from _rollouts(run, c, ("rollout", "score"), sampling, trunk, update)
   yield update
