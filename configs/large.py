@@ -164,7 +164,9 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
     )
   )
   c.filter.update(
-    dict(judge="sampled", votes=4, max_new=512, at_once=512, per_cell=1000)
+    dict(
+      judge="sampled", votes=4, readable=0.5, max_new=512, at_once=512, per_cell=1000
+    )
   )
   c.sft.update(
     dict(

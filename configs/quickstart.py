@@ -195,6 +195,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     endpoint=NO_ENDPOINT,
     form="grade",
     votes=2,
+    readable=1.0,
     temperature=1.0,
     max_new=64,
     at_once=4096,

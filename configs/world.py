@@ -239,6 +239,7 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     judge="sampled",
     metadata="none",
     votes=2,
+    readable=1.0,
     temperature=0.3,
     max_new=56,
     at_once=4096,

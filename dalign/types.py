@@ -136,12 +136,14 @@ class Verdict:
   """What a judge says of one question: a score in [0, 1], or unscored with a reason.
 
   `parts` are the scores of the atomic propositions that made up the score. `shown` is
-  the text that a model was given of the question, "" where no model was asked.
+  the text that a model was given of the question, "" where no model was asked. Of the
+  least of several votes, `unread` is how many of them were unscored.
   """
 
   score: float | None
   reason: str = ""
   shown: str = ""
+  unread: int = 0
   parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):

@@ -31,6 +31,7 @@ LATER = {
   "eval.form": "grade",
   "distill": None,
   "filter.at_once": 4096,
+  "filter.readable": 1.0,
   "sft.spec_in_prompt": False,
   "reward.answer_weight": 0.0,
   "rl.skip_kl": 0.0,

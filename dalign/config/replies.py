@@ -172,6 +172,9 @@ class FilterConfig(Checked):
     and benchmarks that the other forms are named after. All but "grade" and "safeguard"
     read the answer alone, and of a thought nothing.
   votes: verdicts a sample, of which the least counts.
+  readable: the share of a sample's votes that need a verdict: then the least of these
+    counts, and the others are counted in the manifest; with fewer it is unscored. With
+    1 one vote without a verdict leaves a sample without a score.
   temperature: temperature of a judge that samples.
   max_new: tokens of a judge's verdict, with its thought, at the most.
   at_once: samples that are judged together, and then saved: what a kill loses at the
@@ -194,6 +197,7 @@ class FilterConfig(Checked):
   endpoint: EndpointConfig
   form: JudgeForm
   votes: Count
+  readable: SomeShare
   temperature: Positive
   max_new: Count
   at_once: Count

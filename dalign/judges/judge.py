@@ -242,25 +242,34 @@ def carried(thought: str, shown: str, known: Sequence[str], n: int) -> str:
 # Votes.
 
 
-def min_of_k(judge: Judge, questions: Sequence[Question], k: int) -> list[Verdict]:
+def min_of_k(
+  judge: Judge, questions: Sequence[Question], k: int, *, readable: float = 1.0
+) -> list[Verdict]:
   """The lowest of k votes on each question, as the filter of 2412.16339 takes it.
 
-  A judge that is deterministic is asked once. One unscored vote makes the question
-  unscored, with that vote's reason.
+  A judge that is deterministic is asked once. Of unscored votes nothing is assumed: the
+  least of the others counts where they are `readable` of all, a share in (0, 1], or
+  more; else the question is unscored, with the reason of the first. How many there
+  were is in `unread`, as a minimum of fewer votes is no lower.
   """
   if k < 1:
     raise ValueError(f"wanted one vote or more, got k = {k}")
   if not questions:
     return []
   rounds = [judge(questions) for _ in range(1 if judge.deterministic else k)]
-  return [_lowest(votes) for votes in zip(*rounds, strict=True)]
+  return [_lowest(votes, readable) for votes in zip(*rounds, strict=True)]
 
 
 def verdicts(
-  judge: Judge, samples: Sequence[tuple[Prompt, Sample]], *, thought: bool, k: int = 1
+  judge: Judge,
+  samples: Sequence[tuple[Prompt, Sample]],
+  *,
+  thought: bool,
+  k: int = 1,
+  readable: float = 1.0,
 ) -> list[Verdict]:
-  """The least of k votes on each prompt's sample: on its thought and answer, or, with
-  `thought` false, as RL asks, on a question that has no field for the thought.
+  """The least of k votes (`min_of_k`) on each prompt's sample: on its thought and
+  answer, or, with `thought` false, as RL asks, on a question without a field for it.
 
   A malformed sample is unscored and put to nobody: what stands as its answer may be its
   thought, which no judge of answers and no reward model may see.
@@ -270,7 +279,7 @@ def verdicts(
     for p, s in samples
     if not s.malformed
   ]
-  votes = iter(min_of_k(judge, questions, k))
+  votes = iter(min_of_k(judge, questions, k, readable=readable))
   return [
     Verdict(score=None, reason=f"malformed: {s.malformed}")
     if s.malformed
@@ -279,8 +288,12 @@ def verdicts(
   ]
 
 
-def _lowest(votes: Sequence[Verdict]) -> Verdict:
-  return min(votes, key=lambda vote: -math.inf if vote.score is None else vote.score)
+def _lowest(votes: Sequence[Verdict], readable: float) -> Verdict:
+  scored = [(vote.score, at) for at, vote in enumerate(votes) if vote.score is not None]
+  unread = [vote for vote in votes if vote.score is None]
+  counts = scored and len(scored) >= readable * len(votes)
+  found = votes[min(scored)[1]] if counts else unread[0]
+  return dataclasses.replace(found, unread=len(unread))
 
 
 # Model judges.

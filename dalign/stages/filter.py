@@ -6,6 +6,7 @@ score from a judge that cannot see the thought: that is what the reward model le
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -59,8 +60,10 @@ def filter_(run: Run) -> None:
     asked = [
       (prompt_sets.with_metadata(prompts[s.prompt_id], cfg.metadata), s) for s in some
     ]
-    verdicts = judge.verdicts(ask, asked, thought=True, k=cfg.votes)
-    rewards = judge.verdicts(reward, asked, thought=False, k=cfg.votes)
+    least = functools.partial(
+      judge.verdicts, samples=asked, k=cfg.votes, readable=cfg.readable
+    )
+    verdicts, rewards = least(ask, thought=True), least(reward, thought=False)
     found = [
       _row(run, prompts[s.prompt_id], s, verdict, own)
       for s, verdict, own in zip(some, verdicts, rewards, strict=True)
@@ -100,6 +103,9 @@ def filter_(run: Run) -> None:
     f"filter: kept {len(kept)} of {len(judged)} samples"
     + (f"; not kept: {progress.counted(lost)}" if lost else "")
   )
+  if any(summary["unread_votes"].values()):
+    counts = (f"{n} on {what}" for what, n in summary["unread_votes"].items())
+    progress.say(f"filter: votes without a verdict: {', '.join(counts)}")
   if none := summary["kept_none_of"]:
     progress.say(f"filter: kept none of {', '.join(none)}")
 
@@ -115,6 +121,7 @@ class _Judged:
   # Why a judge that was asked has no verdict; None where none was asked.
   unscored: str | None
   unrewarded: str | None
+  unread: tuple[int, int]  # votes without a verdict, with the thought and without
 
   @classmethod
   def of(cls, row: dict, threshold: float) -> "_Judged":
@@ -129,6 +136,7 @@ class _Judged:
       lost=sys.intern(_why(row, threshold)),
       unscored=why("score", "reason"),
       unrewarded=why("reward", "reward_reason"),
+      unread=(row["unread_votes"], row["reward_unread_votes"]),
     )
 
 
@@ -171,6 +179,8 @@ def _row(
     "scores": parts,
     "reward": reward.score,
     "reward_reason": reward.reason,
+    "unread_votes": verdict.unread,
+    "reward_unread_votes": reward.unread,
   }
 
 
@@ -232,6 +242,7 @@ def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
       cell["prompts"] = len(cell["prompts"])
   ids = {row.id for row in kept}
   reasons = collections.Counter(row.lost for row in judged if row.id not in ids)
+  unread = (sum(row.unread[i] for row in judged) for i in range(2))
   return {
     "samples": len(judged),
     "kept": len(kept),
@@ -243,6 +254,7 @@ def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
       if not cell["kept"]
     ],
     "reasons": dict(reasons.most_common()),
+    "unread_votes": dict(zip(("samples", "answers"), unread, strict=True)),
   }
 
 

@@ -604,6 +604,32 @@ def test_min_of_k_takes_the_lowest_and_passes_on_unscored_votes():
   assert low[2].reason == "no reply"
 
 
+@pytest.mark.parametrize(
+  ("votes", "readable", "score", "unread"),
+  [
+    ([0.4, None, 0.8, 0.6], 0.5, 0.4, 1),
+    ([None, None, 0.8, 0.6], 0.5, 0.6, 2),
+    ([None, None, 0.8, None], 0.5, None, 3),
+    ([0.4, None, 0.8, 0.6], 0.8, None, 1),
+    ([0.4, None, 0.8, 0.6], 0.75, 0.4, 1),
+    ([None] * 4, 0.01, None, 4),
+    ([0.4, 0.5, 0.8, 0.6], 1.0, 0.4, 0),
+  ],
+)
+def test_the_least_of_the_votes_that_were_read(votes, readable, score, unread):
+  given = iter(votes)
+
+  def ask(questions):
+    vote = next(given)
+    return [Verdict(score=vote, reason="" if vote is not None else "cut")]
+
+  question = judge.RewardQuestion(WEEDS, HELP)
+  several = judge.Judge(ask, deterministic=False)
+  [found] = judge.min_of_k(several, [question], 4, readable=readable)
+  assert (found.score, found.unread) == (score, unread)
+  assert found.reason == ("" if score is not None else "cut")
+
+
 def test_min_of_k_asks_a_deterministic_judge_once():
   calls = []
 

@@ -1534,7 +1534,7 @@ def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
   monkeypatch.setattr(store.Store, "append_rows", killed)
   changes = {"filter.judge": "sampled", "filter.votes": 2, "filter.max_new": 400}
   changes |= {"filter.threshold": 0.0, "filter.unscored": 1.0, "filter.at_once": 3}
-  changes |= {"filter.temperature": 9.0}  # some are cut
+  changes |= {"filter.readable": 0.5, "filter.temperature": 9.0}  # some are cut
 
   def filtered(workdir, *torn):
     own = opened(tiny(**changes), workdir, "filter")
@@ -1552,8 +1552,13 @@ def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
   whole = filtered(tmp_path / "whole")
   lines = whole[0].splitlines(keepends=True)
   assert len(lines) == 11 and whole[1]
-  scores = [row["reward"] for row in map(json.loads, lines)]
-  assert len({*scores}) > 3
+  found = [json.loads(line) for line in lines]
+  assert len({row["reward"] for row in found}) > 3
+  manifest = json.loads((tmp_path / "whole" / "filter" / "manifest.json").read_text())
+  unread = manifest["summary"]["unread_votes"]
+  assert unread["samples"] == sum(row["unread_votes"] for row in found)
+  assert unread["answers"] == sum(row["reward_unread_votes"] for row in found)
+  assert sum(unread.values()) > 0
   every = len(judged)
   kills += [False, True, True]
   with pytest.raises(KeyboardInterrupt):
