@@ -293,6 +293,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     unscored=0.2,
     # Greedy, models of this size fall into loops; the same for every arm.
     temperature=0.5,
+    top_p=1.0,
     max_think=0,  # thought and answer share max_new, as in stages 1 and 3
     max_new=320,  # of the base's replies 160 cut half
     trials=1000,

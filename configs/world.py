@@ -334,6 +334,7 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     least=0,
     unscored=0.2,
     temperature=0.5,
+    top_p=1.0,
     max_think=0,
     max_new=40,
     trials=1000,

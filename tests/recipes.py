@@ -23,6 +23,7 @@ BESIDES = ("seed", "stages", "ablation")  # which no manifest has in its config
 # Keys that came after hashes were noted, with the value at which they change nothing.
 LATER = {
   "eval.max_think": 0,
+  "eval.top_p": 1.0,
   "eval.grader": ["rules"],
   "eval.grader_model": "",
   "eval.grader_endpoint.url": "",

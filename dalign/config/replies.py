@@ -251,6 +251,8 @@ class EvalConfig(Checked):
     it; with fewer, eval does as config.thin says, and before anything is trained.
   unscored: the share of answers that may go without a score before eval fails.
   temperature: temperature of sampling; 0 takes the likeliest token.
+  top_p: each token is drawn from the fewest likeliest ones that have this share of the
+    probability; 1 draws from all.
   max_think: tokens of a thought at the most, and then max_new are those of the answer;
     with 0 both share max_new.
   max_new: tokens of a completion, or of its answer, at the most.
@@ -278,6 +280,7 @@ class EvalConfig(Checked):
   least: Natural = limit()
   unscored: SomeShare = limit()
   temperature: NotNegative
+  top_p: SomeShare
   max_think: Natural
   max_new: Count
   trials: Count

@@ -103,6 +103,7 @@ class Replies:
   """Of EvalConfig, how a model replies where nobody says otherwise."""
 
   temperature: float
+  top_p: float
   max_think: int
   max_new: int
 

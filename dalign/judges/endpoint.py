@@ -40,6 +40,7 @@ class Request:
   temperature: float
   max_new: int
   draw: int = 0
+  top_p: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,10 @@ class Endpoint:
       self._opened.append(bool(reply.reasoning) or thinking.opened_for(reply.text))
 
   def _hash(self, request: Request) -> str:
-    asked = [self._cfg.url, self._cfg.model, dataclasses.asdict(request)]
+    said = dataclasses.asdict(request)
+    if request.top_p == 1:  # which is not sent either
+      del said["top_p"]
+    asked = [self._cfg.url, self._cfg.model, said]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
   def _ask(self, missing: dict[str, Request]) -> Iterator[tuple[str, Reply]]:
@@ -223,6 +227,7 @@ class Endpoint:
         messages=messages,
         temperature=request.temperature,
         max_tokens=request.max_new,
+        **({"top_p": request.top_p} if request.top_p < 1 else {}),
       )
     except (
       self._openai.BadRequestError,

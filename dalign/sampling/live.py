@@ -23,10 +23,11 @@ SHORTEST = 64  # tokens: rooms for prompts and for new tokens are twice, four ti
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Ask(sampling.Request):
-  """A request with a temperature of its own. `gone` says whether nobody waits for it
-  any more: then its row is given up."""
+  """A request with a temperature and a `top_p` of its own. `gone` says whether nobody
+  waits for it any more: then its row is given up."""
 
   temperature: float
+  top_p: float = 1.0
   gone: Callable[[], bool] = lambda: False
 
 
@@ -55,8 +56,8 @@ def run(
   is nothing else to do it may wait. At most `most` rows are decoded together, and on a
   mesh always so many; and, but for one that is alone, no more than caches of `tokens`
   tokens in all have room for. Others wait, in the order in which they came. What a row
-  draws depends on key, row id, tokens and temperature alone, as in `Sampler.run`.
-  `weights` is `sampler.prepare(params)`.
+  draws depends on key, row id, tokens, temperature and `top_p` alone, as in
+  `Sampler.run`. `weights` is `sampler.prepare(params)`.
   """
   rows = _Rows(sampler, weights, key, most, tokens)
   while (new := come(rows.idle())) is not None:
@@ -92,7 +93,9 @@ class _Rows:
     self._make_room()
     slots = self._lane.refill(self._slots, self._held)
     heat_B = np.array([a.temperature if a else 1.0 for a in self._held], np.float32)
-    slots = self._sampler.chunk(self._weights.decode, self._none, slots, heat_B)
+    top_p_B = np.array([a.top_p if a else 1.0 for a in self._held], np.float32)
+    cut = (top_p_B,) if (top_p_B < 1).any() else ()
+    slots = self._sampler.chunk(self._weights.decode, self._none, slots, heat_B, *cut)
     self._slots = slots
     out_BS, count_B, active_B = jax.device_get(
       (slots.out_BS, slots.count_B, slots.active_B)

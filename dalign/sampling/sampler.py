@@ -99,18 +99,36 @@ class Prefixes:
   length_A: Leaf
 
 
-def draw(logits_BV, key_B, temperature):
-  """A token a row from softmax(logits / temperature), with its log-probability.
+def nucleus(logits_BV, top_p):
+  """Logits, -inf for the tokens outside the nucleus (1904.09751): the fewest likeliest
+  ones that have `top_p` of the probability, one at least, and those that are as likely
+  as the last of them. `top_p` is one number, or one a row, [B]; 1 leaves all."""
+  top_p_B1 = jnp.broadcast_to(top_p, len(logits_BV))[:, None]
+  probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+  falling_BV = jnp.sort(probs_BV, axis=-1, descending=True)
+  upto_BV = jnp.cumsum(falling_BV, axis=-1)
+  before_BV = jnp.pad(upto_BV[:, :-1], ((0, 0), (1, 0)), constant_values=-1.0)
+  inside_BV = jnp.where(before_BV < top_p_B1, falling_BV, 1.0)
+  least_B1 = jnp.min(inside_BV, axis=-1, keepdims=True)
+  kept_BV = (probs_BV >= least_B1) | (top_p_B1 >= 1)
+  return jnp.where(kept_BV, logits_BV, -jnp.inf)
 
-  `temperature` is one number, or one a row, [B]. Temperature 0 is greedy, with the
-  log-probability at temperature 1. One uniform number a row is inverted through sums of
-  blocks of the vocabulary, which is cheaper and more exact than one long cumulative sum
-  or a Gumbel number a token.
+
+def draw(logits_BV, key_B, temperature, top_p=None):
+  """A token a row from softmax(logits / temperature), of which `top_p` is left
+  (`nucleus`), with its log-probability under what is left.
+
+  Both are one number, or one a row, [B]; a `top_p` of None leaves all, and is cheaper
+  than 1. Temperature 0 is greedy, with the log-probability at temperature 1. One
+  uniform number a row is inverted through sums of blocks of the vocabulary, which is
+  cheaper and more exact than one long cumulative sum or a Gumbel number a token.
   """
   B, V = logits_BV.shape
   temperature_B = jnp.broadcast_to(temperature, B)
   greedy_B = temperature_B <= 0
   scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+  if top_p is not None:
+    scaled_BV = nucleus(scaled_BV, jnp.where(greedy_B, 1.0, top_p))
   logz_B = jax.nn.logsumexp(scaled_BV, axis=-1)
   probs_BV = jnp.exp(scaled_BV - logz_B[:, None])
   probs_BNC = jnp.pad(probs_BV, ((0, 0), (0, -V % VOCAB_BLOCK)))
@@ -137,7 +155,7 @@ def draw(logits_BV, key_B, temperature):
   return token_B.astype(jnp.int32), picked_B - logz_B
 
 
-def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
+def _advance(weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop_ids):
   """One token for every active slot."""
   S = slots.live_BS.shape[1]
   column = slots.column % S
@@ -176,7 +194,7 @@ def _advance(weights, prefixes, slots, temperature, *, cfg, compute, stop_ids):
   logits_BV = ops.matmul_turned(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
   logits_BV = ops.masked(ops.capped(logits_BV, cfg.logit_cap), cfg.absent)
   key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
-  token_B, logp_B = draw(logits_BV, key_B, temperature)
+  token_B, logp_B = draw(logits_BV, key_B, temperature, top_p)
 
   active_B = slots.active_B
   stop_B = jnp.isin(token_B, jnp.asarray(stop_ids)) & active_B
@@ -451,7 +469,7 @@ class Sampler:
     )
     return jax.tree.map(lambda x: x.astype(self.compute.kv_dtype), kv)
 
-  def _chunk_fn(self, weights, prefixes, slots, temperature):
+  def _chunk_fn(self, weights, prefixes, slots, temperature, top_p=None):
     def more(carry):
       step, slots = carry
       return (step < self.sampler.chunk) & jnp.any(slots.active_B)
@@ -463,6 +481,7 @@ class Sampler:
         prefixes,
         slots,
         temperature,
+        top_p,
         cfg=self.cfg,
         compute=self.compute,
         stop_ids=self.stop_ids,
@@ -507,6 +526,7 @@ class Sampler:
     *,
     key: Key,
     temperature: float,
+    top_p: float = 1.0,
     prefix_room: int,
     prompt_room: int,
     max_new: int,
@@ -534,7 +554,7 @@ class Sampler:
     slots = self.empty(s.slots, bucket(prompt_room, s.prompt_step), max_new)
     held: list[Request | None] = [None] * s.slots
     lanes: list[Lane | None] = [None] * A
-    temperature = jnp.float32(temperature)
+    heat = jnp.float32(temperature), None if top_p >= 1 else jnp.float32(top_p)
 
     def next_lane(own: range) -> Lane | None:
       """A lane for the next group; when there is none, with half of another's queue."""
@@ -569,7 +589,7 @@ class Sampler:
           slots = lane.refill(slots, held)
       if not any(held):
         return
-      slots = self.chunk(weights.decode, prefixes, slots, temperature)
+      slots = self.chunk(weights.decode, prefixes, slots, *heat)
       for slot, done in collect(slots, held):
         lane = lanes[slot * A // s.slots]
         if lane is not None:  # as the row was one of its own
@@ -583,6 +603,7 @@ class Sampler:
     *,
     key: Key,
     temperature: float,
+    top_p: float = 1.0,
     max_new: int,
     prefix_room: int | None = None,
     grows: bool = False,
@@ -607,6 +628,7 @@ class Sampler:
       groups,
       key=key,
       temperature=temperature,
+      top_p=top_p,
       prefix_room=prefix_room,
       prompt_room=prompt_room,
       max_new=max_new,

@@ -130,6 +130,11 @@ class Model:
     return self._run.cfg.replies.temperature
 
   @property
+  def top_p(self) -> float:
+    """The share of the probability that is sampled from where nobody says."""
+    return self._run.cfg.replies.top_p
+
+  @property
   def slots(self) -> int:
     """Rows that are decoded together."""
     return self._run.cfg.sampler.slots
@@ -177,6 +182,7 @@ class Model:
     *,
     max_new: int,
     temperature: float,
+    top_p: float = 1.0,
     seed: int = 0,
   ) -> list[Sample]:
     """What the model says to each chat, which ends with a user turn.
@@ -186,7 +192,8 @@ class Model:
     """
     prompts = [prompt_of(turns) for turns in chats]
     rows = [self.read(prompt.turns) for prompt in prompts]
-    done = self._complete(rows, max_new=max_new, temperature=temperature, seed=seed)
+    how = dict(max_new=max_new, temperature=temperature, top_p=top_p)
+    done = self._complete(rows, seed, how)
     return [
       self._sample(prompt, completion)
       for prompt, completion in zip(prompts, done, strict=True)
@@ -222,26 +229,25 @@ class Model:
     seed: int = 0,
   ) -> list[str]:
     """The text that the model writes after rows of tokens, no thought opened."""
-    done = self._complete(rows, max_new=max_new, temperature=temperature, seed=seed)
+    done = self._complete(rows, seed, dict(max_new=max_new, temperature=temperature))
     return [self.tok.decode(completion.tokens) for completion in done]
 
-  def _complete(
-    self, rows, *, max_new: int, temperature: float, seed: int
-  ) -> list[sampling.Completion]:
+  def _complete(self, rows, seed: int, how: dict) -> list[sampling.Completion]:
     requests = []
     for row in map(tuple, rows):
       row_id = self._asked[row], *row
       self._asked[row] += 1
-      requests.append(sampling.Request(tokens=row, row_id=row_id, max_new=max_new))
+      requests.append(
+        sampling.Request(tokens=row, row_id=row_id, max_new=how["max_new"])
+      )
     key = self.key("harness", seed)
     with self.on_mesh():
       done = self._run.sampler.complete(
         self.weights,
         [requests],
         key=key,
-        temperature=temperature,
-        max_new=max_new,
         grows=True,
+        **how,
       )
       found = {completion.request.row_id: completion for completion in done}
     return [found[request.row_id] for request in requests]
@@ -384,6 +390,7 @@ class Engine:
     *,
     max_new: int,
     temperature: float,
+    top_p: float = 1.0,
     seed: int | None = None,
     draw: int = 0,
     stops: Sequence[str] = (),
@@ -409,6 +416,7 @@ class Engine:
       row_id=(*drawn, *row),
       max_new=max_new,
       temperature=temperature,
+      top_p=top_p,
       gone=waiting.gone.is_set,
     )
     self._come.put(waiting)

@@ -53,6 +53,7 @@ class Conversation:
       lambda heard: model.heard(read, heard, told=told),
       max_new=min(model.budget, engine.room(row)),
       temperature=model.temperature,
+      top_p=model.top_p,
     )
     for reply in replies:
       yield reply

@@ -4,9 +4,9 @@
 
 The thought is in a field of its own, `reasoning_content`, as in vLLM and SGLang. Plain
 text is continued by /v1/completions, which tells log-probabilities where it is asked
-to, those of the prompt among them (`echo`), at temperature 1. What a client asks for
-and cannot have is refused, not passed over. On loopback anybody on the machine may ask;
-on another address only who sends the key in $DALIGN_API_KEY.
+to, those of the prompt among them (`echo`), at temperature 1 and of all tokens. What a
+client asks for and cannot have is refused, not passed over. On loopback anybody on the
+machine may ask; on another address only who sends the key in $DALIGN_API_KEY.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ GRACE = 5  # seconds that replies under way have left when the server ends
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is said, as in the protocol
 
 READ = {
-  *("model", "stream", "stream_options", "max_tokens", "temperature", "seed", "n"),
-  "stop",
+  *("model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed"),
+  *("n", "stop"),
 }
 OF_CHATS = READ | {"messages", "max_completion_tokens"}
 OF_TEXTS = READ | {"prompt", "logprobs", "echo"}
@@ -52,7 +52,6 @@ OF_TEXTS = READ | {"prompt", "logprobs", "echo"}
 OF_MESSAGES = {"role", "content", "reasoning_content", "reasoning", "type"}
 # What asks for no more than is done anyway.
 NEUTRAL: Mapping[str, tuple] = {
-  "top_p": (1,),
   "frequency_penalty": (0,),
   "presence_penalty": (0,),
   "logit_bias": ({},),
@@ -146,7 +145,7 @@ class Service:
     wanted = _number(
       said, longest, int, 1, room, min(default or COMPLETION_TOKENS, room)
     )
-    heat, stream = model.temperature, _flag(said, "stream")
+    stream = _flag(said, "stream")
     if stream and (echo is not None or logprobs is not None):
       raise Refused("echo and logprobs come whole: leave stream out", param="stream")
     stops = _stops(said.get("stop", []))
@@ -166,7 +165,8 @@ class Service:
       logprobs=logprobs,
       how=dict(
         max_new=wanted,
-        temperature=_number(said, "temperature", float, 0, 2, heat),
+        temperature=_number(said, "temperature", float, 0, 2, model.temperature),
+        top_p=_number(said, "top_p", float, 0, 1, model.top_p),
         seed=_number(said, "seed", int, -(2**63), 2**63, None),
         stops=stops,
       ),

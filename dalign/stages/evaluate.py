@@ -402,7 +402,10 @@ def _replies(run: Run, wanted: Wanted, turns: dict) -> Replies:
   """What the model at `eval.endpoint` says to each prompt."""
   cfg = run.cfg.eval
   server = servers.Server(run.store, cfg.endpoint, "eval")
-  requests = [servers.request(turns[prompt.id], cfg, index) for prompt, index in wanted]
+  requests = [
+    dataclasses.replace(servers.request(turns[prompt.id], cfg, index), top_p=cfg.top_p)
+    for prompt, index in wanted
+  ]
   for at, reply in server.settled(requests):
     prompt, index = wanted[at]
     yield prompt, servers.sample(run.model, prompt, index, reply, None)
@@ -431,6 +434,7 @@ def _sampled(
     weights,
     key=ops.stream(run.key, "eval"),
     temperature=cfg.temperature,
+    top_p=cfg.top_p,
     max_new=max_new,
     prefix_room=None if own.spec else run.cfg.sampler.prefix_step,
     grows=True,

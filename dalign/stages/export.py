@@ -107,7 +107,7 @@ def _generation(run: Run) -> dict[str, Any]:
     "do_sample": cfg.temperature > 0,
     "temperature": cfg.temperature,
   }
-  return told | ({"top_k": 0, "top_p": 1.0} if cfg.temperature else {})
+  return told | ({"top_k": 0, "top_p": cfg.top_p} if cfg.temperature else {})
 
 
 def _adapter(run: Run, params: PyTree) -> None:

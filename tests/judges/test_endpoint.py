@@ -161,7 +161,9 @@ def test_what_was_asked_is_not_asked_again(serve, client):
   assert len(server.bodies) == 4
   for changes in ({"draw": 1}, {"temperature": 0.6}, {"max_new": 8}):
     again.chat(requests(1, **changes))
-  assert len(server.bodies) == 7
+  assert len(server.bodies) == 7 and all("top_p" not in body for body in server.bodies)
+  again.chat(requests(1, top_p=0.9))
+  assert server.bodies.pop()["top_p"] == 0.9
   client(server.port, model="another").chat(requests(1))
   assert len(server.bodies) == 8
 

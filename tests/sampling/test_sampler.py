@@ -60,13 +60,22 @@ def prepared(made, params):
 def sample(made, prepared):
   """`sample(*groups, ...)` -> {row id: Completion}, each checked to be there once."""
 
-  def run(*groups, seed=0, temperature=1.0, more=lambda _: (), room=ROOM, **changed):
+  def run(
+    *groups,
+    seed=0,
+    temperature=1.0,
+    top_p=1.0,
+    more=lambda _: (),
+    room=ROOM,
+    **changed,
+  ):
     done = list(
       made(**changed).run(
         prepared,
         groups,
         key=jax.random.key(seed),
         temperature=temperature,
+        top_p=top_p,
         more=more,
         **room,
       )
@@ -127,6 +136,47 @@ def test_draws_follow_the_softmax(vocab, temperature):
   np.testing.assert_allclose(logp_B, np.log(want_V[np.asarray(token_B)]), atol=2e-6)
 
 
+def plain_nucleus(logits_V, temperature: float, top_p: float) -> np.ndarray:
+  """The probabilities of the tokens that stay, by a loop over the likeliest first."""
+  probs_V = np.exp(logits_V.astype(float) / temperature)
+  probs_V /= probs_V.sum()
+  kept_V, mass = np.zeros(len(probs_V)), 0.0
+  for i in np.argsort(-probs_V):
+    if kept_V.any() and mass >= top_p:
+      break
+    kept_V[i] = probs_V[i]
+    mass += probs_V[i]
+  return kept_V / kept_V.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+def test_draws_stay_in_the_nucleus(temperature):
+  """Each row in its own; log-probabilities are those under what is left."""
+  n, vocab = 400, 700
+  top_p_B = np.repeat([1e-9, 0.3, 0.9, 0.99], n).astype(np.float32)
+  logits_V = np.random.default_rng(2).normal(size=vocab).astype(np.float32) * 2
+  keys = jax.random.split(jax.random.key(4), len(top_p_B))
+  logits_BV = jnp.broadcast_to(logits_V, (len(top_p_B), vocab))
+  token_B, logp_B = map(np.asarray, draw(logits_BV, keys, temperature, top_p_B))
+  for top_p in np.unique(top_p_B):
+    want_V, some = plain_nucleus(logits_V, temperature, top_p), top_p_B == top_p
+    np.testing.assert_allclose(np.exp(logp_B[some]), want_V[token_B[some]], rtol=1e-4)
+    cut = sampler.nucleus(logits_V[None] / temperature, top_p)
+    np.testing.assert_array_equal(np.isfinite(cut[0]), want_V > 0)
+    assert len({*token_B[some]}) > min(3, (want_V > 0).sum() - 1)
+  whole = draw(logits_BV, keys, temperature)
+  for got, want in zip(draw(logits_BV, keys, temperature, 1.0), whole, strict=True):
+    np.testing.assert_array_equal(got, want)
+  cold = draw(logits_BV, keys, 0.0, 0.5)
+  for got, want in zip(cold, draw(logits_BV, keys, 0.0), strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+def test_equally_likely_tokens_stay_together():
+  cut = sampler.nucleus(jnp.log(jnp.array([[0.3, 0.1, 0.3, 0.3]])), 0.5)
+  np.testing.assert_array_equal(np.isfinite(cut), [[True, False, True, True]])
+
+
 def test_buckets_are_multiples_and_few():
   assert [sampler.bucket(n, 64) for n in (0, 1, 64, 65, 512, 513, 1025)] == [
     *(64, 64, 64, 128, 512, 640, 1280)
@@ -181,6 +231,12 @@ def test_greedy_tokens_are_those_of_the_full_forward(sample, params, cfg, comput
     want = plain_decode(params, done.request.tokens, 64, cfg=cfg, compute=compute)
     assert done.tokens == want, i
     assert done.finish == ("length" if len(want) == 64 else "stop")
+
+
+def test_the_smallest_nucleus_is_the_likeliest_token(sample):
+  got, want = sample(requests(), top_p=1e-9), sample(requests(), temperature=0.0)
+  assert {i: c.tokens for i, c in got.items()} == {i: c.tokens for i, c in want.items()}
+  assert all(abs(x) < 1e-6 for done in got.values() for x in done.logp)
 
 
 def test_greedy_tokens_are_those_of_transformers(sample, params, cfg, tmp_path):

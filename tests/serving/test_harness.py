@@ -287,8 +287,8 @@ def test_epochs_of_inspect_are_drawn_anew(workdir, tmp_path):
 
 
 def test_what_inspect_cannot_have_is_said(workdir, tmp_path):
-  log = evaluated(sky(), workdir, tmp_path, top_p=0.5, max_tokens=8)
-  assert log.status == "error" and "top_p cannot be set" in log.error.message
+  log = evaluated(sky(), workdir, tmp_path, top_k=5, max_tokens=8)
+  assert log.status == "error" and "top_k cannot be set" in log.error.message
   log = evaluated(sky(), workdir, tmp_path, reasoning_tokens=64, max_tokens=8)
   assert "reasoning_tokens cannot be set" in log.error.message
   with pytest.raises(ValueError, match="reads text alone"):

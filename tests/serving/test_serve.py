@@ -96,6 +96,11 @@ def test_the_reply_is_the_models_own_thought_and_answer(ask, model):
   assert reply.usage.total_tokens == read + reply.usage.completion_tokens
 
 
+def test_a_client_may_cut_what_is_sampled_from(ask):
+  assert words(ask(temperature=1.0, top_p=0.0)) == words(ask(temperature=0.0))
+  assert words(ask(temperature=1.0, top_p=1)) == words(ask(temperature=1.0))
+
+
 def test_a_stream_adds_up_to_the_whole(ask):
   whole = ask(temperature=1.0)
   chunks = [*ask(temperature=1.0, stream=True, stream_options={"include_usage": True})]
@@ -233,7 +238,7 @@ BAD = [
   ({"n": 1000}, 400, "a whole number in 1 to 16"),
   ({"stop": [""]}, 400, "stop: wanted"),
   ({"stream": "yes"}, 400, "true or false"),
-  ({"top_p": 0.5}, 400, "top_p cannot be set"),
+  ({"top_p": 1.5}, 400, "top_p: wanted a number in 0 to 1"),
   ({"tools": [{"type": "function"}]}, 400, "tools cannot be set"),
   ({"logprobs": True}, 400, "logprobs cannot be set"),
   ({"max_token": 5}, 400, "did you mean max_tokens"),

@@ -21,7 +21,7 @@ STOPS = {"stop": "stop", "length": "max_tokens"}
 # Settings that are read, here or by inspect_ai, or change nothing of what is sampled;
 # any other that is set is refused.
 KNOWN = {
-  *("max_tokens", "temperature", "seed", "stop_seqs", "system_message"),
+  *("max_tokens", "temperature", "top_p", "seed", "stop_seqs", "system_message"),
   *("max_retries", "timeout", "attempt_timeout", "stream_idle_timeout"),
   *("max_connections", "adaptive_connections", "max_tool_output", "batch", "cache"),
   *("cache_prompt", "fallback_models", "fail_on_refusal", "parallel_tool_calls"),
@@ -70,12 +70,13 @@ class DalignAPI(inspect_model.ModelAPI):
     for name, value in config.model_dump(exclude_none=True).items():
       if name not in KNOWN and (name, value) != ("num_choices", 1):
         raise ValueError(f"dalign: {name} cannot be set; leave it out")
-    temperature = config.temperature
+    temperature, top_p = config.temperature, config.top_p
     asked = _Asked(
       turns=tuple(_turn(message) for message in input),
       settings=(
         config.max_tokens or self.max_tokens(),
         self.model.temperature if temperature is None else temperature,
+        self.model.top_p if top_p is None else top_p,
         config.seed or 0,
       ),
     )
@@ -96,12 +97,13 @@ class DalignAPI(inspect_model.ModelAPI):
     batch = [asked for asked in self._waiting if asked.settings == settings]
     for asked in batch:
       self._waiting.remove(asked)
-    max_new, temperature, seed = settings
+    max_new, temperature, top_p, seed = settings
     try:
       samples = self.model.replies(
         [asked.turns for asked in batch],
         max_new=max_new,
         temperature=temperature,
+        top_p=top_p,
         seed=seed,
       )
       for asked, sample in zip(batch, samples, strict=True):
