@@ -287,9 +287,12 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     # One judge for the filter and for RL (2412.16339).
     reward="judge",
     metadata="none",
+    helpful="none",
+    combine="product",
     steps=60,
     prompts=38,
     expected=("refuse", "safe_complete", "comply"),
+    mixture={},
     capability=6,
     samples=8,
     temperature=1.0,

@@ -36,6 +36,10 @@ LATER = {
   "sft.spec_in_prompt": False,
   "reward.answer_weight": 0.0,
   "rl.skip_kl": 0.0,
+  "rl.helpful": "none",
+  "rl.combine": "product",
+  "rl.mixture": {},
+  "distill.mixture": {},
   **{f"{x}.optimizer.skip_norm": 0.0 for x in ("world", "sft", "reward", "rl")},
 }
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Mapping
 
 from dalign.config.fields import FUNCTION
 from dalign.config.fields import Bounds
@@ -37,6 +37,9 @@ class DistillConfig(Checked):
   steps: updates that the stage makes.
   prompts: prompts a step, those of `capability` among them.
   expected: the ideal response types of the prompts that are not of capability.
+  mixture: how much more often than the others prompts of a category or of an ideal
+    response type are drawn, as {"refuse": 2.0, "privacy": 0.5}: a prompt of both has
+    both; {} draws each category and type as often.
   capability: how many prompts of a step have a known answer; of them the teacher reads
     no specification.
   samples: rollouts a prompt.
@@ -59,6 +62,7 @@ class DistillConfig(Checked):
   steps: Count
   prompts: Count
   expected: tuple[Response, ...]
+  mixture: Mapping[str, Any]
   capability: Natural
   samples: Count
   temperature: Positive
@@ -167,9 +171,15 @@ class RLConfig(Checked):
     "python:FILE:FUNCTION".
   metadata: what the rubric, the filter's judge or the function is told, as
     `filter.metadata`.
+  helpful: a second judge, another of these, whose scores are joined to those of
+    `reward`; or "none".
+  combine: how they are joined (rollout.combined): their "product", their "mean", or
+    "split": the second's of prompts to be complied with, the first's of all others.
   steps: updates that the stage makes.
   prompts: prompts a step, those of `capability` among them.
   expected: the ideal response types of the prompts that are not of capability.
+  mixture: how often prompts of a category or an ideal response type are drawn, as in
+    `distill.mixture`.
   capability: how many prompts of a step have a known answer.
   samples: rollouts a prompt.
   temperature: temperature of sampling, and of the policy's log-probabilities.
@@ -177,8 +187,8 @@ class RLConfig(Checked):
   resample: how often groups without a difference are replaced by those of new prompts.
   unscored: the share of a step's answers on which the judge may have no verdict before
     RL stops.
-  judge_errors: the share of a probe's answers (probing.probes) that the judge may get
-    wrong before RL refuses it; 1 asks nothing.
+  judge_errors: the share of a probe's answers (probing.probes) that the judge of
+    `reward` may get wrong before RL refuses it; 1 asks nothing.
   scan_words: RL stops where its judge was shown this many words in a row of a thought
     that neither answer, prompt nor specification has; 0 looks for none.
   skip_kl, stop_kl: nats of log pi - log pi_start that the rollouts of a step have in
@@ -194,9 +204,12 @@ class RLConfig(Checked):
   start: Literal["base", "sft"]
   reward: Annotated[str, Form(f"model|rubric|judge|{FUNCTION}")]
   metadata: Metadata
+  helpful: Annotated[str, Form(f"none|model|rubric|judge|{FUNCTION}")]
+  combine: Literal["product", "mean", "split"]
   steps: Count
   prompts: Count
   expected: tuple[Response, ...]
+  mixture: Mapping[str, Any]
   capability: Natural
   samples: Count
   temperature: Positive
@@ -221,6 +234,8 @@ class RLConfig(Checked):
       refuse(self, "samples", "at least 2, for the baseline of a group")
     if self.resample and not self.objective.grouped:
       refuse(self, "resample", "0 where groups are not compared")
-    if self.reward == "rubric" and self.metadata == "none":
+    if "rubric" in (self.reward, self.helpful) and self.metadata == "none":
       refuse(self, "metadata", "told, or noisy:SHARE, without which the rubric is mute")
+    if self.helpful == self.reward:
+      refuse(self, "helpful", "another judge than rl.reward, or none")
     _check_prompts(self)

@@ -179,10 +179,12 @@ class Config(Checked):
         "config.distill: wanted its settings where config.stages has distill, as "
         "configs/world.py:distill; got None"
       )
-    if self.filter.judge == "recorded" and self.rl.reward == "judge":
+    judges = {self.rl.reward: "reward", self.rl.helpful: "helpful"}
+    if self.filter.judge == "recorded" and "judge" in judges:
       raise ValueError(
-        "config.rl.reward: wanted model, or rubric with metadata, as nobody has "
-        "recorded votes on what RL samples (filter.judge=recorded); got judge"
+        f"config.rl.{judges['judge']}: wanted model, or rubric with metadata, as "
+        "nobody has recorded votes on what RL samples (filter.judge=recorded); got "
+        "judge"
       )
     if self.reward.labels == "rubric" and self.reward.metadata == "none":
       raise ValueError(

@@ -168,16 +168,26 @@ def function_files(kind: str) -> list[pathlib.Path]:
   return [functions.place(kind)[0]] if kind.startswith(functions.MARK) else []
 
 
-def reward_of(run: services.Services[stages.RLStage]) -> str:
-  """What RL is rewarded by: `rl.reward`, or the filter's judge where that says so."""
-  kind = run.cfg.rl.reward
-  return run.cfg.judge.judge if kind == "judge" else kind
+def rewarding(run: services.Services[stages.RLStage]) -> list[str]:
+  """What RL is rewarded by: `rl.reward`, `rl.helpful`, or the filter's judge where they
+  say so."""
+  kinds = run.cfg.rl.reward, run.cfg.rl.helpful
+  return [run.cfg.judge.judge if kind == "judge" else kind for kind in kinds]
 
 
 def rl_judge(run: services.Services[stages.RLStage]) -> judge.Judge:
   """What RL is rewarded by: the reward model, the filter's judge, the rubric, or a
   function."""
-  kind = run.cfg.rl.reward
+  return _rewards(run, run.cfg.rl.reward)
+
+
+def second_judge(run: services.Services[stages.RLStage]) -> judge.Judge | None:
+  """The judge whose scores are joined to those of `rl_judge`, if there is one."""
+  kind = run.cfg.rl.helpful
+  return None if kind == "none" else _rewards(run, kind)
+
+
+def _rewards(run: services.Services[stages.RLStage], kind: str) -> judge.Judge:
   if kind == "model":
     params = scoring.load_reward_model(run)
     return scoring.reward_model(run, params, scoring.Renderer(run))
@@ -186,10 +196,11 @@ def rl_judge(run: services.Services[stages.RLStage]) -> judge.Judge:
   return (kind == "judge" and _model(run, "rl")) or answer_rubric(run)
 
 
-def metadata(run: services.Services[stages.RLStage]) -> str:
-  """What the judge of RL is told of the ideal response type."""
-  cfg = run.cfg
-  return (cfg.reward_model if cfg.rl.reward == "model" else cfg.rl).metadata
+def metadata(run: services.Services[stages.RLStage], kind: str = "") -> str:
+  """What a judge of RL, by default that of `rl.reward`, is told of the ideal response
+  type."""
+  kind = kind or run.cfg.rl.reward
+  return (run.cfg.reward_model if kind == "model" else run.cfg.rl).metadata
 
 
 def probe(

@@ -6,6 +6,8 @@ import contextlib
 from typing import Any, Sequence
 
 from dalign.config import stages as declared
+from dalign.config.on_policy import DistillConfig
+from dalign.config.on_policy import RLConfig
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.judges import functions
@@ -16,6 +18,7 @@ from dalign.stages import judging
 from dalign.stages import scoring
 from dalign.stages import services
 from dalign.text import chat_template
+from dalign.training import rollout
 from dalign.types import Prompt
 from dalign.types import Turn
 
@@ -28,8 +31,8 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
   prompt of each category, and has judges that are code judge an answer to each.
   ValueError where the chat template leaves some of it out, where the judge's context
   has no room for a question, for a rubric that was made for another policy, for a
-  function that cannot be called or gives no verdicts, and where eval will not have
-  enough to measure by."""
+  function that cannot be called or gives no verdicts, where a mixture names no prompts,
+  and where eval will not have enough to measure by."""
   if "eval" in stages and config.thin == "stop":
     evidence.require_held_out(services.of(declared.EvalStage, config, work))
   for stage, chats in READERS.items():
@@ -42,7 +45,11 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
           chat_template.render_chat(run.model.tok, turns, whole=run.model.think.tags)
   if "filter" in stages:
     _judge_has_room(config, services.of(declared.FilterStage, config, work))
-  if "reward" in stages or ("rl" in stages and config.rl.reward == "model"):
+  for stage, own in (("distill", config.distill), ("rl", config.rl)):
+    if stage in stages and own is not None:
+      _mixture(services.of(declared.STAGES[stage], config, work), own)
+  rewarded = "rl" in stages and "model" in (config.rl.reward, config.rl.helpful)
+  if "reward" in stages or rewarded:
     reward = services.of(declared.RewardStage, config, work)
     with _read_by("the reward model"):
       renderer = scoring.Renderer(reward)
@@ -50,23 +57,23 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
         told = prompt_sets.with_metadata(prompt, reward.cfg.reward.metadata)
         question = scoring.reward_question(reward, told, THOUGHT, SAID)
         renderer.own(question)
-  judges = {stage: who for stage, who in _judges(config).items() if stage in stages}
-  if "rubric" in {kind for kind, _ in judges.values()}:
+  judges = [who for who in _judges(config) if who[0] in stages]
+  if "rubric" in {kind for _, kind, _ in judges}:
     _try_rubric(services.of(declared.FilterStage, config, work))
-  for stage, (kind, metadata) in judges.items():
+  for stage, kind, metadata in judges:
     if kind.startswith(functions.MARK):
       run = services.of(declared.STAGES[stage], config, work)
       _try_function(run, kind, metadata, thinks=stage == "filter")
 
 
-def _judges(config: Config) -> dict[str, tuple[str, str]]:
-  """Stage -> who judges in it, and what that is told of the ideal response type."""
+def _judges(config: Config) -> Iterator[tuple[str, str, str]]:
+  """Stages, who judges in them, and what that is told of the ideal response type."""
   own, rl, reward = config.filter, config.rl, config.reward
-  return {
-    "filter": (own.judge, own.metadata),
-    "reward": (own.judge if reward.labels == "judge" else "rubric", reward.metadata),
-    "rl": (own.judge if rl.reward == "judge" else rl.reward, rl.metadata),
-  }
+  yield "filter", own.judge, own.metadata
+  labels = own.judge if reward.labels == "judge" else "rubric"
+  yield "reward", labels, reward.metadata
+  for kind in (rl.reward, rl.helpful):
+    yield "rl", own.judge if kind == "judge" else kind, rl.metadata
 
 
 def _try_rubric(run: judging.Run) -> None:
@@ -86,6 +93,19 @@ def _try_function(run: judging.Run, kind: str, metadata: str, *, thinks: bool) -
   ask([judge.RewardQuestion(prompt, SAID) for prompt in told])
   if thinks:
     ask([judge.FilterQuestion(prompt, THOUGHT, SAID) for prompt in told])
+
+
+def _mixture(run: Any, own: DistillConfig | RLConfig) -> None:
+  """ValueError where a mixture names no category or type of the prompts it is of."""
+  some = [
+    prompt
+    for prompt in run.prompts.raw
+    if (prompt.split, prompt.kind) == ("train", "safety")
+    and prompt.expected in own.expected
+  ]
+  if some and own.mixture:
+    key = f"config.{run.cfg.stage}.mixture"
+    rollout.cell_shares(rollout.prompt_cells(some), own.mixture, key=key)
 
 
 def _judge_has_room(

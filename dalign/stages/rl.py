@@ -30,8 +30,10 @@ from dalign.training.rollout import Rollout
 from dalign.types import Prompt
 from dalign.types import PyTree
 from dalign.types import Turn
+from dalign.types import Verdict
 
 Run = services.Services[stages.RLStage]  # what this stage sees of a run
+Asks = tuple[judge.Judge, judge.Judge | None]  # who rewards, and perhaps a second
 
 
 def reinforce(run: Run) -> None:
@@ -45,9 +47,9 @@ def reinforce(run: Run) -> None:
   trainer = make_trainer(run, start)
   reference = run.scorer(cfg.batch, temperature=cfg.temperature)
   value_head = run.scorer(cfg.batch, make=policy_gradient.make_values)
-  ask = judging.rl_judge(run)
+  asks = judging.rl_judge(run), judging.second_judge(run)
   if trainer.step == 0:
-    admit(run, ask)
+    admit(run, asks[0])
   shown = rollouts_of.rewound(run, trainer.step)
   skipped = trainer.meta.get("skipped", 0)
   with trainer, progress.bar(cfg.steps, "rl", "step", trainer.step) as bar:
@@ -57,7 +59,7 @@ def reinforce(run: Run) -> None:
 
       # Sample and judge; again where all rewards of a group are equal.
       groups = rollout.resample_zero_variance(
-        functools.partial(sample_and_judge, run, policy, ask, choose),
+        functools.partial(sample_and_judge, run, policy, asks, choose),
         first=trainer.step * (1 + cfg.resample),
         rounds=1 + cfg.resample,
       )
@@ -76,7 +78,7 @@ def reinforce(run: Run) -> None:
       check_limits(rollouts, cfg, rollouts_of.halter(run, trainer.step + 1, rollouts))
       metrics = step_metrics(run, rollouts)
       if cfg.audit and trainer.step % cfg.show_every == 0:
-        metrics |= audit(run, policy, ask, held_out)
+        metrics |= audit(run, policy, asks, held_out)
 
       # Loss and update.
       lines = rollout.build_batch(rollouts, length=cfg.batch.length)
@@ -108,9 +110,10 @@ def input_files(run: Run) -> list[pathlib.Path]:
   cfg, files = run.cfg.rl, [*run.sources]
   if cfg.start == "sft":
     files.append(run.store.path("sft", "manifest.json"))
-  if cfg.reward == "model":
+  if "model" in (cfg.reward, cfg.helpful):
     files.append(run.store.path("reward", "manifest.json"))
-  functions = judging.function_files(judging.reward_of(run))
+  kinds = judging.rewarding(run)
+  functions = [path for kind in kinds for path in judging.function_files(kind)]
   return [*(path for path in files if path.exists()), *functions]
 
 
@@ -149,7 +152,7 @@ def admit(run: Run, ask: judge.Judge) -> None:
 def sample_and_judge(
   run: Run,
   policy: PyTree,
-  ask: judge.Judge,
+  asks: Asks,
   choose: Callable[[int], list[Prompt]],
   index: int,
 ) -> list[rollout.Group]:
@@ -159,7 +162,7 @@ def sample_and_judge(
   rollouts = rollouts_of.collect_rollouts(
     run, run.cfg.rl, policy, choose(index), samples, key
   )
-  rollouts = judge_rollouts(run, ask, rollouts)
+  rollouts = judge_rollouts(run, *asks, rollouts=rollouts)
   return [rollouts[at] for at in packing.batches(len(rollouts), samples)]
 
 
@@ -167,12 +170,31 @@ def sample_and_judge(
 
 
 def judge_rollouts(
-  run: Run, ask: judge.Judge, rollouts: Sequence[Rollout]
+  run: Run,
+  ask: judge.Judge,
+  second: judge.Judge | None = None,
+  *,
+  rollouts: Sequence[Rollout],
 ) -> list[Rollout]:
   """Rollouts with rewards: known answers are compared, the rest is judged by the answer
-  alone. A malformed completion gets 0 and no judge call (METHOD 3.3)."""
-  metadata = judging.metadata(run)
+  alone, by one judge or two. A malformed completion gets 0 and no judge call (METHOD
+  3.3)."""
   judged = [r for r in rollouts if r.needs_judge]
+  verdicts = put(run, ask, judged, run.cfg.rl.reward)
+  if second is not None:
+    helpful = put(run, second, judged, run.cfg.rl.helpful)
+    verdicts = [
+      rollout.combined(run.cfg.rl.combine, r.prompt, *both)
+      for r, *both in zip(judged, verdicts, helpful, strict=True)
+    ]
+  return rollout.assign_rewards(rollouts, verdicts)
+
+
+def put(
+  run: Run, ask: judge.Judge, judged: Sequence[Rollout], kind: str
+) -> list[Verdict]:
+  """What a judge of a kind says of answers, told what it may be told."""
+  metadata = judging.metadata(run, kind)
   questions = [
     scoring.reward_question(
       run,
@@ -185,7 +207,7 @@ def judge_rollouts(
   verdicts = ask(questions)
   for r, question, verdict in zip(judged, questions, verdicts, strict=True):
     scan_for_leaks(run, r, f"{question.answer}\n{verdict.shown}")
-  return rollout.assign_rewards(rollouts, verdicts)
+  return verdicts
 
 
 def scan_for_leaks(run: Run, r: Rollout, shown: str) -> None:
@@ -256,15 +278,15 @@ def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def audit(
-  run: Run, policy: PyTree, ask: judge.Judge, prompts: list[Prompt]
+  run: Run, policy: PyTree, asks: Asks, prompts: list[Prompt]
 ) -> dict[str, float]:
   """What evaluation's grader and the judge of RL say of replies to a handful of
   held-out prompts: where they part, the judge is being fooled."""
   key = ops.stream(run.key, "audit")
   rollouts = judge_rollouts(
     run,
-    ask,
-    rollouts_of.collect_rollouts(run, run.cfg.rl, policy, prompts, 1, key),
+    *asks,
+    rollouts=rollouts_of.collect_rollouts(run, run.cfg.rl, policy, prompts, 1, key),
   )
   values = rollouts_of.grades([run.task.outcome(r.prompt, r.sample) for r in rollouts])
   values["reward"] = rollout.mean(r.reward for r in rollouts if r.scored)

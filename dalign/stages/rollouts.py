@@ -39,6 +39,11 @@ def prompt_schedule(run: Run, cfg: Settings) -> Callable[[int], list[Prompt]]:
   safety = fitting(run, run.prompts.choose("train", "safety", None, cfg.expected))
   capability = fitting(run, run.prompts.choose("train", "capability", None))
   safety_count = cfg.prompts - cfg.capability
+  cells, shares = rollout.prompt_cells(safety), None
+  if cfg.mixture and cells:
+    shares = rollout.cell_shares(cells, cfg.mixture, key=f"config.{stage}.mixture")
+    drawn = zip(cells, shares, strict=True)
+    safety = [prompt for cell, share in drawn if share for prompt in cell]
   if len(safety) < safety_count:
     raise ValueError(
       f"{stage}: wanted {safety_count} or more training prompts of kind safety and of "
@@ -51,11 +56,12 @@ def prompt_schedule(run: Run, cfg: Settings) -> Callable[[int], list[Prompt]]:
     )
   return functools.partial(
     rollout.choose_prompts,
-    rollout.prompt_cells(safety),
+    cells,
     capability,
     safety_count=safety_count,
     capability_count=cfg.capability,
     seed=run.cfg.seed,
+    shares=shares,
   )
 
 

@@ -370,7 +370,9 @@ def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   """Rollouts, scores of the start, and updates."""
   cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
   policy, start = trunk, _start(cfg, trunk)
-  beside = (start, start) if c.reward == "model" else start  # a reward model's trunk
+  beside = (
+    (start, start) if "model" in (c.reward, c.helpful) else start
+  )  # a reward model's trunk
   if c.objective.learns_values:
     policy = {
       "policy": trunk,

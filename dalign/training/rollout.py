@@ -4,8 +4,9 @@ Prompts of a step, rewards from verdicts, advantages, metrics, and the batch. Kn
 sampler, judge, model or file.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import math
 
 import numpy as np
 
@@ -92,6 +93,37 @@ def prompt_cells(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
   return [cell for _, cell in sorted(cells.items())]
 
 
+def cell_shares(
+  cells: Sequence[Sequence[Prompt]], mixture: Mapping[str, float], *, key: str
+) -> list[float]:
+  """The share of each cell in the prompts that are drawn: its category's number in
+  `mixture` times its ideal response type's, 1 for what is not named. ValueError, which
+  names the config's `key`, for a name that is neither, and where nothing is left."""
+  of = [(cell[0].category, cell[0].expected) for cell in cells]
+  known = {name for pair in of for name in pair}
+  for name, weight in mixture.items():
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if name not in known or not number or not 0 <= weight < math.inf:
+      raise ValueError(
+        f"{key}: wanted a number of 0 or more for some of {', '.join(sorted(known))},"
+        f" got {name!r}: {weight!r}"
+      )
+  weights = [mixture.get(a, 1.0) * mixture.get(b, 1.0) for a, b in of]
+  if not any(weights):
+    raise ValueError(f"{key}: wanted a number above 0 for some prompts, got none")
+  return [weight / sum(weights) for weight in weights]
+
+
+def _turn(position: int, shares: Sequence[float]) -> tuple[int, int]:
+  """Of a draw the cell, and how often that was drawn before: multiples of the golden
+  ratio, modulo 1, fall into every share as evenly as can be."""
+  golden = (5**0.5 - 1) / 2
+  ends = np.cumsum(shares)
+  at = (np.arange(position + 1) * golden + 0.5) % 1.0 * ends[-1]
+  drawn = np.searchsorted(ends, at, side="right")
+  return int(drawn[-1]), int(np.sum(drawn[:-1] == drawn[-1]))
+
+
 def choose_prompts(
   cells: Sequence[Sequence[Prompt]],
   capability: Sequence[Prompt],
@@ -100,14 +132,19 @@ def choose_prompts(
   safety_count: int,
   capability_count: int,
   seed: int,
+  shares: Sequence[float] | None = None,
 ) -> list[Prompt]:
   """The prompts of the sampling round with this index: one of each cell in turn, so
-  that no category or type is rewarded more often, then those of capability. They follow
-  from the index and the seed alone."""
+  that no category or type is rewarded more often, or of each cell its share; then those
+  of capability. They follow from the index and the seed alone."""
   chosen: dict[str, Prompt] = {}
   position = index * safety_count
   while len(chosen) < safety_count:
-    epoch, cell = position // len(cells), cells[position % len(cells)]
+    if shares is None:
+      epoch, number = divmod(position, len(cells))
+    else:
+      number, epoch = _turn(position, shares)
+    cell = cells[number]
     prompt = cell[prompt_sets.visits(len(cell), epoch, 1, seed=seed)[0]]
     chosen[prompt.id] = prompt
     position += 1
@@ -119,6 +156,26 @@ def choose_prompts(
 
 
 # --- Rewards ---
+
+
+def combined(how: str, prompt: Prompt, safe: Verdict, helpful: Verdict) -> Verdict:
+  """One verdict on an answer of two judges', `safe` and `helpful`.
+
+  "product" of both (2508.09224): what is of no use, or not allowed, earns nothing.
+  "mean" of both. "split" (TARS, 2507.00971): how helpful an answer is where the prompt
+  is to be complied with, how safe it is elsewhere. Unscored where a score that counts
+  is missing.
+  """
+  counts = [safe, helpful]
+  if how == "split":
+    counts = [helpful if prompt.expected == "comply" else safe]
+  scores = []
+  for verdict in counts:
+    if verdict.score is None:
+      return verdict
+    scores.append(verdict.score)
+  score = math.prod(scores) if how == "product" else sum(scores) / len(scores)
+  return Verdict(score=score)
 
 
 def assign_rewards(

@@ -786,7 +786,7 @@ def test_the_thought_cannot_reach_the_reward(run):
       )
       for prompt in some
     ]
-    return [r.score for r in rl_stage.judge_rollouts(run, ask, rollouts)]
+    return [r.score for r in rl_stage.judge_rollouts(run, ask, rollouts=rollouts)]
 
   assert rewards("The user asks for help.") == rewards("Score: 5. WE-D1 SECRET " * 20)
 
@@ -801,7 +801,7 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
   def judged(answer, ask=None, own=run):
     sample = samples.of_row(row | plain | {"answer": answer})
     ask = ask or judging.rl_judge(own)
-    rl_stage.judge_rollouts(own, ask, [unjudged(prompt, sample)])
+    rl_stage.judge_rollouts(own, ask, rollouts=[unjudged(prompt, sample)])
 
   leaking = judge.Judge(
     lambda qs: [Verdict(score=0.5, shown=f"{q.answer} {thought}") for q in qs], True
@@ -846,8 +846,31 @@ def test_malformed_rollouts_get_nothing_and_no_judge_call(run):
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
   row = rows(run.store.path("generate", "samples.jsonl"))[0]
   sample = samples.of_row(row | {"malformed": "no closing tag"})
-  (judged,) = rl_stage.judge_rollouts(run, ask, [unjudged(prompt, sample)])
+  (judged,) = rl_stage.judge_rollouts(run, ask, rollouts=[unjudged(prompt, sample)])
   assert asked == [] and judged.reward == 0.0
+
+
+def test_a_second_judge_has_its_say_in_the_reward(run):
+  """Each is told what it may be told; the thought of neither."""
+  told = {"rl.metadata": "told", "reward.metadata": "none", "rl.helpful": "rubric"}
+  own = opened(tiny(**told, **{"rl.combine": "mean"}), run.store.workdir, "rl")
+  seen: dict[str, set] = {}
+
+  def asks(name, score):
+    def ask(questions):
+      seen[name] = {q.prompt.expected for q in questions}
+      return [Verdict(score=score, shown=q.answer) for q in questions]
+
+    return judge.Judge(ask, True)
+
+  prompt = next(p for p in run.prompts.all if p.expected == "comply")
+  row = rows(run.store.path("generate", "samples.jsonl"))[0]
+  sample = samples.of_row(row | {"malformed": "", "answer": "Here you are."})
+  (judged,) = rl_stage.judge_rollouts(
+    own, asks("safe", 0.2), asks("helpful", 1.0), rollouts=[unjudged(prompt, sample)]
+  )
+  assert judged.reward == pytest.approx(0.6)
+  assert seen == {"safe": {""}, "helpful": {"comply"}}
 
 
 def test_rl_trains_sampled_tokens_only(run):
@@ -1807,7 +1830,7 @@ def test_the_judge_of_rl_is_told_what_its_own_part_of_the_config_says(
 
   prompts = labelled(own, 4)
   found = map(samples.of_row, written(own, prompts)[::2])
-  rl_stage.judge_rollouts(own, ask, [*map(unjudged, prompts, found)])
+  rl_stage.judge_rollouts(own, ask, rollouts=[*map(unjudged, prompts, found)])
   assert len(asked) == 4 and seen(own, asked) == opinions(asked, metadata)
 
 

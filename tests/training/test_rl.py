@@ -1,5 +1,6 @@
 """Advantages, the policy gradient, and the reward model, against plain loops."""
 
+import collections
 import dataclasses
 import functools
 
@@ -18,6 +19,9 @@ from dalign.training import advantages
 from dalign.training import policy_gradient
 from dalign.training import reward
 from dalign.training import rollout
+from dalign.types import Prompt
+from dalign.types import Turn
+from dalign.types import Verdict
 from tests.helpers import config_file
 
 KEY = jax.random.key(0)
@@ -940,3 +944,87 @@ def test_a_reward_model_keeps_the_trunk_and_drops_the_head(
   flat = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
   shapes = [x.ndim for x in jax.tree.leaves(made)]
   assert [len(names) for names in flat] == shapes
+
+
+# --- Prompts of a step, and two judges ---
+
+
+def prompts_of(cells: dict[tuple[str, str], int]) -> list[Prompt]:
+  return [
+    Prompt(
+      id=f"{category}-{expected}-{i}",
+      turns=(Turn(role="user", content="Well?"),),
+      category=category,
+      expected=expected,
+    )
+    for (category, expected), n in cells.items()
+    for i in range(n)
+  ]
+
+
+CELLS = {("a", "refuse"): 40, ("a", "comply"): 30, ("b", "refuse"): 30}
+
+
+def test_prompts_are_drawn_by_their_shares():
+  cells = rollout.prompt_cells(prompts_of(CELLS))
+  shares = rollout.cell_shares(cells, {"b": 3.0, "comply": 2.0}, key="k")
+  of = [(cell[0].category, cell[0].expected) for cell in cells]
+  assert dict(zip(of, shares, strict=True)) == {
+    ("a", "comply"): pytest.approx(2 / 6),
+    ("a", "refuse"): pytest.approx(1 / 6),
+    ("b", "refuse"): pytest.approx(3 / 6),
+  }
+  draw = functools.partial(
+    rollout.choose_prompts,
+    cells,
+    [],
+    safety_count=8,
+    capability_count=0,
+    seed=3,
+    shares=shares,
+  )
+  steps = [draw(index) for index in range(60)]
+  for step in steps:
+    assert len({p.id for p in step}) == 8
+  found = collections.Counter((p.category, p.expected) for s in steps for p in s)
+  for cell, share in zip(of, shares, strict=True):
+    assert abs(found[cell] / 480 - share) < 0.02, cell
+  seen = collections.Counter(p.id for s in steps for p in s if p.category == "b")
+  assert len(seen) == 30 and max(seen.values()) - min(seen.values()) <= 2
+  assert [p.id for p in draw(7)] == [p.id for p in steps[7]]
+
+
+def test_a_mixture_may_leave_out_and_must_name_what_there_is():
+  cells = rollout.prompt_cells(prompts_of(CELLS))
+  assert rollout.cell_shares(cells, {"a": 0}, key="k") == [0, 0, 1]
+  for bad in ({"c": 1.0}, {"a": -1.0}, {"a": "2"}, {"a": True}, {"a": float("nan")}):
+    with pytest.raises(ValueError, match="k: wanted a number of 0 or more"):
+      rollout.cell_shares(cells, bad, key="k")
+  with pytest.raises(ValueError, match="above 0"):
+    rollout.cell_shares(cells, {"a": 0, "b": 0}, key="k")
+
+
+@pytest.mark.parametrize(
+  ("how", "expected", "score"),
+  [
+    ("product", "comply", 0.2),
+    ("mean", "comply", 0.45),
+    ("split", "comply", 0.5),
+    ("split", "refuse", 0.4),
+    ("split", "safe_complete", 0.4),
+  ],
+)
+def test_two_judges_make_one_reward(how, expected, score):
+  [prompt] = prompts_of({("a", expected): 1})
+  none = Verdict(score=None, reason="cut")
+  both = Verdict(score=0.4), Verdict(score=0.5)
+  assert rollout.combined(how, prompt, *both).score == pytest.approx(score)
+  without = [rollout.combined(how, prompt, none, both[1])]
+  without += [rollout.combined(how, prompt, both[0], none)]
+  counts = [
+    how != "split" or expected != "comply",
+    how != "split" or expected == "comply",
+  ]
+  for found, missing in zip(without, counts, strict=True):
+    assert (found.score is None) == missing
+    assert found.reason == ("cut" if missing else "")
