@@ -217,6 +217,7 @@ class Endpoint:
 
   def _one(self, request: Request) -> Reply:
     """One request, on a thread."""
+    cut: dict[str, Any] = {"top_p": request.top_p} if request.top_p < 1 else {}
     messages: list[Any] = [
       {"role": turn.role, "content": chat_template.characters(turn.content)}
       for turn in templates.merged(request.turns)
@@ -227,7 +228,7 @@ class Endpoint:
         messages=messages,
         temperature=request.temperature,
         max_tokens=request.max_new,
-        **({"top_p": request.top_p} if request.top_p < 1 else {}),
+        **cut,
       )
     except (
       self._openai.BadRequestError,

@@ -7,6 +7,7 @@ sampler, judge, model or file.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def prompt_cells(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
 
 
 def cell_shares(
-  cells: Sequence[Sequence[Prompt]], mixture: Mapping[str, float], *, key: str
+  cells: Sequence[Sequence[Prompt]], mixture: Mapping[str, Any], *, key: str
 ) -> list[float]:
   """The share of each cell in the prompts that are drawn: its category's number in
   `mixture` times its ideal response type's, 1 for what is not named. ValueError, which
