@@ -31,7 +31,7 @@ LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours 
 
 MODES = {
   "run": "the stages of config.stages, each done once",
-  "new": "a new folder WORKDIR with a policy, prompts, a judge, a config",
+  "new": "a new folder WORKDIR: a policy, prompts, a judge, a config",
   "check": "what is there to begin with, and what is missing",
   "plan": "what they would take: memory, time, chips",
   "probe_judge": "whether the judge of RL can be trusted with it",

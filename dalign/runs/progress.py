@@ -8,6 +8,8 @@ import tqdm
 
 from dalign.runs import distributed
 
+tqdm.tqdm.get_lock()  # made now: a signal that stops the run may come while it is made
+
 
 def say(line: str) -> None:
   """One line of progress."""

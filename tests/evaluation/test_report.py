@@ -270,7 +270,7 @@ def test_the_report_has_what_the_judge_made_of_each_clause(tmp_path):
   rules = {"bank": {"BK-D1": tried, "BK-A1": none}, "<desk>": {"DE-A1": none}}
   dump(tmp_path / "probe.json", made_up.probe() | {"rules": rules})
   page = _write(tmp_path)
-  rows, text = page.rows, page.text
+  rows, text = page.rows["judge"], page.text
   assert ("BK-D1", "2 of 3", "0 of 1", "0") in rows
   assert ("BK-A1", "0 of 0", "0 of 1", "0") in rows
   assert "<desk>: no probes of its own" in text and "DE-A1" not in text

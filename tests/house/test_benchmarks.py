@@ -194,9 +194,7 @@ def test_a_classifier_learns_its_labels(letters, monkeypatch, tmp_path, capsys):
       dict.fromkeys(classifier.DEFINITIONS, 1.0)
     )
     assert [cells[m]["n"] for m in ("refuse_disallowed", "category")] == [n // 3, n]
-  assert "safe_complete                  1.000 [1.000, 1.000] n = 2" in (
-    capsys.readouterr().out
-  )
+  assert "safe_complete                  1.000 [" in (capsys.readouterr().out)
 
 
 def test_a_verdict_is_summed_over_the_categories(letters, monkeypatch, compute):

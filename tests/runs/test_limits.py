@@ -221,19 +221,21 @@ def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
     steps=1,
     every=1,
   )
-  scorer, renderer = run.scorer(run.cfg.sft.batch), scoring.Renderer(run)
+  scorer = run.scorer(run.cfg.sft.batch)
   doors = {
     r"\('[\w-]+', \d\): .* to write": lambda: generate_stage.generate(
       opened(tiny(**small), tmp_path, "generate")
     ),
-    "to the judge": lambda: judging.model_judge(run)([question]),
     "a row of sft": lambda: trainer.update({"positions_BT": np.array([[[0, 128]]])}, 1),
     "a row to score": lambda: scorer(trainer.all_params, [[3] * 129], [1]),
-    "a question about": lambda: renderer.batch(prompt.category, [[3]]),
   }
   for said, door in doors.items():
     with pytest.raises(ValueError, match=f"{said}.*the model takes 128 "):
       door()
+  with pytest.raises(ValueError, match="no room for a question .* context of 128"):
+    scoring.Renderer(run)
+  (verdict,) = judging.model_judge(run)([question])
+  assert verdict.score is None and "longer" in verdict.reason
   assert len(scorer(trainer.all_params, [[3] * 128], [1])[0]) == 127
 
 

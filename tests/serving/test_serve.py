@@ -166,7 +166,7 @@ def write(client, name):
 def test_tokens_are_told_what_they_were_worth(write, model):
   (choice,) = write("The sky is blue", max_tokens=4, echo=True, logprobs=2)
   row = model.tok.document("The sky is blue")
-  (drawn,) = model._complete([row], max_new=4, temperature=0.0, seed=0)
+  (drawn,) = model._complete([row], 0, dict(max_new=4, temperature=0.0))
   whole, found = [*row, *drawn.tokens], choice.logprobs
   assert choice.text == "The sky is blue" + model.tok.decode(drawn.tokens)
   assert len(found.tokens) == len(whole) and "".join(found.tokens[1:4]) in choice.text

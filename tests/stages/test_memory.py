@@ -72,7 +72,9 @@ def trained_before(run) -> None:
 
 def test_rl_holds_one_base(tmp_path, seen):
   changes = {"rl.start": "sft", "rl.reward": "model", "rl.audit": 0}
-  run = opened(tiny(**LORA, **changes, **small("rl")), tmp_path, "rl")
+  changes |= small("rl") | {"rl.samples": 16, "rl.max_new": 32}  # some of which stop
+  changes |= {"think.used": False}
+  run = opened(tiny(**LORA, **changes), tmp_path, "rl")
   with jax.set_mesh(run.mesh):
     trained_before(run)
     rl_stage.reinforce(run)

@@ -786,7 +786,7 @@ def judge(cfg, compute, reward_params):
 
 def test_the_score_is_read_at_the_last_token(judge, rows, reward_params, cfg, compute):
   got = judge(reward_batch(rows))
-  for i, (tokens, _, _) in enumerate(rows):
+  for i, (tokens, *_) in enumerate(rows):
     line = packing.pad_rows([(SPEC + tokens, [1.0] * (5 + len(tokens)))], length=32)
     hidden_BTD, _ = forward_of(cfg, compute)(
       reward_params["trunk"], line.tokens_BT, line.positions_BT, line.ends_BT
