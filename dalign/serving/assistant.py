@@ -37,7 +37,7 @@ from dalign.sampling import live
 from dalign.sampling import sampler as sampling
 from dalign.stages import samples
 from dalign.stages import services
-from dalign.tasks import domain
+from dalign.tasks import base
 from dalign.text import chat_template
 from dalign.text import thinking
 from dalign.types import Key
@@ -120,7 +120,7 @@ class Model:
     return self._run.model.tok
 
   @property
-  def task(self) -> domain.Task:
+  def task(self) -> base.Task:
     """What its run was about."""
     return self._run.task
 

@@ -12,7 +12,7 @@ from dalign.data import prompt_sets
 from dalign.policy import spec as specs
 from dalign.runs import progress
 from dalign.sampling import sampler as sampling
-from dalign.tasks import domain
+from dalign.tasks import base
 from dalign.text import chat_template
 from dalign.types import EXPECTED
 from dalign.types import Prompt
@@ -24,7 +24,7 @@ class Prompts:
   Training prompts are drawn by the seed; held-out ones are the same for every seed.
   """
 
-  def __init__(self, task: domain.Task, *, data: DataConfig, seed: int):
+  def __init__(self, task: base.Task, *, data: DataConfig, seed: int):
     self._task, self._data, self._seed = task, data, seed
 
   @functools.cached_property

@@ -31,7 +31,10 @@ from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
 from dalign.stages import model as models
 from dalign.stages import prompts as prompt_choice
-from dalign.tasks import domain
+from dalign.tasks import base
+from dalign.tasks import english
+from dalign.tasks import policy_world
+from dalign.text import thinking
 from dalign.training import train
 from dalign.training import trainer
 from dalign.types import Key
@@ -177,10 +180,10 @@ class Services(Generic[C]):
     )
 
   @property
-  def task(self: "Services[stages.OfTask]") -> domain.Task:
+  def task(self: "Services[stages.OfTask]") -> base.Task:
     """What the run is about: its specification, prompts, judges and grades."""
     return self._once(
-      domain.make,
+      make_task,
       self._spec_files,
       world=None if self.cfg.world is None else self.cfg.world.spec,
       think=self.model.think,
@@ -273,3 +276,17 @@ def _recorded(
   rows = recordings.load(source, found, spec)
   prompt_choice.say_halves(source, (row.thought + row.answer for row in rows))
   return rows
+
+
+def make_task(
+  read_spec: Callable[[], Mapping[str, str]],
+  *,
+  world: int | None,
+  think: thinking.ThinkFormat,
+  detail: str,
+  copies: str,
+) -> base.Task:
+  """The world of a number, or English of the policies that `read_spec` reads."""
+  if world is not None:
+    return policy_world.World(world)
+  return english.English(read_spec, think=think, detail=detail, copies=copies)

@@ -26,7 +26,7 @@ from dalign.judges import forms
 from dalign.runs import store
 from dalign.serving import assistant
 from dalign.stages import servers
-from dalign.tasks import domain
+from dalign.tasks import english
 from dalign.text import thinking
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -238,7 +238,7 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
 
 def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   cfg = convert.build(Config, config_file("quickstart").get_config().to_dict())
-  field = domain.English(
+  field = english.English(
     lambda: store.read_spec_files(ROOT / "specs"),
     think=thinking.ThinkFormat(open=cfg.think.open, close=cfg.think.close),
     detail=cfg.spec.detail,

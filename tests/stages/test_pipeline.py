@@ -69,7 +69,7 @@ from dalign.stages import servers
 from dalign.stages import services
 from dalign.stages import sft as sft_stage
 from dalign.stages.prompts import too_long
-from dalign.tasks import domain
+from dalign.tasks import english
 from dalign.tasks import world
 from dalign.text import chat_template
 from dalign.text import thinking
@@ -1553,7 +1553,7 @@ def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
       raise KeyboardInterrupt
     store.append_rows(path, found)
 
-  monkeypatch.setattr(domain.English, "grade", grade)
+  monkeypatch.setattr(english.English, "grade", grade)
   monkeypatch.setattr(store.Store, "append_rows", killed)
   changes = {"filter.judge": "sampled", "filter.votes": 2, "filter.max_new": 400}
   changes |= {"filter.threshold": 0.0, "filter.unscored": 1.0, "filter.at_once": 3}
