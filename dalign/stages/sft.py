@@ -90,9 +90,10 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
   kept_rows = run.store.read_rows(source)
   kept = _kept(run, kept_rows)
   clean = [row for row in kept if not leaks(row)]
-  if not any(map(fits, clean)):
+  if not any(row.whole and fits(row) for row in clean):
+    whole, sound = (sum(row.whole for row in rows) for rows in (kept, clean))
     raise ValueError(
-      f"sft: {source} has {len(kept)} samples, of which {len(kept) - len(clean)} "
+      f"sft: {source} has {whole} samples, of which {whole - sound} "
       f"leak the specification and the rest are longer than {most} tokens "
       "(config.sft.batch.length): nothing is left to learn. Why the filter kept no "
       "more is in its manifest.json: raise generate.prompts or generate.most, or lower "

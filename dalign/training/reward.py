@@ -78,10 +78,9 @@ def loss(
     score_B * jax.nn.log_sigmoid(logit_B) + (1 - score_B) * jax.nn.log_sigmoid(-logit_B)
   )
   margin_BB = score_B[:, None] - score_B[None, :]
-  differ_BB = (margin_BB > 0) & real_B[:, None] & real_B[None, :]
-  one_prompt_BB = prompt_B[:, None] == prompt_B[None, :]
-  pair_BB = one_prompt_BB & differ_BB
-  answer_BB = (answer_B[:, None] == answer_B[None, :]) & ~one_prompt_BB & differ_BB
+  real_BB = real_B[:, None] & real_B[None, :]
+  pair_BB, answer_BB = _pairs(margin_BB, prompt_B, answer_B)
+  pair_BB, answer_BB = pair_BB & real_BB, answer_BB & real_BB
   pair_loss_BB = -jax.nn.log_sigmoid(logit_B[:, None] - logit_B[None, :]) * margin_BB
   points = Mean.of(point_B, real_B)
   pairs = Mean.of(pair_loss_BB, pair_BB)
@@ -145,9 +144,7 @@ def agreement(
   (1706.04599).
   """
   gap_BB = score_B[:, None] - score_B[None, :]
-  one_prompt_BB = prompt_B[:, None] == prompt_B[None, :]
-  pair_BB = one_prompt_BB & (gap_BB > 0)
-  answer_BB = (answer_B[:, None] == answer_B[None, :]) & ~one_prompt_BB & (gap_BB > 0)
+  pair_BB, answer_BB = _pairs(gap_BB, prompt_B, answer_B)
   right_BB = predicted_B[:, None] > predicted_B[None, :]
   bin_B = np.minimum((predicted_B * bins).astype(int), bins - 1)
   error = 0.0
@@ -165,6 +162,15 @@ def agreement(
     "calibration_error": float(error),
     "mean_absolute_error": float(np.abs(predicted_B - score_B).mean()),
   }
+
+
+def _pairs(margin_BB, prompt_B, answer_B):
+  """Masks [B, B] of pairs of one prompt, and of those with one answer to two prompts,
+  in which the row's score is above the column's; of either numpy's arrays or jax's."""
+  one_prompt_BB = prompt_B[:, None] == prompt_B[None, :]
+  one_answer_BB = answer_B[:, None] == answer_B[None, :]
+  above_BB = margin_BB > 0
+  return one_prompt_BB & above_BB, one_answer_BB & ~one_prompt_BB & above_BB
 
 
 def _share(right: np.ndarray, among: np.ndarray) -> float | None:

@@ -709,6 +709,19 @@ def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeyp
   found, recalls, dropped = sft_stage._rows(run, "kept.jsonl")
   assert (len(found), len(recalls), dropped["beyond_most"]) == (1, 2, 1)
 
+  # What fits is learned for its recall alone: nothing whole is left.
+  long = {"thought": f"{thought} {thought}"}
+  for at in range(2):
+    two = [kept | (long if i == at else {}) | {"index": i} for i in range(2)]
+    found, _, _ = sft_stage._rows(run, "kept.jsonl")
+    if f"{thought} {thought}" in trained(found[0]):
+      break
+  batch = {"length": len(found[0][0]) - 1}
+  changes = {"sft": {"batch": batch}}
+  monkeypatch.setattr(run, "cfg", convert.changed(run.cfg, changes))
+  with pytest.raises(ValueError, match="has 1 samples.*nothing is left to learn"):
+    sft_stage._rows(run, "kept.jsonl")
+
 
 def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
   draw = np.random.default_rng(0)
