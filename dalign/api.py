@@ -375,7 +375,7 @@ def export(
 ) -> None:
   """Writes a folder that transformers and `load_model` read. With `think` its chat
   template opens the thought, as `generate` does."""
-  params = adapters.merged(model.params, cfg=model.arch)
+  params = adapters.merge_adapters(model.params, cfg=model.arch)
   tok = model._tok.opening(model.think) if think else model.tokenizer
   weights.save_hf(str(path), model.arch, params, tok, dtype=dtype)
 

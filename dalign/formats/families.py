@@ -267,7 +267,7 @@ def stored(cfg: ModelConfig) -> tuple[param_tree.Stored, ...]:
   offset = family.norm_offset
   top = [
     param_tree.Stored(
-      name="model.embed_tokens.weight", leaves=("embed",), turned=False
+      name="model.embed_tokens.weight", leaves=("embed",), transposed=False
     ),
     param_tree.Stored(name="model.norm.weight", leaves=("norm",), offset=offset),
   ]
@@ -290,11 +290,11 @@ def _layer(cfg: ModelConfig, family: Family) -> Iterator[param_tree.Stored]:
     yield take(("gate", "up"), "mlp.gate_up_proj.weight")
   if family.experts == "joined":
     both, down, at = ("gate", "up"), ("down",), "mlp.experts."
-    yield take(both, f"{at}gate_up_proj", turned=False, mixed=True)
-    yield take(down, f"{at}down_proj", turned=False)
+    yield take(both, f"{at}gate_up_proj", transposed=False, mixed=True)
+    yield take(down, f"{at}down_proj", transposed=False)
     biases = "gate_bias", "up_bias"
-    yield take(biases, f"{at}gate_up_proj_bias", turned=False, mixed=True)
-    yield take(("down_bias",), f"{at}down_proj_bias", turned=False)
+    yield take(biases, f"{at}gate_up_proj_bias", transposed=False, mixed=True)
+    yield take(("down_bias",), f"{at}down_proj_bias", transposed=False)
   if family.experts == "each":
     for name in MLP:
       yield take((name,), f"mlp.experts.{{expert}}.{name}_proj.weight")

@@ -171,7 +171,7 @@ class File:
   def stored(self) -> tuple[param_tree.Stored, ...]:
     """How the tensors hold the leaves."""
     out = [
-      param_tree.Stored(name="token_embd.weight", leaves=("embed",), turned=False),
+      param_tree.Stored(name="token_embd.weight", leaves=("embed",), transposed=False),
       param_tree.Stored(name="output_norm.weight", leaves=("norm",)),
     ]
     if not self.cfg.tied:

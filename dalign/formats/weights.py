@@ -575,7 +575,7 @@ def _peft_names(cfg: ModelConfig) -> dict[tuple[str, int], tuple[str, str]]:
   names = {}
   for stored in families.stored(cfg):
     plain = len(stored.leaves) == 1 and "{expert}" not in stored.name
-    if plain and stored.turned and stored.leaves[0] in param_tree.MATRICES:
+    if plain and stored.transposed and stored.leaves[0] in param_tree.MATRICES:
       for layer in range(cfg.layers):
         front = _PEFT + stored.name.format(layer=layer).removesuffix("weight")
         pair = f"{front}lora_A.weight", f"{front}lora_B.weight"

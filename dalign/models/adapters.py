@@ -23,7 +23,7 @@ DECODERS = param_tree.TOP | param_tree.layer_names()
 def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> PyTree:
   """A decoder's parameters with adapters that change nothing yet: A is uniform in
   1/sqrt(inputs), as a layer of torch, and B zero."""
-  return params | {"layers": params["layers"] | _fresh(key, cfg, lora)}
+  return params | {"layers": params["layers"] | _init_adapters(key, cfg, lora)}
 
 
 def frozen_dtype(leaf: str, *, lora: LoRAConfig) -> str:
@@ -40,7 +40,7 @@ def cast_frozen(params: PyTree, *, lora: LoRAConfig) -> PyTree:
   )
 
 
-def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
+def _init_adapters(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
   shapes = param_tree.shapes(cfg)["layers"]
   sparse = cfg.experts and set(lora.leaves) & set(param_tree.OF_EXPERTS)
   if sparse:
@@ -60,7 +60,7 @@ def _fresh(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
   return made
 
 
-def merged(params: PyTree, *, cfg: ModelConfig) -> PyTree:
+def merge_adapters(params: PyTree, *, cfg: ModelConfig) -> PyTree:
   """A decoder's parameters with the adapters added to their matrices, float32."""
   layers = {}
   for name, leaf in params["layers"].items():
@@ -76,28 +76,28 @@ def merged(params: PyTree, *, cfg: ModelConfig) -> PyTree:
 def copy_trainable(params: PyTree) -> PyTree:
   """The parameters, with a copy of each that training would change."""
   trained, frozen = split(params)
-  return join(frozen, jax.tree.map(lambda x: x.copy(), trained))
+  return merge_trees(frozen, jax.tree.map(lambda x: x.copy(), trained))
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
   """(trained, frozen): the same nested dicts with some of the leaves each. Without
   adapters all of them are trained."""
-  return _parts(params) if _adapted(params) else (params, {})
+  return _split_tree(params) if _has_adapters(params) else (params, {})
 
 
-def _adapted(params: PyTree) -> bool:
+def _has_adapters(params: PyTree) -> bool:
   return any(
-    _adapted(node) if isinstance(node, dict) else name.endswith((A, B))
+    _has_adapters(node) if isinstance(node, dict) else name.endswith((A, B))
     for name, node in params.items()
   )
 
 
-def _parts(params: PyTree) -> tuple[PyTree, PyTree]:
+def _split_tree(params: PyTree) -> tuple[PyTree, PyTree]:
   trained: dict[str, Any] = {}
   frozen: dict[str, Any] = {}
   for name, node in params.items():
     if isinstance(node, dict):
-      parts = _parts(node)
+      parts = _split_tree(node)
     elif name.endswith((A, B)) or name not in DECODERS:
       parts = node, None
     else:
@@ -108,9 +108,11 @@ def _parts(params: PyTree) -> tuple[PyTree, PyTree]:
   return trained, frozen
 
 
-def join(one: PyTree, other: PyTree) -> PyTree:
+def merge_trees(one: PyTree, other: PyTree) -> PyTree:
   """The leaves of both of `split`'s trees in one."""
   out = dict(one)
   for name, node in other.items():
-    out[name] = join(out[name], node) if isinstance(out.get(name), dict) else node
+    out[name] = (
+      merge_trees(out[name], node) if isinstance(out.get(name), dict) else node
+    )
   return out

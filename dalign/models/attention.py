@@ -34,7 +34,7 @@ class Part:
 
 
 @struct.dataclass
-class Sight:
+class Visibility:
   """What the tokens of a line see of each other: by their ends [B, T] (`tree_mask`), or
   where these are None what comes before them; and of that, where a window is given, as
   many last tokens by their positions [B, T], themselves included."""
@@ -50,22 +50,22 @@ class Line:
 
   k: Leaf
   v: Leaf
-  sight: Sight
+  sight: Visibility
 
 
-def near(positions_BT, seen_BS, window):
+def within_window(positions_BT, seen_BS, window):
   """[B, T, S], True where a token sees by its window the one at the other position."""
   return positions_BT[:, :, None] - seen_BS[:, None] < window
 
 
-def visible(sight: Sight, T: int, rows: slice = slice(None)):
+def visible(sight: Visibility, T: int, rows: slice = slice(None)):
   """[B or 1, t, S], True where those tokens of T may see another. S are the tokens up
   to the last of `rows`."""
   mask = row_mask(T, rows) if sight.ends is None else tree_mask(sight.ends, rows)
   if sight.window is None:
     return mask
   at_BT = sight.positions
-  return mask & near(at_BT[:, rows], at_BT[:, : rows.stop], sight.window)
+  return mask & within_window(at_BT[:, rows], at_BT[:, : rows.stop], sight.window)
 
 
 def row_mask(T: int, rows: slice):
@@ -125,7 +125,7 @@ def attend(
       mask_BTS = jnp.broadcast_to(mask_BTS, (B, T, T))
     return kernel(q_BNTH * (scale * H**0.5), line.k, line.v, mask_BTS, dtype)
   q_BKGTH = (q_BNTH * scale).reshape(B, K, N // K, T, H)
-  reduced = [_reduce(q_BKGTH, part, dtype, cap) for part in parts]
+  reduced = [_attend_one(q_BKGTH, part, dtype, cap) for part in parts]
   if len(parts) == 1 and isinstance(parts[0], Line) and sinks_N is None:
     return reduced[0][0].reshape(B, N, T, H)
   peaks = [peak for _, peak, _ in reduced]
@@ -142,12 +142,12 @@ def attend(
   return (total / mass[..., None]).reshape(B, N, T, H)
 
 
-def _reduce(q_BKGTH, part: Part | Line, dtype, cap: float):
+def _attend_one(q_BKGTH, part: Part | Line, dtype, cap: float):
   """Over one part: the output, and the score and number that its sum is counted in."""
   if isinstance(part, Line):
-    out, logz = _over_line(q_BKGTH, part.k, part.v, part.sight, dtype, cap)
+    out, logz = _attend_line(q_BKGTH, part.k, part.v, part.sight, dtype, cap)
     return out, logz, 1.0
-  return _over_part(q_BKGTH.astype(dtype), part, dtype, cap)
+  return _attend_part(q_BKGTH.astype(dtype), part, dtype, cap)
 
 
 def _capped(scores, cap: float):
@@ -157,21 +157,21 @@ def _capped(scores, cap: float):
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _over_part(q_BKGTH, part: Part, dtype, cap: float):
+def _attend_part(q_BKGTH, part: Part, dtype, cap: float):
   """Over one part: the unnormalised output, the peak score, and the softmax's sum."""
   B, K, G, T, H = q_BKGTH.shape
   A, _, _, S = part.k.shape
   R = B // A  # rows that read the same keys: they become rows of one product
 
-  def together(x):
+  def fold_rows(x):
     x = x.reshape(A, R, K, *x.shape[2:])
     return x.swapaxes(1, 2).reshape(A, K, R * G * T, *x.shape[5:])
 
-  def apart(x):
+  def unfold_rows(x):
     x = x.reshape(A, K, R, G, T, *x.shape[3:])
     return x.swapaxes(1, 2).reshape(B, K, G, T, *x.shape[5:])
 
-  scores = _dot("AKMH,AKHS->AKMS", together(q_BKGTH), part.k.astype(dtype))
+  scores = _dot("AKMH,AKHS->AKMS", fold_rows(q_BKGTH), part.k.astype(dtype))
   scores = _capped(scores, cap)
   mask = part.mask[:, None, None]  # [B or 1, 1, 1, T or 1, S]
   if part.mask.shape[0] > 1:
@@ -184,15 +184,15 @@ def _over_part(q_BKGTH, part: Part, dtype, cap: float):
   probs = jnp.exp(scores - peak[..., None])
   z = jnp.sum(probs, axis=-1)
   out = _dot("AKMS,AKSH->AKMH", probs.astype(dtype), part.v.astype(dtype))
-  return apart(out), apart(peak), apart(z)
+  return unfold_rows(out), unfold_rows(peak), unfold_rows(z)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _over_line(q_BKGTH, k_BKHT, v_BKTH, sight: Sight, dtype, cap: float):
+def _attend_line(q_BKGTH, k_BKHT, v_BKTH, sight: Visibility, dtype, cap: float):
   """Softmax attention [B, K, G, T, H] of the tokens of a line over each other, and the
   log-sum-exp [B, K, G, T] of their scores; the scores are made again in the backward
   pass, from the latter (2205.14135, without its blocks of keys)."""
-  return _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight, dtype, cap)[0]
+  return _attend_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight, dtype, cap)[0]
 
 
 def _blocks(T: int) -> list[slice]:
@@ -206,7 +206,7 @@ def _rows_of(x_BKGT, rows: slice):
   return x_BKGT[:, :, :, rows].reshape(B, K, -1, *more)
 
 
-def _scores(q_BKGTH, k_BKHT, sight: Sight, rows: slice, cap: float):
+def _scores(q_BKGTH, k_BKHT, sight: Visibility, rows: slice, cap: float):
   """[B, K, G * t, S] of a block of queries, with the hidden ones masked, and these
   queries, [B, K, G * t, H]."""
   B, K, G, T, _ = q_BKGTH.shape
@@ -217,7 +217,7 @@ def _scores(q_BKGTH, k_BKHT, sight: Sight, rows: slice, cap: float):
   return jnp.where(mask, scores.reshape(shape), HIDDEN).reshape(scores.shape), q_BKMH
 
 
-def _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight: Sight, dtype, cap: float):
+def _attend_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight: Visibility, dtype, cap: float):
   B, K, G, T, H = q_BKGTH.shape
   q, k, v = (x.astype(dtype) for x in (q_BKGTH, k_BKHT, v_BKTH))
   outs, logzs = [], []
@@ -234,7 +234,7 @@ def _over_line_fwd(q_BKGTH, k_BKHT, v_BKTH, sight: Sight, dtype, cap: float):
   return (out, logz), (q, k, v, sight, out, logz)
 
 
-def _over_line_bwd(dtype, cap: float, saved, grads):
+def _attend_line_bwd(dtype, cap: float, saved, grads):
   q, k, v, sight, out, logz = saved
   dout, dlogz = grads
   B, K, G, T, H = q.shape
@@ -260,4 +260,4 @@ def _over_line_bwd(dtype, cap: float, saved, grads):
   return jnp.concatenate(dqs, axis=3), dk, dv, None
 
 
-_over_line.defvjp(_over_line_fwd, _over_line_bwd)
+_attend_line.defvjp(_attend_line_fwd, _attend_line_bwd)

@@ -34,29 +34,31 @@ def mix(x_BTD, leaf, gated, *, used: int, normed: bool, dtype):
   parts = {name: leaf(name) for name in AXES}
   ffw = parts["gate"].shape[2]
 
-  def own(x_BTD, *values):
-    held = dict(zip(parts, values, strict=True))
-    y_MD = _own(
-      x_BTD.reshape(-1, x_BTD.shape[2]), held, gated, ffw, used, normed, dtype
+  def on_device(x_BTD, *values):
+    params = dict(zip(parts, values, strict=True))
+    y_MD = _local_experts(
+      x_BTD.reshape(-1, x_BTD.shape[2]), params, gated, ffw, used, normed, dtype
     )
     return y_MD.reshape(x_BTD.shape)
 
   lines = "batch", "token", None
-  there = [None if value is None else AXES[name] for name, value in parts.items()]
-  return sharding.by_parts(own, (lines, *there), lines, (x_BTD, *parts.values()))
+  axes = [None if value is None else AXES[name] for name, value in parts.items()]
+  return sharding.shard_map_by_axes(
+    on_device, (lines, *axes), lines, (x_BTD, *parts.values())
+  )
 
 
-def _own(x_MD, held, gated, ffw: int, used: int, normed: bool, dtype):
-  """What the experts held here, or their part of the feed-forward width, add to the
-  outputs of the tokens held here; with the others' added to it."""
+def _local_experts(x_MD, params, gated, ffw: int, used: int, normed: bool, dtype):
+  """Outputs of this device's tokens: the sum over devices of what their experts, or
+  their parts of the feed-forward width, add."""
   M, D = x_MD.shape
-  logits_ME = jnp.dot(x_MD, held["router"], precision="highest")
-  if held["router_bias"] is not None:
-    logits_ME += held["router_bias"][None]
+  logits_ME = jnp.dot(x_MD, params["router"], precision="highest")
+  if params["router_bias"] is not None:
+    logits_ME += params["router_bias"][None]
   weight_MU, expert_MU = jax.lax.top_k(jax.nn.softmax(logits_ME), used)
   if normed:
     weight_MU /= jnp.sum(weight_MU, axis=-1, keepdims=True)
-  count, _, part = held["gate"].shape
+  count, _, part = params["gate"].shape
   first = 0 if count == logits_ME.shape[1] else jax.lax.axis_index("expert") * count
   expert_R = expert_MU.reshape(-1) - first
   expert_R = jnp.where((expert_R >= 0) & (expert_R < count), expert_R, count)
@@ -67,13 +69,13 @@ def _own(x_MD, held, gated, ffw: int, used: int, normed: bool, dtype):
   def grouped(name, x_RI):
     return jax.lax.ragged_dot(
       x_RI.astype(dtype),
-      held[name].astype(dtype),
+      params[name].astype(dtype),
       rows_E,
       preferred_element_type=jnp.float32,
     )
 
   def biased(name, y_RO):
-    bias = held[f"{name}_bias"]
+    bias = params[f"{name}_bias"]
     return y_RO if bias is None else y_RO + bias[jnp.minimum(sorted_R, count - 1)]
 
   x_RD = x_MD[order_R // used]

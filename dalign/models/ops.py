@@ -76,7 +76,7 @@ def _over_rows_cpu(x, g):
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def matmul_turned(x, w, dtype):
+def matmul_transposed(x, w, dtype):
   """`x @ w.T` as `matmul` does it, without a gradient; w is [out, in].
 
   The weight is the product's left side: XLA's CPU kernels repack the right side at
@@ -111,7 +111,7 @@ def token_stats(
   gathered: Callable = lambda head_DV: head_DV,
 ) -> TokenStats:
   """Statistics of each wanted target under `softmax(logits / temperature)`, of logits
-  `capped(hidden @ head, cap)`, `masked` where ids are `absent`.
+  `soft_cap(hidden @ head, cap)`, `mask_absent` where ids are `absent`.
 
   `targets_PN[:, n]` is scored with `hidden_PND[:, n]`: the caller shifts. Tokens that
   are not wanted get zeros and no work: the head is applied to as many chunks of `chunk`
@@ -119,17 +119,19 @@ def token_stats(
   that parts may lie on several devices; `gathered` lays the head, in `dtype`, where
   the chunks need it. Never makes a [P, N, V] array. Only `logp` has a gradient.
   """
-  cut, whole, used = in_chunks(wanted_PN, chunk)
+  to_chunks, from_chunks, used = wanted_first_chunks(wanted_PN, chunk)
   how = dtype, temperature, cap, absent, gathered
-  hidden_NCD, targets_NC = cut(hidden_PND), cut(targets_PN)
-  return jax.tree.map(whole, _head_stats(hidden_NCD, head_DV, targets_NC, used, how))
+  hidden_NCD, targets_NC = to_chunks(hidden_PND), to_chunks(targets_PN)
+  return jax.tree.map(
+    from_chunks, _head_stats(hidden_NCD, head_DV, targets_NC, used, how)
+  )
 
 
-def in_chunks(wanted_PN, chunk: int) -> tuple[Callable, Callable, jax.Array]:
-  """(cut, whole, used): `cut` makes [P, N, ...] arrays chunks [.., P * chunk, ...] of
-  at most `chunk` tokens of each part, the wanted ones first; `whole` takes numbers of
-  chunks back to their places [P, N], 0 where nothing is wanted; `used` is how many of
-  the chunks, the first, hold what is wanted."""
+def wanted_first_chunks(wanted_PN, chunk: int) -> tuple[Callable, Callable, jax.Array]:
+  """(to_chunks, from_chunks, used): the first makes [P, N, ...] arrays chunks [..,
+  P * chunk, ...] of at most `chunk` tokens of each part, the wanted ones first; the
+  second takes numbers of chunks back to their places [P, N], 0 where nothing is wanted;
+  `used` is how many of the chunks, the first, hold what is wanted."""
   P, N = wanted_PN.shape
   chunk = min(chunk, N)
   order_PN = jnp.argsort(~wanted_PN, axis=1, stable=True)
@@ -140,28 +142,28 @@ def in_chunks(wanted_PN, chunk: int) -> tuple[Callable, Callable, jax.Array]:
     return jnp.take(x, order_N, axis=0, unique_indices=True)
 
   @jax.vmap
-  def back(x_N, order_N):
+  def restore_order(x_N, order_N):
     return jnp.zeros(N).at[order_N].set(x_N[:N], unique_indices=True)
 
-  def cut(x):
+  def to_chunks(x):
     x = ordered(x, order_PN)
     x = jnp.pad(x, ((0, 0), (0, -N % chunk), *[(0, 0)] * (x.ndim - 2)))
     x = x.reshape(P, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
     return x.reshape(-1, P * chunk, *x.shape[3:])
 
-  def whole(x_NC):
+  def from_chunks(x_NC):
     x_PN = x_NC.reshape(-1, P, chunk).swapaxes(0, 1).reshape(P, -1)
-    return jnp.where(wanted_PN, back(x_PN, order_PN), 0.0)
+    return jnp.where(wanted_PN, restore_order(x_PN, order_PN), 0.0)
 
-  return cut, whole, used
+  return to_chunks, from_chunks, used
 
 
-def capped(x, cap: float):
+def soft_cap(x, cap: float):
   """`cap * tanh(x / cap)` (2408.00118), or x where cap is 0."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 
-def masked(logits, absent: Sequence[tuple[int, int]]):
+def mask_absent(logits, absent: Sequence[tuple[int, int]]):
   """Logits [..., V] that leave no probability to ids in the (start, stop) of `absent`;
   finite ones, whose square is too."""
   if not absent:
@@ -179,19 +181,19 @@ def _head_stats(hidden_NCD, head_DV, targets_NC, used, how):
   return _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how)[0]
 
 
-def _low(head_DV, how):
+def _cast_head(head_DV, how):
   dtype, *_, gathered = how
   return gathered(head_DV.astype(dtype))
 
 
 def _logits(hidden_CD, low_DV, how):
   dtype, temperature, cap, absent, _ = how
-  logits_CV = capped(matmul(hidden_CD, low_DV, dtype), cap)
-  return masked(logits_CV, absent) / temperature
+  logits_CV = soft_cap(matmul(hidden_CD, low_DV, dtype), cap)
+  return mask_absent(logits_CV, absent) / temperature
 
 
 def _head_stats_fwd(hidden_NCD, head_DV, targets_NC, used, how):
-  low_DV = _low(head_DV, how)
+  low_DV = _cast_head(head_DV, how)
 
   def one(i, found):
     logits_CV = _logits(hidden_NCD[i], low_DV, how)
@@ -228,7 +230,7 @@ def _exp_sums(logits_CV, peak_C):
 def _head_stats_bwd(how, saved, grads: TokenStats):
   hidden_NCD, head_DV, targets_NC, used, logz_NC = saved
   dtype, temperature, cap, *_ = how
-  low_DV = _low(head_DV, how)
+  low_DV = _cast_head(head_DV, how)
 
   def one(i, sums):
     dhidden_NCD, dhead_DV = sums
@@ -254,7 +256,7 @@ def stream(root: Key, name: str, step: int = 0) -> Key:
   return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
 
 
-def per_row(key: Key, words_B2) -> Key:
+def row_keys(key: Key, words_B2) -> Key:
   """One key a row, by the row's own two words of 32 bits (`row_words`): neighbours and
   batch size change nothing."""
 

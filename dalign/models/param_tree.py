@@ -121,14 +121,14 @@ class Stored:
   """A tensor of a model's file, or with {layer} and {expert} in its name one of each.
 
   leaves: what lies in it: one, or several along its outputs.
-  turned: a matrix is [out, in] in the file.
+  transposed: a matrix is [out, in] in the file.
   mixed: the leaves take turns, output by output.
   offset: what a leaf is above the file's numbers.
   """
 
   name: str
   leaves: tuple[str, ...]
-  turned: bool = True
+  transposed: bool = True
   mixed: bool = False
   offset: float = 0.0
 
@@ -143,7 +143,7 @@ class Stored:
     """The shape of each of the tensors."""
     own = [_own_shape(self, cfg, leaf) for leaf in self.leaves]
     whole = (*own[0][:-1], sum(shape[-1] for shape in own))
-    return whole[:-2] + whole[:-3:-1] if self.turned else whole
+    return whole[:-2] + whole[:-3:-1] if self.transposed else whole
 
   def take(self, cfg: ModelConfig, leaf: str, index: Index, read: Read) -> np.ndarray:
     """A part of one leaf, out of one tensor; `read` gives a part of that, and an index
@@ -156,7 +156,7 @@ class Stored:
     else:
       before = sum(shape[-1] for shape in own[:at])
       out = slice(out.start + before, out.stop + before)
-    turn = self.turned and len(rest) > 0
+    turn = self.transposed and len(rest) > 0
     array = read((*rest[:-1], out, rest[-1]) if turn else (*rest, out))
     array = array.swapaxes(-1, -2) if turn else array
     array = array[..., at :: len(self.leaves)] if self.mixed else array
@@ -169,7 +169,7 @@ class Stored:
       whole = np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
     else:
       whole = np.concatenate(parts, axis=-1)
-    turn = self.turned and whole.ndim > 1
+    turn = self.transposed and whole.ndim > 1
     return np.ascontiguousarray(whole.swapaxes(-1, -2) if turn else whole)
 
 

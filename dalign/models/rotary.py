@@ -28,15 +28,15 @@ def angles(positions_BT, cfg: ModelConfig) -> dict:
   """For each kind of layer that there is, cos and sin, each float32 [B, 1, T, H/2]."""
   positions = positions_BT[:, None, :, None].astype(jnp.float32)
 
-  def turned(freqs, scale: float):
+  def cos_sin(freqs, scale: float):
     angle = positions * freqs.astype(np.float32)[None, None, None]
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
   def one(kind: int):
     if kind == MAIN:
-      return turned(*frequencies(cfg))
+      return cos_sin(*frequencies(cfg))
     plain = base(cfg.local_theta or cfg.rope_theta, cfg.head_dim)
-    return turned(plain if kind == LOCAL else 0 * plain, 1.0)
+    return cos_sin(plain if kind == LOCAL else 0 * plain, 1.0)
 
   return {kind: one(kind) for kind in sorted(set(kinds(cfg)))}
 

@@ -64,13 +64,13 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   types = (AxisType.Auto,) * len(shape)
   if slices == 1:
     return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
-  outer = _outer(shape, slices)
+  outer = _slices_per_axis(shape, slices)
   inner = tuple(n // o for n, o in zip(shape, outer, strict=True))
   grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
   return Mesh(grid, tuple(sizes), axis_types=types)
 
 
-def _outer(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
+def _slices_per_axis(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
   """How many slices each axis lies on: the first as many as it can."""
   outer, left = [], slices
   for size in shape:
@@ -81,7 +81,7 @@ def _outer(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
   return tuple(outer)
 
 
-def spec(logical: tuple[str | None, ...]) -> P:
+def partition_spec(logical: tuple[str | None, ...]) -> P:
   """Logical axis names of one array -> PartitionSpec; an unknown name is an error."""
   axes = [None if name is None else RULES[name] for name in logical]
   flat = [x for a in axes if a for x in (a if isinstance(a, tuple) else (a,))]
@@ -90,29 +90,33 @@ def spec(logical: tuple[str | None, ...]) -> P:
   return P(*axes)
 
 
-def fits(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def drop_indivisible_axes(
+  sharding: NamedSharding, shape: tuple[int, ...]
+) -> NamedSharding:
   """The sharding, without the axes that do not divide the dimension they lie on; of
   several on one dimension, as many first ones as divide it."""
   mesh, kept = sharding.mesh, []
   axes = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
   for size, axis in zip(shape, axes, strict=True):
-    while axis and size % _ways(mesh, axis):
+    while axis and size % _num_parts(mesh, axis):
       axis = axis[:-1] if isinstance(axis, tuple) else None
     kept.append(axis or None)
   return NamedSharding(mesh, P(*kept))
 
 
-def _ways(mesh, axis) -> int:
-  """How many parts mesh axes cut a dimension into: a name, several, or none."""
+def _num_parts(mesh, axis) -> int:
+  """The number of shards of a dimension on mesh axes: a name, several, or None."""
   names = axis if isinstance(axis, tuple) else (axis,)
   return math.prod(mesh.shape[name] for name in names if name)
 
 
-def place(
+def named_sharding(
   mesh: Mesh | AbstractMesh, logical: tuple[str | None, ...], shape
 ) -> NamedSharding:
-  """Where an array of this shape lies; what an axis does not divide is whole."""
-  return fits(NamedSharding(mesh, spec(logical)), tuple(shape))
+  """The sharding of an array; what a mesh axis does not divide is replicated."""
+  return drop_indivisible_axes(
+    NamedSharding(mesh, partition_spec(logical)), tuple(shape)
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -120,8 +124,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """An array that every process holds, laid on the mesh: each sends its own part."""
+def put_on_mesh(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """Puts an array that every process holds on the mesh; each sends its own part."""
   if sharding.is_fully_addressable:
     return jax.device_put(x, sharding)
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -133,62 +137,64 @@ def constrain(x, *logical: str | None):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, place(mesh, logical, x.shape))
+  return jax.lax.with_sharding_constraint(x, named_sharding(mesh, logical, x.shape))
 
 
-def token_parts(shape: tuple[int, int]) -> tuple[Callable, Callable]:
+def token_partition(shape: tuple[int, int]) -> tuple[Callable, Callable]:
   """How [B, T, ...] arrays of lines become [P, N, ...], the N tokens of each of the P
   parts that the mesh that is set cuts them into, and back."""
   mesh = jax.sharding.get_abstract_mesh()
-  alone = mesh.empty or mesh.size == 1
-  cut = P(None, None) if alone else place(mesh, ("batch", "token"), shape).spec
-  rows, columns = (_ways(mesh, axis) for axis in cut)
+  unsharded = mesh.empty or mesh.size == 1
+  cut = (
+    P(None, None) if unsharded else named_sharding(mesh, ("batch", "token"), shape).spec
+  )
+  rows, columns = (_num_parts(mesh, axis) for axis in cut)
   axes = tuple(jax.tree.leaves(tuple(cut)))
   B, T = shape
 
-  def parts(x):
+  def partition(x):
     x = x.reshape(rows, B // rows, columns, T // columns, *x.shape[2:])
     x = x.swapaxes(1, 2).reshape(rows * columns, -1, *x.shape[4:])
-    if alone:
+    if unsharded:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes)))
 
-  def whole(x):
+  def merge(x):
     x = x.reshape(rows, columns, B // rows, T // columns, *x.shape[2:])
     return x.swapaxes(1, 2).reshape(B, T, *x.shape[4:])
 
-  return parts, whole
+  return partition, merge
 
 
-def heads_apart(q_BNTH, k_BKHT, v_BKTH):
+def shard_by_heads(q_BNTH, k_BKHT, v_BKTH):
   """Queries, keys and values with whole lines on each device, and a part of the heads
   where tokens were cut: those that share keys stay together (2309.14509)."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.shape.get("sequence", 1) == 1:
     return q_BNTH, k_BKHT, v_BKTH
-  apart = k_BKHT.shape[1] % _ways(mesh, RULES["attending"]) == 0
-  names = "batch", "attending" if apart else "heads", None, None
+  divisible = k_BKHT.shape[1] % _num_parts(mesh, RULES["attending"]) == 0
+  names = "batch", "attending" if divisible else "heads", None, None
   return tuple(constrain(x, *names) for x in (q_BNTH, k_BKHT, v_BKTH))
 
 
 def shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
   """NamedShardings of a tree from its logical axes and its (abstract) arrays."""
   return jax.tree.map(
-    lambda names, x: place(mesh, names, x.shape),
+    lambda names, x: named_sharding(mesh, names, x.shape),
     axes,
     shapes,
     is_leaf=lambda x: isinstance(x, tuple),
   )
 
 
-def abstract(tree: PyTree, placed: PyTree) -> PyTree:
-  """The arrays of a tree as ShapeDtypeStructs that say where they lie."""
+def with_shardings(tree: PyTree, placed: PyTree) -> PyTree:
+  """The arrays of a tree as ShapeDtypeStructs with the given shardings."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed
   )
 
 
-def by_parts(fn, in_axes: tuple, out_axes: tuple, args: tuple):
+def shard_map_by_axes(fn, in_axes: tuple, out_axes: tuple, args: tuple):
   """`fn(*args)` run by each device on its own part of the arguments, on the mesh that
   is set (`jax.set_mesh`); without one, or with one device, a plain call.
 
@@ -203,13 +209,13 @@ def by_parts(fn, in_axes: tuple, out_axes: tuple, args: tuple):
     name
     for names, x in given
     for name, size in zip(names, x.shape, strict=True)
-    if name and size % _ways(mesh, RULES[name])
+    if name and size % _num_parts(mesh, RULES[name])
   }
   if odd & {"heads", "kv_heads"}:
     odd |= {"heads", "kv_heads"}  # those that share keys stay together
 
   def lay(names):
-    return names and spec(tuple(None if n in odd else n for n in names))
+    return names and partition_spec(tuple(None if n in odd else n for n in names))
 
   return jax.shard_map(
     fn,
@@ -220,7 +226,9 @@ def by_parts(fn, in_axes: tuple, out_axes: tuple, args: tuple):
   )(*args)
 
 
-def like_params(mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTree):
+def shardings_like_params(
+  mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTree
+):
   """Shardings of a state that holds copies of the parameters (optimizer moments).
 
   A leaf whose path ends in the path of a parameter, with its shape, lies as it does;
@@ -257,4 +265,4 @@ def batch_sharding(mesh: Mesh, name: str, x, *, lead: int = 0) -> NamedSharding:
     return replicated(mesh)
   tokens = ("token",) if letters.startswith("BT") else ()
   names = (None,) * lead + ("batch", *tokens)
-  return place(mesh, names + (None,) * (x.ndim - len(names)), x.shape)
+  return named_sharding(mesh, names + (None,) * (x.ndim - len(names)), x.shape)

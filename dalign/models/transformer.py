@@ -56,7 +56,7 @@ class Block(nn.Module):
 
   cfg: ModelConfig
   compute: Compute
-  turned: bool = False  # weights are those of `unstack`
+  transposed: bool = False  # weights are those of `unstack`
 
   @nn.compact
   def __call__(self, x_BTD, turn, own, parts: tuple[Part, ...], column=None):
@@ -64,18 +64,18 @@ class Block(nn.Module):
 
     `turn` are the angles of `rotary.angles`. `own` is the cache that the new keys and
     values are written to, at `column`, before it is read: so it is updated in place.
-    For whole lines it is their `attention.Sight`.
+    For whole lines it is their `attention.Visibility`.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
     N, K, H = cfg.heads, cfg.kv_heads, cfg.head_dim
-    product = ops.matmul_turned if self.turned else ops.matmul
+    product = ops.matmul_transposed if self.transposed else ops.matmul
     shapes = {n: shape[1:] for n, shape in param_tree.shapes(cfg)["layers"].items()}
 
     def leaf(name):
       if name not in shapes:
         return None
       shape = shapes[name]
-      if self.turned and name in param_tree.MATRICES and len(shape) == 2:
+      if self.transposed and name in param_tree.MATRICES and len(shape) == 2:
         shape = shape[::-1]
       start = nn.initializers.normal(0.02)
       if not param_tree.is_matrix(name):
@@ -106,8 +106,8 @@ class Block(nn.Module):
     k_BKHT = rotary.rotate(heads("k", y_BTD, K), turn).swapaxes(2, 3)
     v_BKTH = heads("v", y_BTD, K)
     q_BNTH, k_BKHT, v_BKTH = keep(q_BNTH, "q"), keep(k_BKHT, "k"), keep(v_BKTH, "v")
-    if not self.turned:
-      q_BNTH, k_BKHT, v_BKTH = sharding.heads_apart(q_BNTH, k_BKHT, v_BKTH)
+    if not self.transposed:
+      q_BNTH, k_BKHT, v_BKTH = sharding.shard_by_heads(q_BNTH, k_BKHT, v_BKTH)
     if isinstance(own, Part):
       k_BKHT = write(own.k, k_BKHT, (0, 0, 0, column))
       v_BKTH = write(own.v, v_BKTH, (0, 0, column, 0))
@@ -135,7 +135,7 @@ class Block(nn.Module):
       gate_BTF, up_BTF = dense("gate", y_BTD), dense("up", y_BTD)
       y_BTD = dense("down", gated(keep(gate_BTF, "gate"), keep(up_BTF, "up")))
     x_BTD = x_BTD + norm("mlp_post_norm", y_BTD)
-    if not self.turned:
+    if not self.transposed:
       x_BTD = sharding.constrain(x_BTD, *LINES)
     return x_BTD, (k_BKHT, v_BKTH)
 
@@ -174,13 +174,13 @@ class Decoder(nn.Module):
 
     def layer(module, x_BTD, scanned):
       kv, window, kind = scanned
-      sight = attention.Sight(ends=ends_BT, positions=positions_BT, window=window)
+      sight = attention.Visibility(ends=ends_BT, positions=positions_BT, window=window)
       parts = ()
       if kv is not None:
         mask = prefix_mask
         if window is not None:
           at_BP = jnp.arange(mask.shape[-1])[None]
-          mask = mask & attention.near(positions_BT, at_BP, window)
+          mask = mask & attention.within_window(positions_BT, at_BP, window)
         parts = (Part(k=kv.k, v=kv.v, mask=mask),)
       turn = jax.tree.map(lambda each: each[0 if kind is None else kind], turns)
       return module(x_BTD, turn, sight, parts)
@@ -230,7 +230,7 @@ def _kernel(compute: Compute, cfg: ModelConfig):
   def divided(q_BNTH, k_BKHT, v_BKTH, mask_BTS, dtype):
     heads, masked = ("batch", "heads", None, None), ("batch", None, None)
     kv_heads = "batch", "kv_heads", None, None
-    return sharding.by_parts(
+    return sharding.shard_map_by_axes(
       lambda q, k, v, mask: kernel(q, k, v, mask, dtype),
       (heads, kv_heads, kv_heads, None if mask_BTS is None else masked),
       heads,
@@ -339,7 +339,7 @@ def stats(
 ) -> ops.TokenStats:
   """`target_stats` of lines whose hidden states are known."""
   targets_BT, last = jnp.roll(tokens_BT, -1, axis=1), ((0, 0), (0, 1))
-  parts, whole = sharding.token_parts(tokens_BT.shape)
+  parts, whole = sharding.token_partition(tokens_BT.shape)
   found = ops.token_stats(
     parts(hidden_BTD),
     head(params),
@@ -363,7 +363,7 @@ def head(params: PyTree):
 def logits(params: PyTree, hidden, *, cfg: ModelConfig, compute: Compute):
   """Logits [..., V] of hidden states [..., D], made whole: for few of them."""
   product = ops.matmul(hidden, head(params), jnp.dtype(compute.dtype))
-  return ops.masked(ops.capped(product, cfg.logit_cap), cfg.absent)
+  return ops.mask_absent(ops.soft_cap(product, cfg.logit_cap), cfg.absent)
 
 
 def encode_prefix(params, tokens_P, length, *, cfg: ModelConfig, compute: Compute):
@@ -421,7 +421,7 @@ def unstack(params: PyTree, *, cfg: ModelConfig, compute: Compute) -> PyTree:
 
   def layer(i: int) -> dict:
     own = {name: leaf[i] for name, leaf in params["layers"].items()}
-    whole = adapters.merged({"layers": own}, cfg=cfg)["layers"]
+    whole = adapters.merge_adapters({"layers": own}, cfg=cfg)["layers"]
     return {name: turn(name, leaf) for name, leaf in whole.items()}
 
   layers = tuple(layer(i) for i in range(cfg.layers))
@@ -440,7 +440,7 @@ def decode_step(weights, token_B, position_B, reads, ring, column, *, cfg, compu
   token's keys and values to, at `column`, where its mask is already True. Returns the
   hidden states [B, D] and the rings' new (k, v) a layer.
   """
-  block = Block(cfg, compute, turned=True)
+  block = Block(cfg, compute, transposed=True)
   x_BTD = embed(weights["embed"], token_B[:, None], cfg)
   turns = rotary.angles(position_B[:, None], cfg)
   written = []

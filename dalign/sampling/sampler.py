@@ -191,8 +191,10 @@ def _advance(weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop
     cfg=cfg,
     compute=compute,
   )
-  logits_BV = ops.matmul_turned(hidden_BD, weights["head"], jnp.dtype(compute.dtype))
-  logits_BV = ops.masked(ops.capped(logits_BV, cfg.logit_cap), cfg.absent)
+  logits_BV = ops.matmul_transposed(
+    hidden_BD, weights["head"], jnp.dtype(compute.dtype)
+  )
+  logits_BV = ops.mask_absent(ops.soft_cap(logits_BV, cfg.logit_cap), cfg.absent)
   key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
   token_B, logp_B = draw(logits_BV, key_B, temperature, top_p)
 
@@ -219,7 +221,7 @@ def _part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
   look from where a window ends their sight."""
   mask_BTS = mask_BS[:, None]
   if at_B1 is not None:
-    mask_BTS = mask_BTS & attention.near(at_B1, at_BS, window)
+    mask_BTS = mask_BTS & attention.within_window(at_B1, at_BS, window)
   k, v = kv
   return attention.Part(k=k, v=v, mask=mask_BTS)
 
@@ -381,7 +383,7 @@ class Sampler:
     if self._mesh is None:
       return None
     shape = (*shape, *[1] * (len(names) - len(shape)))
-    return sharding.place(self._mesh, names, shape)
+    return sharding.named_sharding(self._mesh, names, shape)
 
   def _jit(self, fn, lies, **more):
     more |= {} if self._mesh is None else {"out_shardings": lies}
@@ -435,7 +437,7 @@ class Sampler:
     }
     encode = params | {"layers": params["layers"] | low}
     decode = self._unstack.lower(params).compile().output_shardings
-    decode = sharding.abstract(jax.eval_shape(self._unstack, params), decode)
+    decode = sharding.with_shardings(jax.eval_shape(self._unstack, params), decode)
     prefix = self._prefix.eval_shape(encode, tokens_P, whole)
     make_lanes, _ = self._lanes[lanes]
     prefixes, slots = (
@@ -749,7 +751,7 @@ class Lane:
       ints["position_B"][slot] = len(request.tokens) - 1
       ints["token_B"][slot] = request.tokens[-1]
       ints["limit_B"][slot] = request.max_new
-    fields = ints | {"key_B": ops.per_row(self.key, words_B2)}
+    fields = ints | {"key_B": ops.row_keys(self.key, words_B2)}
     return self.sampler._start(slots, starts_B, fields)
 
 

@@ -64,7 +64,7 @@ def export(run: Run) -> None:
   weights.save_hf(
     str(buckets.staging_path(place)),
     run.model.arch,
-    adapters.merged(params, cfg=run.model.arch),
+    adapters.merge_adapters(params, cfg=run.model.arch),
     _tokenizer(run),
     dtype=cfg.dtype,
     shard=round(cfg.shard_gb * 2**30),

@@ -171,7 +171,7 @@ class Model:
     if not self._lora.rank:
       return self._load(where, jax.eval_shape(whole, self.shapes))
     trained, frozen = adapters.split(whole(self.adapted(self.base_params())))
-    return adapters.join(frozen, self._load(where, trained))
+    return adapters.merge_trees(frozen, self._load(where, trained))
 
   def trained(self, stage: str) -> pathlib.Path:
     """Where the parameters of a finished stage are; ValueError where they are not."""
@@ -238,7 +238,7 @@ def _sampler(arch, stop_ids, mesh: Mesh, *, compute, shapes) -> sampling.Sampler
 
 def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:
   axes = param_tree.logical_axes(shapes)
-  return sharding.abstract(shapes, sharding.shardings(mesh, axes, shapes))
+  return sharding.with_shardings(shapes, sharding.shardings(mesh, axes, shapes))
 
 
 def _shapes(arch: ModelConfig) -> PyTree:

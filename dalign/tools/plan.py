@@ -209,7 +209,7 @@ def phases(run: Run) -> Iterator[Phase]:
     name, loss, optimizer, params, batch, *, steps, tokens, loops, beside=(), fixed=None
   ):
     trained, frozen = adapters.split(params)
-    frozen = adapters.join(frozen, fixed or {})
+    frozen = adapters.merge_trees(frozen, fixed or {})
     tx = train.make_optimizer(optimizer, steps=max(2, round(steps)))
     program = train.program(loss, tx, mesh, trained)
     batch = {n: _array(mesh, n, x) for n, x in batch.items()}
@@ -457,7 +457,7 @@ def _questions(cfg: RewardConfig, room: int) -> dict[str, np.ndarray]:
 def _chunks(run: Run, shape: BatchConfig) -> int:
   """How many blocks of logits a part of a micro-batch's tokens has, if all count."""
   lines = shape.rows, shape.length
-  part = sharding.place(run.mesh, ("batch", "token"), lines).shard_shape(lines)
+  part = sharding.named_sharding(run.mesh, ("batch", "token"), lines).shard_shape(lines)
   return -(-math.prod(part) // run.cfg.compute.logits_chunk)
 
 
@@ -609,7 +609,7 @@ def bill(chips: int, hours: float, price: float) -> str:
 
 def uneven(cfg: Config, parts: int) -> list[str]:
   """The numbers of rows that `parts` parts of a mesh do not divide. What axes do not
-  divide lies whole on each of their devices (`sharding.fits`)."""
+  divide lies whole on each of their devices (`sharding.drop_indivisible_axes`)."""
   counts = {
     "sampler.slots": cfg.sampler.slots,
     "sampler.prefill": cfg.sampler.prefill,

@@ -58,7 +58,7 @@ class Checkpoints:
       }
       manager.save(step, args=ocp.args.Composite(**parts), force=True)
 
-  def settle(self) -> None:
+  def wait_until_finished(self) -> None:
     """Waits until the last save is whole, and gives back the memory that it took.
 
     Where arrays live in host memory, the copy that a save in the background works on
@@ -72,7 +72,7 @@ class Checkpoints:
     """The newest step that is whole, or None."""
     if not self._dir.exists():
       return None
-    with _readable(self._dir):
+    with _one_line_errors(self._dir):
       self._open().wait_until_finished()
       return self._open().latest_step()
 
@@ -83,7 +83,7 @@ class Checkpoints:
     with the leaf's sharding (without one: on the first device). Raises ValueError,
     naming arrays, where the saved tree has others, or of another shape or dtype.
     """
-    with _readable(self._dir):
+    with _one_line_errors(self._dir):
       manager = self._open()
       manager.wait_until_finished()
       if step not in manager.all_steps():
@@ -93,7 +93,7 @@ class Checkpoints:
         )
       _check_fit(self._dir, manager.item_metadata(step).state, abstract_state)
       parts = {
-        "state": ocp.args.StandardRestore(_placed(abstract_state)),
+        "state": ocp.args.StandardRestore(_with_default_sharding(abstract_state)),
         "meta": ocp.args.JsonRestore(),
       }
       restored = manager.restore(step, args=ocp.args.Composite(**parts))
@@ -164,11 +164,11 @@ def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:
   if not path.exists():
     raise ValueError(f"{path}: wanted a folder of saved parameters, found none")
   with ocp.StandardCheckpointer() as checkpointer:
-    with _readable(path):
+    with _one_line_errors(path):
       _check_fit(path, checkpointer.metadata(path).item_metadata, abstract)
-      params = checkpointer.restore(path, _placed(abstract))
+      params = checkpointer.restore(path, _with_default_sharding(abstract))
   sums = _sums_file(path)
-  with _readable(sums):
+  with _one_line_errors(sums):
     _check_sums(path, params, json.loads(sums.read_text()))
   return params
 
@@ -186,7 +186,7 @@ def _again(where: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _readable(where: pathlib.Path) -> Iterator[None]:
+def _one_line_errors(where: pathlib.Path) -> Iterator[None]:
   """Says in one line what of Orbax's errors a user needs."""
   try:
     yield
@@ -249,7 +249,7 @@ def _check_sums(where: pathlib.Path, tree: PyTree, saved: Mapping[str, list]) ->
 def _check_fit(where: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:
   """Raises ValueError with the names, dtypes and shapes of arrays that are not the
   same."""
-  saved, wanted = _kinds(saved), _kinds(wanted)
+  saved, wanted = _dtypes_and_shapes(saved), _dtypes_and_shapes(wanted)
   found = [
     f"{name} is {saved.get(name, 'absent')}, wanted {wanted.get(name, 'none')}"
     for name in sorted(saved.keys() | wanted.keys())
@@ -264,7 +264,7 @@ def _check_fit(where: pathlib.Path, saved: PyTree, wanted: PyTree) -> None:
     )
 
 
-def _kinds(tree: PyTree) -> dict[str, str]:
+def _dtypes_and_shapes(tree: PyTree) -> dict[str, str]:
   """Name -> dtype and shape on disk of each array, as "float32[3, 4]"; a typed key is
   saved as the words it is of."""
   kinds = {}
@@ -277,7 +277,7 @@ def _kinds(tree: PyTree) -> dict[str, str]:
   return kinds
 
 
-def _placed(abstract: PyTree) -> PyTree:
+def _with_default_sharding(abstract: PyTree) -> PyTree:
   home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def place(leaf):

@@ -55,12 +55,12 @@ def divergence(
   Only `kl` has a gradient, and only by the student's hidden states and head. Otherwise
   as `ops.token_stats`.
   """
-  cut, whole, used = ops.in_chunks(wanted_PN, chunk)
+  cut, whole, used = ops.wanted_first_chunks(wanted_PN, chunk)
   teacher_PND, teacher_DV = jax.lax.stop_gradient((teacher_PND, teacher_DV))
 
   def logp(hidden_CD, head_DV):
-    logits_CV = ops.capped(ops.matmul(hidden_CD, head_DV, dtype), cap)
-    return jax.nn.log_softmax(ops.masked(logits_CV, absent) / temperature)
+    logits_CV = ops.soft_cap(ops.matmul(hidden_CD, head_DV, dtype), cap)
+    return jax.nn.log_softmax(ops.mask_absent(logits_CV, absent) / temperature)
 
   @jax.checkpoint
   def one(hidden_CD, teacher_CD):
@@ -123,7 +123,7 @@ def make_loss(*, cfg: ModelConfig, compute: Compute, temperature: float, exact: 
 
   def _exact(params, hidden_BTD, batch) -> Divergence:
     """Of each token the divergence that the state before it has, at that state."""
-    parts, whole = sharding.token_parts(hidden_BTD.shape[:2])
+    parts, whole = sharding.token_partition(hidden_BTD.shape[:2])
     heads = (
       sharding.constrain(transformer.head(params[name]), None, "vocab")
       for name in ("policy", "teacher")

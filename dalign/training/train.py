@@ -51,7 +51,7 @@ def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransfo
       adam_b1=cfg.beta1,
       adam_b2=cfg.beta2,
       adam_learning_rate=rate(cfg.learning_rate),
-      muon_weight_dimension_numbers=_layered,
+      muon_weight_dimension_numbers=_per_layer_matrices,
     )
   else:
     tx = optax.adamw(
@@ -62,7 +62,7 @@ def make_optimizer(cfg: OptimizerConfig, *, steps: int) -> optax.GradientTransfo
       mask=_matrices,
     )
   tx = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), tx)
-  return _skipping(tx, cfg.skip_norm) if cfg.skip_norm else tx
+  return _skip_large_updates(tx, cfg.skip_norm) if cfg.skip_norm else tx
 
 
 def adam(learning_rate: float = 0.0) -> optax.GradientTransformation:
@@ -72,16 +72,16 @@ def adam(learning_rate: float = 0.0) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(1.0), rated)
 
 
-def _skipping(
-  tx: optax.GradientTransformation, most: float
+def _skip_large_updates(
+  tx: optax.GradientTransformation, max_norm: float
 ) -> optax.GradientTransformation:
   """As `tx`, whose state it has; nothing changes where the global norm is above
-  `most`. optax.apply_if_finite does so for other gradients, optax.MultiSteps with a
+  `max_norm`. optax.apply_if_finite does so for other gradients, optax.MultiSteps with a
   second copy of them."""
 
   def update(grads, state, params=None):
     updates, after = tx.update(grads, state, params)
-    take = optax.tree.norm(grads) <= most
+    take = optax.tree.norm(grads) <= max_norm
     updates = jax.tree.map(lambda x: jnp.where(take, x, 0.0), updates)
     return updates, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, state)
 
@@ -110,7 +110,7 @@ def _is_matrix(path) -> bool:
   return param_tree.is_matrix(str(getattr(path[-1], "key", "")))
 
 
-def _layered(params: PyTree) -> PyTree:
+def _per_layer_matrices(params: PyTree) -> PyTree:
   """What Muon is to take for matrices: those of the layers, each by itself."""
   layers = jax.tree_util.DictKey("layers")
 
@@ -149,7 +149,7 @@ def make_update(
   """The pure `update(state, batch, key, used, frozen) -> (state, metrics)` of a loss.
 
   `frozen` are parameters that the loss reads and no step changes, joined to those of
-  the state (`adapters.join`); with none of them, an empty tree.
+  the state (`adapters.merge_trees`); with none of them, an empty tree.
 
   Each leaf of `batch` has micro-batches as its first axis, of which the first `used`
   (at least one) are looped over: the shape stays, what is empty costs nothing.
@@ -161,7 +161,7 @@ def make_update(
 
   def totals(params, batch, key, frozen):
     def total(params):
-      loss, metrics = loss_fn(adapters.join(frozen, params), batch, key)
+      loss, metrics = loss_fn(adapters.merge_trees(frozen, params), batch, key)
       return loss.total, (loss, metrics)
 
     grads, (loss, metrics) = jax.grad(total, has_aux=True)(params)
@@ -244,7 +244,7 @@ def program(
   placed = state_shardings(mesh, state, axes)
   update = make_update(loss, tx, average_from=average_from)
   return Program(
-    state=sharding.abstract(state, placed),
+    state=sharding.with_shardings(state, placed),
     create=jax.jit(first, out_shardings=placed, donate_argnums=0),
     update=jit_update(update, mesh, state, axes),
   )
@@ -256,7 +256,9 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
   return TrainState(
     step=sharding.replicated(mesh),
     params=params,
-    opt_state=sharding.like_params(mesh, state.opt_state, state.params, params),
+    opt_state=sharding.shardings_like_params(
+      mesh, state.opt_state, state.params, params
+    ),
     average=None if state.average is None else params,
   )
 
@@ -270,7 +272,7 @@ class Update:
 
   def __call__(self, state, batch, key, used, frozen: PyTree | None = None):
     batch = {
-      name: sharding.put(x, sharding.batch_sharding(self.mesh, name, x, lead=1))
+      name: sharding.put_on_mesh(x, sharding.batch_sharding(self.mesh, name, x, lead=1))
       for name, x in batch.items()
     }
     return self.jitted(state, batch, key, jnp.int32(used), frozen or {})

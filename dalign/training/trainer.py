@@ -56,7 +56,7 @@ class Trainer:
 
   def __post_init__(self):
     trained, frozen = adapters.split(self.params)
-    self._frozen = adapters.join(frozen, self.beside)
+    self._frozen = adapters.merge_trees(frozen, self.beside)
     program = train.program(
       self.loss,
       train.make_optimizer(self.optimizer, steps=self.steps),
@@ -94,7 +94,7 @@ class Trainer:
   @property
   def all_params(self) -> PyTree:
     """The parameters as they are now, with those that are not trained."""
-    return adapters.join(self._frozen, self.state.params)
+    return adapters.merge_trees(self._frozen, self.state.params)
 
   def update(self, batch: dict, used: int, extra: dict | None = None) -> dict:
     """One step over the first `used` micro-batches; returns and writes its metrics."""
@@ -166,7 +166,7 @@ class Trainer:
     with stopping.uninterrupted():
       self.saved.save(self.step, self.state, self.meta)
       if self.in_host_memory:
-        self.saved.settle()
+        self.saved.wait_until_finished()
       self.store.pause(self.stage)
 
   def finish(self) -> PyTree:
@@ -175,7 +175,7 @@ class Trainer:
     place = self.store.path(self.stage, "params")
     checkpoints.save_params(place, self.result(trained))
     self.saved.close()
-    return self.result(adapters.join(self._frozen, trained))
+    return self.result(adapters.merge_trees(self._frozen, trained))
 
 
 def halt(

@@ -375,7 +375,7 @@ def test_adapters_are_those_of_peft(case, compute, tmp_path):
   assert np.abs(want - hf_logits(hf, [ROWS[0]])[0]).max() > 0.1
   np.testing.assert_allclose(got, want, atol=1e-4)
   read_cfg, read, _ = weights.load(str(tmp_path))
-  whole = adapters.merged(params, cfg=cfg)
+  whole = adapters.merge_adapters(params, cfg=cfg)
   assert read_cfg == dataclasses.replace(cfg, lora_scale=0.0)
   for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)

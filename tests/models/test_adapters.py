@@ -97,7 +97,7 @@ def test_a_base_of_bfloat16_is_held_in_it(params, adapted, compute):
 def test_merged_they_are_the_same_model(with_lora, params, adapted, compute):
   tokens_BT = jnp.asarray([TOKENS])
   got = logits(with_lora, tokens_BT, cfg=adapted, compute=compute)
-  merged = adapters.merged(with_lora, cfg=adapted)
+  merged = adapters.merge_adapters(with_lora, cfg=adapted)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
   want = logits(merged, tokens_BT, cfg=adapted, compute=compute)
   np.testing.assert_allclose(got, want, atol=2e-5)
@@ -113,7 +113,7 @@ def test_merged_they_are_the_same_model(with_lora, params, adapted, compute):
 def test_decoding_has_them_added(with_lora, adapted, compute):
   decode = transformer.unstack(with_lora, cfg=adapted, compute=compute)
   merged = transformer.unstack(
-    adapters.merged(with_lora, cfg=adapted), cfg=adapted, compute=compute
+    adapters.merge_adapters(with_lora, cfg=adapted), cfg=adapted, compute=compute
   )
   assert jax.tree.structure(decode) == jax.tree.structure(merged)
   for a, b in zip(jax.tree.leaves(decode), jax.tree.leaves(merged), strict=True):
@@ -129,7 +129,7 @@ def test_trees_are_split_and_joined(with_lora, params):
   assert trained["trunk"]["layers"].keys() == names
   assert frozen.keys() == {"trunk"}
   assert frozen["trunk"]["layers"].keys() == params["layers"].keys()
-  joined = adapters.join(frozen, trained)
+  joined = adapters.merge_trees(frozen, trained)
   assert jax.tree.structure(joined) == jax.tree.structure(made)
   for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(made), strict=True):
     assert a is b
@@ -152,9 +152,11 @@ def test_a_step_changes_adapters_alone_and_holds_moments_of_them_alone(
   def total(params):
     return loss(params, batch, KEY)[0].total
 
-  merged = adapters.merged(with_lora, cfg=adapted)
+  merged = adapters.merge_adapters(with_lora, cfg=adapted)
   of_merged = jax.jit(jax.grad(total))(merged)["layers"]
-  of_adapters = jax.jit(jax.grad(lambda t: total(adapters.join(frozen, t))))(trained)
+  of_adapters = jax.jit(jax.grad(lambda t: total(adapters.merge_trees(frozen, t))))(
+    trained
+  )
   for name in LORA.leaves:
     a, b = (with_lora["layers"][f"{name}_lora_{x}"] for x in "ab")
     want_a = 4.0 * jnp.einsum("lio,lro->lir", of_merged[name], b)

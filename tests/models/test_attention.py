@@ -44,7 +44,7 @@ def trees(T: int):
 
 
 def blocked(q_BNTH, k_BKTH, v_BKTH, ends_BT, dtype=jnp.float32, parts=(), **more):
-  sight = attention.Sight(ends=ends_BT, **more.pop("sight", {}))
+  sight = attention.Visibility(ends=ends_BT, **more.pop("sight", {}))
   line = attention.Line(k=k_BKTH.swapaxes(2, 3), v=v_BKTH, sight=sight)
   return attention.attend(q_BNTH, (*parts, line), dtype, **more)
 
@@ -112,7 +112,7 @@ def test_windows_caps_and_sinks_have_the_gradients_of_one_softmax(prefix):
   mask = attention.tree_mask(ends) & (
     position_BT[:, :, None] - position_BT[:, None] < window
   )
-  behind = attention.near(position_BT, at_P, window)
+  behind = attention.within_window(position_BT, at_P, window)
   mask = jnp.concatenate([jnp.broadcast_to(behind, (B, T, prefix)), mask], axis=2)
   assert 0 < behind.sum() < behind.size or not prefix
 

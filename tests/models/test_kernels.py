@@ -60,7 +60,7 @@ def test_a_kernel_and_its_gradients_equal_ours(kernel, dtype, masked, T):
 
   def run(kernel):
     def loss(q, k, v):
-      line = attention.Line(k=k, v=v, sight=attention.Sight(ends=ends))
+      line = attention.Line(k=k, v=v, sight=attention.Visibility(ends=ends))
       out = attention.attend(q, (line,), dtype, kernel)
       return jnp.sum(out * weight), out
 
@@ -73,7 +73,7 @@ def test_a_kernel_and_its_gradients_equal_ours(kernel, dtype, masked, T):
 
 def test_a_line_joined_with_a_prefix_is_not_left_to_a_kernel():
   q, k, v, _ = numbers(64)
-  line = attention.Line(k=k, v=v, sight=attention.Sight())
+  line = attention.Line(k=k, v=v, sight=attention.Visibility())
   front = attention.Part(k=k[:1], v=v[:1], mask=jnp.ones((1, 1, 64), bool))
 
   def never(*_):
@@ -96,7 +96,7 @@ def test_cudnn_takes_our_lines(T, masked, monkeypatch):
   ends = trees(T) if masked else None
 
   def loss(q, k, v):
-    line = attention.Line(k=k, v=v, sight=attention.Sight(ends=ends))
+    line = attention.Line(k=k, v=v, sight=attention.Visibility(ends=ends))
     return jnp.sum(attention.attend(q, (line,), jnp.bfloat16, kernels.cudnn))
 
   traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*args)
@@ -123,7 +123,7 @@ def test_by_parts_gives_each_device_its_own_and_keeps_whole_what_does_not_divide
 
   def run(q, k):
     with jax.set_mesh(mesh):
-      call = functools.partial(sharding.by_parts, fn, axes, axes[0])
+      call = functools.partial(sharding.shard_map_by_axes, fn, axes, axes[0])
       return jax.jit(lambda q, k: call((q, k, None)))(q, k)
 
   run(jnp.ones((4, 8)), jnp.ones((4, 2)))

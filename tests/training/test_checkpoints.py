@@ -59,11 +59,11 @@ def test_a_settled_save_is_whole(tmp_path, monkeypatch):
   monkeypatch.setattr(
     checkpoints, "give_back_memory", lambda: seen.append((tmp_path / "c/2").exists())
   )
-  writer.settle()
+  writer.wait_until_finished()
   state = make_state(2)
   state.params["big"] = jax.random.normal(jax.random.key(0), (3000, 1000))
   writer.save(2, state, {})
-  writer.settle()
+  writer.wait_until_finished()
   assert seen[-1] is True
   assert Checkpoints(tmp_path / "c").latest() == 2
   writer.close()

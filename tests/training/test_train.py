@@ -139,7 +139,7 @@ def test_a_bfloat16_weight_gradient_widens_no_operand(wide):
 
 def test_a_turned_product_keeps_its_weight_on_the_left():
   x, w = jnp.ones((2, 3, 40)), jnp.ones((70, 40))
-  turned = jax.jit(functools.partial(ops.matmul_turned, dtype=jnp.dtype("float32")))
+  turned = jax.jit(functools.partial(ops.matmul_transposed, dtype=jnp.dtype("float32")))
   program = turned.lower(x, w).compile().as_text()
   assert re.findall(r"= f32\[(\d+,\d+)\]\S* dot\(", program) == ["70,6"]
 
@@ -177,12 +177,12 @@ def test_keys_differ_by_name_step_and_row():
   keys = [ops.stream(KEY, name, step) for name in ("rl", "sft") for step in (0, 1)]
   assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 4
   words_32 = np.array([[5, 1], [9, 1], [5, 1]], np.uint32)
-  rows = jax.random.key_data(ops.per_row(KEY, words_32))
-  alone = jax.random.key_data(ops.per_row(KEY, words_32[1:2]))
+  rows = jax.random.key_data(ops.row_keys(KEY, words_32))
+  alone = jax.random.key_data(ops.row_keys(KEY, words_32[1:2]))
   np.testing.assert_array_equal(rows[1], alone[0])
   np.testing.assert_array_equal(rows[0], rows[2])
   assert (rows[0] != rows[1]).any()
-  other = jax.random.key_data(ops.per_row(KEY, np.array([[5, 2]], np.uint32)))
+  other = jax.random.key_data(ops.row_keys(KEY, np.array([[5, 2]], np.uint32)))
   assert (rows[0] != other[0]).any()  # the second word counts too
 
 
@@ -416,12 +416,14 @@ def test_meshes_use_all_devices():
 
 
 def test_logical_axes_become_mesh_axes():
-  assert sharding.spec(("layer", "width", "heads")) == P(None, "fsdp", "tensor")
-  assert sharding.spec(("batch", None)) == P(("data", "fsdp"), None)
+  assert sharding.partition_spec(("layer", "width", "heads")) == P(
+    None, "fsdp", "tensor"
+  )
+  assert sharding.partition_spec(("batch", None)) == P(("data", "fsdp"), None)
   with pytest.raises(ValueError, match="lays one mesh axis on two dimensions"):
-    sharding.spec(("heads", "ffw"))
+    sharding.partition_spec(("heads", "ffw"))
   with pytest.raises(KeyError, match="rows"):
-    sharding.spec(("rows",))
+    sharding.partition_spec(("rows",))
 
 
 def test_axes_that_do_not_divide_are_dropped(params):
