@@ -137,14 +137,16 @@ class Model:
         for i in range(n)
       ]
     how = dict(cfg=self.arch, compute=self.compute, stop_ids=self._tok.stop_ids)
-    sampler = _sampler(sampler=sampling.shapes(n * len(prompts), len(groups)), **how)
+    sampler = _sampler(
+      sampler=sampling.default_shapes(n * len(prompts), len(groups)), **how
+    )
     done = sampler.complete(
       sampler.prepare(self.params),
       groups.values(),
       key=jax.random.key(seed),
       temperature=temperature,
       max_new=max_new,
-      grows=True,
+      grow_to_fit=True,
     )
     found = {completion.request.row_id: completion for completion in done}
     return [
@@ -167,7 +169,7 @@ class Model:
     fronts = [self._front(s.prompt, spec, detail, worked) for s in samples]
     rows = [[*front, *s.tokens] for front, s in zip(fronts, samples, strict=True)]
     starts = [len(f) + s.forced for f, s in zip(fronts, samples, strict=True)]
-    length = sampling.bucket(max(map(len, rows), default=1), STEP)
+    length = sampling.bucket_size(max(map(len, rows), default=1), STEP)
     shape = BatchConfig(micro=1, rows=max(1, SCORED // length), length=length)
     score = _scorer(self.arch, self.compute, shape, temperature=temperature)
     return score(self.params, rows, starts)
@@ -265,7 +267,7 @@ def judge(
   something else, and for the rubric with another specification.
   """
   if isinstance(judge, Model):
-    score_logprobs = likelihood.of_labels(
+    score_logprobs = likelihood.make_label_scorer(
       judge.params, tok=judge._tok, cfg=judge.arch, compute=judge.compute
     )
     policy = functools.partial(render, spec, detail=detail)
@@ -410,4 +412,4 @@ def _rows(model: Model, samples: Sequence[Rollout]) -> packing.Packed:
   ]
   longest = max(len(tokens) for tokens, _ in rows)
   model.arch.check_length(longest, "a prompt and its reply")
-  return packing.pad_rows(rows, length=sampling.bucket(longest, STEP))
+  return packing.pad_rows(rows, length=sampling.bucket_size(longest, STEP))

@@ -18,7 +18,7 @@ from dalign.training import policy_gradient
 from dalign.types import PyTree
 from dalign.types import Turn
 
-LABELLED = 4  # conversations whose labels are scored together
+LABEL_BATCH_ROWS = 4  # conversations whose labels are scored together
 STEP = 128  # they are padded to a multiple of so many tokens
 
 
@@ -83,7 +83,7 @@ class Scorer:
     return batch | {"wanted_BT": batch["wanted_BT"] > 0}
 
 
-def of_labels(
+def make_label_scorer(
   params: PyTree,
   *,
   tok: chat_template.Tokenizer,
@@ -119,8 +119,8 @@ def of_labels(
     rows = [chat_template.render_chat(tok, turns) for turns in conversations]
     fitting = [i for i, row in enumerate(rows) if len(row) <= cfg.max_length]
     found: list[list[float] | None] = [None] * len(rows)
-    for at in range(0, len(fitting), LABELLED):
-      some = fitting[at : at + LABELLED]
+    for at in range(0, len(fitting), LABEL_BATCH_ROWS):
+      some = fitting[at : at + LABEL_BATCH_ROWS]
       tokens_BT, length_B = _padded([rows[i] for i in some])
       logp_BV = last_logprobs(params, tokens_BT, length_B)
       read = jax.device_get(logp_BV[: len(some), jnp.asarray(ids)]).tolist()
@@ -132,11 +132,11 @@ def of_labels(
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-  """Rows right-padded to [LABELLED, T], T a multiple of STEP, and their lengths (at
-  least 1, so that empty rows pick a real position)."""
+  """Rows right-padded to [LABEL_BATCH_ROWS, T], T a multiple of STEP, and their
+  lengths (at least 1, so that empty rows pick a real position)."""
   T = -(-max(map(len, rows)) // STEP) * STEP
-  tokens_BT = np.zeros((LABELLED, T), np.int32)
-  length_B = np.ones(LABELLED, np.int32)
+  tokens_BT = np.zeros((LABEL_BATCH_ROWS, T), np.int32)
+  length_B = np.ones(LABEL_BATCH_ROWS, np.int32)
   for b, row in enumerate(rows):
     tokens_BT[b, : len(row)] = row
     length_B[b] = len(row)

@@ -1,4 +1,4 @@
-"""Decoding for those who come at any time: rows join and leave between two chunks.
+"""Continuous batching: requests join and leave the decode loop between two chunks.
 
 `Sampler.run` knows the shapes of what is asked before it begins. Here the slots grow
 when more rows come than there are slots, or longer ones, and shrink when all have left;
@@ -18,25 +18,25 @@ import numpy as np
 from dalign.sampling import sampler as sampling
 from dalign.types import Key
 
-SHORTEST = 64  # tokens: rooms for prompts and for new tokens are twice, four times ...
+MIN_ROOM = 64  # tokens: rooms for prompts and for new tokens are twice, four times ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Ask(sampling.Request):
-  """A request with a temperature and a `top_p` of its own. `gone` says whether nobody
-  waits for it any more: then its row is given up."""
+class LiveRequest(sampling.Request):
+  """A request with a temperature and a `top_p` of its own. `cancelled` says whether
+  nobody waits for it any more: then its row is given up."""
 
   temperature: float
   top_p: float = 1.0
-  gone: Callable[[], bool] = lambda: False
+  cancelled: Callable[[], bool] = lambda: False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Heard:
-  """What has been sampled for one who asked: all tokens so far, the stop token
-  included; `finish` is "" while more is to come, then "stop" or "length"."""
+class PartialCompletion:
+  """The tokens sampled for a request so far, the stop token included; `finish` is ""
+  while more is to come, then "stop" or "length"."""
 
-  ask: Ask
+  ask: LiveRequest
   tokens: tuple[int, ...]
   finish: str
 
@@ -44,123 +44,133 @@ class Heard:
 def run(
   sampler: sampling.Sampler,
   weights: sampling.Weights,
-  come: Callable[[bool], Iterable[Ask] | None],
+  next_requests: Callable[[bool], Iterable[LiveRequest] | None],
   *,
   key: Key,
-  most: int,
+  max_rows: int,
   tokens: int,
-) -> Iterator[list[Heard]]:
+) -> Iterator[list[PartialCompletion]]:
   """What every row has, after each chunk of tokens.
 
-  `come(idle)` brings those who newly ask, and None to end; where it is told that there
-  is nothing else to do it may wait. At most `most` rows are decoded together, and on a
-  mesh always so many; and, but for one that is alone, no more than caches of `tokens`
-  tokens in all have room for. Others wait, in the order in which they came. What a row
-  draws depends on key, row id, tokens, temperature and `top_p` alone, as in
-  `Sampler.run`. `weights` is `sampler.prepare(params)`.
+  `next_requests(idle)` brings those who newly ask, and None to end; where it is told
+  that there is nothing else to do it may wait. At most `max_rows` rows are decoded
+  together, and on a mesh always so many; and, but for one that is alone, no more than
+  caches of `tokens` tokens in all have room for. Others wait, in the order in which
+  they came. What a row draws depends on key, row id, tokens, temperature and `top_p`
+  alone, as in `Sampler.run`. `weights` is `sampler.prepare(params)`.
   """
-  rows = _Rows(sampler, weights, key, most, tokens)
-  while (new := come(rows.idle())) is not None:
+  rows = _LiveRows(sampler, weights, key, max_rows, tokens)
+  while (new := next_requests(rows.idle())) is not None:
     rows.waiting.extend(new)
-    if heard := rows.step():
-      yield heard
+    if partials := rows.step():
+      yield partials
 
 
-class _Rows:
-  """The slots, who holds them, and who waits for one."""
+class _LiveRows:
+  """The decode slots, the requests that occupy them, and the queue of the others."""
 
-  def __init__(self, sampler, weights, key, most: int, tokens: int):
+  def __init__(self, sampler, weights, key, max_rows: int, tokens: int):
     self._sampler, self._weights = sampler, weights
-    self._most, self._tokens = most, tokens
-    self._none = sampling.Prefixes(kv=(), length_A=np.zeros(1, np.int32))
+    self._most, self._tokens = max_rows, tokens
+    self._no_prefixes = sampling.Prefixes(kv=(), length_A=np.zeros(1, np.int32))
     self._shape: tuple[int, ...] = (0, 0, 0)
     self._slots: Any = None
-    self._held: list[Ask | None] = []
-    self.waiting: collections.deque[Ask] = collections.deque()
-    self._next: collections.deque[Ask] = collections.deque()  # who have room
+    self._slot_requests: list[LiveRequest | None] = []
+    self.waiting: collections.deque[LiveRequest] = collections.deque()
+    self._admitted: collections.deque[LiveRequest] = collections.deque()
     self._lane = sampling.Lane(
-      sampler, weights.encode, key, (), None, range(0), self._next
+      sampler, weights.encode, key, (), None, range(0), self._admitted
     )
 
   def idle(self) -> bool:
-    return not self.waiting and not self._next and not any(self._held)
+    return not self.waiting and not self._admitted and not any(self._slot_requests)
 
-  def step(self) -> list[Heard]:
+  def step(self) -> list[PartialCompletion]:
     """A chunk of tokens for every row."""
-    self._leave()
+    self._drop_cancelled()
     if self.idle():
       return []
     self._make_room()
-    slots = self._lane.refill(self._slots, self._held)
-    heat_B = np.array([a.temperature if a else 1.0 for a in self._held], np.float32)
-    top_p_B = np.array([a.top_p if a else 1.0 for a in self._held], np.float32)
+    slots = self._lane.refill(self._slots, self._slot_requests)
+    temperature_B = np.array(
+      [a.temperature if a else 1.0 for a in self._slot_requests], np.float32
+    )
+    top_p_B = np.array([a.top_p if a else 1.0 for a in self._slot_requests], np.float32)
     cut = (top_p_B,) if (top_p_B < 1).any() else ()
-    slots = self._sampler.chunk(self._weights.decode, self._none, slots, heat_B, *cut)
+    slots = self._sampler.chunk(
+      self._weights.decode, self._no_prefixes, slots, temperature_B, *cut
+    )
     self._slots = slots
     out_BS, count_B, active_B = jax.device_get(
       (slots.out_BS, slots.count_B, slots.active_B)
     )
-    heard = [
-      Heard(ask=ask, tokens=tuple(out_BS[i, : count_B[i]].tolist()), finish="")
-      for i, ask in enumerate(self._held)
+    partials = [
+      PartialCompletion(
+        ask=ask, tokens=tuple(out_BS[i, : count_B[i]].tolist()), finish=""
+      )
+      for i, ask in enumerate(self._slot_requests)
       if ask and active_B[i]
     ]
-    for _, done in sampling.collect(slots, self._held):
+    for _, done in sampling.collect_finished(slots, self._slot_requests):
       ask: Any = done.request
-      heard.append(Heard(ask=ask, tokens=done.tokens, finish=done.finish))
-    return heard
+      partials.append(
+        PartialCompletion(ask=ask, tokens=done.tokens, finish=done.finish)
+      )
+    return partials
 
-  def _leave(self) -> None:
-    """Gives up the rows of those who are gone."""
-    for queue in (self.waiting, self._next):
-      kept = [ask for ask in queue if not ask.gone()]
+  def _drop_cancelled(self) -> None:
+    """Drops the rows and queue entries of cancelled requests."""
+    for queue in (self.waiting, self._admitted):
+      kept = [ask for ask in queue if not ask.cancelled()]
       queue.clear()
       queue.extend(kept)
-    left = [i for i, ask in enumerate(self._held) if ask and ask.gone()]
+    left = [i for i, ask in enumerate(self._slot_requests) if ask and ask.cancelled()]
     if left:
       for i in left:
-        self._held[i] = None
+        self._slot_requests[i] = None
       active_B = self._slots.active_B.at[np.array(left)].set(False)
       self._slots = self._slots.replace(active_B=active_B)
 
   def _make_room(self) -> None:
-    """Lets those in who have room, and has slots with room for all of them."""
-    held = [ask for ask in self._held if ask]
-    there = [*held, *self._next]
-    wanted = self._room(there, held)
+    """Admits waiting requests that fit, and resizes the slots to hold all of them."""
+    running = [ask for ask in self._slot_requests if ask]
+    admitted = [*running, *self._admitted]
+    wanted = self._room(admitted, running)
     while self.waiting:
-      more = self._room([*there, self.waiting[0]], held)
-      if there and more[0] * sum(more[1:]) > self._tokens:
+      wanted_with_next = self._room([*admitted, self.waiting[0]], running)
+      if admitted and wanted_with_next[0] * sum(wanted_with_next[1:]) > self._tokens:
         break
-      wanted = more
-      there.append(self.waiting[0])
-      self._next.append(self.waiting.popleft())
+      wanted = wanted_with_next
+      admitted.append(self.waiting[0])
+      self._admitted.append(self.waiting.popleft())
     if wanted == self._shape:
       return
     slots = self._sampler.empty(*wanted)
-    if held:
+    if running:
       slots = self._sampler.grow(self._slots, slots)
-    self._held = [*self._held, *[None] * wanted[0]][: wanted[0]]
+    self._slot_requests = [*self._slot_requests, *[None] * wanted[0]][: wanted[0]]
     self._lane = dataclasses.replace(self._lane, slots=range(wanted[0]))
     self._shape, self._slots = wanted, slots
 
-  def _room(self, asks: list[Ask], held: list[Ask]) -> tuple[int, ...]:
+  def _room(
+    self, asks: list[LiveRequest], running: list[LiveRequest]
+  ) -> tuple[int, ...]:
     """Slots, tokens of a prompt and new tokens that these need: no less than there is,
     where rows are under way."""
     longest = max((len(ask.tokens) - 1 for ask in asks), default=0)
     step = self._sampler.sampler.prompt_step  # what prompts are padded to
     wanted = (
       self._most
-      if self._sampler.meshed
-      else min(_doubled(len(asks), 1, 4), self._most),
-      _doubled(sampling.bucket(longest, step), SHORTEST, 2),
-      _doubled(max((ask.max_new for ask in asks), default=0), SHORTEST, 2),
+      if self._sampler.uses_mesh
+      else min(_round_up_geometric(len(asks), 1, 4), self._most),
+      _round_up_geometric(sampling.bucket_size(longest, step), MIN_ROOM, 2),
+      _round_up_geometric(max((ask.max_new for ask in asks), default=0), MIN_ROOM, 2),
     )
-    return tuple(map(max, wanted, self._shape)) if held else wanted
+    return tuple(map(max, wanted, self._shape)) if running else wanted
 
 
-def _doubled(n: int, least: int, times: int) -> int:
-  """The first of least, least * times, least * times^2 ... that n is not above."""
+def _round_up_geometric(n: int, least: int, times: int) -> int:
+  """The first of least, least * times, least * times^2 ... that is at least n."""
   while least < n:
     least *= times
   return least

@@ -114,7 +114,7 @@ def nucleus(logits_BV, top_p):
   return jnp.where(kept_BV, logits_BV, -jnp.inf)
 
 
-def draw(logits_BV, key_B, temperature, top_p=None):
+def sample_tokens(logits_BV, key_B, temperature, top_p=None):
   """A token a row from softmax(logits / temperature), of which `top_p` is left
   (`nucleus`), with its log-probability under what is left.
 
@@ -155,7 +155,9 @@ def draw(logits_BV, key_B, temperature, top_p=None):
   return token_B.astype(jnp.int32), picked_B - logz_B
 
 
-def _advance(weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop_ids):
+def _decode_one(
+  weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop_ids
+):
   """One token for every active slot."""
   S = slots.live_BS.shape[1]
   column = slots.column % S
@@ -177,7 +179,8 @@ def _advance(weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop
   for i in range(cfg.layers):
     at_B1 = slots.position_B[:, None] if i in cfg.sliding else None
     *read, own = (
-      _part(kv[i], mask_BS, at_BS, at_B1, cfg.window) for kv, mask_BS, at_BS in parts
+      _cache_part(kv[i], mask_BS, at_BS, at_B1, cfg.window)
+      for kv, mask_BS, at_BS in parts
     )
     reads.append(tuple(read))
     ring.append(own)
@@ -196,7 +199,7 @@ def _advance(weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop
   )
   logits_BV = ops.mask_absent(ops.soft_cap(logits_BV, cfg.logit_cap), cfg.absent)
   key_B = jax.vmap(jax.random.fold_in)(slots.key_B, slots.count_B)
-  token_B, logp_B = draw(logits_BV, key_B, temperature, top_p)
+  token_B, logp_B = sample_tokens(logits_BV, key_B, temperature, top_p)
 
   active_B = slots.active_B
   stop_B = jnp.isin(token_B, jnp.asarray(stop_ids)) & active_B
@@ -216,7 +219,7 @@ def _advance(weights, prefixes, slots, temperature, top_p, *, cfg, compute, stop
   )
 
 
-def _part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
+def _cache_part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
   """One layer's cache with what its rows may see; `at_B1` are the positions that they
   look from where a window ends their sight."""
   mask_BTS = mask_BS[:, None]
@@ -226,7 +229,7 @@ def _part(kv, mask_BS, at_BS, at_B1, window: int) -> attention.Part:
   return attention.Part(k=k, v=v, mask=mask_BTS)
 
 
-def _insert(slots: Slots, kv: transformer.KV, src_R, slot_R, count) -> Slots:
+def _insert_prompts(slots: Slots, kv: transformer.KV, src_R, slot_R, count) -> Slots:
   """Copies the first `count` of the rows `src_R` of `kv` into the slots `slot_R`."""
 
   def put(i, prompt):
@@ -244,7 +247,7 @@ def _insert(slots: Slots, kv: transformer.KV, src_R, slot_R, count) -> Slots:
   )
 
 
-def _start(slots: Slots, starts_B, fields: dict) -> Slots:
+def _start_rows(slots: Slots, starts_B, fields: dict) -> Slots:
   """Begins a new row in each slot of `starts_B`, whose prompt lies there already;
   `fields` are the values of all slots, of which those that start are taken."""
   fields |= {"live_BS": False, "count_B": 0, "active_B": True, "stopped_B": False}
@@ -259,19 +262,19 @@ def _start(slots: Slots, starts_B, fields: dict) -> Slots:
   )
 
 
-def _grown(old: Slots, new: Slots) -> Slots:
+def _grow_slots(old: Slots, new: Slots) -> Slots:
   """The rows of `old` in the first slots of `new`, which has room for at least as many
   rows, tokens of a prompt and new tokens. The ring of new tokens is turned so that the
   oldest column is the first, and grows at its end."""
   S = old.live_BS.shape[1]
 
-  def turned(x, axis):
+  def rolled(x, axis):
     return jnp.roll(x, -(old.column % S), axis)
 
   old = dataclasses.replace(
     old,
-    fresh=tuple((turned(k, 3), turned(v, 2)) for k, v in old.fresh),
-    live_BS=turned(old.live_BS, 1),
+    fresh=tuple((rolled(k, 3), rolled(v, 2)) for k, v in old.fresh),
+    live_BS=rolled(old.live_BS, 1),
     column=jnp.full_like(old.column, S),
   )
 
@@ -299,13 +302,13 @@ def common_prefix(rows: list[tuple[int, ...]]) -> int:
   return min(packing.common_front(low, high), min(map(len, rows)) - 1)
 
 
-def room(rows: list[tuple[int, ...]], prefix_room: int) -> int:
+def needed_prompt_room(rows: list[tuple[int, ...]], prefix_room: int) -> int:
   """The `prompt_room` that a group of these rows needs where they share up to
   `prefix_room` tokens."""
   return max(map(len, rows)) - min(common_prefix(rows), prefix_room) - 1
 
 
-def bucket(n: int, step: int) -> int:
+def bucket_size(n: int, step: int) -> int:
   """The smallest multiple of step that holds n, of at most four between one power of
   two and the next: few shapes to compile, and little padding."""
   steps = max(1, -(-n // step))
@@ -313,7 +316,7 @@ def bucket(n: int, step: int) -> int:
   return -(-steps // coarse) * coarse * step
 
 
-def shapes(rows: int, groups: int) -> SamplerConfig:
+def default_shapes(rows: int, groups: int) -> SamplerConfig:
   """Shapes that suit so many rows in so many groups: at the most 64 are decoded
   together, in 8 lanes."""
   slots, lanes = (
@@ -350,57 +353,57 @@ class Sampler:
     self.cfg, self.compute = cfg, dataclasses.replace(compute, remat=False)
     self.sampler, self.stop_ids = sampler, tuple(stop_ids)
     self._mesh = mesh
-    k = v = self._lies(
+    k = v = self._sharding(
       "slot", "kv_heads", None, None, shape=(sampler.slots, cfg.kv_heads)
     )
-    own = dict(prompt=((k, v),) * cfg.layers, fresh=((k, v),) * cfg.layers)
-    whole = self._lies()
+    cache_shardings = dict(prompt=((k, v),) * cfg.layers, fresh=((k, v),) * cfg.layers)
+    replicated = self._sharding()
     names = (field.name for field in dataclasses.fields(Slots))
-    slots = Slots(**{name: own.get(name, whole) for name in names})
+    slots = Slots(**{name: cache_shardings.get(name, replicated) for name in names})
     heads = None, "batch", "kv_heads", None, None
-    rows = self._lies(*heads, shape=(1, sampler.prefill, cfg.kv_heads))
-    row = self._lies(*heads, shape=(1, 1, cfg.kv_heads))
-    prefix = transformer.Prefix(kv=transformer.KV(k=row, v=row), length=whole)
+    rows = self._sharding(*heads, shape=(1, sampler.prefill, cfg.kv_heads))
+    row = self._sharding(*heads, shape=(1, 1, cfg.kv_heads))
+    prefix = transformer.Prefix(kv=transformer.KV(k=row, v=row), length=replicated)
     self._prefill = self._jit(self._prefill_fn, transformer.KV(k=rows, v=rows))
     self._prefix = self._jit(self._prefix_fn, prefix)
     self.empty = self._jit(self._empty_fn, slots, static_argnums=(0, 1, 2))
-    self.grow = self._jit(_grown, slots, donate_argnums=1)
-    self._insert = self._jit(_insert, slots, donate_argnums=0)
-    self._start = self._jit(_start, slots, donate_argnums=0)
+    self.grow = self._jit(_grow_slots, slots, donate_argnums=1)
+    self._insert = self._jit(_insert_prompts, slots, donate_argnums=0)
+    self._start = self._jit(_start_rows, slots, donate_argnums=0)
     self.chunk = self._jit(self._chunk_fn, slots, donate_argnums=2)
-    self._lanes = {lanes: self._of_lanes(lanes) for lanes in (1, sampler.lanes)}
+    self._lanes = {lanes: self._lane_programs(lanes) for lanes in (1, sampler.lanes)}
     self._cast = jax.jit(functools.partial(transformer.cast, compute=self.compute))
     unstack = functools.partial(transformer.unstack, cfg=cfg, compute=self.compute)
     self._unstack = jax.jit(unstack)
 
   @property
-  def meshed(self) -> bool:
+  def uses_mesh(self) -> bool:
     """Whether its arrays lie on a mesh, which cuts the slots that the config has."""
     return self._mesh is not None
 
-  def _lies(self, *names, shape=()) -> NamedSharding | None:
-    """Where an array of these logical axes lies; `shape` may end before the last."""
+  def _sharding(self, *names, shape=()) -> NamedSharding | None:
+    """The sharding of an array of these logical axes; `shape` may be a prefix."""
     if self._mesh is None:
       return None
     shape = (*shape, *[1] * (len(names) - len(shape)))
     return sharding.named_sharding(self._mesh, names, shape)
 
-  def _jit(self, fn, lies, **more):
-    more |= {} if self._mesh is None else {"out_shardings": lies}
-    return jax.jit(fn, **more)
+  def _jit(self, fn, shardings, **options):
+    options |= {} if self._mesh is None else {"out_shardings": shardings}
+    return jax.jit(fn, **options)
 
-  def _of_lanes(self, A: int):
-    """What makes the prefixes of so many lanes, and what puts one in."""
-    kv = self._lies("slot", "kv_heads", None, None, shape=(A, self.cfg.kv_heads))
+  def _lane_programs(self, A: int):
+    """Compiled functions: one makes the prefixes of A lanes, one sets a lane's."""
+    kv = self._sharding("slot", "kv_heads", None, None, shape=(A, self.cfg.kv_heads))
     both = ((kv, kv),) * self.cfg.layers
 
     def make(P: int) -> Prefixes:
       return Prefixes(kv=self._cache(A, P), length_A=jnp.zeros(A, jnp.int32))
 
-    lies = Prefixes(kv=both, length_A=self._lies())
+    shardings = Prefixes(kv=both, length_A=self._sharding())
     return (
-      self._jit(make, lies, static_argnums=0),
-      self._jit(_set_prefix, lies, donate_argnums=0),
+      self._jit(make, shardings, static_argnums=0),
+      self._jit(_set_prefix, shardings, donate_argnums=0),
     )
 
   def compiled(self) -> int:
@@ -425,10 +428,10 @@ class Sampler:
     they lie."""
     s = self.sampler
     P = -(-prefix_room // s.prefix_step) * s.prefix_step
-    T = bucket(prompt_room, s.prompt_step)
-    whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._lies())
-    tokens_P = jax.ShapeDtypeStruct((P,), jnp.int32, sharding=self._lies())
-    rows = jax.ShapeDtypeStruct((s.prefill, T), jnp.int32, sharding=self._lies())
+    T = bucket_size(prompt_room, s.prompt_step)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._sharding())
+    tokens_P = jax.ShapeDtypeStruct((P,), jnp.int32, sharding=self._sharding())
+    rows = jax.ShapeDtypeStruct((s.prefill, T), jnp.int32, sharding=self._sharding())
     casting = self.to_cast(params)
     low = jax.eval_shape(self._cast, casting)
     low = {
@@ -438,24 +441,24 @@ class Sampler:
     encode = params | {"layers": params["layers"] | low}
     decode = self._unstack.lower(params).compile().output_shardings
     decode = sharding.with_shardings(jax.eval_shape(self._unstack, params), decode)
-    prefix = self._prefix.eval_shape(encode, tokens_P, whole)
+    prefix = self._prefix.eval_shape(encode, tokens_P, scalar)
     make_lanes, _ = self._lanes[lanes]
     prefixes, slots = (
       make_lanes.eval_shape(P),
       self.empty.eval_shape(s.slots, T, max_new),
     )
-    heat = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._lies())
+    temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._sharding())
     prefill = self._prefill.lower(encode, prefix, rows)
-    chunk = self.chunk.lower(decode, prefixes, slots, heat)
-    kept = prefixes.kv, slots.prompt, slots.fresh
-    return {"prefill": (prefill, encode, prefix.kv), "decode": (chunk, decode, kept)}
+    chunk = self.chunk.lower(decode, prefixes, slots, temperature)
+    caches = prefixes.kv, slots.prompt, slots.fresh
+    return {"prefill": (prefill, encode, prefix.kv), "decode": (chunk, decode, caches)}
 
   def to_cast(self, params: PyTree) -> dict:
     """The matrices of which encoding reads another copy than the parameters'."""
     return transformer.matrices_to_cast(params, compute=self.compute)
 
   def prepare(self, params: PyTree) -> Weights:
-    """The weights to run with; of use until the parameters change."""
+    """Parameters cast and unstacked for `run`; valid until the parameters change."""
     low = self._cast(self.to_cast(params))
     encode = params | {"layers": params["layers"] | low}
     return Weights(encode=encode, decode=self._unstack(params))
@@ -478,7 +481,7 @@ class Sampler:
 
     def body(carry):
       step, slots = carry
-      slots = _advance(
+      slots = _decode_one(
         weights,
         prefixes,
         slots,
@@ -553,12 +556,12 @@ class Sampler:
     P = -(-prefix_room // s.prefix_step) * s.prefix_step
     make_lanes, set_prefix = self._lanes[A]
     prefixes = make_lanes(P) if P else Prefixes(kv=(), length_A=np.zeros(A, np.int32))
-    slots = self.empty(s.slots, bucket(prompt_room, s.prompt_step), max_new)
-    held: list[Request | None] = [None] * s.slots
+    slots = self.empty(s.slots, bucket_size(prompt_room, s.prompt_step), max_new)
+    slot_requests: list[Request | None] = [None] * s.slots
     lanes: list[Lane | None] = [None] * A
     heat = jnp.float32(temperature), None if top_p >= 1 else jnp.float32(top_p)
 
-    def next_lane(own: range) -> Lane | None:
+    def next_lane(lane_slots: range) -> Lane | None:
       """A lane for the next group; when there is none, with half of another's queue."""
       if group := next(pending, None):
         # Long prompts first, like ones together: a batch is as wide as its longest.
@@ -570,16 +573,16 @@ class Sampler:
           tokens_P[: len(head)] = head
           prefix = self._prefix(weights.encode, tokens_P, jnp.int32(len(head)))
         return Lane(
-          self, weights.encode, key, head, prefix, own, collections.deque(group)
+          self, weights.encode, key, head, prefix, lane_slots, collections.deque(group)
         )
       queued = [lane for lane in lanes if lane is not None and len(lane.waiting) > 1]
       if not queued:
         return None
-      return max(queued, key=lambda lane: len(lane.waiting)).split(own)
+      return max(queued, key=lambda lane: len(lane.waiting)).split(lane_slots)
 
     while True:
       for a, lane in enumerate(lanes):
-        if lane is None or lane.idle(held):
+        if lane is None or lane.idle(slot_requests):
           new = next_lane(range(a * s.slots // A, (a + 1) * s.slots // A))
           if new is not None:
             lane = lanes[a] = new
@@ -588,14 +591,14 @@ class Sampler:
                 prefixes, new.prefix.kv, new.prefix.length, jnp.int32(a)
               )
         if lane is not None:
-          slots = lane.refill(slots, held)
-      if not any(held):
+          slots = lane.refill(slots, slot_requests)
+      if not any(slot_requests):
         return
       slots = self.chunk(weights.decode, prefixes, slots, *heat)
-      for slot, done in collect(slots, held):
+      for slot, done in collect_finished(slots, slot_requests):
         lane = lanes[slot * A // s.slots]
         if lane is not None:  # as the row was one of its own
-          lane.add(more(done), slot, done.request, held)
+          lane.add(more(done), slot, done.request, slot_requests)
         yield done
 
   def complete(
@@ -608,23 +611,28 @@ class Sampler:
     top_p: float = 1.0,
     max_new: int,
     prefix_room: int | None = None,
-    grows: bool = False,
+    grow_to_fit: bool = False,
     more: Callable[[Completion], Iterable[Request]] = lambda _: (),
   ) -> Iterator[Completion]:
     """`run` with shapes that fit: the rows of a group share what they have in common,
     or of it the first `prefix_room` tokens; groups are made as they are needed where
     that is given. Prompts longer than the config has room for are an error, or with
-    `grows` take more. Raises Halted where log-probabilities are not finite."""
-    if prefix_room is None or grows:
+    `grow_to_fit` take more. Raises Halted where log-probabilities are not finite."""
+    if prefix_room is None or grow_to_fit:
       groups = [group for group in groups if group]
       rows = [[request.tokens for request in group] for group in groups]
     if prefix_room is None:
       # A row alone shares all of itself, which lies in a lane and not in every slot.
-      many = [own for own in rows if len(own) > 1] or rows
-      prefix_room = max((self.sampler.prefix_step, *map(common_prefix, many)))
+      shared_groups = [group_rows for group_rows in rows if len(group_rows) > 1] or rows
+      prefix_room = max((self.sampler.prefix_step, *map(common_prefix, shared_groups)))
     prompt_room = self.sampler.prompt_room
-    if grows:
-      prompt_room = max((prompt_room, *(room(own, prefix_room) for own in rows)))
+    if grow_to_fit:
+      prompt_room = max(
+        (
+          prompt_room,
+          *(needed_prompt_room(group_rows, prefix_room) for group_rows in rows),
+        )
+      )
     for done in self.run(
       weights,
       groups,
@@ -656,34 +664,38 @@ class Lane:
   slots: range
   waiting: collections.deque
   ready: collections.deque = dataclasses.field(default_factory=collections.deque)
-  staying: list = dataclasses.field(default_factory=list)
+  reusing_prefill: list = dataclasses.field(default_factory=list)
 
-  # `ready` has (request, kv, row of kv) of what is prefilled; `staying` (slot, request)
-  # of rows whose prompt lies in their slot already.
+  # `ready` has (request, kv, row of kv) of what is prefilled; `reusing_prefill` (slot,
+  # request) of rows whose prompt lies in their slot already.
 
   def split(self, slots: range) -> "Lane":
     """A lane of the same group in other slots, with half of what waits here."""
     half = [self.waiting.pop() for _ in range(len(self.waiting) // 2)]
     waiting = collections.deque(reversed(half))
     return dataclasses.replace(
-      self, slots=slots, waiting=waiting, ready=collections.deque(), staying=[]
+      self, slots=slots, waiting=waiting, ready=collections.deque(), reusing_prefill=[]
     )
 
   def add(
-    self, requests: Iterable[Request], slot: int, done: Request, held: list
+    self, requests: Iterable[Request], slot: int, done: Request, slot_requests: list
   ) -> None:
     """Takes further requests; one for the prompt that `slot` has just `done` goes
     on there, without a second prefill."""
     for request in requests:
-      if held[slot] is None and request.tokens == done.tokens:
-        held[slot] = request
-        self.staying.append((slot, request))
+      if slot_requests[slot] is None and request.tokens == done.tokens:
+        slot_requests[slot] = request
+        self.reusing_prefill.append((slot, request))
       else:
         self.waiting.append(request)
 
-  def idle(self, held: list) -> bool:
+  def idle(self, slot_requests: list) -> bool:
     """Whether the group is through."""
-    return not self.waiting and not self.ready and not any(held[i] for i in self.slots)
+    return (
+      not self.waiting
+      and not self.ready
+      and not any(slot_requests[i] for i in self.slots)
+    )
 
   def _prefill(self, room: int):
     """Encodes the next few distinct prompts; their last token is left to decoding."""
@@ -707,27 +719,27 @@ class Lane:
         f"request {id!r:.80} has {longest} tokens beyond the shared prefix, more than "
         f"the {room} there is room for; raise sampler.prompt_room"
       )
-    T = bucket(longest, s.prompt_step)
+    T = bucket_size(longest, s.prompt_step)
     tokens_BT = np.zeros((s.prefill, T), np.int32)
     for i, row in enumerate(own):
       tokens_BT[i, : len(row)] = row
     kv = self.sampler._prefill(self.params, self.prefix, tokens_BT)
     self.ready.extend((request, kv, rows[request.tokens]) for request in group)
 
-  def refill(self, slots: Slots, held: list) -> Slots:
+  def refill(self, slots: Slots, slot_requests: list) -> Slots:
     """Fills this lane's free slots with waiting rows, a prefilled batch at a time."""
-    free = [i for i in self.slots if held[i] is None]
-    starting, self.staying = self.staying, []
+    free = [i for i in self.slots if slot_requests[i] is None]
+    starting, self.reusing_prefill = self.reusing_prefill, []
     while free and (self.ready or self.waiting):
       if not self.ready:
         self._prefill(slots.prompt[0][1].shape[2])
       kv = self.ready[0][1]
-      src_R, slot_R = np.zeros((2, len(held)), np.int32)
+      src_R, slot_R = np.zeros((2, len(slot_requests)), np.int32)
       count = 0
       while free and self.ready and self.ready[0][1] is kv:
         request, _, src_R[count] = self.ready.popleft()
         slot = slot_R[count] = free.pop(0)
-        held[slot] = request
+        slot_requests[slot] = request
         starting.append((slot, request))
         count += 1
       slots = self.sampler._insert(slots, kv, src_R, slot_R, jnp.int32(count))
@@ -755,10 +767,10 @@ class Lane:
     return self.sampler._start(slots, starts_B, fields)
 
 
-def collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:
+def collect_finished(slots: Slots, slot_requests: list) -> list[tuple[int, Completion]]:
   """Takes the finished rows out of their slots."""
   active_B = np.asarray(slots.active_B)
-  ended = [i for i, r in enumerate(held) if r is not None and not active_B[i]]
+  ended = [i for i, r in enumerate(slot_requests) if r is not None and not active_B[i]]
   if not ended:
     return []
   out, logp, count, stopped = jax.device_get(
@@ -768,11 +780,11 @@ def collect(slots: Slots, held: list) -> list[tuple[int, Completion]]:
   for i in ended:
     n = int(count[i])
     completion = Completion(
-      request=held[i],
+      request=slot_requests[i],
       tokens=tuple(out[i, :n].tolist()),
       logp=tuple(logp[i, :n].tolist()),
       finish="stop" if stopped[i] else "length",
     )
     done.append((i, completion))
-    held[i] = None
+    slot_requests[i] = None
   return done

@@ -46,9 +46,9 @@ from dalign.types import Sample
 from dalign.types import Turn
 
 STAGES = ("base", "sft", "distill", "rl")
-LINE = 128  # scored rows are in lines of a multiple of so many tokens
-LIKELIEST = 5  # tokens that are known of each place of a row, as in OpenAI's protocol
-SOME = 256  # rows that are scored together at the most
+LINE_MULTIPLE = 128  # scored rows are in lines of a multiple of so many tokens
+TOP_LOGPROBS = 5  # tokens known of each place of a row, as in OpenAI's protocol
+MAX_SCORED_ROWS = 256  # rows that are scored together at the most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Scored:
   likeliest: tuple[tuple[int, float], ...]
 
 
-def finished(workdir: pathlib.Path) -> str:
+def last_finished_stage(workdir: pathlib.Path) -> str:
   """The last stage of STAGES that a run has finished."""
   done = ("base", *(s for s in STAGES[1:] if buckets.exists(workdir / s / "params")))
   return done[-1]
@@ -95,7 +95,7 @@ class Model:
     run's own config. Raises ValueError for a folder without a run, a stage that is none
     of STAGES, and one that has not been run."""
     place = buckets.absolute(os.path.expanduser(workdir))
-    stage = stage or finished(place)
+    stage = stage or last_finished_stage(place)
     if stage not in STAGES:
       raise ValueError(f"stage: wanted one of {', '.join(STAGES)}, got {stage!r}")
     if cfg is None:
@@ -157,8 +157,8 @@ class Model:
     """How thoughts are opened for the model, or None."""
     return None if self.stage == "base" else self._run.model.thinks
 
-  def _think(self, told: bool) -> thinking.ThinkFormat | None:
-    return self._run.model.think if told else self.think
+  def _think(self, with_policy: bool) -> thinking.ThinkFormat | None:
+    return self._run.model.think if with_policy else self.think
 
   @property
   def max_length(self) -> int:
@@ -170,11 +170,13 @@ class Model:
     """Tokens of a reply, thought and answer, where nobody says: those of eval."""
     return self._run.cfg.replies.max_think + self._run.cfg.replies.max_new
 
-  def read(self, turns: Sequence[Turn], *, told: bool = False) -> tuple[int, ...]:
+  def read(
+    self, turns: Sequence[Turn], *, with_policy: bool = False
+  ) -> tuple[int, ...]:
     """The tokens of a chat up to where the model goes on, its opened thought among
-    them; a base thinks where it is `told` a policy. Control tokens come from the chat
-    template alone."""
-    return prompting.opened(self.tok, turns, self._think(told))
+    them; a base thinks only where a policy is in the chat (`with_policy`). Control
+    tokens come from the chat template alone."""
+    return prompting.opened(self.tok, turns, self._think(with_policy))
 
   def replies(
     self,
@@ -205,20 +207,30 @@ class Model:
       return dataclasses.replace(sample, thought=sample.answer, answer="")
     return sample
 
-  def heard(
-    self, turns: Sequence[Turn], said: live.Heard, *, told: bool = False
+  def partial_reply(
+    self,
+    turns: Sequence[Turn],
+    partial: live.PartialCompletion,
+    *,
+    with_policy: bool = False,
   ) -> Reply:
     """The reply of a chat that is being written, which was `read` so: thought and
     answer only ever grow. The first closing tag ends the thought."""
-    own = self._run.model.think.of(turns[-1].content)
-    written = (own.open if self._think(told) else "") + self.tok.decode(said.tokens)
-    thought, answer = thinking.split_begun(written, own, whole=bool(said.finish))
-    return _reply(said, thought, answer)
+    think_format = self._run.model.think.of(turns[-1].content)
+    written = (think_format.open if self._think(with_policy) else "") + self.tok.decode(
+      partial.tokens
+    )
+    thought, answer = thinking.split_begun(
+      written, think_format, whole=bool(partial.finish)
+    )
+    return _reply(partial, thought, answer)
 
-  def continued(self, said: live.Heard) -> Reply:
+  def partial_text(self, partial: live.PartialCompletion) -> Reply:
     """The reply of a row of tokens that is no chat: all that is written is answer."""
-    written = self.tok.decode(said.tokens)
-    return _reply(said, "", written if said.finish else thinking.settled(written, ()))
+    written = self.tok.decode(partial.tokens)
+    return _reply(
+      partial, "", written if partial.finish else thinking.settled(written, ())
+    )
 
   def continuations(
     self,
@@ -246,7 +258,7 @@ class Model:
         self.weights,
         [requests],
         key=key,
-        grows=True,
+        grow_to_fit=True,
         **how,
       )
       found = {completion.request.row_id: completion for completion in done}
@@ -257,32 +269,32 @@ class Model:
   ) -> list[tuple[float, bool]]:
     """For each row the log-probability in nats of its tokens from its start, at least
     1, onward, at temperature 1, and whether each of them is the likeliest."""
-    found = self._numbers(_stats, rows, starts)
+    found = self._score_rows(_make_hit_scorer, rows, starts)
     return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
 
-  def likeliest(self, rows: Sequence[Sequence[int]]) -> list[list[Scored]]:
-    """For each row what each of its tokens but the first is worth, and what would have
-    been likelier there."""
+  def top_logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[Scored]]:
+    """For each row the log-probability of each token but the first, and the most
+    probable tokens at its place."""
 
     def read(x: np.ndarray) -> Scored:
-      logp, (best, ids) = x[0], x[1:].reshape(2, LIKELIEST).tolist()
+      logp, (best, ids) = x[0], x[1:].reshape(2, TOP_LOGPROBS).tolist()
       return Scored(
         logp=float(logp), likeliest=tuple(zip(map(int, ids), best, strict=True))
       )
 
-    found = self._numbers(_likeliest, rows, [1] * len(rows))
+    found = self._score_rows(_make_top_logprobs_scorer, rows, [1] * len(rows))
     return [[*map(read, row)] for row in found]
 
-  def _numbers(self, make: Callable, rows, starts) -> list[np.ndarray]:
+  def _score_rows(self, make: Callable, rows, starts) -> list[np.ndarray]:
     """Of each row the numbers of its tokens from its start onward, by the `score` of a
     Scorer that `make(cfg=, compute=)` makes."""
     if not rows:
       return []
-    own = self._run.cfg.scoring
-    length = max(own.length, sampling.bucket(max(map(len, rows)), LINE))
+    shape = self._run.cfg.scoring
+    length = max(shape.length, sampling.bucket_size(max(map(len, rows)), LINE_MULTIPLE))
     if (make, length) not in self._scorers:
       self._scorers[make, length] = self._run.scorer(
-        dataclasses.replace(own, length=length), make=make
+        dataclasses.replace(shape, length=length), make=make
       )
     with self.on_mesh():
       return self._scorers[make, length](
@@ -302,7 +314,7 @@ class Model:
       return self._run.sampler.prepare(self._params)
 
 
-def _stats(*, cfg, compute):
+def _make_hit_scorer(*, cfg, compute):
   """[B, T, 2]: of each wanted token its logp, and whether it is the likeliest."""
 
   def score(params, batch):
@@ -314,9 +326,9 @@ def _stats(*, cfg, compute):
   return score
 
 
-def _likeliest(*, cfg, compute):
-  """[B, T, 1 + 2 LIKELIEST]: of each token its logp, then those of the likeliest there,
-  then their ids, which float32 holds up to 2^24."""
+def _make_top_logprobs_scorer(*, cfg, compute):
+  """[B, T, 1 + 2 TOP_LOGPROBS]: of each token its logp, then those of the likeliest
+  there, then their ids, which float32 holds up to 2^24."""
 
   def score(params, batch):
     hidden_BTD = decoder.hidden(params, batch, cfg=cfg, compute=compute)
@@ -328,10 +340,10 @@ def _likeliest(*, cfg, compute):
       logits_CV = decoder.logits(params, hidden_CD, cfg=cfg, compute=compute)
       logp_CV = jax.nn.log_softmax(logits_CV.astype(jnp.float32))
       own_C1 = jnp.take_along_axis(logp_CV, targets_C[:, None], axis=1)
-      best_CK, ids_CK = jax.lax.top_k(logp_CV, LIKELIEST)
+      best_CK, ids_CK = jax.lax.top_k(logp_CV, TOP_LOGPROBS)
       return jnp.concatenate([own_C1, best_CK, ids_CK.astype(jnp.float32)], axis=1)
 
-    C = math.gcd(T, LINE)  # never logits of all tokens at once
+    C = math.gcd(T, LINE_MULTIPLE)  # never logits of all tokens at once
     parts = hidden_BTD.reshape(-1, C, D), targets_BT.reshape(-1, C)
     found_BTN = jax.lax.map(one, parts).reshape(B, T, -1)
     return jnp.pad(found_BTN[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -340,7 +352,7 @@ def _likeliest(*, cfg, compute):
 
 
 class Engine:
-  """Answers those who ask a model at any time, many at once, word by word.
+  """Serves concurrent requests to a model, each as a stream of growing replies.
 
   One thread decodes for all of them and one scores; use it `with`, which ends both.
   """
@@ -351,10 +363,10 @@ class Engine:
       raise ValueError("one process answers alone; start this on one host")
     self.model = model
     self._asked = 0
-    self._come: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-    self._rows: queue.SimpleQueue[tuple[Sequence[int], futures.Future] | None] = (
-      queue.SimpleQueue()
-    )
+    self._requests: queue.SimpleQueue[_PendingRequest | None] = queue.SimpleQueue()
+    self._rows_to_score: queue.SimpleQueue[
+      tuple[Sequence[int], futures.Future] | None
+    ] = queue.SimpleQueue()
     self._threads = [
       threading.Thread(target=work, name=name, daemon=True)
       for name, work in (("decoder", self._work), ("scorer", self._score))
@@ -367,8 +379,8 @@ class Engine:
     return self
 
   def __exit__(self, *_) -> None:
-    self._come.put(None)
-    self._rows.put(None)
+    self._requests.put(None)
+    self._rows_to_score.put(None)
     for thread in self._threads:
       thread.join()
 
@@ -385,8 +397,8 @@ class Engine:
   def ask(
     self,
     row: Sequence[int],
-    read: Callable[[live.Heard], Reply],
-    hear: Callable[[Reply | Exception], None],
+    read: Callable[[live.PartialCompletion], Reply],
+    on_reply: Callable[[Reply | Exception], None],
     *,
     max_new: int,
     temperature: float,
@@ -397,8 +409,8 @@ class Engine:
   ) -> Callable[[], None]:
     """Has a row continued; returns what gives it up.
 
-    `hear` is called on the engine's thread: with each Reply that `read` makes and that
-    is longer than the last, the last one with its `finish`, or with the error that
+    `on_reply` is called on the engine's thread: with each Reply that `read` makes and
+    that is longer than the last, the last one with its `finish`, or with the error that
     ended it. An answer ends before the first of `stops`. With a seed the same is said
     to the same row and `draw`; without one each time something else. Raises ValueError
     where row and reply do not fit the model.
@@ -410,104 +422,104 @@ class Engine:
       )
     self._asked += 1
     drawn = [seed, draw] if seed is not None else ["", self._asked]
-    waiting = _Waiting(read, hear, tuple(stops))
-    waiting.ask = live.Ask(
+    waiting = _PendingRequest(read, on_reply, tuple(stops))
+    waiting.ask = live.LiveRequest(
       tokens=tuple(row),
       row_id=(*drawn, *row),
       max_new=max_new,
       temperature=temperature,
       top_p=top_p,
-      gone=waiting.gone.is_set,
+      cancelled=waiting.cancelled.is_set,
     )
-    self._come.put(waiting)
-    return waiting.gone.set
+    self._requests.put(waiting)
+    return waiting.cancelled.set
 
   def stream(
-    self, row: Sequence[int], read: Callable[[live.Heard], Reply], **how
+    self, row: Sequence[int], read: Callable[[live.PartialCompletion], Reply], **how
   ) -> Iterator[Reply]:
     """The replies that `ask` would have heard; closing it gives the row up."""
-    heard: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
-    leave = self.ask(row, read, heard.put, **how)
+    replies: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
+    cancel = self.ask(row, read, replies.put, **how)
     try:
       while True:
-        reply = heard.get()
+        reply = replies.get()
         if isinstance(reply, Exception):
           raise reply
         yield reply
         if reply.finish:
           return
     finally:
-      leave()
+      cancel()
 
   def score(self, row: Sequence[int]) -> futures.Future[list[Scored]]:
-    """What each token of a row but the first is worth, once it is known: rows that come
-    while others are scored are scored together."""
+    """A future of the scores of a row's tokens but the first. Rows that arrive while
+    others are scored are scored together."""
     future: futures.Future[list[Scored]] = futures.Future()
-    self._rows.put((row, future))
+    self._rows_to_score.put((row, future))
     return future
 
   def _score(self) -> None:
     """The thread that scores, until it is told to end."""
     ended = False
     while not ended:
-      come = [self._rows.get()]
-      while len(come) < SOME and not self._rows.empty():
-        come.append(self._rows.get())
-      ended = None in come
-      here = [one for one in come if one and one[1].set_running_or_notify_cancel()]
+      batch = [self._rows_to_score.get()]
+      while len(batch) < MAX_SCORED_ROWS and not self._rows_to_score.empty():
+        batch.append(self._rows_to_score.get())
+      ended = None in batch
+      running = [one for one in batch if one and one[1].set_running_or_notify_cancel()]
       try:
-        found = self.model.likeliest([row for row, _ in here])
+        found = self.model.top_logprobs([row for row, _ in running])
       except Exception as error:
-        for _, future in here:
+        for _, future in running:
           future.set_exception(error)
         continue
-      for (_, future), scored in zip(here, found, strict=True):
+      for (_, future), scored in zip(running, found, strict=True):
         future.set_result(scored)
 
   def _work(self) -> None:
     """The thread: decodes until it is told to end; an error ends those who wait."""
-    here: dict[live.Ask, _Waiting] = {}
+    pending: dict[live.LiveRequest, _PendingRequest] = {}
     ended = False
     while not ended:
       error: Exception = ConnectionError("nobody answers any more")
       try:
-        self._decode(here)
+        self._decode(pending)
         ended = True
       except Exception as failed:
         error = failed
-      for waiting in here.values():
-        waiting.hear(error)
-      here.clear()
+      for waiting in pending.values():
+        waiting.on_reply(error)
+      pending.clear()
 
-  def _decode(self, here: dict[live.Ask, "_Waiting"]) -> None:
+  def _decode(self, pending: dict[live.LiveRequest, "_PendingRequest"]) -> None:
     """Decodes for those who come, until it is told to end."""
 
-    def come(idle: bool) -> list[live.Ask] | None:
-      new: list[live.Ask] = []
-      while not self._come.empty() or (idle and not new):
-        waiting = self._come.get()
+    def next_requests(idle: bool) -> list[live.LiveRequest] | None:
+      new: list[live.LiveRequest] = []
+      while not self._requests.empty() or (idle and not new):
+        waiting = self._requests.get()
         if waiting is None:
           return None
-        here[waiting.ask] = waiting
+        pending[waiting.ask] = waiting
         new.append(waiting.ask)
       return new
 
     slots = self.model.slots
     with self.model.on_mesh():
-      said = live.run(
+      chunks = live.run(
         self._sampler,
         self.model.weights,
-        come,
+        next_requests,
         key=self.model.key("asked"),
-        most=slots,
+        max_rows=slots,
         tokens=slots * (self._sampler.sampler.prompt_room + self.model.budget),
       )
-      for rows in said:
-        for heard in rows:
-          if here[heard.ask].hears(heard):
-            del here[heard.ask]
-        for ask in [ask for ask in here if ask.gone()]:
-          del here[ask]
+      for rows in chunks:
+        for partial in rows:
+          if pending[partial.ask].update(partial):
+            del pending[partial.ask]
+        for ask in [ask for ask in pending if ask.cancelled()]:
+          del pending[ask]
 
   @functools.cached_property
   def _sampler(self) -> sampling.Sampler:
@@ -515,51 +527,51 @@ class Engine:
     return self.model.sampler(prefill=1)
 
 
-class _Waiting:
-  """One who has asked, and what they have heard."""
+class _PendingRequest:
+  """A request under way, and the last reply that its caller got."""
 
-  def __init__(self, read, hear, stops: tuple[str, ...]):
-    self._read, self.hear, self._stops = read, hear, stops
-    self.gone = threading.Event()
-    self.ask: live.Ask
+  def __init__(self, read, on_reply, stops: tuple[str, ...]):
+    self._read, self.on_reply, self._stops = read, on_reply, stops
+    self.cancelled = threading.Event()
+    self.ask: live.LiveRequest
     self._last: Reply | None = None
 
-  def hears(self, said: live.Heard) -> bool:
-    """Tells what is new; True at the end."""
-    if self.gone.is_set():
+  def update(self, partial: live.PartialCompletion) -> bool:
+    """Passes on what is new; True when the reply is complete."""
+    if self.cancelled.is_set():
       return True
-    reply = self._read(said)
-    answer = cut(reply.answer, self._stops)
+    reply = self._read(partial)
+    answer = cut_at_stop(reply.answer, self._stops)
     if len(answer) < len(reply.answer):
       reply = dataclasses.replace(reply, answer=answer, finish="stop")
-      self.gone.set()
+      self.cancelled.set()
     elif not reply.finish:
       answer = thinking.settled(answer, self._stops)
       reply = dataclasses.replace(reply, answer=answer)
     last = self._last
-    if last is None or reply.finish or _words(reply) != _words(last):
-      self.hear(reply)
+    if last is None or reply.finish or _visible_text(reply) != _visible_text(last):
+      self.on_reply(reply)
     self._last = reply
     return bool(reply.finish)
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
   """What stands before the first of `stops`; empty ones stop nothing."""
   found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
   return text[: min(found, default=len(text))]
 
 
-def _words(reply: Reply) -> tuple[str, str]:
+def _visible_text(reply: Reply) -> tuple[str, str]:
   return reply.thought, reply.answer
 
 
-def _reply(said: live.Heard, thought: str, answer: str) -> Reply:
+def _reply(partial: live.PartialCompletion, thought: str, answer: str) -> Reply:
   return Reply(
     thought=thought,
     answer=answer,
-    finish=said.finish,
-    tokens_in=len(said.ask.tokens),
-    tokens=said.tokens,
+    finish=partial.finish,
+    tokens_in=len(partial.ask.tokens),
+    tokens=partial.tokens,
   )
 
 

@@ -47,10 +47,10 @@ class Conversation:
     model = self._model
     read = model.task.teach(prompt, worked=0) if self._policy else turns
     told = bool(self._policy)
-    row = model.read(read, told=told)
+    row = model.read(read, with_policy=told)
     replies = engine.stream(
       row,
-      lambda heard: model.heard(read, heard, told=told),
+      lambda heard: model.partial_reply(read, heard, with_policy=told),
       max_new=min(model.budget, engine.room(row)),
       temperature=model.temperature,
       top_p=model.top_p,
@@ -107,21 +107,21 @@ class Terminal:
       for reply in replies:
         if not thought and reply.thought:
           print(f"{self._dim}thought  ", end="")
-        print(_shown(reply.thought[len(thought) :]), end="", flush=True)
+        print(_strip_controls(reply.thought[len(thought) :]), end="", flush=True)
         if not begun and (reply.answer or reply.finish):
           begun = True
           print(f"{self._plain}\n" * bool(reply.thought) + "answer   ", end="")
-        print(_shown(reply.answer[len(answer) :]), end="", flush=True)
+        print(_strip_controls(reply.answer[len(answer) :]), end="", flush=True)
         thought, answer = reply.thought, reply.answer
       print("" if reply.finish == "stop" else " [cut by the token budget]")
       for line in self._talk.cited(thought):
-        print(f"{self._dim}cites    {_shown(line)}{self._plain}")
+        print(f"{self._dim}cites    {_strip_controls(line)}{self._plain}")
     except KeyboardInterrupt:
       replies.close()
       print(f"{self._plain} [given up, and forgotten]")
 
 
-def _shown(text: str) -> str:
+def _strip_controls(text: str) -> str:
   """A model's words without what would move a terminal's cursor or change its state."""
   return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 

@@ -36,8 +36,8 @@ from dalign.types import Turn
 
 KEY = "DALIGN_API_KEY"
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
-MOST_BYTES = 4 * 2**20  # of a request
-MOST_WAITING = 16  # choices that may wait, for each slot of the sampler
+MAX_BODY_BYTES = 4 * 2**20  # of a request
+MAX_WAITING_PER_SLOT = 16  # choices that may wait, for each slot of the sampler
 GRACE = 5  # seconds that replies under way have left when the server ends
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is said, as in the protocol
 
@@ -51,7 +51,7 @@ OF_TEXTS = READ | {"prompt", "logprobs", "echo"}
 # "type" is "text" in what lm-eval sends.
 OF_MESSAGES = {"role", "content", "reasoning_content", "reasoning", "type"}
 # What asks for no more than is done anyway.
-NEUTRAL: Mapping[str, tuple] = {
+NEUTRAL_VALUES: Mapping[str, tuple] = {
   "frequency_penalty": (0,),
   "presence_penalty": (0,),
   "logit_bias": ({},),
@@ -65,11 +65,11 @@ NEUTRAL: Mapping[str, tuple] = {
   "response_format": ({"type": "text"},),
   "modalities": (["text"],),
 }
-NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier"}
+IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 
 
-class Refused(Exception):
-  """What a request is told that is not answered."""
+class RequestError(Exception):
+  """Why a request is not answered: a message, an HTTP status and a parameter."""
 
   def __init__(self, message: str, status: int = 400, param: str | None = None):
     super().__init__(message)
@@ -77,13 +77,13 @@ class Refused(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class CheckedRequest:
   """A request, checked: the tokens to continue, how their reply is read, the text that
   is said before it, how many likeliest tokens are told of each (None: no numbers), and
   the settings of `assistant.Engine.ask`."""
 
   row: tuple[int, ...]
-  read: Callable[[live.Heard], assistant.Reply]
+  read: Callable[[live.PartialCompletion], assistant.Reply]
   chat: bool
   n: int
   stream: bool
@@ -94,96 +94,99 @@ class Asked:
 
 
 class Service:
-  """What is answered, whatever carries it: requests in, JSON out."""
+  """OpenAI's protocol without its transport: requests in, JSON out."""
 
   def __init__(self, engine: assistant.Engine, name: str, key: str = ""):
     self.engine, self.name, self._key = engine, name, key
     self._under_way = 0
-    self._made = int(time.time())
-    self._print = f"dalign-{store.code_version()}"
+    self._created = int(time.time())
+    self._fingerprint = f"dalign-{store.code_version()}"
 
   def models(self) -> dict:
     """The one model there is."""
-    own = {"id": self.name, "object": "model", "created": self._made}
+    own = {"id": self.name, "object": "model", "created": self._created}
     return {"object": "list", "data": [own | {"owned_by": "dalign"}]}
 
   def admit(self, headers: Mapping[str, str], local: bool) -> None:
-    """Refuses who has not the key, and pages that a browser was led to."""
+    """Raises `RequestError` without the key (401) or for a page of another host
+    (403)."""
     if self._key:
       sent = headers.get("authorization", "").removeprefix("Bearer ")
       if not hmac.compare_digest(sent.encode(), self._key.encode()):
-        raise Refused(f"wanted the key of ${KEY} as a bearer token", 401)
+        raise RequestError(f"wanted the key of ${KEY} as a bearer token", 401)
     elif local and headers.get("host", "").rsplit(":", 1)[0] not in LOCAL:
-      raise Refused("wanted a Host of this machine: a page elsewhere asks", 403)
+      raise RequestError("wanted a Host of this machine: a page elsewhere asks", 403)
 
-  def read(self, body: bytes, *, chat: bool) -> Asked:
+  def read(self, body: bytes, *, chat: bool) -> CheckedRequest:
     """A request's body, checked; raises Refused."""
     try:
-      said = json.loads(body)
+      fields = json.loads(body)
     except (ValueError, RecursionError):
-      raise Refused("wanted a body of JSON") from None
-    if not isinstance(said, dict):
-      raise Refused("wanted a JSON object")
-    said = {name: value for name, value in said.items() if value is not None}
-    self._known(said, OF_CHATS if chat else OF_TEXTS)
+      raise RequestError("wanted a body of JSON") from None
+    if not isinstance(fields, dict):
+      raise RequestError("wanted a JSON object")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    self._check_fields(fields, OF_CHATS if chat else OF_TEXTS)
     model = self.engine.model
     if chat:
-      turns = _turns(said.get("messages"))
-      row, read = model.read(turns), lambda heard: model.heard(turns, heard)
+      turns = _turns(fields.get("messages"))
+      row, read = model.read(turns), lambda heard: model.partial_reply(turns, heard)
       default, echo, logprobs = model.budget, None, None
     else:
-      row, written = self._row(said.get("prompt"))
-      read, default = model.continued, None
-      echo, logprobs = written if _flag(said, "echo") else None, _logprobs(said)
+      row, written = self._row(fields.get("prompt"))
+      read, default = model.partial_text, None
+      echo, logprobs = written if _flag(fields, "echo") else None, _logprobs(fields)
     try:
       room = self.engine.room(row)
     except ValueError as error:
-      raise Refused(str(error), param="messages" if chat else "prompt") from None
+      raise RequestError(str(error), param="messages" if chat else "prompt") from None
     longest = (
-      "max_completion_tokens" if "max_completion_tokens" in said else "max_tokens"
+      "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     )
     wanted = _number(
-      said, longest, int, 1, room, min(default or COMPLETION_TOKENS, room)
+      fields, longest, int, 1, room, min(default or COMPLETION_TOKENS, room)
     )
-    stream = _flag(said, "stream")
+    stream = _flag(fields, "stream")
     if stream and (echo is not None or logprobs is not None):
-      raise Refused("echo and logprobs come whole: leave stream out", param="stream")
-    stops = _stops(said.get("stop", []))
+      raise RequestError(
+        "echo and logprobs come whole: leave stream out", param="stream"
+      )
+    stops = _stops(fields.get("stop", []))
     if stops and logprobs is not None:
-      raise Refused("stop cannot be had with logprobs: leave it out", param="stop")
+      raise RequestError("stop cannot be had with logprobs: leave it out", param="stop")
     options = _object(
-      said.get("stream_options", {}), {"include_usage"}, "stream_options"
+      fields.get("stream_options", {}), {"include_usage"}, "stream_options"
     )
-    return Asked(
+    return CheckedRequest(
       row=row,
       read=read,
       chat=chat,
-      n=_number(said, "n", int, 1, model.slots, 1),
+      n=_number(fields, "n", int, 1, model.slots, 1),
       stream=stream,
       usage=_flag(options, "include_usage"),
       echo=echo,
       logprobs=logprobs,
       how=dict(
         max_new=wanted,
-        temperature=_number(said, "temperature", float, 0, 2, model.temperature),
-        top_p=_number(said, "top_p", float, 0, 1, model.top_p),
-        seed=_number(said, "seed", int, -(2**63), 2**63, None),
+        temperature=_number(fields, "temperature", float, 0, 2, model.temperature),
+        top_p=_number(fields, "top_p", float, 0, 1, model.top_p),
+        seed=_number(fields, "seed", int, -(2**63), 2**63, None),
         stops=stops,
       ),
     )
 
-  def _known(self, said: dict, known: set[str]) -> None:
-    for name, value in said.items():
-      if name in NEUTRAL and name not in known:
-        if value not in NEUTRAL[name]:
-          raise Refused(f"{name} cannot be set here; leave it out", param=name)
-      elif name not in known | NOTES:
+  def _check_fields(self, fields: dict, known: set[str]) -> None:
+    for name, value in fields.items():
+      if name in NEUTRAL_VALUES and name not in known:
+        if value not in NEUTRAL_VALUES[name]:
+          raise RequestError(f"{name} cannot be set here; leave it out", param=name)
+      elif name not in known | IGNORED_FIELDS:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise Refused(f"{name} is not known here; leave it out{hint}", param=name)
-    if said.get("model") != self.name:
-      raise Refused(
-        f"wanted the model {self.name!r}, which is here, got {said.get('model')!r}",
+        raise RequestError(f"{name} is not known here; leave it out{hint}", param=name)
+    if fields.get("model") != self.name:
+      raise RequestError(
+        f"wanted the model {self.name!r}, which is here, got {fields.get('model')!r}",
         404,
         "model",
       )
@@ -199,22 +202,26 @@ class Service:
       row = prompt
     whole = isinstance(row, list) and row
     if not whole or not all(type(i) is int for i in row) or {*row} - {*tok.ids}:
-      raise Refused("wanted one text, or the ids of its tokens", param="prompt")
+      raise RequestError("wanted one text, or the ids of its tokens", param="prompt")
     return tuple(row), prompt if isinstance(prompt, str) else tok.decode(row)
 
   @contextlib.contextmanager
-  def held(self, asked: Asked):
-    """Counts those who wait, and refuses what would be too many."""
-    most = MOST_WAITING * self.engine.model.slots
-    if self._under_way + asked.n > most:
-      raise Refused(f"{self._under_way} replies are waited for; come again later", 429)
+  def reserve(self, asked: CheckedRequest):
+    """Counts the replies under way; raises `RequestError` (429) above the limit."""
+    max_waiting = MAX_WAITING_PER_SLOT * self.engine.model.slots
+    if self._under_way + asked.n > max_waiting:
+      raise RequestError(
+        f"{self._under_way} replies are waited for; come again later", 429
+      )
     self._under_way += asked.n
     try:
       yield
     finally:
       self._under_way -= asked.n
 
-  async def replies(self, asked: Asked) -> AsyncIterator[tuple[int, assistant.Reply]]:
+  async def replies(
+    self, asked: CheckedRequest
+  ) -> AsyncIterator[tuple[int, assistant.Reply]]:
     """(choice, its Reply so far) as they are written, to the end of all; whoever stops
     listening gives them up."""
     loop, heard = asyncio.get_running_loop(), asyncio.Queue[Any]()
@@ -234,14 +241,14 @@ class Service:
       while missing:
         i, reply = await heard.get()
         if isinstance(reply, Exception):
-          raise Refused(f"{type(reply).__name__}: {reply}", 500)
+          raise RequestError(f"{type(reply).__name__}: {reply}", 500)
         yield i, reply
         missing -= bool(reply.finish)
     finally:
       for one in leave:
         one()
 
-  async def whole(self, asked: Asked) -> dict:
+  async def whole(self, asked: CheckedRequest) -> dict:
     """The answer to a request that is not streamed."""
     last: dict[int, assistant.Reply] = {}
     async for i, reply in self.replies(asked):
@@ -255,7 +262,9 @@ class Service:
     ]
     return self._frame(asked, choices) | {"usage": _usage(last)}
 
-  async def _numbers(self, asked: Asked, drawn: tuple[int, ...]) -> dict | None:
+  async def _numbers(
+    self, asked: CheckedRequest, drawn: tuple[int, ...]
+  ) -> dict | None:
     """The `logprobs` of a choice, as /v1/completions has them: at temperature 1, and of
     a row's first token none."""
     if asked.logprobs is None:
@@ -264,7 +273,7 @@ class Service:
     try:
       scored = await asyncio.wrap_future(self.engine.score(row))
     except Exception as error:
-      raise Refused(f"{type(error).__name__}: {error}", 500) from None
+      raise RequestError(f"{type(error).__name__}: {error}", 500) from None
 
     def top(token: str, own: assistant.Scored) -> dict[str, float] | None:
       found: dict[str, float] = {}
@@ -285,19 +294,21 @@ class Service:
       "text_offset": [*ends][start:-1],
     }
 
-  def _choice(self, asked: Asked, i: int, reply: assistant.Reply, numbers) -> dict:
+  def _choice(
+    self, asked: CheckedRequest, i: int, reply: assistant.Reply, numbers
+  ) -> dict:
     said: dict = {"index": i, "finish_reason": reply.finish, "logprobs": numbers}
     if not asked.chat:
       return said | {"text": (asked.echo or "") + reply.answer}
     message = {"role": "assistant", "content": reply.answer}
     return said | {"message": message | {"reasoning_content": reply.thought or None}}
 
-  async def events(self, asked: Asked) -> AsyncIterator[str]:
+  async def events(self, asked: CheckedRequest) -> AsyncIterator[str]:
     """The events of a stream, to the last."""
     frame = self._frame(asked, [], part=True)
     last: dict[int, assistant.Reply] = {}
     try:
-      with self.held(asked):
+      with self.reserve(asked):
         async for i, reply in self.replies(asked):
           choice = self._part(asked, i, last.get(i), reply)
           last[i] = reply
@@ -305,10 +316,10 @@ class Service:
       if asked.usage:
         yield _event(frame | {"usage": _usage(last)})
       yield "data: [DONE]\n\n"
-    except Refused as error:
-      yield _event(refusal(error))
+    except RequestError as error:
+      yield _event(error_body(error))
 
-  def _part(self, asked: Asked, i: int, last, reply: assistant.Reply) -> dict:
+  def _part(self, asked: CheckedRequest, i: int, last, reply: assistant.Reply) -> dict:
     """What is new of a choice."""
     thought, answer = (last.thought, last.answer) if last else ("", "")
     thought, answer = reply.thought[len(thought) :], reply.answer[len(answer) :]
@@ -319,14 +330,14 @@ class Service:
     delta |= {"reasoning_content": thought} if thought else {}
     return said | {"delta": delta | ({"content": answer} if answer else {})}
 
-  def _frame(self, asked: Asked, choices: list, part: bool = False) -> dict:
+  def _frame(self, asked: CheckedRequest, choices: list, part: bool = False) -> dict:
     kind = "chat.completion" if asked.chat else "text_completion"
     return {
       "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
       "object": f"{kind}.chunk" if part and asked.chat else kind,
       "created": int(time.time()),
       "model": self.name,
-      "system_fingerprint": self._print,
+      "system_fingerprint": self._fingerprint,
       "choices": choices,
     }
 
@@ -334,17 +345,17 @@ class Service:
 def _turns(messages) -> tuple[Turn, ...]:
   """The messages as turns; of an earlier reply the answer alone."""
   if not isinstance(messages, list) or not messages:
-    raise Refused("wanted a list of messages", param="messages")
+    raise RequestError("wanted a list of messages", param="messages")
   turns = []
   for i, message in enumerate(messages):
     where = f"messages[{i}]"
     role = _object(message, OF_MESSAGES, where).get("role")
     role = "system" if role == "developer" else role
     if role not in ("system", "user", "assistant"):
-      raise Refused(f"{where}: wanted no {role!r} messages", param="messages")
+      raise RequestError(f"{where}: wanted no {role!r} messages", param="messages")
     turns.append(Turn(role=role, content=_content(message.get("content"), where)))
   if turns[-1].role != "user":
-    raise Refused("wanted a user's message as the last", param="messages")
+    raise RequestError("wanted a user's message as the last", param="messages")
   return tuple(turns)
 
 
@@ -352,11 +363,13 @@ def _content(content, where: str) -> str:
   """A message's text, whether in one piece or in parts."""
   parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
   if not isinstance(parts, list):
-    raise Refused(f"{where}: wanted a text as content", param="messages")
+    raise RequestError(f"{where}: wanted a text as content", param="messages")
   for part in parts:
     kind = part.get("type") if isinstance(part, dict) else part
     if kind != "text" or not isinstance(part.get("text"), str):
-      raise Refused(f"{where}: reads text alone, got {kind!r:.80}", param="messages")
+      raise RequestError(
+        f"{where}: reads text alone, got {kind!r:.80}", param="messages"
+      )
     _object(part, {"type", "text"}, where)
   return "\n".join(part["text"] for part in parts)
 
@@ -364,10 +377,10 @@ def _content(content, where: str) -> str:
 def _object(found, known: set[str], where: str) -> dict:
   """An object inside a request; refuses keys that are not read and say something."""
   if not isinstance(found, dict):
-    raise Refused(f"{where}: wanted an object", param=where.partition("[")[0])
+    raise RequestError(f"{where}: wanted an object", param=where.partition("[")[0])
   for name, value in found.items():
     if name not in known and value not in (None, False, "", [], {}):
-      raise Refused(
+      raise RequestError(
         f"{where}: {name} is not known here; leave it out",
         param=where.partition("[")[0],
       )
@@ -381,7 +394,7 @@ def _number(said: dict, name: str, kind, low, high, default):
   if value is default or right and type(value) is not bool and low <= value <= high:
     return value
   what = "a whole number" if kind is int else "a number"
-  raise Refused(
+  raise RequestError(
     f"{name}: wanted {what} in {low} to {high}, got {value!r:.80}", param=name
   )
 
@@ -389,7 +402,7 @@ def _number(said: dict, name: str, kind, low, high, default):
 def _flag(said: dict, name: str) -> bool:
   value = said.get(name) or False
   if not isinstance(value, bool):
-    raise Refused(f"{name}: wanted true or false, got {value!r:.80}", param=name)
+    raise RequestError(f"{name}: wanted true or false, got {value!r:.80}", param=name)
   return value
 
 
@@ -404,13 +417,13 @@ def _logprobs(said: dict) -> int | None:
   """How many likeliest tokens of each a request asks for, or None."""
   if said.get("logprobs") is False:
     return None
-  return _number(said, "logprobs", int, 0, assistant.LIKELIEST, None)
+  return _number(said, "logprobs", int, 0, assistant.TOP_LOGPROBS, None)
 
 
 def _stops(stop) -> tuple[str, ...]:
   stops = [stop] if isinstance(stop, str) else stop
   if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-    raise Refused("stop: wanted a text or a list of texts", param="stop")
+    raise RequestError("stop: wanted a text or a list of texts", param="stop")
   return tuple(stops)
 
 
@@ -428,7 +441,7 @@ def _event(value: dict) -> str:
   return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def refusal(error: Refused) -> dict:
+def error_body(error: RequestError) -> dict:
   """An error as OpenAI's clients read it."""
   kind = "server_error" if error.status >= 500 else "invalid_request_error"
   inner = {"message": str(error), "type": kind, "param": error.param, "code": None}
@@ -445,28 +458,28 @@ def app(service: Service, *, local: bool):
   async def body(request: requests.Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind != "application/json":
-      raise Refused(f"wanted application/json, got {kind!r:.80}", 415)
+      raise RequestError(f"wanted application/json, got {kind!r:.80}", 415)
     read = bytearray()
     async for part in request.stream():
       read += part
-      if len(read) > MOST_BYTES:
-        raise Refused(f"wanted a body of {MOST_BYTES} bytes at the most", 413)
+      if len(read) > MAX_BODY_BYTES:
+        raise RequestError(f"wanted a body of {MAX_BODY_BYTES} bytes at the most", 413)
     return bytes(read)
 
   async def answer(request: requests.Request, chat: bool):
     asked = service.read(await body(request), chat=chat)
     if asked.stream:
-      with service.held(asked):  # refused before a stream has begun
+      with service.reserve(asked):  # refused before a stream has begun
         pass
       return responses.StreamingResponse(
         service.events(asked), media_type="text/event-stream"
       )
-    with service.held(asked):
+    with service.reserve(asked):
       work = asyncio.create_task(service.whole(asked))
       try:
         while not (await asyncio.wait({work}, timeout=0.5))[0]:
           if await request.is_disconnected():
-            raise Refused("nobody waits", 499)
+            raise RequestError("nobody waits", 499)
         return responses.JSONResponse(work.result())
       finally:
         work.cancel()
@@ -476,8 +489,8 @@ def app(service: Service, *, local: bool):
       try:
         service.admit(request.headers, local)
         return await handle(request)
-      except Refused as error:
-        return responses.JSONResponse(refusal(error), error.status)
+      except RequestError as error:
+        return responses.JSONResponse(error_body(error), error.status)
 
     return handler
 
@@ -486,7 +499,7 @@ def app(service: Service, *, local: bool):
 
   async def one_model(request: requests.Request):
     if (name := request.path_params["name"]) != service.name:
-      raise Refused(f"no model {name!r} is here", 404, "model")
+      raise RequestError(f"no model {name!r} is here", 404, "model")
     return responses.JSONResponse(service.models()["data"][0])
 
   async def health(request: requests.Request):

@@ -187,7 +187,7 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
     key=key,
     temperature=cfg.temperature,
     max_new=cfg.max_new,
-    grows=True,
+    grow_to_fit=True,
   )
   of = {completion.request.row_id[0]: completion for completion in completions}
   pairs = []

@@ -437,7 +437,7 @@ def _sampled(
     top_p=cfg.top_p,
     max_new=max_new,
     prefix_room=None if own.spec else run.cfg.sampler.prefix_step,
-    grows=True,
+    grow_to_fit=True,
   )
   of = {prompt.id: prompt for prompt, _ in wanted}
 

@@ -149,7 +149,7 @@ def _here(run: Run) -> Ask:
       key=ops.stream(run.key, "grader"),
       temperature=0.0,
       max_new=max_new,
-      grows=True,
+      grow_to_fit=True,
     )
     for completion in done:
       written = guest.tok.decode(completion.tokens)

@@ -112,7 +112,7 @@ def _model(run: Run, name: str) -> judge.Judge | None:
 
 def model_judge(run: Run) -> judge.Judge:
   """The base model as judge: its expected score over the label tokens."""
-  score_logprobs = likelihood.of_labels(
+  score_logprobs = likelihood.make_label_scorer(
     run.model.base_params(),
     tok=run.model.tok,
     cfg=run.model.arch,
@@ -292,7 +292,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       key=ops.stream(run.key, f"judge_{name}", asked[what]),
       temperature=cfg.temperature,
       max_new=cfg.max_new,
-      grows=True,  # thoughts and answers are as long as they are
+      grow_to_fit=True,  # thoughts and answers are as long as they are
     )
     for completion in done:
       *_, i = completion.request.row_id

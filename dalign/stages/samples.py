@@ -80,7 +80,7 @@ def drafts(
     temperature=cfg.temperature,
     max_new=cfg.max_new,
     prefix_room=run.cfg.sampler.prefix_step,
-    grows=grows,
+    grow_to_fit=grows,
   )
   asked = {(prompt.id, index): prompt for prompt in prompts}
   found = {}

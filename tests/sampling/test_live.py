@@ -38,9 +38,11 @@ def weights(engine, params):
   return engine.prepare(params)
 
 
-def asks(temperature=1.0, gone=lambda: False) -> list[live.Ask]:
+def asks(temperature=1.0, gone=lambda: False) -> list[live.LiveRequest]:
   return [
-    live.Ask(tokens=t, row_id=i, max_new=n, temperature=temperature, gone=gone)
+    live.LiveRequest(
+      tokens=t, row_id=i, max_new=n, temperature=temperature, cancelled=gone
+    )
     for i, (t, n) in enumerate(zip(PROMPTS, MAX_NEW, strict=True))
   ]
 
@@ -58,7 +60,7 @@ def in_one_go(engine, weights, temperature=1.0) -> dict[int, sampler.Completion]
   return {c.request.row_id: c for c in done}
 
 
-def arriving(at: dict[int, list[live.Ask]]):
+def arriving(at: dict[int, list[live.LiveRequest]]):
   """`come` of `live.run`: who comes before which chunk; ends when all have left."""
   turn = iter(range(1000))
 
@@ -71,7 +73,7 @@ def arriving(at: dict[int, list[live.Ask]]):
   return come
 
 
-def ended(heard) -> dict[int, live.Heard]:
+def ended(heard) -> dict[int, live.PartialCompletion]:
   last = {}
   for said in (said for chunk in heard for said in chunk):
     before = last.get(said.ask.row_id)
@@ -83,7 +85,7 @@ def ended(heard) -> dict[int, live.Heard]:
 
 def run(engine, weights, come, most=8, tokens=10**6):
   key = jax.random.key(0)
-  return live.run(engine, weights, come, key=key, most=most, tokens=tokens)
+  return live.run(engine, weights, come, key=key, max_rows=most, tokens=tokens)
 
 
 @pytest.mark.parametrize("most", [8, 2])
@@ -128,7 +130,8 @@ def test_one_who_leaves_frees_a_slot_and_changes_no_other(engine, weights):
   want = in_one_go(engine, weights)
   left = set()
   a = [
-    dataclasses.replace(ask, gone=lambda i=i: i in left) for i, ask in enumerate(asks())
+    dataclasses.replace(ask, cancelled=lambda i=i: i in left)
+    for i, ask in enumerate(asks())
   ]
   come = arriving({0: a[:3], 1: a[3:]})
   got, chunks = {}, 0
@@ -143,7 +146,7 @@ def test_one_who_leaves_frees_a_slot_and_changes_no_other(engine, weights):
 
 
 def test_slots_shrink_when_all_have_left(engine, weights):
-  rows = live._Rows(engine, weights, jax.random.key(0), 8, 10**6)
+  rows = live._LiveRows(engine, weights, jax.random.key(0), 8, 10**6)
   rows.waiting.extend(asks())
   while not rows.idle():
     rows.step()
@@ -157,7 +160,7 @@ def test_slots_shrink_when_all_have_left(engine, weights):
 def test_who_has_no_room_waits(engine, weights):
   """A row of 139 and 100 tokens takes caches of 384; four short ones 4 * 192."""
   want = in_one_go(engine, weights)
-  rows = live._Rows(engine, weights, jax.random.key(0), 8, 800)
+  rows = live._LiveRows(engine, weights, jax.random.key(0), 8, 800)
   a = asks()
   rows.waiting.extend([a[0], a[1], a[2], a[3]])
   got, shapes = {}, []
@@ -167,7 +170,7 @@ def test_who_has_no_room_waits(engine, weights):
   assert {i: said.tokens for i, said in got.items()} == {i: want[i].tokens for i in got}
   assert len(got) == 4 and len(set(shapes)) > 1
   assert all(B * (P + S) <= 800 for B, P, S in shapes)
-  alone = live._Rows(engine, weights, jax.random.key(0), 8, 10)
+  alone = live._LiveRows(engine, weights, jax.random.key(0), 8, 10)
   alone.waiting.extend(a[:2])
   assert [said.ask.row_id for said in alone.step()] == [0]  # and the other waits
 

@@ -110,7 +110,7 @@ def same(got, want, *, atol=1e-5):
 
 # --- The draw of one token ---
 
-draw = jax.jit(sampler.draw)
+draw = jax.jit(sampler.sample_tokens)
 
 
 @pytest.mark.parametrize("vocab, temperature", [(97, 1.0), (700, 0.7)])
@@ -178,10 +178,10 @@ def test_equally_likely_tokens_stay_together():
 
 
 def test_buckets_are_multiples_and_few():
-  assert [sampler.bucket(n, 64) for n in (0, 1, 64, 65, 512, 513, 1025)] == [
+  assert [sampler.bucket_size(n, 64) for n in (0, 1, 64, 65, 512, 513, 1025)] == [
     *(64, 64, 64, 128, 512, 640, 1280)
   ]
-  sizes = {sampler.bucket(n, 64) for n in range(1, 4097)}
+  sizes = {sampler.bucket_size(n, 64) for n in range(1, 4097)}
   assert len(sizes) == 8 + 3 * 4
 
 

@@ -61,7 +61,9 @@ def test_a_stop_that_has_begun_is_held_back():
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
-  assert chat._shown("a\x1b[2Jb\r\x07c\n\té") == "a\ufffd[2Jb\ufffd\ufffdc\n\té"
+  assert (
+    chat._strip_controls("a\x1b[2Jb\r\x07c\n\té") == "a\ufffd[2Jb\ufffd\ufffdc\n\té"
+  )
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +155,15 @@ def test_an_error_ends_those_who_wait_and_nobody_after_them(model, monkeypatch):
   how = {"max_new": 4, "temperature": 0.0}
   with assistant.Engine(model) as engine:
     with pytest.raises(MemoryError, match="no room"):
-      next(engine.stream(row, model.continued, **how))
-    *_, reply = engine.stream(row, model.continued, **how)
+      next(engine.stream(row, model.partial_text, **how))
+    *_, reply = engine.stream(row, model.partial_text, **how)
   assert reply.finish
 
 
 def test_who_still_waits_when_the_engine_ends_is_told(model):
   row = model.read([Turn(role="user", content="Hi")])
   with assistant.Engine(model) as engine:
-    said = engine.stream(row, model.continued, max_new=4000, temperature=1.0, seed=3)
+    said = engine.stream(row, model.partial_text, max_new=4000, temperature=1.0, seed=3)
     assert not next(said).finish
   with pytest.raises(ConnectionError, match="nobody answers"):
     for _ in said:

@@ -228,8 +228,8 @@ def test_a_stage_that_was_not_run_is_said(exported):
 
 
 def test_text_is_cut_at_the_first_stop():
-  assert assistant.cut("one. two! three", ["!", ". ", ""]) == "one"
-  assert assistant.cut("one", ["!"]) == "one"
+  assert assistant.cut_at_stop("one. two! three", ["!", ". ", ""]) == "one"
+  assert assistant.cut_at_stop("one", ["!"]) == "one"
 
 
 def evaluated(task, workdir, tmp_path, **more):

@@ -284,7 +284,7 @@ def test_what_is_no_request_of_ours_is_refused(address):
   assert_refused(address, b"{", 400, "JSON")
   assert_refused(address, b"[1]", 400, "JSON object")
   assert_refused(address, b"[" * 10**5, 400, "JSON")
-  assert_refused(address, b"x" * (server.MOST_BYTES + 1), 413, "bytes at the most")
+  assert_refused(address, b"x" * (server.MAX_BODY_BYTES + 1), 413, "bytes at the most")
   # A page that a browser was led to can send neither without asking first.
   form = {"Content-Type": "text/plain"}
   assert_refused(address, b"{}", 415, "application/json", **form)
@@ -316,13 +316,13 @@ def test_too_many_who_wait_are_sent_away(model):
   body = {"model": "m", "messages": QUESTION, "n": 16}
   asked = service.read(json.dumps(body).encode(), chat=True)
   with contextlib.ExitStack() as waiting:
-    for _ in range(server.MOST_WAITING):
-      waiting.enter_context(service.held(asked))
-    with pytest.raises(server.Refused, match="come again later") as caught:
-      with service.held(asked):
+    for _ in range(server.MAX_WAITING_PER_SLOT):
+      waiting.enter_context(service.reserve(asked))
+    with pytest.raises(server.RequestError, match="come again later") as caught:
+      with service.reserve(asked):
         pass
   assert caught.value.status == 429
-  with service.held(asked):
+  with service.reserve(asked):
     pass
 
 
@@ -330,7 +330,7 @@ def test_a_key_is_wanted_where_one_is_set(model):
   service = server.Service(assistant.Engine(model), "m", key="secret")
   service.admit({"authorization": "Bearer secret"}, local=False)
   for sent in ({}, {"authorization": "Bearer no"}, {"authorization": "secre"}):
-    with pytest.raises(server.Refused, match="bearer token") as caught:
+    with pytest.raises(server.RequestError, match="bearer token") as caught:
       service.admit(sent, local=False)
     assert caught.value.status == 401
 

@@ -114,7 +114,9 @@ class DalignAPI(inspect_model.ModelAPI):
 
   def _output(self, asked, stops, seconds: float) -> inspect_model.ModelOutput:
     sample = asked.sample
-    content = [inspect_model.ContentText(text=assistant.cut(sample.answer, stops))]
+    content = [
+      inspect_model.ContentText(text=assistant.cut_at_stop(sample.answer, stops))
+    ]
     if sample.thought:
       content.insert(0, inspect_model.ContentReasoning(reasoning=sample.thought))
     read = len(self.model.read(asked.turns))

@@ -169,7 +169,7 @@ class DalignLM(TemplateLM):
         said = self._said([a[0] for a in own], plain, max_new, temperature)
         for at, (prompt, wanted), reply in zip(places, own, said, strict=True):
           until = normalize_gen_kwargs(wanted, self.max_new)["until"]
-          found[at] = assistant.cut(reply, until)
+          found[at] = assistant.cut_at_stop(reply, until)
           self.cache_hook.add_partial("generate_until", (prompt, wanted), found[at])
         bar.update(len(places))
     return found
