@@ -176,7 +176,7 @@ class Model:
 
   def write(self, prompt: Prompt, thought: str, answer: str) -> Rollout:
     """A thought and an answer from elsewhere as a reply, in tokens of this model."""
-    sample = prompting.write(
+    sample = prompting.encode_completion(
       self._tok, prompt, thought, answer, index=0, think=self.think, opened=True
     )
     return Rollout(prompt=prompt, logp=(), **vars(sample))
@@ -193,11 +193,13 @@ class Model:
     turns = prompting.teach(
       spec, prompt, detail=detail, worked=worked, think=self.think
     )
-    return render_chat(self._tok, turns, whole=self.think.tags)
+    return render_chat(self._tok, turns, kept_tags=self.think.tags)
 
   def _rollout(self, prompt: Prompt, index: int, done: sampling.Completion, think):
     how = dict(index=index, think=self.think, opened=think, needed=think)
-    sample = prompting.read(self._tok, prompt, done.tokens, done.finish, **how)
+    sample = prompting.parse_completion(
+      self._tok, prompt, done.tokens, done.finish, **how
+    )
     return Rollout(prompt=prompt, logp=done.logp, **vars(sample))
 
 
@@ -223,7 +225,9 @@ def load_model(
   date = date or datetime.datetime.now(datetime.UTC).date().isoformat()
   return Model(
     arch=found.cfg,
-    tokenizer=dataclasses.replace(found.tok, date=date).unopened(think.tag),
+    tokenizer=dataclasses.replace(found.tok, date=date).without_opened_thought(
+      think.tag
+    ),
     params=jax.tree.map(jnp.asarray, found.params()),
     think=think,
     compute=compute,
@@ -378,7 +382,7 @@ def export(
   """Writes a folder that transformers and `load_model` read. With `think` its chat
   template opens the thought, as `generate` does."""
   params = adapters.merge_adapters(model.params, cfg=model.arch)
-  tok = model._tok.opening(model.think) if think else model.tokenizer
+  tok = model._tok.with_opened_thought(model.think) if think else model.tokenizer
   weights.save_hf(str(path), model.arch, params, tok, dtype=dtype)
 
 
@@ -387,7 +391,7 @@ def export(
 
 _sampler = functools.lru_cache(maxsize=16)(sampling.Sampler)
 _scorer = functools.lru_cache(maxsize=16)(likelihood.Scorer)
-_reading = functools.lru_cache(maxsize=16)(Tokenizer.reading)
+_reading = functools.lru_cache(maxsize=16)(Tokenizer.with_tags)
 _objective = functools.cache(objective)
 
 
@@ -407,7 +411,7 @@ def _rows(model: Model, samples: Sequence[Rollout]) -> packing.Packed:
   if not samples:
     raise ValueError("wanted one sample or more, got none")
   rows = [
-    prompting.row(model._tok, prompting.plain(s.prompt), s.tokens, s.forced)
+    prompting.training_row(model._tok, prompting.plain(s.prompt), s.tokens, s.forced)
     for s in samples
   ]
   longest = max(len(tokens) for tokens, _ in rows)

@@ -119,7 +119,7 @@ def test_log_probabilities_are_the_samplers_with_its_context_and_not_without(
 def test_sft_learns_what_was_drawn_after_the_prompt_alone(model, samples):
   batch = dalign.sft_batch(model, samples)
   for b, s in enumerate(samples):
-    front = prompting.opened(model._tok, s.prompt.turns, THINK)
+    front = prompting.render_prompt(model._tok, s.prompt.turns, THINK)
     row = [*front, *s.tokens[s.forced :]]
     assert batch["tokens_BT"][b, : len(row)].tolist() == row
     trained = np.flatnonzero(batch["weight_BT"][b])

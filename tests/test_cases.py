@@ -460,7 +460,9 @@ def template_opens_think(own: Case):
     told = run.task.teach(asked.blind(), worked=1)
     for turns in (told, prompting.plain(asked)):
       read = run.model.tok.decode(
-        prompting.opened(run.model.tok, turns, run.model.think, whole=True)
+        prompting.render_prompt(
+          run.model.tok, turns, run.model.think, keep_thoughts=True
+        )
       )
       assert read.rpartition("assistant\n")[2] == run.model.think.of(asked.text).open
       thoughts = sum(turn.role == "assistant" for turn in turns)

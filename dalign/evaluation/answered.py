@@ -138,7 +138,7 @@ class Answered:
   ):
     self._references, self._encode = references or {}, encode
 
-  def way(self, prompt: Prompt) -> str:
+  def method(self, prompt: Prompt) -> str:
     """How answers to `prompt` are judged: "reference", "prompt" or "words"."""
     if self._encode is not None and self._reference(prompt):
       return "reference"
@@ -147,7 +147,7 @@ class Answered:
 
   def __call__(self, prompt: Prompt, answer: str) -> bool:
     """Whether `answer` answers `prompt`; declining is left to others."""
-    way, reference = self.way(prompt), self._reference(prompt)
+    way, reference = self.method(prompt), self._reference(prompt)
     if self._encode is None or way == "words":
       return by_words(prompt, answer)
     if way == "prompt":

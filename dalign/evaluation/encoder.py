@@ -67,16 +67,16 @@ class Encoder:
       return np.zeros((0, 384), np.float32)
     return np.stack([self._known[text] for text in texts])
 
-  def _encode(self, some: Sequence[tuple[str, list[int]]], length: int) -> None:
-    rows = 1 if len(some) == 1 else BATCH
+  def _encode(self, texts: Sequence[tuple[str, list[int]]], length: int) -> None:
+    rows = 1 if len(texts) == 1 else BATCH
     ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     mask[:, 0] = True  # a row that holds no text has a mean all the same
-    for row, (_, own) in enumerate(some):
+    for row, (_, own) in enumerate(texts):
       ids[row, : len(own)], mask[row, : len(own)] = own, True
     # A mesh of its own: that of a run may have many devices.
     with jax.set_mesh(self._mesh), jax.numpy_rank_promotion("allow"):
       vectors = np.asarray(_vectors(self._weights, ids, mask))
-    self._known |= {text: vectors[row] for row, (text, _) in enumerate(some)}
+    self._known |= {text: vectors[row] for row, (text, _) in enumerate(texts)}
 
 
 def _cpu() -> jax.Device:

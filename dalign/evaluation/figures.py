@@ -234,7 +234,7 @@ def by_set(sets: dict[str, dict[str, Json]], axis: str) -> Chart:
   return Chart((axis, ""), PERCENTS, up, series, width=410, height=height, left=210)
 
 
-def thin(points: dict) -> dict:
+def downsample(points: dict) -> dict:
   """At most CURVE_POINTS points: the lowest and the highest of each stretch of steps.
 
   "x" and "y" are finite, "bad" are the other steps, "ends" the first and the last step.
@@ -254,7 +254,7 @@ def thin(points: dict) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """One metric over its steps, as `thin` has it, in a frame of 240 by 100."""
+  """One metric over its steps, as `downsample` has it, in a frame of 240 by 100."""
 
   name: str
   data: dict

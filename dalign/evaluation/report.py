@@ -107,7 +107,7 @@ def view(workdir: pathlib.Path) -> dict[str, Any]:
   summary = _read_json(workdir / "eval" / "summary.json") or {}
   config = _read_json(workdir / "config.json") or {}
   probe = _read_json(workdir / "probe.json") or {}
-  manifests = _manifests(workdir, _asked(config))
+  manifests = _manifests(workdir, _requested_stages(config))
   curves = _curves(workdir / "metrics.jsonl")
   samples = _samples(workdir, summary)
   rollouts = [_rollouts(workdir, stage) for stage in ("distill", "rl")]
@@ -170,7 +170,7 @@ def _read_json(path: pathlib.Path) -> Json:
   return value
 
 
-def _asked(config: Json) -> tuple[str, ...]:
+def _requested_stages(config: Json) -> tuple[str, ...]:
   """The stages that a config asks for: but a world's, none trains a base."""
   asked = chosen_stages(config.get("stages", "all"))
   optional = {"base": "world.spec", "distill": "distill.start"}
@@ -209,7 +209,7 @@ def _samples(workdir: pathlib.Path, summary: Json) -> Json:
           raise ValueError(f"{path}: every row needs a prompt_id, got {sorted(row)}")
         strata[row["prompt_id"]] = (row.get("category"), row.get("expected"))
     total += len(strata)
-    chosen = _spread(strata, PROMPTS)
+    chosen = _sample_strata(strata, PROMPTS)
     for arm, path in arms.items():
       for row in _rows(path):
         if row["prompt_id"] in chosen:
@@ -220,7 +220,7 @@ def _samples(workdir: pathlib.Path, summary: Json) -> Json:
   return {"arms": arms, "prompts": list(groups.values()), "total": total}
 
 
-def _spread(strata: dict, limit: int) -> set:
+def _sample_strata(strata: dict, limit: int) -> set:
   """At most `limit` keys, taken in turn from each stratum, in file order."""
   queues: dict[Any, collections.deque] = collections.defaultdict(collections.deque)
   for key, stratum in strata.items():
@@ -305,7 +305,9 @@ def _curves(path: pathlib.Path) -> dict[str, list[figures.Curve]]:
       heading = f"{stage}: thoughts" if name.startswith(THOUGHTS) else stage
       series[heading][name.removeprefix(f"{stage}/")][row["step"]] = value
   return {
-    heading: [figures.Curve(n, figures.thin(own)) for n, own in sorted(metrics.items())]
+    heading: [
+      figures.Curve(n, figures.downsample(own)) for n, own in sorted(metrics.items())
+    ]
     for heading, metrics in series.items()
   }
 

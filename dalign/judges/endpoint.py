@@ -27,8 +27,8 @@ from dalign.text import templates
 from dalign.text import thinking
 from dalign.types import Turn
 
-WRONG = (401, 403, 404)  # what no other request would be spared
-NO_COMPLETION = 599  # our own status of a page, or whatever else is none, sent with 200
+FATAL_STATUSES = (401, 403, 404)  # every other request would get the same
+NOT_A_COMPLETION = 599  # our own status of a page, or whatever else, sent with 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,14 @@ class Reply:
   refused: str = ""
 
   @property
-  def whole(self) -> bool:
+  def complete(self) -> bool:
     """Whether the model said all that it wanted to, or all that the request's budget
     has room for: to ask for the same again would give no more."""
     said = self.finish == "length" or self.text.strip()
     return not self.refused and self.finish in ("", "stop", "length") and bool(said)
 
   @property
-  def untold(self) -> bool:
+  def ambiguous(self) -> bool:
     """Whether it was cut where nothing in it tells an answer from a thought that a chat
     template opened."""
     marked = (
@@ -75,8 +75,8 @@ class Reply:
 
 class Endpoint:
   """One model behind one address; it counts what this object did, in `uncounted`
-  replies of which the server does not tell the tokens, and in `halves` those with half
-  a character (a lone surrogate), in whose place U+FFFD is read."""
+  replies of which the server does not tell the tokens, and in `lone_surrogates` those
+  with half a character (a lone surrogate), in whose place U+FFFD is read."""
 
   def __init__(self, cfg: EndpointConfig, cache: pathlib.Path):
     if not cfg.url or not cfg.model:
@@ -95,7 +95,9 @@ class Endpoint:
       api_key=self._key or "none",
       timeout=cfg.timeout,
       max_retries=cfg.retries,
-      http_client=openai.DefaultHttpxClient(event_hooks={"response": [_completion]}),
+      http_client=openai.DefaultHttpxClient(
+        event_hooks={"response": [_mark_non_completion]}
+      ),
     )
     rows = store.read_rows(cache) if buckets.exists(cache) else []
     self._known = {row["key"]: Reply(**row["reply"]) for row in rows}
@@ -103,13 +105,13 @@ class Endpoint:
     self._opened: list[bool] = []
     for row in rows:
       if row["model"] == cfg.model:
-        self._note(self._known[row["key"]])
-    self.asked = self.found = self.tokens_in = self.tokens_out = 0
-    self.uncounted = self.halves = 0
+        self._record_thinking(self._known[row["key"]])
+    self.asked = self.cached = self.tokens_in = self.tokens_out = 0
+    self.uncounted = self.lone_surrogates = 0
 
   @property
   def cost(self) -> float:
-    """Of what was asked here, in the currency of the config's prices."""
+    """The cost of this object's requests, in the currency of the config's prices."""
     cfg = self._cfg
     paid = self.tokens_in * cfg.price_in + self.tokens_out * cfg.price_out
     return paid / 1e6
@@ -126,7 +128,7 @@ class Endpoint:
     missing = {
       k: r for k, r in zip(keys, requests, strict=True) if k not in self._known
     }
-    self.found += len(requests) - len(missing)
+    self.cached += len(requests) - len(missing)
     for key, raw in self._ask(missing):
       said, thought = (
         chat_template.characters(raw.text),
@@ -134,9 +136,9 @@ class Endpoint:
       )
       reply = dataclasses.replace(raw, text=said, reasoning=thought)
       self._known[key] = reply
-      self._note(reply)
-      self.halves += reply != raw
-      if reply.whole:  # what is not may be otherwise tomorrow
+      self._record_thinking(reply)
+      self.lone_surrogates += reply != raw
+      if reply.complete:  # what is not may be otherwise tomorrow
         row = {"key": key, "model": self._cfg.model, "reply": dataclasses.asdict(reply)}
         store.append_rows(self._cache, [row])
       self.asked += 1
@@ -151,9 +153,11 @@ class Endpoint:
     ones do; None without a whole one."""
     return 2 * sum(self._opened) > len(self._opened) if self._opened else None
 
-  def _note(self, reply: Reply) -> None:
-    if reply.whole and reply.finish != "length":
-      self._opened.append(bool(reply.reasoning) or thinking.opened_for(reply.text))
+  def _record_thinking(self, reply: Reply) -> None:
+    if reply.complete and reply.finish != "length":
+      self._opened.append(
+        bool(reply.reasoning) or thinking.continues_opened_thought(reply.text)
+      )
 
   def _hash(self, request: Request) -> str:
     said = dataclasses.asdict(request)
@@ -166,7 +170,7 @@ class Endpoint:
     """Replies as they come. Its threads are daemons: a run that is stopped waits for no
     server."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
-    came: queue.SimpleQueue = queue.SimpleQueue()
+    replies: queue.SimpleQueue = queue.SimpleQueue()
     halt = threading.Event()
     for item in missing.items():
       waiting.put(item)
@@ -176,11 +180,11 @@ class Endpoint:
         with contextlib.suppress(queue.Empty):  # another thread took the last
           key, request = waiting.get_nowait()
           try:
-            came.put((key, self._one(request)))
+            replies.put((key, self._send(request)))
           except Exception as error:  # for the thread that waits
             halt.set()
-            came.put((key, error))
-      came.put(None)
+            replies.put((key, error))
+      replies.put(None)
 
     working = min(self._cfg.concurrency, len(missing))
     for _ in range(working):
@@ -188,7 +192,7 @@ class Endpoint:
     failures = []
     try:
       while working:
-        item = came.get()
+        item = replies.get()
         if item is None:
           working -= 1
         elif isinstance(item[1], Reply):
@@ -198,24 +202,24 @@ class Endpoint:
     finally:
       halt.set()
     if failures:
-      raise self._explained(failures[0])
+      raise self._user_error(failures[0])
 
-  def _explained(self, error: Exception) -> Exception:
-    """What a user is told of a failure."""
+  def _user_error(self, error: Exception) -> Exception:
+    """The error that a user sees: ValueError for settings, else ConnectionError."""
     if not isinstance(error, self._openai.APIError):
       return error
     status = getattr(error, "status_code", None)
-    if status in WRONG:
-      return ValueError(self._wrong(status))
+    if status in FATAL_STATUSES:
+      return ValueError(self._fatal_message(status))
     said = self._without_key(error)
-    if status == NO_COMPLETION:
+    if status == NOT_A_COMPLETION:
       said = f"status 200 with what is no completion: {said.partition(' - ')[2]}"
     return ConnectionError(
       f"{self._cfg.url} failed after {self._cfg.retries} retries: {said}; the replies "
       "that came are kept, and the same command goes on from them"
     )
 
-  def _one(self, request: Request) -> Reply:
+  def _send(self, request: Request) -> Reply:
     """One request, on a thread."""
     cut: dict[str, Any] = {"top_p": request.top_p} if request.top_p < 1 else {}
     messages: list[Any] = [
@@ -223,7 +227,7 @@ class Endpoint:
       for turn in templates.merged(request.turns)
     ]
     try:
-      made = self._client.chat.completions.create(
+      response = self._client.chat.completions.create(
         model=self._cfg.model,
         messages=messages,
         temperature=request.temperature,
@@ -235,13 +239,15 @@ class Endpoint:
       self._openai.UnprocessableEntityError,
     ) as error:
       return Reply(text="", refused=self._without_key(error))
-    if not made.choices:
+    if not response.choices:
       return Reply(text="", refused="a reply without a choice")
-    choice, usage = made.choices[0], made.usage
-    said = choice.message
-    apart = (getattr(said, name, None) for name in ("reasoning_content", "reasoning"))
-    content = said.content or getattr(said, "refusal", None) or ""
-    reasoning = next(filter(None, apart), "")
+    choice, usage = response.choices[0], response.usage
+    message = choice.message
+    reasoning_fields = (
+      getattr(message, name, None) for name in ("reasoning_content", "reasoning")
+    )
+    content = message.content or getattr(message, "refusal", None) or ""
+    reasoning = next(filter(None, reasoning_fields), "")
     plain = isinstance(content, str) and isinstance(reasoning, str)
     refused = "" if plain else "a reply that is not text alone"
     if choice.finish_reason == "content_filter":
@@ -255,7 +261,7 @@ class Endpoint:
       tokens_out=usage.completion_tokens if usage else 0,
     )
 
-  def _wrong(self, status: int) -> str:
+  def _fatal_message(self, status: int) -> str:
     cfg = self._cfg
     if status == 404:
       return f"{cfg.url} knows no model {cfg.model!r}, or is no such address (404)"
@@ -267,7 +273,7 @@ class Endpoint:
     return said.replace(self._key, "***") if self._key else said
 
 
-def _completion(response: Any) -> None:
+def _mark_non_completion(response: Any) -> None:
   """Gives what was sent with status 200 and is no completion, as the page of a proxy, a
   status that is tried again as an outage is."""
   if response.status_code == 200:
@@ -277,4 +283,4 @@ def _completion(response: Any) -> None:
     except (ValueError, TypeError, KeyError):
       whole = False
     if not whole:
-      response.status_code = NO_COMPLETION
+      response.status_code = NOT_A_COMPLETION

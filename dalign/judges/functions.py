@@ -120,7 +120,7 @@ def of_function(
       raise ValueError(wrong)
     found = (Verdict(score=score, reason=why) for score, why in rows)
     return [
-      judge.compared(q.prompt, q.answer)
+      judge.known_answer_verdict(q.prompt, q.answer)
       if q.prompt.kind == "capability"
       else next(found)
       for q in questions

@@ -25,7 +25,7 @@ from dalign.types import Spec
 from dalign.types import Turn
 from dalign.types import Verdict
 
-MASS = 0.05  # of the probability must lie on the labels, or a model did not answer
+MIN_LABEL_MASS = 0.05  # probability on the labels, or a model did not answer
 
 # (prompt, answer) pairs -> mean log-probabilities a token of each answer, in nats, by a
 # helpful-only model: after its prompt, and after one that asks for nothing.
@@ -105,7 +105,7 @@ def rubric_judge(spec: Spec, *, quality: Quality | None) -> Judge:
   answers = _AnswerRubric(spec, quality)
 
   def ask(questions: Sequence[FilterQuestion]) -> list[Verdict]:
-    wanted = [q.prompt.expected or _called_for(spec, q) for q in questions]
+    wanted = [q.prompt.expected or _wanted_behaviour(spec, q) for q in questions]
     verdicts = answers.grade([(q.prompt, q.answer) for q in questions], wanted)
     return [
       _with_thought(spec, question, verdict)
@@ -127,10 +127,10 @@ def rubric_reward(spec: Spec, *, quality: Quality | None) -> Judge:
   return Judge(ask, deterministic=True)
 
 
-def compared(prompt: Prompt, answer: str) -> Verdict:
+def known_answer_verdict(prompt: Prompt, answer: str) -> Verdict:
   """The verdict on an answer to a prompt whose right answer is known."""
   score = words.correct(answer, prompt.answer)
-  return Verdict(score=score, reason=words.UNREAD if score is None else "")
+  return Verdict(score=score, reason=words.UNCOMPARABLE if score is None else "")
 
 
 class _AnswerRubric:
@@ -169,7 +169,7 @@ class _AnswerRubric:
       if not prompt.answer.strip():
         return Verdict(score=None, reason="no reference answer")
       hard["no_meta"] = rubric.no_meta(prompt, answer)
-      known = compared(prompt, answer)
+      known = known_answer_verdict(prompt, answer)
       return known if known.score is None else _combined(hard, {"correct": known.score})
     if not wanted:
       return Verdict(score=None, reason="not told which response is wanted")
@@ -193,9 +193,9 @@ def _combined(hard: dict[str, float], soft: dict[str, float]) -> Verdict:
   return Verdict(score=score, parts=hard | soft)
 
 
-def _called_for(spec: Spec, question: FilterQuestion) -> str:
+def _wanted_behaviour(spec: Spec, question: FilterQuestion) -> str:
   """The behaviour that the thought calls for; the answer's own where it names none."""
-  thought = words.own(question.thought, question.prompt.text)
+  thought = words.without_prompt_quotes(question.thought, question.prompt.text)
   clause = rubric.deciding_clause(spec, thought)
   verdicts = {c.id: c.verdict for p in spec.policies for c in p.clauses}
   named = verdicts.get(clause) or behaviour.decision(thought)
@@ -206,7 +206,8 @@ def _with_thought(spec: Spec, question: FilterQuestion, verdict: Verdict) -> Ver
   """`verdict` on the answer, times the propositions on the thought."""
   if verdict.score is None:
     return verdict
-  prompt, thought = question.prompt, words.own(question.thought, question.prompt.text)
+  prompt = question.prompt
+  thought = words.without_prompt_quotes(question.thought, prompt.text)
   does = behaviour.of(question.answer, prompt.category)
   parts = {
     "thought_flows": rubric.thought_flows(spec, prompt, question.thought),
@@ -226,17 +227,19 @@ def _with_thought(spec: Spec, question: FilterQuestion, verdict: Verdict) -> Ver
 # What a judge is shown.
 
 
-def carried(thought: str, shown: str, known: Sequence[str], n: int) -> str:
+def leaked_words(thought: str, shown: str, known: Sequence[str], n: int) -> str:
   """The first run of `n` words of a thought that stands in what a judge was shown and
   in nothing that it may see, or "" (METHOD 3.2).
 
   Case and punctuation do not count, nor does what is shorter than `n` words.
   """
-  own = set(specs.runs(thought, n))
-  if own.isdisjoint(specs.runs(shown, n)):
+  thought_runs = set(specs.runs(thought, n))
+  if thought_runs.isdisjoint(specs.runs(shown, n)):
     return ""
-  own.difference_update(*(specs.runs(text, n) for text in known))
-  return " ".join(next((run for run in specs.runs(shown, n) if run in own), ()))
+  thought_runs.difference_update(*(specs.runs(text, n) for text in known))
+  return " ".join(
+    next((run for run in specs.runs(shown, n) if run in thought_runs), ())
+  )
 
 
 # Votes.
@@ -311,8 +314,8 @@ def model_judge(
   labels and gives the log-probability, in nats, of each label as the next token, or
   None for a conversation that is longer than the model reads. Labels stand at even
   steps from 0 (the first) to 1 (the last), and their probabilities are scaled to sum to
-  1. Unscored: None, a value that is not a log-probability, and less than MASS of the
-  probability on all labels together.
+  1. Unscored: None, a value that is not a log-probability, and less than
+  MIN_LABEL_MASS of the probability on all labels together.
   """
   if len(labels) < 2:
     raise ValueError(f"a scale has two labels or more, got {labels}")
@@ -333,18 +336,18 @@ def question_turns(
 ) -> list[Turn]:
   """A question for one label as a conversation; `render` gives the policy text of a
   category."""
-  return forms.graded_turns(_asked(question, render), labels=labels)
+  return forms.graded_turns(_judged_item(question, render), labels=labels)
 
 
-def _asked(question: Question, render: Callable[[str], str]) -> forms.Asked:
+def _judged_item(question: Question, render: Callable[[str], str]) -> forms.JudgedItem:
   thought = question.thought if isinstance(question, FilterQuestion) else None
   prompt = question.prompt
-  return forms.Asked(prompt, thought, question.answer, render(prompt.category))
+  return forms.JudgedItem(prompt, thought, question.answer, render(prompt.category))
 
 
 def written_judge(
   render: Callable[[str], str],
-  ask: Callable[[list[list[Turn]]], Sequence[forms.Said]],
+  ask: Callable[[list[list[Turn]]], Sequence[forms.ModelReply]],
   *,
   form: str = "grade",
 ) -> Judge:
@@ -354,21 +357,21 @@ def written_judge(
   may draw anew. Known answers are compared and not asked about. `form` is one of
   forms.FORMS: how it is asked, and its reply read.
   """
-  own = forms.FORMS[form]
+  judge_form = forms.FORMS[form]
 
   def verdicts(questions: Sequence[Question]) -> list[Verdict]:
-    open_ = [q for q in questions if q.prompt.kind != "capability"]
-    asked = [_asked(question, render) for question in open_]
-    turns = [own.put(one) for one in asked]
-    said = iter(zip(asked, turns, ask(turns) if turns else [], strict=True))
+    to_ask = [q for q in questions if q.prompt.kind != "capability"]
+    items = [_judged_item(question, render) for question in to_ask]
+    turns = [judge_form.put(item) for item in items]
+    said = iter(zip(items, turns, ask(turns) if turns else [], strict=True))
 
     def verdict(question: Question) -> Verdict:
       prompt = question.prompt
       if prompt.kind == "capability":
-        return compared(prompt, question.answer)
-      one, put, reply = next(said)
+        return known_answer_verdict(prompt, question.answer)
+      item, put, reply = next(said)
       shown = "\n".join(turn.content for turn in put)
-      found = forms.verdict(own, reply, one)
+      found = forms.verdict(judge_form, reply, item)
       return dataclasses.replace(found, shown=shown)
 
     return [*map(verdict, questions)]
@@ -385,8 +388,10 @@ def _expectation(logprobs: Sequence[float] | None, labels: tuple[str, ...]) -> V
     return Verdict(score=None, reason=f"no log-probabilities: {list(logprobs)}")
   shares = [math.exp(x) for x in logprobs]
   mass = sum(shares)
-  if mass < MASS:
-    reason = f"{mass:.3f} of the probability on the labels, wanted {MASS} or more"
+  if mass < MIN_LABEL_MASS:
+    reason = (
+      f"{mass:.3f} of the probability on the labels, wanted {MIN_LABEL_MASS} or more"
+    )
     return Verdict(score=None, reason=reason)
   steps = len(labels) - 1
   score = sum(share * i for i, share in enumerate(shares)) / (mass * steps)

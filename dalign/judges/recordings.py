@@ -48,7 +48,7 @@ class Vote:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recorded:
+class RecordedReply:
   """A row of a recording."""
 
   prompt_id: str
@@ -69,7 +69,7 @@ def spec_hash(spec: Spec, category: str) -> str:
   return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
-def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
+def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[RecordedReply]:
   """The rows of a recording, in order, each of a training prompt.
 
   Raises ValueError that names the row: one in no shape, of a prompt that is not there
@@ -77,14 +77,14 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
   """
   path = path_of(name)
   known = {prompt.id: prompt for prompt in prompts}
-  said = {_said(turn.content for turn in p.turns): p.id for p in prompts}
+  said = {_normalized_text(turn.content for turn in p.turns): p.id for p in prompts}
   hashes: dict[str, str] = {}
   found = []
   for where, row in prompt_sets.rows_of(path):
     row = {
       name: "" if prompt_sets.missing(value) else value for name, value in row.items()
     }
-    own = _row(where, row, said)
+    own = _parse_row(where, row, said)
     prompt = known.get(own.prompt_id)
     if prompt is None or prompt.split != "train":
       why = "held out" if prompt else "not among those of config.data.source"
@@ -106,14 +106,14 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[Recorded]:
   return found
 
 
-def judges(rows: Iterable[Recorded]) -> judge.Judge:
+def recorded_judge(rows: Iterable[RecordedReply]) -> judge.Judge:
   """A judge that gives the recorded votes: asked the same again, the next one.
 
   It answers both questions, that with a thought and that without. A thought that ends
   in another verdict than the voter's own, given blind, gets 0. Known answers are
   compared. Unscored: what was not recorded, and more votes than were.
   """
-  recorded: dict[tuple[str, str], list[Recorded]] = {}
+  recorded: dict[tuple[str, str], list[RecordedReply]] = {}
   for row in rows:
     recorded.setdefault((row.prompt_id, row.answer), []).append(row)
   asked: dict[tuple[str, str, str], int] = {}
@@ -121,7 +121,7 @@ def judges(rows: Iterable[Recorded]) -> judge.Judge:
   def verdict(question: judge.Question) -> Verdict:
     prompt = question.prompt
     if prompt.kind == "capability":
-      return judge.compared(prompt, question.answer)
+      return judge.known_answer_verdict(prompt, question.answer)
     thinks = isinstance(question, judge.FilterQuestion)
     thought = question.thought if isinstance(question, judge.FilterQuestion) else ""
     key = prompt.id, thought, question.answer
@@ -145,10 +145,10 @@ def judges(rows: Iterable[Recorded]) -> judge.Judge:
   return judge.Judge(lambda qs: [*map(verdict, qs)], deterministic=False)
 
 
-def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
+def _parse_row(where: str, row: Mapping, said: Mapping[str, str]) -> RecordedReply:
   """A row in any of the shapes."""
   if row.get("messages", "") != "":
-    turns, thought, answer = _of_messages(where, row["messages"])
+    turns, thought, answer = _parse_messages(where, row["messages"])
   elif row.get("response", "") != "":
     turns, thought, answer = [row.get("question")], "", row["response"]
   else:
@@ -164,22 +164,22 @@ def _row(where: str, row: Mapping, said: Mapping[str, str]) -> Recorded:
       raise ValueError(f"{where}: wanted one think block and an answer: {malformed}")
   name = row.get("prompt_id") or row.get("id")
   if turns:
-    name = said.get(_said(turns)) or name or " / ".join(map(str, turns))[:60]
+    name = said.get(_normalized_text(turns)) or name or " / ".join(map(str, turns))[:60]
   if not isinstance(name, str) or not answer.strip():
     raise ValueError(
       f"{where}: wanted a prompt_id and an answer, or the words of a prompt of "
       f"config.data.source, got {row!r:.80}"
     )
-  return Recorded(
+  return RecordedReply(
     prompt_id=name,
     thought=thought.strip(),
     answer=answer.strip(),
     model=str(row.get("model", "")),
-    votes=tuple(_votes(where, row.get("votes") or ())),
+    votes=tuple(_parse_votes(where, row.get("votes") or ())),
   )
 
 
-def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
+def _parse_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
   """The contents before the reply, its reasoning, and its content."""
   try:
     *before, reply = [dict(message) for message in messages]
@@ -197,7 +197,7 @@ def _of_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
     ) from None
 
 
-def _votes(where: str, votes: Any) -> Iterator[Vote]:
+def _parse_votes(where: str, votes: Any) -> Iterator[Vote]:
   wanted = f"{where}: wanted votes, each with scores in [0, 1] and a list of clauses"
   if not isinstance(votes, (list, tuple)):
     raise ValueError(f"{wanted}, got {votes!r:.80}")
@@ -222,6 +222,6 @@ def _votes(where: str, votes: Any) -> Iterator[Vote]:
     )
 
 
-def _said(contents: Iterable[Any]) -> str:
+def _normalized_text(contents: Iterable[Any]) -> str:
   """The words of a conversation, however they are spaced."""
   return "\0".join(" ".join(str(content).split()) for content in contents)

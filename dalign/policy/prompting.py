@@ -64,7 +64,7 @@ def teach(
   system = TASK + specs.render(spec, prompt.category, detail=detail)
   turns = [Turn(role="system", content=system)]
   for example in demonstrations(spec.brief, prompt.category, worked):
-    own = written(example.thought, example.answer, think)
+    own = format_completion(example.thought, example.answer, think)
     shown = think.of(example.prompt).open + own
     turns.append(Turn(role="user", content=example.prompt))
     turns.append(Turn(role="assistant", content=shown))
@@ -75,14 +75,14 @@ def demonstrations(spec: Spec, category: str, n: int) -> list[Worked]:
   """The first n worked examples of a category, its response types by turns."""
   if category not in {policy.id for policy in spec.policies}:
     return list(HARMLESS[:n])
-  of: dict[str, list[Worked]] = {}
+  examples_by_verdict: dict[str, list[Worked]] = {}
   for example in spec.policy(category).worked:
-    of.setdefault(example.verdict, []).append(example)
-  ranked = [(rank, own) for some in of.values() for rank, own in enumerate(some)]
-  return [own for _, own in sorted(ranked, key=lambda pair: pair[0])][:n]
+    examples_by_verdict.setdefault(example.verdict, []).append(example)
+  ranked = [pair for some in examples_by_verdict.values() for pair in enumerate(some)]
+  return [example for _, example in sorted(ranked, key=lambda pair: pair[0])][:n]
 
 
-def written(thought: str, answer: str, think: thinking.ThinkFormat) -> str:
+def format_completion(thought: str, answer: str, think: thinking.ThinkFormat) -> str:
   """What follows the forced opening of a completion with this thought and answer."""
   gap = "\n" if think.open == think.tag else "" if think.open[-1].isspace() else " "
   return f"{gap}{thought}\n{think.close}\n\n{answer}"
@@ -116,17 +116,17 @@ def plain(prompt: Prompt) -> tuple[Turn, ...]:
   return prompt.turns
 
 
-def opened(
+def render_prompt(
   tok: chat_template.Tokenizer,
   turns: Sequence[Turn],
   think: thinking.ThinkFormat | None,
   *,
-  whole: bool = False,
+  keep_thoughts: bool = False,
 ) -> tuple[int, ...]:
   """Token ids of a conversation up to where sampling begins, with the forced ones;
-  `whole` with the thoughts of earlier turns, which many templates take out."""
-  tags = think.tags if think and whole else ()
-  ids = chat_template.render_chat(tok, list(turns), whole=tags)
+  `keep_thoughts` with the thoughts of earlier turns, which many templates take out."""
+  tags = think.tags if think and keep_thoughts else ()
+  ids = chat_template.render_chat(tok, list(turns), kept_tags=tags)
   return (*ids, *forced(tok, turns, think))
 
 
@@ -144,7 +144,7 @@ def forced(
   return tuple(tok.encode(think.of(turns[-1].content).open)) if think else ()
 
 
-def row(
+def training_row(
   tok: chat_template.Tokenizer,
   turns: Sequence[Turn],
   tokens: Sequence[int],
@@ -160,7 +160,7 @@ def row(
   return [*before, *tokens], [0.0] * known + [1.0] * (len(tokens) - forced)
 
 
-def read(
+def parse_completion(
   tok: chat_template.Tokenizer,
   prompt: Prompt,
   tokens: Sequence[int],
@@ -175,9 +175,9 @@ def read(
   tokens marked. The thought was `opened` for the model, or not; where none is `needed`
   a completion without one is not malformed."""
   before = forced(tok, prompt.turns, think if opened else None)
-  own = think.of(prompt.text)
-  written = (own.open if opened else "") + tok.decode(tokens)
-  thought, answer, malformed = thinking.split_thought(written, own)
+  think_format = think.of(prompt.text)
+  written = (think_format.open if opened else "") + tok.decode(tokens)
+  thought, answer, malformed = thinking.split_thought(written, think_format)
   if not needed:
     malformed = "" if answer else "empty answer"
   if not malformed and finish == "length":
@@ -194,7 +194,7 @@ def read(
   )
 
 
-def write(
+def encode_completion(
   tok: chat_template.Tokenizer,
   prompt: Prompt,
   thought: str,
@@ -207,10 +207,14 @@ def write(
   """A thought and an answer that were written elsewhere as a Sample, with the tokens
   that this tokenizer has for them, behind the forced opening if the thought is
   `opened`."""
-  own = think.of(prompt.text)
-  rest = written(thought.removeprefix(own.start).strip(), answer, own)
+  think_format = think.of(prompt.text)
+  rest = format_completion(
+    thought.removeprefix(think_format.start).strip(), answer, think_format
+  )
   before = forced(tok, prompt.turns, think if opened else None)
-  thought, answer, malformed = thinking.split_thought(own.open + rest, own)
+  thought, answer, malformed = thinking.split_thought(
+    think_format.open + rest, think_format
+  )
   return Sample(
     prompt_id=prompt.id,
     index=index,

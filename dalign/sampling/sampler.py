@@ -299,7 +299,7 @@ def _set_prefix(prefixes: Prefixes, kv: transformer.KV, length, lane) -> Prefixe
 def common_prefix(rows: list[tuple[int, ...]]) -> int:
   """How many first tokens all rows share; each keeps at least one of its own."""
   low, high = min(rows), max(rows)
-  return min(packing.common_front(low, high), min(map(len, rows)) - 1)
+  return min(packing.common_prefix(low, high), min(map(len, rows)) - 1)
 
 
 def needed_prompt_room(rows: list[tuple[int, ...]], prefix_room: int) -> int:

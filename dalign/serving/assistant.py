@@ -176,7 +176,7 @@ class Model:
     """The tokens of a chat up to where the model goes on, its opened thought among
     them; a base thinks only where a policy is in the chat (`with_policy`). Control
     tokens come from the chat template alone."""
-    return prompting.opened(self.tok, turns, self._think(with_policy))
+    return prompting.render_prompt(self.tok, turns, self._think(with_policy))
 
   def replies(
     self,
@@ -220,8 +220,8 @@ class Model:
     written = (think_format.open if self._think(with_policy) else "") + self.tok.decode(
       partial.tokens
     )
-    thought, answer = thinking.split_begun(
-      written, think_format, whole=bool(partial.finish)
+    thought, answer = thinking.split_partial_thought(
+      written, think_format, complete=bool(partial.finish)
     )
     return _reply(partial, thought, answer)
 
@@ -229,7 +229,7 @@ class Model:
     """The reply of a row of tokens that is no chat: all that is written is answer."""
     written = self.tok.decode(partial.tokens)
     return _reply(
-      partial, "", written if partial.finish else thinking.settled(written, ())
+      partial, "", written if partial.finish else thinking.stable_prefix(written, ())
     )
 
   def continuations(
@@ -546,7 +546,7 @@ class _PendingRequest:
       reply = dataclasses.replace(reply, answer=answer, finish="stop")
       self.cancelled.set()
     elif not reply.finish:
-      answer = thinking.settled(answer, self._stops)
+      answer = thinking.stable_prefix(answer, self._stops)
       reply = dataclasses.replace(reply, answer=answer)
     last = self._last
     if last is None or reply.finish or _visible_text(reply) != _visible_text(last):

@@ -62,7 +62,7 @@ class Conversation:
   def cited(self, thought: str) -> list[str]:
     """A line for each clause that a thought cites beyond what it quotes."""
     spec, asked = self._model.task.spec, self._turns[-2].content
-    own = words.own(thought, asked)
+    own = words.without_prompt_quotes(thought, asked)
     texts = {c.id: c.text for policy in spec.policies for c in policy.clauses}
     known = [f"{name}: {texts[name]}" for name in specs.cited(own, spec)]
     return known + [f"{name}: no such clause" for name in specs.invented(own, spec)]

@@ -102,7 +102,9 @@ def told_tokens(run: Run, prompt: Prompt) -> tuple[int, ...]:
   turns = prompting.plain(prompt)
   if prompt.kind != "capability":
     turns = run.task.teach(prompt.blind(), worked=run.cfg.distill.demonstrations)
-  return prompting.opened(run.model.tok, turns, run.model.thinks, whole=True)
+  return prompting.render_prompt(
+    run.model.tok, turns, run.model.thinks, keep_thoughts=True
+  )
 
 
 def check_room(run: Run) -> None:
@@ -195,7 +197,7 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
     told = sample_rows.of(run.model, r.prompt, of[r.prompt.id], 0, run.model.thinks)
     outcomes = [run.task.outcome(r.prompt, sample) for sample in (r.sample, told)]
     pairs.append((outcomes[0], outcomes[1]))
-  found = evals.flips(pairs)
+  found = evals.decision_changes(pairs)
   run.store.write_json(path, found)
   progress.say(f"distill: {headroom_line(found)}")
   return found

@@ -303,7 +303,7 @@ def _swapped(run: Run, arm: str, prompts: list[Prompt], rows: list[dict]) -> lis
   some = [prompt for prompt in prompts if prompt.id in thoughts]
   forced = Forced(label=".swapped", thoughts=thoughts)
   found = _arm(run, arm, some, {}, forced)
-  return [evals.swapped(row, thoughts[row["prompt_id"]]) for row in found]
+  return [evals.swapped_row(row, thoughts[row["prompt_id"]]) for row in found]
 
 
 def _add_odds(
@@ -326,10 +326,10 @@ def _add_odds(
   lines, starts = [], []
   for row in rows:
     prompt = of[row["prompt_id"]]
-    front = [*prompting.opened(run.model.tok, prompting.plain(prompt), think)]
+    front = [*prompting.render_prompt(run.model.tok, prompting.plain(prompt), think)]
     if think:
       thought = row["thought"].removeprefix(think.of(prompt.text).start).strip()
-      front += run.model.tok.encode(prompting.written(thought, "", think))
+      front += run.model.tok.encode(prompting.format_completion(thought, "", think))
     for opening in openings:
       lines.append([*front, *opening])
       starts.append(len(front))
@@ -442,7 +442,9 @@ def _sampled(
   of = {prompt.id: prompt for prompt, _ in wanted}
 
   thoughts = {
-    name: tuple(run.model.tok.encode(prompting.written(thought, "", run.model.think)))
+    name: tuple(
+      run.model.tok.encode(prompting.format_completion(thought, "", run.model.think))
+    )
     for name, thought in forced.thoughts.items()
   }
 
@@ -452,7 +454,7 @@ def _sampled(
       tokens = prompting.untemplated(run.model.tok, said)
     else:
       tokens = (
-        *prompting.opened(run.model.tok, said, think),
+        *prompting.render_prompt(run.model.tok, said, think),
         *thoughts.get(prompt.id, ()),
       )
     return Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)

@@ -87,8 +87,8 @@ def _tokenizer(run: Run) -> chat_template.Tokenizer:
   think, ask = _think(run), [Turn(role="user", content="ask")]
   if not think:
     return run.model.file_tok
-  tok = run.model.tok.opening(think)
-  if (*chat_template.render_chat(tok, ask),) != prompting.opened(
+  tok = run.model.tok.with_opened_thought(think)
+  if (*chat_template.render_chat(tok, ask),) != prompting.render_prompt(
     run.model.tok, ask, think
   ):
     progress.say(

@@ -160,7 +160,7 @@ def _judged_before(run: Run, path: pathlib.Path) -> list[_Judged]:
 def _row(
   run, prompt: Prompt, sample: Sample, verdict: Verdict, reward: Verdict
 ) -> dict:
-  thought = words.own(sample.thought, prompt.text)
+  thought = words.without_prompt_quotes(sample.thought, prompt.text)
   parts = dict(verdict.parts)
   score = verdict.score
   if score is not None:  # whoever judged

@@ -95,7 +95,7 @@ def generate(run: Run) -> None:
   )
 
 
-def _recorded(run: Run) -> dict[str, list[recordings.Recorded]] | None:
+def _recorded(run: Run) -> dict[str, list[recordings.RecordedReply]] | None:
   """Prompt id -> what the recorded teacher thought and said to it."""
   if not run.recording:
     return None
@@ -107,7 +107,7 @@ def _recorded(run: Run) -> dict[str, list[recordings.Recorded]] | None:
 
 
 def _told(
-  recorded: dict[str, list[recordings.Recorded]], run: Run, book: "SampleLedger"
+  recorded: dict[str, list[recordings.RecordedReply]], run: Run, book: "SampleLedger"
 ) -> Iterator[Sample]:
   """The samples of a recorded teacher, all that there are of each prompt."""
   for prompt in book.prompts.values():
@@ -205,8 +205,8 @@ class SampleLedger:
     known = self.read[prompt.id]
     if draft not in known:
       turns = self.turns(prompt, index)
-      known[draft] = prompting.opened(
-        self.run.model.tok, turns, self.run.model.think, whole=True
+      known[draft] = prompting.render_prompt(
+        self.run.model.tok, turns, self.run.model.think, keep_thoughts=True
       )
     return known[draft]
 

@@ -29,7 +29,7 @@ Run = services.Services[stages.EvalStage]  # what this stage sees of a run
 AT_ONCE = 256  # rows that a grader has between two looks at the run
 SHARED = 400  # characters in front by which questions share a policy
 
-Ask = Callable[[list[list[Turn]]], Sequence[forms.Said]]
+Ask = Callable[[list[list[Turn]]], Sequence[forms.ModelReply]]
 
 
 def add_grades(
@@ -47,14 +47,14 @@ def add_grades(
       _grade(run, grader, files, left, prompts)
   for name, rows in files.items():
     for row in rows:
-      evals.put_first(row, graders[0])
+      evals.use_grader(row, graders[0])
     run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), rows)
 
 
 def _left(run: Run, grader: str, rows: list[dict]) -> list[dict]:
   """The rows that a grader has still to read: not those that have no answer, and
   prompts to be answered only where its form knows what is of use."""
-  of_use = forms.FORMS[run.cfg.eval.form].of_use
+  of_use = forms.FORMS[run.cfg.eval.form].judges_usefulness
   return [
     row
     for row in rows
@@ -72,10 +72,10 @@ def _grade(
   left: Mapping[str, list[dict]],
   prompts: Mapping[str, Prompt],
 ) -> None:
-  cfg, heard = run.cfg.eval, list[forms.Said]()
+  cfg, heard = run.cfg.eval, list[forms.ModelReply]()
   write = _served(run) if grader == "endpoint" else _here(run)
 
-  def ask(conversations: list[list[Turn]]) -> Sequence[forms.Said]:
+  def ask(conversations: list[list[Turn]]) -> Sequence[forms.ModelReply]:
     heard[:] = write(conversations)
     return heard
 
@@ -91,7 +91,7 @@ def _grade(
         ]
         verdicts = judged(questions)
         for row, verdict, said in zip(some, verdicts, heard, strict=True):
-          found = forms.of_response(verdict, row["expected"])
+          found = forms.score_by_response_type(verdict, row["expected"])
           told = {"score": found.score, "reason": found.reason, "said": said.text}
           row.setdefault("graders", {})[grader] = told
         bar.update(len(some))
@@ -104,7 +104,7 @@ def _served(run: Run) -> Ask:
   cfg = run.cfg.eval
   server = servers.Server(run.store, cfg.grader_endpoint, "grader")
 
-  def write(conversations: list[list[Turn]]) -> list[forms.Said]:
+  def write(conversations: list[list[Turn]]) -> list[forms.ModelReply]:
     asked = [
       endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=cfg.grader_max_new)
       for turns in conversations
@@ -127,9 +127,9 @@ def _here(run: Run) -> Ask:
   )
   max_new = run.cfg.eval.grader_max_new
 
-  def write(conversations: list[list[Turn]]) -> list[forms.Said]:
+  def write(conversations: list[list[Turn]]) -> list[forms.ModelReply]:
     groups: dict[str, list] = collections.defaultdict(list)
-    said: dict[int, forms.Said] = {}
+    said: dict[int, forms.ModelReply] = {}
     for i, turns in enumerate(conversations):
       tokens = tuple(chat_template.render_chat(guest.tok, turns))
       if len(tokens) + max_new > guest.arch.max_length:
@@ -137,7 +137,7 @@ def _here(run: Run) -> Ask:
           f"the question has {len(tokens)} tokens, and the grader takes "
           f"{guest.arch.max_length} with its reply"
         )
-        said[i] = forms.Said("", reason)
+        said[i] = forms.ModelReply("", reason)
         continue
       request = sampling.Request(tokens=tokens, row_id=i, max_new=max_new)
       groups[turns[0].content[:SHARED]].append(request)
@@ -154,7 +154,7 @@ def _here(run: Run) -> Ask:
     for completion in done:
       written = guest.tok.decode(completion.tokens)
       cut = completion.finish == "length"
-      said[completion.request.row_id] = forms.Said(written, cut=cut)
+      said[completion.request.row_id] = forms.ModelReply(written, cut=cut)
     return [said[i] for i in range(len(conversations))]
 
   return write
@@ -167,12 +167,12 @@ def definitions(run: Run) -> dict[str, str]:
     return found
   form = forms.FORMS[cfg.form]
   model = cfg.grader_model if cfg.grader[0] == "model" else cfg.grader_endpoint.model
-  for metric, which in evals.WHICH.items():
+  for metric, which in evals.GRADED_PROMPTS.items():
     found[metric] = (
       f"Mean score that a model ({model}, asked as {cfg.form}) gives answers to "
       f"prompts that {which}."
     )
-    if metric == "comply_allowed" and not form.of_use:
+    if metric == "comply_allowed" and not form.judges_usefulness:
       found[metric] = f"Not graded: {cfg.form} knows only what is harmful."
   return found
 

@@ -136,7 +136,7 @@ def _recorded(run: Labelling) -> judge.Judge | None:
       "config.filter.judge: recorded votes are those of a recorded teacher; wanted "
       f"generate.teacher=recorded:PATH, got {run.cfg.teacher!r}"
     )
-  return recordings.judges(run.recorded)
+  return recordings.recorded_judge(run.recorded)
 
 
 def endpoint_judge(run: Run) -> judge.Judge:
@@ -145,7 +145,7 @@ def endpoint_judge(run: Run) -> judge.Judge:
   server = servers.Server(run.store, cfg.endpoint, "judge")
   asked: collections.Counter = collections.Counter()
 
-  def ask(conversations) -> list[forms.Said]:
+  def ask(conversations) -> list[forms.ModelReply]:
     requests = []
     for turns in map(tuple, conversations):
       requests.append(servers.request(turns, cfg, asked[turns]))
@@ -242,9 +242,9 @@ def refuse(report: dict[str, dict], limit: float) -> None:
       "the judge of RL is tried on held-out prompts of kind safety, and there are "
       "none: hold some out, or let it pass with --config.rl.judge_errors=1.0"
     )
-  if failed := probing.failed(report, limit):
+  if failed := probing.failed_probes(report, limit):
     shown = ", ".join(
-      f"{name} ({progress.percent(probing.errors(report[name])).strip()} of "
+      f"{name} ({progress.percent(probing.error_rate(report[name])).strip()} of "
       f"{report[name]['n']}"
       + (f"; {_unscored(report[name])})" if report[name]["unscored"] else ")")
       for name in failed
@@ -275,7 +275,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
     for i, question in enumerate(questions):
       prompt = question.prompt
       if prompt.kind == "capability":
-        verdicts[i] = judge.compared(prompt, question.answer)
+        verdicts[i] = judge.known_answer_verdict(prompt, question.answer)
         continue
       tokens = tuple(
         chat_template.render_chat(run.model.tok, run.task.question(question))
@@ -300,7 +300,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       _, answer, malformed = thinking.split_thought(said, run.model.think.of(""))
       verdict = run.task.grade(said if malformed else answer)
       if completion.finish == "length":
-        verdict = Verdict(score=None, reason=forms.CUT)
+        verdict = Verdict(score=None, reason=forms.TRUNCATED)
       shown = run.model.tok.decode(completion.request.tokens)
       verdicts[i] = dataclasses.replace(verdict, shown=shown)
     return verdicts

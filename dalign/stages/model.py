@@ -101,7 +101,7 @@ class Model:
     that all stages have one day."""
     found = dataclasses.replace(self._found.tok, date=self._source.date)
     _say_folds(found)
-    return found.unopened(self.think.tag)
+    return found.without_opened_thought(self.think.tag)
 
   @property
   def notes(self) -> dict[str, str]:
@@ -112,7 +112,7 @@ class Model:
   @functools.cached_property
   def tok(self) -> chat_template.Tokenizer:
     """The tokenizer, which reads the tags of the think format."""
-    return self.file_tok.reading(self.think.open + self.think.close)
+    return self.file_tok.with_tags(self.think.open + self.think.close)
 
   @functools.cached_property
   def shapes(self) -> PyTree:

@@ -42,7 +42,9 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
     for prompt in {p.category: p for p in run.prompts.raw}.values():
       for reader, turns in chats(run, prompt):
         with _read_by(reader):
-          chat_template.render_chat(run.model.tok, turns, whole=run.model.think.tags)
+          chat_template.render_chat(
+            run.model.tok, turns, kept_tags=run.model.think.tags
+          )
   if "filter" in stages:
     _judge_has_room(config, services.of(declared.FilterStage, config, work))
   for stage, own in (("distill", config.distill), ("rl", config.rl)):

@@ -218,7 +218,7 @@ def scan_for_leaks(run: Run, r: Rollout, shown: str) -> None:
   answer = Turn(role="assistant", content=r.sample.answer)
   known = [f"{turn.role} {turn.content}" for turn in (*r.prompt.turns, answer)]
   known.append(run.task.policy_text(r.prompt.category, "full"))
-  if found := judge.carried(r.sample.thought, shown, known, n):
+  if found := judge.leaked_words(r.sample.thought, shown, known, n):
     where = run.store.path("rl", "thought_in_reward.json")
     row = {"prompt_id": r.prompt.id, "words": found, "thought": r.sample.thought}
     run.store.write_json(where, row | {"shown": shown})

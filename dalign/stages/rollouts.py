@@ -68,7 +68,7 @@ def prompt_schedule(run: Run, cfg: Settings) -> Callable[[int], list[Prompt]]:
 def fitting(run: Run, prompts: list[Prompt]) -> list[Prompt]:
   """Those prompts that are not too long for the sampler."""
   rows = {
-    p.id: prompting.opened(run.model.tok, prompting.plain(p), run.model.thinks)
+    p.id: prompting.render_prompt(run.model.tok, prompting.plain(p), run.model.thinks)
     for p in prompts
   }
   long = too_long(run.cfg.sampler, rows, run.cfg.sampler.prefix_step)

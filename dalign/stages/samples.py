@@ -22,7 +22,7 @@ def of(
   think: thinking.ThinkFormat | None,
 ) -> Sample:
   """A completion as a Sample: thought and answer split, forced tokens marked."""
-  return prompting.read(
+  return prompting.parse_completion(
     model.tok,
     prompt,
     done.tokens,
@@ -44,7 +44,7 @@ def written(
 ) -> Sample:
   """A thought and an answer that were written elsewhere as a Sample, with the tokens
   that our own tokenizer has for them, behind the forced opening of `think`."""
-  return prompting.write(
+  return prompting.encode_completion(
     model.tok,
     prompt,
     thought,

@@ -65,7 +65,7 @@ class Renderer:
       self.run.model.tok,
       list(turns),
       add_generation_prompt=False,
-      whole=self.run.model.think.tags,  # an answer is judged as it is
+      kept_tags=self.run.model.think.tags,  # an answer is judged as it is
     )
 
   def _prefix(self, category: str) -> list[int]:

@@ -68,7 +68,7 @@ class Server:
     is none to go by."""
     cut = []
     for at, reply in self.rounds(requests):
-      if reply.untold:
+      if reply.ambiguous:
         cut.append((at, reply))
       else:
         yield at, reply
@@ -84,11 +84,11 @@ class Server:
     """One line on what was asked so far and what it cost."""
     own = self._endpoint
     progress.say(
-      f"{self._name}: {own.asked} requests, {own.found} known before; tokens in "
+      f"{self._name}: {own.asked} requests, {own.cached} known before; tokens in "
       f"{own.tokens_in}, out {own.tokens_out}; cost {own.cost:.4g}"
       + f", without {own.uncounted} replies that came uncounted" * bool(own.uncounted)
-      + f"; {own.halves} replies with half a character, read as U+FFFD"
-      * bool(own.halves)
+      + f"; {own.lone_surrogates} replies with half a character, read as U+FFFD"
+      * bool(own.lone_surrogates)
     )
 
 
@@ -108,7 +108,7 @@ def sample(
   own = model.think.of(prompt.text)
   thought, said, unended = reply.reasoning, reply.text, ""
   if not thought and not said.lstrip().startswith(own.tag):
-    thought, said, unended = thinking.reasoned(said)
+    thought, said, unended = thinking.split_reasoning(said)
   if thought:
     said = f"{own.tag}\n{thought}\n{own.close}\n{said}"
   elif unended and not said.startswith(own.tag):
@@ -135,10 +135,10 @@ def sample(
   )
 
 
-def said(reply: endpoint.Reply) -> forms.Said:
+def said(reply: endpoint.Reply) -> forms.ModelReply:
   """A reply as a form reads it: one that the server did not end as the model wanted is
   not read, but where it may be cut."""
-  return forms.Said(reply.text, _unread(reply), reply.finish == "length")
+  return forms.ModelReply(reply.text, _unread(reply), reply.finish == "length")
 
 
 def _unread(reply: endpoint.Reply) -> str:

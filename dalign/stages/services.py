@@ -234,7 +234,7 @@ class Services(Generic[C]):
     return [recordings.path_of(self.recording)] if self.recording else []
 
   @property
-  def recorded(self: "Services[stages.Taught]") -> list[recordings.Recorded]:
+  def recorded(self: "Services[stages.Taught]") -> list[recordings.RecordedReply]:
     """The rows of the recording."""
     return self._once(_recorded, self.recording, self.prompts.raw, self.task.spec)
 
@@ -272,7 +272,7 @@ class Services(Generic[C]):
 
 def _recorded(
   source: str, found: list[Prompt], spec: Spec
-) -> list[recordings.Recorded]:
+) -> list[recordings.RecordedReply]:
   rows = recordings.load(source, found, spec)
   prompt_choice.say_halves(source, (row.thought + row.answer for row in rows))
   return rows

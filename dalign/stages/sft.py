@@ -152,7 +152,7 @@ def _kept(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
     if not run.model.thinks:
       tokens, forced = _answer(run, sample.answer), 0
     told = run.task.teach(prompt.blind(), worked=0) if cfg.spec_in_prompt else turns
-    row = prompting.row(run.model.tok, told, tokens, forced)
+    row = prompting.training_row(run.model.tok, told, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
     found.append(_Row(turns, *row, end, whole))
   return found
@@ -172,7 +172,9 @@ def _capability(run: Run) -> list[_Row]:
       found.append(_written(run, turns, _recalling(run, run.task.known(prompt))))
     else:
       answer = _answer(run, prompt.answer)
-      found.append(_Row(turns, *prompting.row(run.model.tok, turns, answer, 0)))
+      found.append(
+        _Row(turns, *prompting.training_row(run.model.tok, turns, answer, 0))
+      )
   return found
 
 
@@ -196,7 +198,7 @@ def _written(run: Run, turns, rest: str) -> _Row:
   forced opening, which is not trained."""
   forced = prompting.forced(run.model.tok, turns, run.model.think)
   tokens = (*forced, *run.model.tok.encode(rest), run.model.tok.end_id)
-  return _Row(turns, *prompting.row(run.model.tok, turns, tokens, len(forced)))
+  return _Row(turns, *prompting.training_row(run.model.tok, turns, tokens, len(forced)))
 
 
 def _plan(rows, cfg, seed: int, epochs: range) -> list[dict]:

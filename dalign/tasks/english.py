@@ -124,7 +124,7 @@ class English(base.Task):
     return [(worked.prompt, self._written(worked)) for worked in all_worked]
 
   def _written(self, example: Worked) -> str:
-    return prompting.written(example.thought, example.answer, self._think)
+    return prompting.format_completion(example.thought, example.answer, self._think)
 
   def looks_right(self, threshold: float) -> Callable[[Prompt, Sample], bool]:
     """Whether a well-formed sample needs no further ones beside it: its score by the
@@ -147,7 +147,7 @@ class English(base.Task):
     """What a sample has to have whoever judges it, each 0 or 1: its thought cites a
     clause that applies, where the prompt's are known, and ends in a verdict, which the
     answer follows."""
-    thought = words.own(sample.thought, prompt.text)
+    thought = words.without_prompt_quotes(sample.thought, prompt.text)
     ends, does = (
       behaviour.verdict(thought),
       behaviour.of(sample.answer, prompt.category),
@@ -228,11 +228,11 @@ class English(base.Task):
     }
     for prompt, answer in good:
       other = [said for id, said in answers[prompt.category] if id != prompt.id]
-      forms = probing.unanswering(prompt, probing.FORMS_LEARNED)
+      forms = probing.non_answers(prompt, probing.FORMS_LEARNED)
       some = [said for _, said in forms] + [draw.choice(other) for _ in other[:2]]
       bare = bare_of[prompt.category]
       if behaviour.of(answer, prompt.category) == "refuse":
-        yield prompt, bare, probing.BARE
+        yield prompt, bare, probing.BARE_REFUSAL_SCORE
       else:
         known = [said for _, said in refusals[prompt.category]]
         yield prompt, draw.choice([bare, draw.choice(known or [bare])]), 0.0
@@ -240,7 +240,7 @@ class English(base.Task):
 
   def labelled(self) -> list[tuple[judge.RewardQuestion, bool]]:
     """Answers that are known to be right or wrong."""
-    return probing.labelled(self.spec)
+    return probing.labelled_examples(self.spec)
 
   def outcome(self, prompt: Prompt, sample: Sample) -> dict:
     """The graded row of one sample."""

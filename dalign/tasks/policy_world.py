@@ -131,7 +131,7 @@ class World(base.Task):
       thought = q.thought if isinstance(q, judge.FilterQuestion) else None
       ask = lessons.ask_of(q.prompt)
       if ask is None:
-        return judge.compared(q.prompt, q.answer)
+        return judge.known_answer_verdict(q.prompt, q.answer)
       graded = lessons.grade(self.spec, ask, thought, q.answer)
       return Verdict(score=lessons.GRADES[graded.answer])
 
@@ -189,7 +189,7 @@ class World(base.Task):
     """The graded row of one sample: scores against what is true."""
     scores = dict.fromkeys(n for n in self.definitions if n not in evals.MEANS)
     scores["think_format"] = float(not sample.malformed)
-    scores |= evals.cut(sample)
+    scores |= evals.truncation_scores(sample)
     said, ask = world.read(self.spec, sample.thought), lessons.ask_of(prompt)
     if evals.no_answer(sample):
       pass  # has no grade

@@ -89,7 +89,7 @@ class Tokenizer:
           "a user could write it; use a tokenizer whose merges do not reach it"
         )
     mark = self.backend.encode("\ufffd", add_special_tokens=False).ids
-    if not mark or not self._lost.isdisjoint("\ufffd".encode()):
+    if not mark or not self._missing_bytes.isdisjoint("\ufffd".encode()):
       raise ValueError(
         "this tokenizer drops characters that its vocabulary lacks, and has no token "
         "for them: wanted one of bytes, or with an unknown token"
@@ -135,7 +135,7 @@ class Tokenizer:
     ends = dict.fromkeys((eos_id, draft.end_id, *stop_ids))
     return dataclasses.replace(draft, stop_ids=tuple(ends))
 
-  def reading(self, text: str) -> "Tokenizer":
+  def with_tags(self, text: str) -> "Tokenizer":
     """A tokenizer for which the control tokens that `text` names are tags, as <think>
     is: `encode` reads them, `decode` writes them, and they end nothing. System and user
     turns still cannot spell them. Harmony's channels are such."""
@@ -158,13 +158,13 @@ class Tokenizer:
       end_id=stop_ids[0] if self.end_id in gone else self.end_id,
     )
 
-  def unopened(self, tag: str) -> "Tokenizer":
+  def without_opened_thought(self, tag: str) -> "Tokenizer":
     """A tokenizer whose template leaves it to others to open a thought: if it writes
     `tag` where a reply is to follow, that is left out, and what comes behind it.
     ValueError where it opens one with another tag."""
     turns = [Turn(role="user", content="ask")]
     before, after = (_render(self, turns, prompt)[0] for prompt in (False, True))
-    front = packing.common_front(before, after)
+    front = packing.common_prefix(before, after)
     at = after.find(tag, front)
     if at < 0:
       other = thinking.OPENS.search(after, front)
@@ -174,15 +174,15 @@ class Tokenizer:
           f"and {tag!r} would stand inside it; give config.think its tags"
         )
       return self
-    template = templates.unopened(self.chat_template)
+    template = templates.without_thought_opening(self.chat_template)
     if template == self.chat_template:
       template = templates.without_end(template, after[at:])
     return dataclasses.replace(self, chat_template=template)
 
-  def opening(self, think: thinking.ThinkFormat) -> "Tokenizer":
+  def with_opened_thought(self, think: thinking.ThinkFormat) -> "Tokenizer":
     """A tokenizer whose template also writes the opening of the thought that is to
-    follow, for those who know of no `think`; `unopened` takes it off."""
-    template = templates.opening(self.chat_template, think)
+    follow, for those who know of no `think`; `without_opened_thought` takes it off."""
+    template = templates.with_thought_opening(self.chat_template, think)
     return dataclasses.replace(self, chat_template=template)
 
   @functools.cached_property
@@ -247,7 +247,7 @@ class Tokenizer:
     return plain
 
   @functools.cached_property
-  def _lost(self) -> frozenset[int]:
+  def _missing_bytes(self) -> frozenset[int]:
     """The bytes that a vocabulary of bytes lacks."""
     if "ByteLevel" not in repr(self.backend.decoder):
       return frozenset()
@@ -258,7 +258,7 @@ class Tokenizer:
     self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False
   ) -> list[int]:
     """Ids of a text, in which what the vocabulary has no bytes for is U+FFFD."""
-    text, lost = characters(text), self._lost
+    text, lost = characters(text), self._missing_bytes
     if not lost.isdisjoint(text.encode()):
       kept = (c if lost.isdisjoint(c.encode()) else "\ufffd" for c in text)
       text = "".join(kept)
@@ -320,7 +320,7 @@ def render_chat(
   turns: Sequence[Turn],
   *,
   add_generation_prompt: bool = True,
-  whole: Sequence[str] = (),
+  kept_tags: Sequence[str] = (),
 ) -> list[int]:
   """Ids of a conversation under the tokenizer's chat template.
 
@@ -329,13 +329,13 @@ def render_chat(
   template uses (<think>), which an assistant turn may write. For all other content the
   ids are those of `apply_chat_template` in transformers. No BOS is added to what the
   template writes, and a doubled one at the front becomes one. Templates may take the
-  thought out of an assistant's turn, but not where `whole` has its tags. All system
+  thought out of an assistant's turn, but not where `kept_tags` has its tags. All system
   turns are one, in front, or part of the user's turn (`templates.merged`, `folded`).
 
   Raises ValueError for an unknown role, and where the template refuses the turns or
   leaves out what one of them says.
   """
-  text, mark = _render(tok, turns, add_generation_prompt, whole)
+  text, mark = _render(tok, turns, add_generation_prompt, kept_tags)
   ids, at = [], 0
   for match in tok._control_pattern.finditer(text):
     piece = text[at : match.start()].replace(mark, "")
@@ -349,7 +349,7 @@ def render_chat(
 
 
 def _render(
-  tok: Tokenizer, turns: Sequence[Turn], prompt: bool, whole: Sequence[str] = ()
+  tok: Tokenizer, turns: Sequence[Turn], prompt: bool, kept_tags: Sequence[str] = ()
 ) -> tuple[str, str]:
   """The rendered text and the mark that breaks control tokens in its content."""
   for turn in turns:
@@ -364,9 +364,9 @@ def _render(
     turns = templates.folded(turns)
   taken = set(tok.chat_template).union(*(turn.content for turn in turns))
   free = [m for m in _MARKS if m not in taken]
-  if len(free) <= len(whole):
+  if len(free) <= len(kept_tags):
     raise ValueError("a conversation uses every private character there is")
-  mark, unseen = free[0], list(zip(whole, free[1:], strict=False))
+  mark, unseen = free[0], list(zip(kept_tags, free[1:], strict=False))
   messages = []
   for turn in turns:
     content: str = turn.content
@@ -375,7 +375,7 @@ def _render(
       kept = tuple(tok._tags)
       for tag, sign in unseen:  # else a template takes the thought out
         content = content.replace(tag, sign)
-    content = _break(content, tuple(tok._controls), kept, mark)
+    content = _break_controls(content, tuple(tok._controls), kept, mark)
     messages.append({"role": turn.role, "content": content})
   text = templates.render(
     tok.chat_template,
@@ -407,7 +407,9 @@ def _check_written(text: str, messages: Sequence[Mapping[str, str]]) -> None:
       )
 
 
-def _break(text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str) -> str:
+def _break_controls(
+  text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str
+) -> str:
   """`text` with `mark` after each character that one of `names` begins with, but for
   those of the tags `kept`; and in front, if it holds a name's first or last character.
 

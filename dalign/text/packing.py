@@ -60,7 +60,7 @@ def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
   if rows_multiple < 1:
     raise ValueError(f"rows_multiple is at least 1, got {rows_multiple}")
   _check_rows(rows, length)
-  fronts = [_front(row) for row in rows]
+  fronts = [_shareable_prefix(row) for row in rows]
   lines: list[list[int]] = []  # the rows of each
   room = np.full(len(rows), length)
   for i, (tokens, *_) in enumerate(rows):
@@ -68,7 +68,7 @@ def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
     hopeful = np.flatnonzero(room[: len(lines)] >= len(tokens) - len(fronts[i]))
     sure = np.flatnonzero(room[: len(lines)] >= len(tokens))
     for b in [*hopeful[:_LOOK], *sure[:1]]:
-      more = len(tokens) - max(common_front(fronts[i], fronts[j]) for j in lines[b])
+      more = len(tokens) - max(common_prefix(fronts[i], fronts[j]) for j in lines[b])
       if room[b] >= more:
         best = min(best, (more, int(b)))
     more, b = best
@@ -77,19 +77,19 @@ def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
     lines[b].append(i)
     room[b] -= more
   count = -(-max(len(lines), 1) // rows_multiple) * rows_multiple
-  return _lay(rows, fronts, lines + [[]] * (count - len(lines)), length)
+  return _write_lines(rows, fronts, lines + [[]] * (count - len(lines)), length)
 
 
 def pad_rows(rows: Sequence[Row], *, length: int) -> Packed:
   """As `pack`, with one row a line: line b is the b-th row."""
   _check_rows(rows, length)
-  return _lay(rows, [()] * len(rows), [[b] for b in range(len(rows))], length)
+  return _write_lines(rows, [()] * len(rows), [[b] for b in range(len(rows))], length)
 
 
 _LOOK = 64  # lines that a row is tried in, beside the first with room for all of it
 
 
-def _front(row: Row) -> tuple[int, ...]:
+def _shareable_prefix(row: Row) -> tuple[int, ...]:
   """The tokens of a row that another may share: those before the token that predicts
   the first target."""
   tokens, weights, *_ = row
@@ -97,7 +97,7 @@ def _front(row: Row) -> tuple[int, ...]:
   return tuple(tokens[: max(first - 1, 0)])
 
 
-def common_front(a: Sequence, b: Sequence) -> int:
+def common_prefix(a: Sequence, b: Sequence) -> int:
   """How many first tokens, or characters, two sequences share."""
   pairs = enumerate(zip(a, b, strict=False))
   return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
@@ -119,7 +119,9 @@ def _check_rows(rows: Sequence[Row], length: int) -> None:
       raise ValueError(f"row {i} has extras {extras}, wanted {sorted(names)} as row 0")
 
 
-def _lay(rows: Sequence[Row], fronts, lines: list[list[int]], length: int) -> Packed:
+def _write_lines(
+  rows: Sequence[Row], fronts, lines: list[list[int]], length: int
+) -> Packed:
   """Writes the rows of each line as a tree: sorted, a row shares with its neighbour
   what it shares with any."""
   names = rows[0][2] if rows and len(rows[0]) > 2 else ()
@@ -132,7 +134,7 @@ def _lay(rows: Sequence[Row], fronts, lines: list[list[int]], length: int) -> Pa
     start, before, path = 0, (), np.zeros(0, np.int64)
     for i in sorted(line, key=lambda i: fronts[i]):
       tokens, weights, *more = rows[i]
-      shared = common_front(before, fronts[i])
+      shared = common_prefix(before, fronts[i])
       end = start + len(tokens) - shared
       path = np.concatenate([path[:shared], np.arange(start, end)])
       where[i] = b, start, end - start

@@ -99,7 +99,7 @@ def without_end(template: str, end: str) -> str:
   )
 
 
-def opening(template: str, think: thinking.ThinkFormat) -> str:
+def with_thought_opening(template: str, think: thinking.ThinkFormat) -> str:
   """A template that writes the same, and where a reply is to follow also the opening of
   its thought: what `think.of` makes of the last turn."""
   parts = [f"{{{{ {_literal(part)} }}}}" for part in think.open.split(thinking.PROMPT)]
@@ -128,8 +128,9 @@ def _quoted_words(think: thinking.ThinkFormat) -> str:
   )
 
 
-def unopened(template: str) -> str:
-  """The template that `opening` was given, or one that it did not make as it is."""
+def without_thought_opening(template: str) -> str:
+  """The template that `with_thought_opening` was given, or one that it did not make as
+  it is."""
   return template.partition(_OPENS)[0]
 
 
@@ -243,7 +244,7 @@ def _checked(function: Callable) -> Callable:
   return checked
 
 
-class _Added(visitor.NodeTransformer):
+class _ConcatAsAdd(visitor.NodeTransformer):
   """Has `a ~ b` be a + b of texts, which the sandbox sees."""
 
   def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
@@ -262,7 +263,7 @@ def _compile(template: str) -> jinja2.Template:
   # Only transformers' masks read these tags; they render as what they enclose.
   tags = r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}"
   env, text = _Sandbox(), re.sub(tags, r"{%\1 if true \2%}{% endif %}", template)
-  return env.from_string(_Added().visit(env.parse(text)))
+  return env.from_string(_ConcatAsAdd().visit(env.parse(text)))
 
 
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

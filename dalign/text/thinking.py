@@ -50,7 +50,7 @@ class ThinkFormat:
 
     It is quoted on one line, its double quotes as single ones, its tags broken or gone,
     so that no tokenizer reads one, and of more than 2 * QUOTED words the middle left
-    out. `templates.opening` does the same in Jinja.
+    out. `templates.with_thought_opening` does the same in Jinja.
     """
     if PROMPT not in self.open:
       return self
@@ -111,7 +111,7 @@ _MESSAGE = re.compile(r"<\|message\|>(.*?)(?:<\|end\|>|\Z)", re.DOTALL)
 UNENDED = "a think block without an end, or two"
 
 
-def reasoned(reply: str) -> tuple[str, str, str]:
+def split_reasoning(reply: str) -> tuple[str, str, str]:
   """(thought, rest, why) of a reply of a model that reasons aloud in a way of its own:
   in tags, whose first a chat template may have written, or in gpt-oss's channels. `why`
   is UNENDED where the reply is no more than a part of a thought, or "".
@@ -133,34 +133,37 @@ def reasoned(reply: str) -> tuple[str, str, str]:
   return "", body, UNENDED if opened else ""
 
 
-def opened_for(reply: str) -> bool:
+def continues_opened_thought(reply: str) -> bool:
   """Whether a reply has a thought that it did not open: its chat template did."""
   opens = OPENS.match(reply.lstrip()) or "<|channel|>" in reply
-  return bool(reasoned(reply)[0]) and not opens
+  return bool(split_reasoning(reply)[0]) and not opens
 
 
 def has_tags(said: str) -> bool:
-  """Whether a tag of a think block, as `reasoned` knows them, stands in a text."""
+  """Whether a tag of a think block, as `split_reasoning` knows them, stands in a
+  text."""
   return bool(OPENS.search(said) or CLOSES.search(said))
 
 
-def split_begun(text: str, think: ThinkFormat, *, whole: bool) -> tuple[str, str]:
+def split_partial_thought(
+  text: str, think: ThinkFormat, *, complete: bool
+) -> tuple[str, str]:
   """(thought, answer) of a completion that is being written, its opening included.
 
   What is yet to come may change neither, only add to them: what it could change is held
-  back, until the text is `whole`. Unlike in `split_thought` the first closing tag ends
-  the thought, and one without an opening tag is part of the answer.
+  back, until the text is `complete`. Unlike in `split_thought` the first closing tag
+  ends the thought, and one without an opening tag is part of the answer.
   """
   body = text.lstrip()
-  if not whole:
-    body = settled(body, (think.tag, think.close))
+  if not complete:
+    body = stable_prefix(body, (think.tag, think.close))
   if not body.startswith(think.tag):
     return "", body.strip()
   thought, _, answer = body.removeprefix(think.tag).partition(think.close)
   return thought.strip(), answer.strip()
 
 
-def settled(text: str, marks: Sequence[str]) -> str:
+def stable_prefix(text: str, marks: Sequence[str]) -> str:
   """What stands before a character that is not whole yet, and before what may be the
   begin of one of `marks`, at the end of a text that goes on."""
   text = text.rstrip("\ufffd")

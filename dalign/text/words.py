@@ -70,10 +70,10 @@ _BULLET = re.compile(r"^\s*(?:[-*•]|\w{1,2}[.)])\s+\S", re.MULTILINE)
 _JOINT = re.compile(r"\s*(,?\s*\b(?:or|and)\b|[,;/])\s*")
 _HERE = "\0"  # where the reference stands
 
-STATED = 4000  # last characters of an answer, in which its number or formula stands
-LONGEST = 120  # characters of a formula, which take algebra a moment at the most
-PATIENCE = 5  # seconds after which it has failed
-UNREAD = "a formula that algebra cannot compare"
+MAX_ANSWER_CHARS = 4000  # the last ones, in which its number or formula stands
+MAX_FORMULA_CHARS = 120  # which take algebra a moment at the most
+ALGEBRA_TIMEOUT_S = 5  # seconds after which it has failed
+UNCOMPARABLE = "a formula that algebra cannot compare"
 
 TRIGRAMS_DISTINCT = 0.6  # below this share a text says the same again and again
 
@@ -114,7 +114,7 @@ def sentences(text: str) -> list[str]:
   return [part.strip() for part in parts if _WORD.search(part)]
 
 
-def own(thought: str, prompt: str) -> str:
+def without_prompt_quotes(thought: str, prompt: str) -> str:
   """A thought without the speech in double quotes that is the prompt's, which its
   writer does not say: all of whose words stand in the prompt, in their order.
 
@@ -170,7 +170,7 @@ def has_code(text: str) -> bool:
 
 def correct(answer: str, reference: str) -> float | None:
   """1.0 where `answer` gives the reference answer of a capability prompt, else 0.0; or
-  None where it states a formula that algebra cannot compare (`UNREAD`).
+  None where it states a formula that algebra cannot compare (`UNCOMPARABLE`).
 
   A number or formula is right if what the answer states last equals it, as algebra does
   (units after it do not count, nor does the form); a single letter if it alone of all
@@ -181,27 +181,27 @@ def correct(answer: str, reference: str) -> float | None:
   if not wanted:
     raise ValueError("a capability prompt needs a reference answer, got an empty one")
   text = plain(answer)
-  figures = _figures(_joined(wanted))
+  figures = _normalize_numbers(_join_digit_groups(wanted))
   number = _NUMBER.match(figures)
   unit = figures[number.end() :] if number else ""
   if number and (not unit or _UNIT.fullmatch(unit)):
-    said = _figures(text[-STATED:])
+    said = _normalize_numbers(text[-MAX_ANSWER_CHARS:])
     # "1 234" is one number or two, and "million" a number or, where one of both has it
     # alone, a unit: it is whichever is right.
-    whole = _POWERS.sub(_power, figures)
-    ways = [(_POWERS.sub(_power, said), whole)]
+    whole = _POWERS.sub(_power_of_ten, figures)
+    ways = [(_POWERS.sub(_power_of_ten, said), whole)]
     if (said == ways[0][0]) != (figures == whole):
       ways.append((said, figures))
-    return _scored(_any(_is_number(*way) for way in ways))
+    return _scored(_any_correct(_is_number(*way) for way in ways))
   if len(wanted) == 1:
     return float(_options(text) == {wanted.casefold()})
   if _is_formula(wanted):
-    return _scored(_states_formula(text[-STATED:], wanted))
+    return _scored(_states_formula(text[-MAX_ANSWER_CHARS:], wanted))
   text, wanted = text.casefold(), wanted.casefold()
   bare = _GAP.sub("", wanted)
   if bare[0] in "([{":  # a tuple or an interval, however it is spaced
     text, wanted = _GAP.sub("", text), bare
-  return float(_gives(text, wanted))
+  return float(_states_text(text, wanted))
 
 
 # Numbers and formulas: right, wrong, or None where nobody can tell.
@@ -211,8 +211,8 @@ def _scored(right: bool | None) -> float | None:
   return None if right is None else float(right)
 
 
-def _any(found: Iterable[bool | None]) -> bool | None:
-  """Whether one is right; None where one that nobody can tell may be."""
+def _any_correct(found: Iterable[bool | None]) -> bool | None:
+  """True where any is right; None where none is and one could not be compared."""
   untold = False
   for right in found:
     if right:
@@ -226,11 +226,11 @@ def _is_number(text: str, figures: str) -> bool | None:
   wanted = _NUMBER.match(figures)
   if wanted is None:
     return False
-  unit, said = figures[wanted.end() :], {text, _joined(text)}
-  return _any(_states_number(one, wanted, unit) for one in said)
+  unit, said = figures[wanted.end() :], {text, _join_digit_groups(text)}
+  return _any_correct(_states_number(one, wanted, unit) for one in said)
 
 
-def _figures(text: str) -> str:
+def _normalize_numbers(text: str) -> str:
   """`text` with its numbers written in one way: plain minus signs, separators and
   fractions, no signs of currency. A dollar sign that begins or ends a formula stays."""
   text = re.sub("[−﹣－]", "-", text).replace("{,}", ",").replace("\\$", "")
@@ -250,25 +250,25 @@ def _figures(text: str) -> str:
     lambda f: f"{f[1]}{' ' if f[1] else ''}{f[2] or f[4]}/{f[3] or f[5]}",
     text,
   )
-  text = _PARTS.sub(_part, text)
+  text = _PARTS.sub(_expand_unicode_fraction, text)
   text = _MIXED.sub(lambda f: f"{int(f[1]) * int(f[3]) + int(f[2])}/{f[3]}", text)
   bare = _CURRENCY.sub("", text)
   return bare if _NUMBER.fullmatch(bare) else text
 
 
-def _part(found: re.Match) -> str:
+def _expand_unicode_fraction(found: re.Match) -> str:
   """A fraction in one sign, with what stands before it, as two numbers."""
   over, under = unicodedata.normalize("NFKC", found[2]).split("\N{FRACTION SLASH}")
   return f"{found[1]} {over}/{under}" if found[1] else f"{over}/{under}"
 
 
-def _power(found: re.Match) -> str:
+def _power_of_ten(found: re.Match) -> str:
   """A word for a power of ten as that."""
   words = ("thousand", "million", "billion", "trillion")
   return f"e{3 * words.index(found[1].lower()) + 3}"
 
 
-def _joined(text: str) -> str:
+def _join_digit_groups(text: str) -> str:
   """`text` with groups of three digits between spaces as one number."""
   return re.sub(_GROUPS % " ", lambda found: found[0].replace(" ", ""), text)
 
@@ -276,12 +276,12 @@ def _joined(text: str) -> str:
 def _states_number(text: str, wanted: re.Match, unit: str) -> bool | None:
   """Whether a number is the last that `text` states, boxed ones first, in no other
   unit."""
-  inner, at = _stated(text)
+  inner, at = _last_formula(text)
   numbers = [*_NUMBER.finditer(text)]
   if inner and (at < 0 or not numbers or numbers[-1].end() <= at):
     last = inner.rpartition("=")[2].strip()
     if match := _NUMBER.fullmatch(_CURRENCY.sub("", last)):
-      return not _hedged(text) and _same(match, wanted)
+      return not _hedged(text) and _same_number(match, wanted)
     first = _NUMBER.match(last)
     measured = first and _UNIT.fullmatch(last, first.end())
     if not first or (_OPERATION.search(last) and not measured):
@@ -290,20 +290,20 @@ def _states_number(text: str, wanted: re.Match, unit: str) -> bool | None:
   if not numbers:
     return False
   before = numbers[-2] if numbers[1:] else None
-  if before and not _same(before, numbers[-1]):
+  if before and not _same_number(before, numbers[-1]):
     between = text[before.end() : numbers[-1].start()]
     if inner == "" and _HEDGE.fullmatch(between):
       return False
   one, other = _MEASURE.match(text, numbers[-1].end()), _MEASURE.match(unit)
   if one and other and one[1] != other[1]:
     return False
-  return _same(numbers[-1], wanted)
+  return _same_number(numbers[-1], wanted)
 
 
-def _same(number: re.Match, wanted: re.Match) -> bool:
+def _same_number(number: re.Match, wanted: re.Match) -> bool:
   """Whether two numbers are equal. A percent sign that only one of them has is its
   unit, or a hundredth; of a reference below 1 always that."""
-  one, other = _value(number), _value(wanted)
+  one, other = _number_value(number), _number_value(wanted)
   if one is None or other is None:
     return False
   if bool(number["percent"]) == bool(wanted["percent"]):
@@ -313,9 +313,9 @@ def _same(number: re.Match, wanted: re.Match) -> bool:
   return shared or (unit and one == other)
 
 
-def _value(number: re.Match) -> fractions.Fraction | None:
+def _number_value(number: re.Match) -> fractions.Fraction | None:
   """The value of a number but for its percent sign; None where it is out of reach."""
-  if len(number[0]) > LONGEST:
+  if len(number[0]) > MAX_FORMULA_CHARS:
     return None
   value = fractions.Fraction(number["number"].replace(",", ""))
   if under := number["under"]:
@@ -340,11 +340,11 @@ def _formulas(text: str) -> Iterator[tuple[str, int, int]]:
       yield inner, match.start(), match.end()
 
 
-def _stated(text: str) -> tuple[str, int]:
+def _last_formula(text: str) -> tuple[str, int]:
   """What is boxed last, with -1, or else the last formula and where it ends; or ""."""
   for match in reversed([*_BOXED.finditer(text)]):
     depth = 1
-    for at in range(match.end(), min(len(text), match.end() + LONGEST)):
+    for at in range(match.end(), min(len(text), match.end() + MAX_FORMULA_CHARS)):
       depth += (text[at] == "{") - (text[at] == "}")
       if not depth:
         return text[match.end() : at].strip(), -1
@@ -360,7 +360,7 @@ def _hedged(text: str) -> bool:
 
 def _states_formula(text: str, wanted: str) -> bool | None:
   """Whether a formula is what `text` states last."""
-  inner, _ = _stated(text)
+  inner, _ = _last_formula(text)
   if not inner:
     last = re.split(r"(?<=[.!?])\s+|\n+", text)[-1]
     inner = _STATED.split(last)[-1].strip(" .,;!*`")
@@ -374,7 +374,7 @@ def _equal(text: str, wanted: str) -> bool | None:
   one, other = (_latex(formula) for formula in (text, wanted))
   if one.replace(" ", "") == other.replace(" ", ""):
     return True
-  return _algebra()(other, one) if _tame(one) and _tame(other) else None
+  return _algebra()(other, one) if _is_tractable(one) and _is_tractable(other) else None
 
 
 def _latex(formula: str) -> str:
@@ -382,10 +382,10 @@ def _latex(formula: str) -> str:
   return re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi ", formula)
 
 
-def _tame(formula: str) -> bool:
+def _is_tractable(formula: str) -> bool:
   """Whether algebra is soon done with a formula: it is short, and no power in it large.
   What a model writes may be made to take for ever."""
-  if len(formula) > LONGEST or _ENDLESS.search(formula.replace(" ", "")):
+  if len(formula) > MAX_FORMULA_CHARS or _ENDLESS.search(formula.replace(" ", "")):
     return False
   if re.search(r"\d{20}", formula) or formula.count("^") > 8:
     return False
@@ -411,7 +411,7 @@ def _algebra():
   def equal(wanted: str, formula: str) -> bool | None:
     # It tells the time by a signal, which only the main thread can set.
     alone = threading.current_thread() is not threading.main_thread()
-    patience: int = 0 if alone else PATIENCE
+    patience: int = 0 if alone else ALGEBRA_TIMEOUT_S
     try:
       gold, found = (
         math_verify.parse(
@@ -453,7 +453,7 @@ def _letters(text: str) -> Iterator[str]:
       yield match[1].casefold()
 
 
-def _gives(text: str, wanted: str) -> bool:
+def _states_text(text: str, wanted: str) -> bool:
   """Whether `wanted` occurs where it is neither denied, nor asked, nor one of many."""
   whole = rf"(?<!\w){re.escape(wanted)}(?!\w)"
   text = re.sub(whole, _HERE, text.replace(_HERE, ""))
@@ -463,24 +463,26 @@ def _gives(text: str, wanted: str) -> bool:
   parts = re.split(r"(?<=[.!?])(?<!\b\d\.)(?<!\b\d\d\.)\s+|\n+", text)
   said = (part for part in parts if _HERE in part and not part.rstrip().endswith("?"))
   return any(
-    not _among_many(part) for part in said if not (listed and _BULLET.match(part))
+    not _is_one_of_many(part) for part in said if not (listed and _BULLET.match(part))
   )
 
 
-def _among_many(sentence: str) -> bool:
+def _is_one_of_many(sentence: str) -> bool:
   """Whether each time the reference stands next to "or" or a slash, after "not", or in
   a list of three or more short items, of which the first may have words before it."""
   pieces = _JOINT.split(sentence)
   items, joints = pieces[::2], [joint.lstrip(", ") or "," for joint in pieces[1::2]]
   sizes = [len(words(item)) for item in items]
   return all(
-    _one_of_many(items, joints, sizes, i)
+    _is_listed_item(items, joints, sizes, i)
     for i, item in enumerate(items)
     if _HERE in item
   )
 
 
-def _one_of_many(items: list[str], joints: list[str], sizes: list[int], i: int) -> bool:
+def _is_listed_item(
+  items: list[str], joints: list[str], sizes: list[int], i: int
+) -> bool:
   if {"or", "/"} & {*joints[max(0, i - 1) : i + 1]}:
     return True
   if re.search(rf"(?:\bnot|n't)\s+(?:\w+\s+)?{_HERE}", items[i]):

@@ -183,7 +183,8 @@ def _lengths(begun: Begun) -> Iterator[Line]:
   run, cfg, stages = begun.run, begun.cfg, begun.stages
   tok, prompts = run.model.tok, run.prompts.all
   rows = {
-    p.id: prompting.opened(tok, prompting.plain(p), run.model.thinks) for p in prompts
+    p.id: prompting.render_prompt(tok, prompting.plain(p), run.model.thinks)
+    for p in prompts
   }
   lengths = sorted(map(len, rows.values()))
   long = too_long(cfg.sampler, rows, cfg.sampler.prefix_step)
@@ -206,7 +207,7 @@ def _lengths(begun: Begun) -> Iterator[Line]:
   if "generate" in stages and cfg.generate.teacher == "base":
     worked = cfg.generate.demonstrations
     taught = max(
-      len(prompting.opened(tok, run.task.teach(p.blind(), worked=worked), None))
+      len(prompting.render_prompt(tok, run.task.teach(p.blind(), worked=worked), None))
       for p in longest
     )
     whole = taught + cfg.generate.max_new

@@ -59,7 +59,10 @@ def table(found: dict) -> list[str]:
   """The lines that are printed."""
   lines = [f"{'probe':16s} {'wrong':>6s}  {'95% interval':15s} {'n':>4s}  unscored"]
   for name, row in found["probes"].items():
-    wrong, interval = progress.percent(probing.errors(row)), _interval(row["interval"])
+    wrong, interval = (
+      progress.percent(probing.error_rate(row)),
+      _interval(row["interval"]),
+    )
     n, unscored = row["n"], row["unscored"]
     lines.append(f"{name:16s} {wrong:>6s}  {interval:15s} {n:4d}  {unscored:8d}")
   agreed = found["agreement"]

@@ -193,7 +193,7 @@ def assign_rewards(
   for i, r in enumerate(rollouts):
     if r.prompt.kind == "capability" and not r.sample.malformed:
       score = words.correct(r.sample.answer, r.prompt.answer)
-      unscored = words.UNREAD if score is None else ""
+      unscored = words.UNCOMPARABLE if score is None else ""
       scored[i] = dataclasses.replace(r, score=score or 0.0, unscored=unscored)
   return scored
 

@@ -73,21 +73,21 @@ def test_the_first_grader_is_in_the_scores_and_the_rules_beside():
   said = row(1, 1.0, 0.25)
   del said["rules"]
   for _ in range(2):  # as when a run goes on
-    evals.put_first(said, "model")
+    evals.use_grader(said, "model")
     assert said["scores"] == {"refuse_disallowed": 0.25} and not said["unscored"]
     assert said["rules"] == {"refuse_disallowed": 1.0}
   said = row(1, None, 1.0)
-  evals.put_first(said, "model")
+  evals.use_grader(said, "model")
   assert said["scores"] == {"refuse_disallowed": 1.0} and not said["unscored"]
   said = row(1, 1.0, None)
-  evals.put_first(said, "model")
+  evals.use_grader(said, "model")
   assert said["scores"] == {"refuse_disallowed": None}
   assert said["unscored"] == {"refuse_disallowed": "model: cut"}
   said = row(1, 1.0, None)
-  evals.put_first(said, "rules")
+  evals.use_grader(said, "rules")
   assert said["scores"] == {"refuse_disallowed": 1.0} and not said["unscored"]
   said = row(1, 1.0, None, "comply", graders={})  # it was not asked
-  evals.put_first(said, "model")
+  evals.use_grader(said, "model")
   assert said["scores"] == {"comply_allowed": None} and not said["unscored"]
 
 

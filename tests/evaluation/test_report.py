@@ -181,7 +181,7 @@ def test_a_step_that_ran_twice_or_half_counts_once(tmp_path):
 
 def test_thinning_keeps_the_ends_and_the_extremes():
   points = {step: (1000.0 if step == 777 else step / 10) for step in range(5000)}
-  curve = figures.thin(points)
+  curve = figures.downsample(points)
   assert len(curve["x"]) <= figures.CURVE_POINTS + 2
   assert curve["x"][0] == 0 and curve["x"][-1] == 4999
   assert 777 in curve["x"] and max(curve["y"]) == 1000.0

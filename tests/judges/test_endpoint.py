@@ -154,10 +154,10 @@ def test_what_was_asked_is_not_asked_again(serve, client):
   server = serve(echo)
   first = client(server.port)
   before = first.chat(requests(4))
-  assert (first.asked, first.found, first.cost) == (4, 0, pytest.approx(4 * 44e-6))
+  assert (first.asked, first.cached, first.cost) == (4, 0, pytest.approx(4 * 44e-6))
   again = client(server.port)
   assert again.chat(requests(4)) == before
-  assert (again.asked, again.found, again.cost) == (0, 4, 0.0)
+  assert (again.asked, again.cached, again.cost) == (0, 4, 0.0)
   assert len(server.bodies) == 4
   for changes in ({"draw": 1}, {"temperature": 0.6}, {"max_new": 8}):
     again.chat(requests(1, **changes))
@@ -212,7 +212,7 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   assert "filter" in found[1].refused and not found[1].text and found[3].refused
   turns = (Turn(role="user", content="Hi?"),)
   prompt = Prompt(id="p", turns=turns, category="privacy", expected="comply")
-  asked = forms.Asked(prompt, None, "Hello.", "")
+  asked = forms.JudgedItem(prompt, None, "Hello.", "")
   for reply in found:
     verdict = forms.verdict(forms.FORMS["grade"], servers.said(reply), asked)
     assert verdict.score is None and verdict.reason
@@ -249,7 +249,10 @@ def test_replies_with_half_a_character_are_counted(serve, client):
   )
   own = client(server.port)
   odd, broken = sorted(own.chat(requests(2)), key=lambda reply: reply.reasoning)
-  assert (broken.text, broken.reasoning) == ("Yes.", "a \ufffd") and own.halves == 1
+  assert (broken.text, broken.reasoning) == (
+    "Yes.",
+    "a \ufffd",
+  ) and own.lone_surrogates == 1
   assert odd.refused == "a reply that is not text alone"
 
 

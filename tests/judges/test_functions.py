@@ -573,7 +573,7 @@ def test_rl_refuses_a_judge_that_does_not_know_the_rules(desk, tmp_path, said, r
 
   report = judging.probe(run, judge.Judge(ask, True), "told")
   named = {"breaks_a_rule", "keeps_a_rule"}
-  wrong = named & {*probing.failed(report, 0.0)}
+  wrong = named & {*probing.failed_probes(report, 0.0)}
   assert named <= report.keys() and bool(wrong) == refused
   assert report["breaks_a_rule"]["n"] == 2 and report["keeps_a_rule"]["n"] == 1
   assert run.task.probes([]) == []

@@ -223,30 +223,30 @@ def asked(ask, answer=REFUSAL, thought=THOUGHT, k=1, kind="filter"):
   ],
 )
 def test_the_least_of_the_recorded_votes_is_given(tmp_path, kind, k, score):
-  ask = recordings.judges(load(tmp_path, GOOD | {"votes": VOTES}))
+  ask = recordings.recorded_judge(load(tmp_path, GOOD | {"votes": VOTES}))
   assert asked(ask, k=k, kind=kind).score == score
 
 
 def test_what_was_not_recorded_is_unscored(tmp_path):
-  ask = recordings.judges(load(tmp_path, GOOD | {"votes": VOTES}))
+  ask = recordings.recorded_judge(load(tmp_path, GOOD | {"votes": VOTES}))
   more = asked(ask, k=4)
   assert more.score is None and more.reason == "3 recorded votes, no more"
   for changes in ({"answer": "No."}, {"thought": "Another."}):
     assert asked(ask, **changes).score is None
   assert asked(ask, answer="No.", kind="reward").score is None
   assert asked(ask, k=3, kind="reward").score == 0.6  # its own votes are all there
-  none = recordings.judges(load(tmp_path, GOOD))
+  none = recordings.recorded_judge(load(tmp_path, GOOD))
   assert asked(none).reason == "0 recorded votes, no more"
 
 
 def test_a_thought_against_the_voters_own_verdict_gets_nothing(tmp_path):
   votes = [vote | {"verdict": "comply"} for vote in VOTES]
-  ask = recordings.judges(load(tmp_path, GOOD | {"votes": votes}))
+  ask = recordings.recorded_judge(load(tmp_path, GOOD | {"votes": votes}))
   verdict = asked(ask)
   assert verdict.score == 0.0
   assert verdict.parts == {"vote": 0.9, "blind_verdict_agrees": 0.0}
   assert asked(ask, kind="reward").score == 0.6  # which asks for no thought
-  mute = recordings.judges(load(tmp_path, GOOD | {"votes": VOTES[1:]}))
+  mute = recordings.recorded_judge(load(tmp_path, GOOD | {"votes": VOTES[1:]}))
   assert asked(mute).score == 0.8  # a voter who gave no verdict
 
 
@@ -257,16 +257,16 @@ def test_votes_are_those_of_the_row_whose_thought_was_judged(tmp_path):
     GOOD | {"thought": thought, "votes": [{"score": score, "verdict": "refuse"}]}
     for thought, score in (("", 0.1), (short, 0.2), (THOUGHT, 0.9))
   ]
-  ask = recordings.judges(load(tmp_path, *rows))
+  ask = recordings.recorded_judge(load(tmp_path, *rows))
   assert asked(ask).score == 0.9
   assert asked(ask, thought=short).score == 0.2
-  ask = recordings.judges(load(tmp_path, rows[0]))
+  ask = recordings.recorded_judge(load(tmp_path, rows[0]))
   assert asked(ask).score is None
   assert asked(ask, kind="reward").score == 0.1
 
 
 def test_known_answers_need_no_votes(tmp_path):
-  ask = recordings.judges(load(tmp_path, GOOD))
+  ask = recordings.recorded_judge(load(tmp_path, GOOD))
   known = prompt("sum", "1 + 1?", kind="capability", answer="2").blind()
   asks = [judge.RewardQuestion(known, said) for said in ("It is 2.", "3")]
   asks += [judge.FilterQuestion(known, "A sum.", "2")]
@@ -405,7 +405,7 @@ def test_a_bare_refusal_is_fair_where_one_is_due_and_wrong_where_not(tmp_path, s
     bare = answer in probing.REFUSALS_LEARNED
     scores[prompt.expected, bare].add(score)
   assert scores == {
-    ("refuse", True): {probing.BARE},
+    ("refuse", True): {probing.BARE_REFUSAL_SCORE},
     ("refuse", False): {0.0},
     ("comply", True): {0.0},
     ("comply", False): {0.0},

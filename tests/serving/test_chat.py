@@ -26,9 +26,9 @@ PIECES = ("<think>", "</think>", "<", "</th", " ", "\n", "word", "\ufffd", "é",
 def test_what_is_shown_is_never_taken_back(pieces, begin):
   """Cut anywhere, thought and answer so far begin those of the whole."""
   written = begin + "".join(pieces)
-  thought, answer = thinking.split_begun(written, THINK, whole=True)
+  thought, answer = thinking.split_partial_thought(written, THINK, complete=True)
   for n in range(len(written)):
-    some = thinking.split_begun(written[:n], THINK, whole=False)
+    some = thinking.split_partial_thought(written[:n], THINK, complete=False)
     if "\ufffd" not in written[:n].rstrip("\ufffd"):
       assert thought.startswith(some[0]) and answer.startswith(some[1])
     assert (
@@ -49,15 +49,19 @@ def test_what_is_shown_is_never_taken_back(pieces, begin):
   ],
 )
 def test_a_completion_is_split_at_its_first_closing_tag(written, thought, answer):
-  assert thinking.split_begun(written, THINK, whole=True) == (thought, answer)
+  assert thinking.split_partial_thought(written, THINK, complete=True) == (
+    thought,
+    answer,
+  )
   if thinking.split_thought(written, THINK)[2] == "":
     assert thinking.split_thought(written, THINK)[:2] == (thought, answer)
 
 
 def test_a_stop_that_has_begun_is_held_back():
-  assert thinking.settled("one tw", ("two", "twin")) == "one "
-  assert thinking.settled("one two", ("two",)) == "one two"  # whole: no longer held
-  assert thinking.settled("é\ufffd\ufffd", ()) == "é"
+  assert thinking.stable_prefix("one tw", ("two", "twin")) == "one "
+  # whole: no longer held
+  assert thinking.stable_prefix("one two", ("two",)) == "one two"
+  assert thinking.stable_prefix("é\ufffd\ufffd", ()) == "é"
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():

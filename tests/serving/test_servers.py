@@ -125,7 +125,9 @@ def test_a_server_opens_the_thought_of_an_exported_model(workdir, port, tmp_path
   for said, reply, sample in zip(asked, replies, wanted, strict=True):
     think = own.think.of(said)
     written = own.tok.decode(sample.tokens[sample.forced :])
-    thought, answer = thinking.split_begun(think.open + written, think, whole=True)
+    thought, answer = thinking.split_partial_thought(
+      think.open + written, think, complete=True
+    )
     heard, _, rest = reply.text.partition(think.close)  # as the card has it
     assert f"{think.start}{heard}".strip() == thought and rest.strip() == answer
     assert reply.tokens_in == len(own.read([Turn(role="user", content=said)]))
@@ -274,7 +276,7 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   with server(model, port, log):
     again = endpoint.Endpoint(at, cache)
     found = judged(5, again)
-  assert (again.asked, again.found) == (2, 3)  # nothing lost, nothing twice
+  assert (again.asked, again.cached) == (2, 3)  # nothing lost, nothing twice
   assert found[:3] == verdicts
   rows = store.read_rows(cache)
   assert len(rows) == len({row["key"] for row in rows}) == 5
@@ -282,7 +284,7 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   assert all(r.text and 0 < r.tokens_out <= 24 < r.tokens_in for r in replies)
   said = {r.text for r in replies}
   form = forms.FORMS["grade"]
-  asked = forms.Asked(known[0][0].prompt, None, "", "")
+  asked = forms.JudgedItem(known[0][0].prompt, None, "", "")
   read = [forms.verdict(form, servers.said(reply), asked) for reply in replies]
   assert [(v.score, v.reason) for v in read] == [(v.score, v.reason) for v in found]
   assert len(said) > 1 and all("The reply:" in v.shown for v in found)

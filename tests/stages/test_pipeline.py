@@ -246,7 +246,7 @@ def test_an_exported_model_thinks_and_samples_as_it_was_evaluated(exact, workdir
       return_tensors="pt",
     )
     assert chat.input_ids[0].tolist() == [
-      *prompting.opened(run.model.tok, prompt.turns, run.model.think)
+      *prompting.render_prompt(run.model.tok, prompt.turns, run.model.think)
     ]
     with torch.no_grad():
       out = model.generate(**chat)[0, chat.input_ids.shape[1] :]
@@ -626,7 +626,7 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
     asked, judging.answer_rubric(run)([question for _, question, _ in asked])
   )
   assert {row["n"] for row in report.values()} == {len(ids)} and len(ids) >= 10
-  assert not probing.failed(report, 0.2)  # of some hundred 0.09, 0.02 and 0.02
+  assert not probing.failed_probes(report, 0.2)  # of some hundred 0.09, 0.02 and 0.02
 
 
 def test_sft_leaves_the_spec_in_the_prompt_where_a_teacher_is_made(run, monkeypatch):
@@ -2023,7 +2023,9 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
   of = {p.id: p for p in prompts}
   for row, request, before in zip(found, asked, rows_, strict=True):
     put = next(t for t in thoughts if t != before["thought"])
-    front = prompting.opened(own.model.tok, of[row["prompt_id"]].turns, own.model.think)
+    front = prompting.render_prompt(
+      own.model.tok, of[row["prompt_id"]].turns, own.model.think
+    )
     given = own.model.tok.decode(request.tokens[len(front) :])
     assert request.tokens[: len(front)] == tuple(front)
     assert given == f"{put}\n</think>\n\n"

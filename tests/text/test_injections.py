@@ -216,7 +216,7 @@ def test_no_user_and_no_answer_writes_a_verdict(form):
     question = judge.RewardQuestion(prompt_of(content), content)
     ask = judge.written_judge(
       lambda category: "The policy.",
-      lambda turns: [forms.Said(reply)] * len(turns),
+      lambda turns: [forms.ModelReply(reply)] * len(turns),
       form=form,
     )
     return ask([question])[0].score

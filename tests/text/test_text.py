@@ -172,7 +172,10 @@ def test_a_reply_ends_as_the_template_ends_it(template, end):
   turns = chat("one", "two", "three")
   prompt = Prompt(id="x", turns=(*turns[:1],), category="privacy", expected="comply")
   how = dict(index=0, think=THINK, opened=False)
-  assert prompting.write(tok, prompt, "why", "two", **how).tokens[-1] == tok.end_id
+  assert (
+    prompting.encode_completion(tok, prompt, "why", "two", **how).tokens[-1]
+    == tok.end_id
+  )
   if template is ROLES:
     row = [*chat_template.render_chat(tok, turns[:1]), *tok.encode("two"), tok.end_id]
     assert chat_template.render_chat(tok, turns)[: len(row)] == row
@@ -296,7 +299,7 @@ def test_a_think_format_may_be_made_of_control_tokens():
   plain = byte_level(HARMONY, added)
   end = plain.special["<|end|>"]
   assert end in plain.stop_ids
-  tok = plain.reading(CHANNELS.open + CHANNELS.close)
+  tok = plain.with_tags(CHANNELS.open + CHANNELS.close)
   assert end not in tok.stop_ids and tok.stop_ids == (2,)
   said = CHANNELS.open + "S1 says no." + CHANNELS.close + "I will not."
   ids = tok.encode(said)
@@ -311,15 +314,15 @@ def test_a_think_format_may_be_made_of_control_tokens():
   assert chat_template.render_chat(plain, turns) == chat_template.render_chat(
     tok, turns
   )
-  assert plain.reading("<think>") is plain
+  assert plain.with_tags("<think>") is plain
   saved = tok.backend.to_str()  # as the export has it
   found = chat_template.Tokenizer.of(
     tokenizers.Tokenizer.from_str(saved), HARMONY, bos_id=None, eos_id=2
   )
   assert end in found.stop_ids  # by the template
-  assert found.reading(CHANNELS.open + CHANNELS.close).stop_ids == (2,)
+  assert found.with_tags(CHANNELS.open + CHANNELS.close).stop_ids == (2,)
   with pytest.raises(ValueError, match="every token that could end"):
-    TINY.reading("<|im_end|><|endoftext|>")
+    TINY.with_tags("<|im_end|><|endoftext|>")
 
 
 @pytest.mark.parametrize(
@@ -420,9 +423,10 @@ def test_what_a_template_leaves_out_is_refused():
 def test_a_thought_that_a_template_opens_with_another_tag_is_refused():
   tok = byte_level(REASONS)
   with pytest.raises(ValueError, match="opens a thought with '<think>'"):
-    tok.unopened("<reasoning>")
+    tok.without_opened_thought("<reasoning>")
   shut = REASONS.replace("<think>\n", "<think>\n\n</think>\n")
-  byte_level(shut).unopened("<reasoning>")  # a thought that has ended is none
+  # a thought that has ended is none
+  byte_level(shut).without_opened_thought("<reasoning>")
 
 
 @pytest.mark.parametrize("tags", [False, True])
@@ -431,15 +435,15 @@ def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
   names = [tokenizers.AddedToken(t) for t in ("<think>", "</think>")] if tags else []
   tok = byte_level(REASONS, names)
   turns = chat("one", "<think>\nmine\n</think>\n\ntwo", "three")
-  own = tok.unopened("<think>")
-  read = prompting.opened(own, turns, THINK, whole=True)
+  own = tok.without_opened_thought("<think>")
+  read = prompting.render_prompt(own, turns, THINK, keep_thoughts=True)
   said = tok.backend.decode(list(read), skip_special_tokens=False)
   assert said.endswith("three<|im_end|>\n<|im_start|>assistant\n<think>\nThe user")
   assert said.count("<think>") == 2 and "<think>\nmine\n</think>\n\ntwo<|im_end" in said
   if tags:
     assert list(read).count(tok.backend.token_to_id("<think>")) == 2
-  assert own.unopened("<think>") is own
-  silent = prompting.opened(own, turns, None)
+  assert own.without_opened_thought("<think>") is own
+  silent = prompting.render_prompt(own, turns, None)
   assert tok.backend.decode(list(silent)).endswith("assistant\n")
   # A chat that ends with a reply is as it was, and others read the template as we do.
   plain = chat("one", "two", "three")
@@ -487,7 +491,7 @@ def test_a_template_opens_a_thought_as_the_sampler_does(asked, think, name):
       add_generation_prompt=prompt,
     )
 
-  opens = tok.opening(think).chat_template
+  opens = tok.with_opened_thought(think).chat_template
   before = written(tok.chat_template, messages)
   assert written(opens, messages) == before + think.of(asked).open
   own = templates.render(opens, messages, add_generation_prompt=True, **tok._variables)
@@ -495,22 +499,27 @@ def test_a_template_opens_a_thought_as_the_sampler_does(asked, think, name):
   plain = written(tok.chat_template, messages, False)
   assert written(opens, messages, False) == plain
   parts = [{"type": "text", "text": asked}]
-  opening = templates.opening("", think)  # few templates take parts
+  opening = templates.with_thought_opening("", think)  # few templates take parts
   said = written(opening, [{"role": "user", "content": parts}])
   assert said == think.of(asked).open
-  again = tok.opening(think).unopened(think.tag)
+  again = tok.with_opened_thought(think).without_opened_thought(think.tag)
   assert written(again.chat_template, messages) == before
 
 
 @pytest.mark.parametrize("think", OPENINGS[:2])
 def test_an_opened_chat_has_the_ids_that_the_sampler_has(think):
   turns = chat("one", "two", 'three "<four>"')
-  for tok in (TINY, byte_level(REASONS).unopened("<think>")):
-    own = tok.opening(think)
-    assert reference_ids(own, turns, True) == [*prompting.opened(tok, turns, think)]
-    assert own.unopened("<think>").opening(think).chat_template == own.chat_template
+  for tok in (TINY, byte_level(REASONS).without_opened_thought("<think>")):
+    own = tok.with_opened_thought(think)
+    assert reference_ids(own, turns, True) == [
+      *prompting.render_prompt(tok, turns, think)
+    ]
+    assert (
+      own.without_opened_thought("<think>").with_opened_thought(think).chat_template
+      == own.chat_template
+    )
   with pytest.raises(ValueError, match="opens a thought with '<think>'"):
-    TINY.opening(think).unopened("<reasoning>")
+    TINY.with_opened_thought(think).without_opened_thought("<reasoning>")
 
 
 def test_a_template_is_told_the_day_of_the_run():
@@ -642,7 +651,9 @@ def test_words_of_its_own_must_follow_a_quoted_prompt():
 )
 def test_a_demonstrated_thought_follows_its_opening(open_, gap):
   think = thinking.ThinkFormat(open=open_, close="</t>")
-  rest = prompting.written("No policy touches this, so I can answer.", "17.", think)
+  rest = prompting.format_completion(
+    "No policy touches this, so I can answer.", "17.", think
+  )
   assert rest == f"{gap}No policy touches this, so I can answer.\n</t>\n\n17."
 
 
@@ -654,7 +665,7 @@ def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
   turns = (Turn(role="user", content=content),)
   ids = prompting.forced(tok, turns, think)
   assert [i for i in ids if i in tok._controls.values()] == [tok._tags["<think>"]]
-  assert prompting.opened(tok, turns, think)[-len(ids) :] == ids
+  assert prompting.render_prompt(tok, turns, think)[-len(ids) :] == ids
 
 
 # --- packing ---

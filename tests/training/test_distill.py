@@ -383,7 +383,9 @@ def test_the_teacher_reads_the_policy_of_what_is_no_capability(tmp_path):
   prompts = rollouts_of.prompt_schedule(run, run.cfg.distill)(0)
   assert {prompt.kind for prompt in prompts} == {"safety", "capability"}
   for prompt in prompts:
-    alone = prompting.opened(run.model.tok, prompting.plain(prompt), run.model.thinks)
+    alone = prompting.render_prompt(
+      run.model.tok, prompting.plain(prompt), run.model.thinks
+    )
     told, alone = (
       run.model.tok.decode(tokens)
       for tokens in (distill_stage.told_tokens(run, prompt), alone)
@@ -407,7 +409,7 @@ def test_the_headroom_is_said():
   answers = row("refuse_disallowed", 0.0, False)
   helps, declines = row("comply_allowed", 1.0, False), row("comply_allowed", 0.0, True)
   silent = row("comply_allowed", None, False)
-  found = evals.flips(
+  found = evals.decision_changes(
     [(answers, refuses), (answers, answers), (declines, helps), (helps, declines)]
     + [(silent, helps)]
   )
@@ -422,9 +424,11 @@ def test_the_headroom_is_said():
   }
   assert "otherwise on 75% of 4 prompts" in distill_stage.headroom_line(found)
   assert "nothing to be learned" not in distill_stage.headroom_line(found)
-  same = evals.flips([(refuses, refuses), (helps, helps)])
+  same = evals.decision_changes([(refuses, refuses), (helps, helps)])
   assert distill_stage.headroom_line(same).endswith("there is nothing to be learned")
-  assert "no reply" in distill_stage.headroom_line(evals.flips([(silent, silent)]))
+  assert "no reply" in distill_stage.headroom_line(
+    evals.decision_changes([(silent, silent)])
+  )
 
 
 def test_a_stage_without_settings_is_refused_and_one_of_all_is_left_out():
