@@ -220,7 +220,7 @@ def prepare(model: str, out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path |
     say(f"writing {model} to {place}")
     weights.save_hf(str(place), *weights.load(model))
   if model.startswith("pip:"):
-    source = ggufs.packaged(model.removeprefix("pip:"))
+    source = ggufs.packaged_file(model.removeprefix("pip:"))
     gguf = out / source.name
     if not gguf.exists():
       shutil.copyfile(source, gguf)

@@ -109,7 +109,7 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
     rest = flags.FLAGS(_ARGV)
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
-    place, mode = buckets.place(_WORKDIR.value or ""), _MODE.value
+    place, mode = buckets.as_path(_WORKDIR.value or ""), _MODE.value
     if not _WORKDIR.value and mode not in ("config", "schema", "check"):
       raise ValueError("wanted --workdir=FOLDER; see README.md")
     if mode in ("schema", "new") or mode in ASKED and _CONFIG.value is None:
@@ -233,10 +233,10 @@ def _join() -> None:
 
   from dalign.runs import distributed
 
-  if _JOINED.value or os.environ.get(distributed.ADDRESS):
+  if _JOINED.value or os.environ.get(distributed.ADDRESS_VARIABLE):
     distributed.start()
-    stopping.listen()  # JAX has taken the signal for itself
-  elif distributed.several():
+    stopping.install_handlers()  # JAX has taken the signal for itself
+  elif distributed.is_multi_process():
     raise ValueError(
       f"this is one of {jax.process_count()} processes: give each of them --distributed"
     )
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
       new.new(workdir)
       return 0
-    stopping.listen()
+    stopping.install_handlers()
     _join()
     _do(config, workdir)
   except ValueError as error:
@@ -354,7 +354,7 @@ def run() -> None:
     sys.exit(code)
   from dalign.runs import distributed
 
-  distributed.leave(code)
+  distributed.exit_process(code)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from dalign.config import convert  # noqa: E402  this checkout's, installed or not
 from dalign.config import explain  # noqa: E402
 from dalign.config.fields import Bounds  # noqa: E402
-from dalign.config.fields import parted  # noqa: E402
+from dalign.config.fields import split_annotated  # noqa: E402
 from dalign.config.schema import Config  # noqa: E402
 
 DOCUMENTS = (
@@ -159,7 +159,7 @@ def _tables(cls, prefix: str, values):
 
 def _kind(kind) -> str:
   """A field's type in words."""
-  kind, more = parted(kind)
+  kind, more = split_annotated(kind)
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if isinstance(kind, types.UnionType):
     return f"{_kind(inner[0])} or None"

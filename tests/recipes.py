@@ -64,7 +64,7 @@ def values(config: Config) -> dict:
     key
     for name, stage in stages.STAGES.items()
     if (config.world or name != "base") and (config.distill or name != "distill")
-    for key in stages.kept(stages.of(stage, config))
+    for key in stages.manifest_config(stages.of(stage, config))
   }
   return {
     key: value

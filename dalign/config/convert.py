@@ -13,7 +13,7 @@ import typing
 from typing import Any, Literal, Mapping
 
 from dalign.config.fields import check
-from dalign.config.fields import parted
+from dalign.config.fields import split_annotated
 from dalign.config.schema import Config
 
 FORMAT_VERSION = 1  # of config.json
@@ -60,7 +60,7 @@ def _value(kind, value, where: str):
     kind = typing.get_args(kind)[0]
   if dataclasses.is_dataclass(kind):
     return build(kind, value, where)
-  said, (kind, _) = kind, parted(kind)
+  said, (kind, _) = kind, split_annotated(kind)
   origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin is tuple and isinstance(value, (tuple, list)):
     if inner[1:] == (...,):

@@ -17,7 +17,7 @@ from typing import Any, Iterator, Mapping
 
 from dalign.config.fields import Bounds
 from dalign.config.fields import Form
-from dalign.config.fields import parted
+from dalign.config.fields import split_annotated
 from dalign.config.schema import Config
 
 WIDTH = 100  # columns of a terminal
@@ -71,7 +71,7 @@ def _read(cls) -> tuple[str, dict[str, str]]:
 
 def _part(kind) -> Any:
   """The dataclass that a field is, or holds the values of in a mapping, or None."""
-  kind, more = parted(kind)
+  kind, more = split_annotated(kind)
   if isinstance(kind, types.UnionType):
     kind = typing.get_args(kind)[0]
   return next((c for c in (kind, more) if dataclasses.is_dataclass(c)), None)
@@ -121,7 +121,7 @@ def _object(cls, more: dict) -> dict[str, Any]:
 
 def _schema(kind) -> dict[str, Any]:
   """JSON Schema of a field's type."""
-  kind, more = parted(kind)
+  kind, more = split_annotated(kind)
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if isinstance(kind, types.UnionType):  # X | None
     return {"anyOf": [_schema(inner[0]), {"type": "null"}]}

@@ -31,7 +31,7 @@ class Bounds(typing.NamedTuple):
   maximum: float = math.inf
   exclusiveMinimum: float = -math.inf
 
-  def hold(self, value: float) -> bool:
+  def accepts(self, value: float) -> bool:
     """Whether the number is within them."""
     return self.exclusiveMinimum < value and self.minimum <= value <= self.maximum
 
@@ -41,7 +41,7 @@ class Form(typing.NamedTuple):
 
   pattern: str
 
-  def hold(self, value: str) -> bool:
+  def accepts(self, value: str) -> bool:
     """Whether all of the text has this form."""
     return bool(re.fullmatch(self.pattern, value))
 
@@ -65,7 +65,7 @@ Metadata = Annotated[
 ]  # `prompt_sets.with_metadata`
 
 
-def parted(kind) -> tuple[Any, Any]:
+def split_annotated(kind) -> tuple[Any, Any]:
   """A field's type, and what Annotated says of it: Bounds, words, or the dataclass of
   a mapping's values; None where it says nothing."""
   if typing.get_origin(kind) is Annotated:
@@ -76,17 +76,17 @@ def parted(kind) -> tuple[Any, Any]:
 def check(kind, value, where: str) -> None:
   """ValueError where a value of the right type is none of those that the field's type
   names, or outside its bounds."""
-  kind, more = parted(kind)
+  kind, constraint = split_annotated(kind)
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin is tuple:
     for one in value:
       check(inner[0], one, where)
   elif origin is Literal and value not in inner:
     wanted = f"one of {', '.join(one or repr(one) for one in inner)}"
-    said = f"{wanted}; {more}" if more else wanted
+    said = f"{wanted}; {constraint}" if constraint else wanted
     raise ValueError(f"{where}: wanted {said}, got {value!r:.80}")
-  elif isinstance(more, (Bounds, Form)) and not more.hold(value):
-    raise ValueError(f"{where}: wanted {more.words}, got {value!r}")
+  elif isinstance(constraint, (Bounds, Form)) and not constraint.accepts(value):
+    raise ValueError(f"{where}: wanted {constraint.words}, got {value!r}")
 
 
 class Checked:

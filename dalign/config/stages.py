@@ -4,11 +4,11 @@ A stage's class has the parts and single values of `schema.Config` that the stag
 what it calls may read; `of` takes them out of a whole config, and the stage gets
 nothing else. So what a stage does not declare is an AttributeError at run time and an
 error of the type checker before, and its manifest, which keeps all that the class has
-(`kept`), cannot miss what it depends on.
+(`manifest_config`), cannot miss what it depends on.
 
-A field is the part of the config that is called as it is, or that of `taken(PATH)`.
-`unkept` marks those that change nothing a stage makes, as `fields.limit` does inside a
-part: where and in which shapes it is computed.
+A field is the part of the config that is called as it is, or that of
+`copied_from(PATH)`. `not_in_manifest` marks those that change nothing a stage makes, as
+`fields.limit` does inside a part: where and in which shapes it is computed.
 """
 
 from collections.abc import Iterator
@@ -43,13 +43,13 @@ from dalign.config.training import WorldConfig
 S = TypeVar("S")
 
 
-def taken(path: str) -> Any:
+def copied_from(path: str) -> Any:
   """A field that holds what the config has elsewhere, as "generate.temperature"."""
   return dataclasses.field(metadata={"path": path})
 
 
-def unkept(path: str = "") -> Any:
-  """A field that changes nothing that the stage makes; `path` as of `taken`."""
+def not_in_manifest(path: str = "") -> Any:
+  """A field that changes nothing that the stage makes; `path` as of `copied_from`."""
   found = {"path": path} if path else {}
   return dataclasses.field(metadata={"limit": True} | found)
 
@@ -125,9 +125,9 @@ class OfModel(Stage):
   seed: kept by manifests beside the config.
   """
 
-  seed: int = unkept()
+  seed: int = not_in_manifest()
   model: ModelSource
-  mesh: MeshConfig = unkept()
+  mesh: MeshConfig = not_in_manifest()
   lora: LoRAConfig
   think: ThinkConfig
   world: WorldSpec | None
@@ -138,7 +138,7 @@ class Computing(OfModel):
   """Of a stage that computes with the model."""
 
   compute: Compute
-  sampler: SamplerConfig = unkept()
+  sampler: SamplerConfig = not_in_manifest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,21 +150,21 @@ class OfTask(OfModel):
 
   spec: SpecConfig
   data: DataConfig
-  copies: str = unkept("eval.copies")
+  copies: str = not_in_manifest("eval.copies")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Computing):
   """Of a stage that trains."""
 
-  profile: ProfileConfig = unkept()
+  profile: ProfileConfig = not_in_manifest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Taught(OfTask):
   """Of a stage that may read the recording of a teacher."""
 
-  teacher: str = taken("generate.teacher")
+  teacher: str = copied_from("generate.teacher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class Sampling(OfTask, Computing):
 class Judging(Sampling):
   """Of a stage that asks the filter's judge."""
 
-  judge: Judge = taken("filter")
+  judge: Judge = copied_from("filter")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,14 +188,14 @@ class Labelling(Judging, Taught):
 class Drafting(Sampling):
   """Of a stage that may sample the base without the specification."""
 
-  drafts: Drafts = taken("generate")
+  drafts: Drafts = copied_from("generate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewarding(Sampling):
   """Of a stage that asks the reward model."""
 
-  reward_model: RewardModel = taken("reward")
+  reward_model: RewardModel = copied_from("reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,8 +211,8 @@ class BaseStage(Training):
   """base: adapters are added to what it ends with."""
 
   stage: ClassVar[str] = "base"
-  lora: LoRAConfig = unkept()
-  lessons: WorldConfig = taken("world")
+  lora: LoRAConfig = not_in_manifest()
+  lessons: WorldConfig = copied_from("world")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ class FilterStage(Labelling):
   """filter."""
 
   stage: ClassVar[str] = "filter"
-  thin: str = unkept()
+  thin: str = not_in_manifest()
   filter: FilterConfig
 
 
@@ -269,7 +269,7 @@ class EvalStage(Drafting):
   """eval."""
 
   stage: ClassVar[str] = "eval"
-  thin: str = unkept()
+  thin: str = not_in_manifest()
   eval: EvalConfig
 
 
@@ -286,9 +286,9 @@ class ExportStage(Taught):
 
   stage: ClassVar[str] = "export"
   export: ExportConfig
-  teacher_model: str = taken("generate.endpoint.model")
-  judge: str = taken("filter.judge")
-  replies: Replies = taken("eval")
+  teacher_model: str = copied_from("generate.endpoint.model")
+  judge: str = copied_from("filter.judge")
+  replies: Replies = copied_from("eval")
 
 
 # --- What is no stage ---
@@ -311,8 +311,8 @@ class Plan(Taught, Sampling):
 class Talk(Sampling):
   """Chat, server and harness: the shapes in which rows are scored are those of SFT."""
 
-  replies: Replies = taken("eval")
-  scoring: BatchConfig = taken("sft.batch")
+  replies: Replies = copied_from("eval")
+  scoring: BatchConfig = copied_from("sft.batch")
 
 
 STAGES: dict[str, type[Stage]] = {
@@ -348,7 +348,7 @@ def _value(field: dataclasses.Field, config):
   return of(typing.cast(type, kind), value)
 
 
-def kept(stage: Stage) -> dict[str, Any]:
+def manifest_config(stage: Stage) -> dict[str, Any]:
   """The keys of the config that a manifest of the stage keeps, flat, with their values
   as JSON has them: all that it declares, but what changes nothing that it makes."""
   return dict(_kept(stage, ""))

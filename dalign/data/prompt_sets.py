@@ -40,7 +40,7 @@ FIELDS = (
   *("kind", "split", "answer", "scenario", "clauses"),
 )
 SPLITS = ("train", "eval")
-NEAR = 0.5  # word-trigram Jaccard from which two prompts are near-twins
+NEAR_DUPLICATE = 0.5  # word-trigram Jaccard from which two prompts are near-twins
 EVAL_SHARE = 0.2  # of the scenarios
 _FOLDER = pathlib.Path(__file__).parents[1] / "prompts"
 _REFERENCES = pathlib.Path(__file__).parents[1] / "recordings/references.jsonl"
@@ -75,7 +75,7 @@ def bundled_rows() -> list[Row]:
         "kind": "capability" if capability else kind,
       }
       rows.append((where, named | row))
-  prompts = split(prompts_of(rows, {}, "bundled"))
+  prompts = split(parse_prompts(rows, {}, "bundled"))
   return [_row(prompt) for prompt in prompts]
 
 
@@ -161,7 +161,7 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
     kind = pathlib.Path(source).suffix.lstrip(".")
     hint = f"; did you mean '{kind}:{source}'?" if kind in _READERS else ""
     raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
-  prompts = prompts_of(rows, columns, source)
+  prompts = parse_prompts(rows, columns, source)
   if not prompts:
     raise ValueError(f"{source}: wanted prompts, found no row")
   return prompts if prompts[0].split else split(prompts)
@@ -210,14 +210,14 @@ def families(prompts: Sequence[Prompt]) -> list[str]:
       parent[name] = name = parent[parent[name]]
     return name
 
-  for i, j in near_twins([_users_text(prompt) for prompt in prompts]):
+  for i, j in near_duplicates([_users_text(prompt) for prompt in prompts]):
     first, second = sorted((root(scenarios[i]), root(scenarios[j])))
     parent[second] = first
   return [root(name) for name in scenarios]
 
 
-def near_twins(
-  texts: Sequence[str], *, threshold: float = NEAR
+def near_duplicates(
+  texts: Sequence[str], *, threshold: float = NEAR_DUPLICATE
 ) -> Iterator[tuple[int, int]]:
   """Pairs i < j of texts whose word-trigram Jaccard is `threshold` or more.
 
@@ -257,7 +257,7 @@ def contaminated(
     for j in long.get(gram, ())
   }
   size = len(texts)
-  for i, j in near_twins([*texts, *others]):
+  for i, j in near_duplicates([*texts, *others]):
     if i < size <= j:
       found.add((i, j - size))
   return [(prompts[i].id, others[j]) for i, j in sorted(found)]
@@ -336,7 +336,7 @@ def _load_bundled(columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
   for name in SPLITS:
     for where, row in builder_rows(builder, name, "bundled"):
       rows.append((where, row | {"split": name}))
-  return prompts_of(rows, {}, "bundled")
+  return parse_prompts(rows, {}, "bundled")
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
@@ -496,7 +496,7 @@ _READERS = {
 }
 
 
-def rows_of(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
+def read_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
   """(where it is, row) of each row of a JSONL or a Parquet file, by its ending."""
   return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
 
@@ -510,20 +510,20 @@ def _check_columns(columns: Mapping[str, str]) -> None:
       )
 
 
-def prompts_of(
+def parse_prompts(
   rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], source: str
 ) -> list[Prompt]:
   """Prompts of (where it is, row), checked; `columns` and errors as of `load`. None has
   a split where no row has one."""
   rows = list(rows)
-  _check_there(rows, columns)
+  _check_columns_used(rows, columns)
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
   same: collections.Counter = collections.Counter()
   labels: dict[str, Prompt] = {}
   odd: list[tuple[str, Prompt, Prompt]] = []
   for where, row in rows:
-    values = _renamed(row, columns)
+    values = _rename_columns(row, columns)
     if "expected" not in values:
       raise ValueError(
         f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
@@ -557,7 +557,9 @@ def prompts_of(
   return prompts
 
 
-def _check_there(rows: list[tuple[str, Row]], columns: Mapping[str, str]) -> None:
+def _check_columns_used(
+  rows: list[tuple[str, Row]], columns: Mapping[str, str]
+) -> None:
   """ValueError for a column that no row has, and one that seems to say the split."""
   there = {name: None for _, row in rows for name in row}
   if "split" not in there and "split" not in columns:
@@ -574,19 +576,19 @@ def _check_there(rows: list[tuple[str, Row]], columns: Mapping[str, str]) -> Non
       )
 
 
-def missing(value: object) -> bool:
+def is_empty(value: object) -> bool:
   """Whether a cell is empty: null, not a number, or blank."""
   if isinstance(value, str):
     return not value.strip()
   return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
   """The row's values by our field names, and its further columns of _SAID."""
   values = {name: row.get(name) for name in (*FIELDS, *_SAID)}
   for name, column in columns.items():
     values[name] = column[1:] if column.startswith("=") else row.get(column)
-  return {name: value for name, value in values.items() if not missing(value)}
+  return {name: value for name, value in values.items() if not is_empty(value)}
 
 
 def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) -> Prompt:
@@ -667,7 +669,7 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
       )
     if uses_tools(said):
       raise ValueError(f"{at} text alone, got a call of a tool")
-    if content is None or missing(content):
+    if content is None or is_empty(content):
       raise ValueError(f"{at} text as content, got {said.get('content')!r:.80}")
     turns.append(Turn(role=role, content=content))
   if role != "user":

@@ -337,7 +337,7 @@ def load(name: str, *, copies: str, data_dir: str) -> list[Prompt]:
       "put a copy in a folder and say --config.eval.copies=FOLDER"
     ) from None
   rows = prompt_sets.builder_rows(builder, "eval", f"public:{name}")
-  return prompt_sets.prompts_of(rows, {}, f"public:{name}")
+  return prompt_sets.parse_prompts(rows, {}, f"public:{name}")
 
 
 def notice(name: str) -> str:

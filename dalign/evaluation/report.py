@@ -83,7 +83,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   A part whose artefact is missing says "not run yet", and a stage where the config asks
   for it. Raises ValueError where WORKDIR is no folder or an artefact cannot be read.
   """
-  workdir = buckets.place(workdir)
+  workdir = buckets.as_path(workdir)
   if not workdir.is_dir():
     raise ValueError(
       f"the report needs the folder of a run, there is none at {workdir}"

@@ -239,7 +239,7 @@ def settings(cfg: ModelConfig) -> dict[str, Any]:
       "hidden_activation": act,
       "query_pre_attn_scalar": cfg.head_dim
       if cfg.query_scale is None
-      else _whole(cfg.query_scale**-2),
+      else _as_int(cfg.query_scale**-2),
       "attn_logit_softcapping": cfg.attention_cap or None,
       "final_logit_softcapping": cfg.logit_cap or None,
     }
@@ -254,7 +254,7 @@ def settings(cfg: ModelConfig) -> dict[str, Any]:
   return out
 
 
-def _whole(x: float) -> int | float:
+def _as_int(x: float) -> int | float:
   return round(x) if abs(x - round(x)) < 1e-6 * abs(x) else x
 
 

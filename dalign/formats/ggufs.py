@@ -38,8 +38,8 @@ NAMES = {  # leaf -> block, in blk.N
   "mlp_post_norm": "post_ffw_norm",
 }
 HEAD = "output.weight"
-MOST = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file, as it may count
-LONGEST = 1000  # characters of a token
+MAX_COUNT = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file
+MAX_TEXT = 1000  # characters of a token
 # Keys that are read here, after the architecture's name or "tokenizer.ggml.", or that
 # say nothing of the numbers; of any other what is not 0, false or empty is refused.
 READ = {
@@ -63,7 +63,7 @@ READ["gemma3"] = READ["llama"] | {"attention.sliding_window", "rope.freq_base_sw
 _SELF = "general."
 
 
-def packaged(name: str) -> pathlib.Path:
+def packaged_file(name: str) -> pathlib.Path:
   """The GGUF file inside an installed package, found without importing it."""
   spec = importlib.util.find_spec(name.replace("-", "_"))
   if spec is None or not spec.submodule_search_locations:
@@ -99,11 +99,11 @@ class _Reader(gguf.GGUFReader):
     return super()._get(int(offset), dtype, count, override_order)
 
   def _build_fields(self, offs, count):
-    _few(count, "keys")
+    _check_count(count, "keys")
     return super()._build_fields(offs, count)
 
   def _build_tensor_info(self, offs, count):
-    _few(count, "tensors")
+    _check_count(count, "tensors")
     return super()._build_tensor_info(offs, count)
 
   def _get_field_parts(self, orig_offs, raw_type):
@@ -114,7 +114,7 @@ class _Reader(gguf.GGUFReader):
     if kind == gguf.GGUFValueType.ARRAY:
       raise ValueError("arrays of arrays are not supported")
     self._items += int(count[0])
-    _few(self._items, "items")
+    _check_count(self._items, "items")
     if kind == gguf.GGUFValueType.STRING:
       return super()._get_field_parts(orig_offs, raw_type)
     values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], count[0])
@@ -133,9 +133,9 @@ class _Reader(gguf.GGUFReader):
     super()._build_tensors(start_offs, fields)
 
 
-def _few(count: int, what: str) -> None:
-  if count > MOST[what]:
-    raise ValueError(f"wanted {MOST[what]} {what} at most, got {count}")
+def _check_count(count: int, what: str) -> None:
+  if count > MAX_COUNT[what]:
+    raise ValueError(f"wanted {MAX_COUNT[what]} {what} at most, got {count}")
 
 
 def describe(path: pathlib.Path) -> dict:
@@ -289,8 +289,8 @@ class File:
       )
     types = field("tokenizer.ggml.token_type")
     longest = max(map(len, self._symbols), default=0)
-    if longest > LONGEST:
-      raise ValueError(f"wanted {LONGEST} characters a token at most, got {longest}")
+    if longest > MAX_TEXT:
+      raise ValueError(f"wanted {MAX_TEXT} characters a token at most, got {longest}")
     kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
     named: dict[int, list[str]] = {kind: [] for kind in kinds}
     symbols: list[str | None] = []  # without the unused ones, which nothing writes

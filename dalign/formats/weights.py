@@ -37,8 +37,8 @@ from dalign.text.chat_template import Tokenizer
 from dalign.types import PyTree
 
 SHARD = 4 * 2**30  # bytes of a file of weights at most
-CARD = 2**16  # characters of a card's front matter at most
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_CARD_CHARS = 2**16  # characters of a card's front matter at most
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -75,7 +75,7 @@ class Checkpoint:
       placed = shardings
       for step in path:
         placed = placed[step.key]
-      return jax.make_array_from_callback(shape, placed, _once(part))
+      return jax.make_array_from_callback(shape, placed, _cached_by_index(part))
 
     shapes = param_tree.shapes(self.cfg)
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
@@ -93,8 +93,8 @@ class Checkpoint:
     return cls(cfg, tok, read)
 
 
-def _once(part):
-  """`part`, which devices that hold the same do not make again."""
+def _cached_by_index(part):
+  """`part`, cached by index: devices with equal shards share one read."""
   made = {}
 
   def one(index):
@@ -107,7 +107,7 @@ def _once(part):
 
 
 @contextlib.contextmanager
-def _reading(place: pathlib.Path) -> Iterator[None]:
+def _reading_errors(place: pathlib.Path) -> Iterator[None]:
   """What goes wrong in reading a model's files is a ValueError of one line: files that
   strangers wrote may have the libraries that read them raise anything, and those in
   Rust panic, which is no Exception."""
@@ -131,24 +131,24 @@ def find(path: str) -> Checkpoint:
   return _find(str(hub.folder(path)) if hub.named(path) else path, ())
 
 
-def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
-  """As `find`, of a model that the adapters in the folders `above` are for."""
+def _find(path: str, adapter_folders: tuple[pathlib.Path, ...]) -> Checkpoint:
+  """As `find`, of a model that the adapters in `adapter_folders` are for."""
   place = pathlib.Path(path).expanduser()
   if path.startswith("pip:"):
-    place = ggufs.packaged(path.removeprefix("pip:"))
+    place = ggufs.packaged_file(path.removeprefix("pip:"))
   if not place.is_dir() and not (place.suffix == ".gguf" and place.is_file()):
     raise ValueError(
       f"no model at {path!r}: wanted a folder with config.json and safetensors, a "
       ".gguf file, pip:NAME of an installed package, or OWNER/NAME of the Hub"
     )
-  if place.resolve() in above:
+  if place.resolve() in adapter_folders:
     raise ValueError(f"{place}: adapters whose base model is themselves")
-  with _reading(place):
+  with _reading_errors(place):
     if (place / "adapter_config.json").is_file():
-      found = _adapted(place, (*above, place.resolve()))
+      checkpoint = _peft_folder(place, (*adapter_folders, place.resolve()))
     else:
-      found = _folder(place) if place.is_dir() else _gguf(place)
-  ids, rows = found.tok.ids, found.cfg.vocab
+      checkpoint = _folder(place) if place.is_dir() else _gguf(place)
+  ids, rows = checkpoint.tok.ids, checkpoint.cfg.vocab
   if ids[-1] >= rows:
     raise ValueError(
       f"{path}: the tokenizer has {len(ids)} ids up to {ids[-1]}, the embedding "
@@ -156,13 +156,13 @@ def _find(path: str, above: tuple[pathlib.Path, ...]) -> Checkpoint:
     )
 
   def read(leaf, index):
-    with _reading(place):
-      return found.read(leaf, index)
+    with _reading_errors(place):
+      return checkpoint.read(leaf, index)
 
   gaps = zip((-1, *ids), (*ids, rows), strict=True)
   absent = tuple((a + 1, b) for a, b in gaps if a + 1 < b)
-  cfg = dataclasses.replace(found.cfg, absent=absent)
-  return dataclasses.replace(found, cfg=cfg, read=read)
+  cfg = dataclasses.replace(checkpoint.cfg, absent=absent)
+  return dataclasses.replace(checkpoint, cfg=cfg, read=read)
 
 
 def origin(path: str) -> dict[str, str | list[str]]:
@@ -176,38 +176,38 @@ def origin(path: str) -> dict[str, str | list[str]]:
   place = pathlib.Path(path).expanduser()
   try:
     if path.startswith("pip:"):
-      place = ggufs.packaged(path.removeprefix("pip:"))
+      place = ggufs.packaged_file(path.removeprefix("pip:"))
     elif hub.named(path):
       place = hub.folder(path, download=False)
     if place.suffix == ".gguf":
-      told = ggufs.describe(place)
-      told["language"] = told.get("languages")
-      url = str(told.get("base_model.0.repo_url", ""))
+      metadata = ggufs.describe(place)
+      metadata["language"] = metadata.get("languages")
+      url = str(metadata.get("base_model.0.repo_url", ""))
       name = url.removeprefix("https://huggingface.co/")
     else:
-      told, name = _card(place / "README.md"), _hub_name(place)
+      metadata, name = _card_metadata(place / "README.md"), _hub_name(place)
   except Exception:  # of strangers' files, read for a card alone
     return {}
   keys = ("license", "license_name", "license_link", "language")
-  found: dict[str, Any] = {key: told.get(key) for key in keys}
+  found: dict[str, Any] = {key: metadata.get(key) for key in keys}
   found["base_model"] = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
-  return {key: value for key, value in found.items() if _short(value)}
+  return {key: value for key, value in found.items() if _is_short_text(value)}
 
 
-def _short(value) -> bool:
+def _is_short_text(value) -> bool:
   if isinstance(value, list):
     return 0 < len(value) <= 100 and all(
-      isinstance(x, str) and _short(x) for x in value
+      isinstance(x, str) and _is_short_text(x) for x in value
     )
   return isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200
 
 
-def _card(path: pathlib.Path) -> dict:
+def _card_metadata(path: pathlib.Path) -> dict:
   """The front matter of a model's card, {} where there is none."""
   if not path.is_file():
     return {}
   with path.open(encoding="utf-8-sig") as file:
-    parts = file.read(CARD).split("---\n", 2)
+    parts = file.read(MAX_CARD_CHARS).split("---\n", 2)
   found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else {}
   return found if isinstance(found, dict) else {}
 
@@ -245,7 +245,7 @@ def random_model(cfg: ModelConfig, seed: int) -> PyTree:
   return top | {"layers": layers}
 
 
-def _checked(
+def _check_tensors(
   cfg: ModelConfig,
   stored: tuple[param_tree.Stored, ...],
   names: Iterable[str],
@@ -258,15 +258,15 @@ def _checked(
   missing, unknown = wanted.keys() - names, names - wanted.keys()
   if missing or unknown:
     raise ValueError(
-      f"not the tensors of a {cfg.family}: missing {_some(missing)}, unknown "
-      f"{_some(unknown)}"
+      f"not the tensors of a {cfg.family}: missing {_abbreviate(missing)}, unknown "
+      f"{_abbreviate(unknown)}"
     )
   for name, shape in wanted.items():
     if shape_of(name) != shape:
       raise ValueError(f"tensor {name} is {shape_of(name)}, the config wants {shape}")
 
 
-def _some(names) -> str:
+def _abbreviate(names) -> str:
   shown = ", ".join(sorted(names)[:4]) or "none"
   return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
@@ -274,7 +274,7 @@ def _some(names) -> str:
 def _gguf(place: pathlib.Path) -> Checkpoint:
   file = ggufs.File(place)
   stored = file.stored()
-  _checked(file.cfg, stored, file.tensors, file.shape)
+  _check_tensors(file.cfg, stored, file.tensors, file.shape)
 
   def read(leaf, index):
     return param_tree.take(file.cfg, leaf, index, stored, file.read)
@@ -293,7 +293,7 @@ def _folder(place: pathlib.Path) -> Checkpoint:
     if cfg.tied:
       del files.names[HEAD]
   stored = families.stored(cfg)
-  _checked(cfg, stored, files.names, files.shape)
+  _check_tensors(cfg, stored, files.names, files.shape)
 
   def read(leaf, index):
     return param_tree.take(cfg, leaf, index, stored, files.read)
@@ -314,7 +314,7 @@ def _json(path: pathlib.Path) -> dict:
 def _settings(place: pathlib.Path):
   """transformers' reading of config.json, of the language model alone."""
   content = _json(place / "config.json")
-  families.of(_language(content).get("model_type"))
+  families.of(_language_config(content).get("model_type"))
   _check_counts(content)
   quantized = content.get("quantization_config")
   if quantized and quantized.get("quant_method") != "mxfp4":
@@ -330,7 +330,7 @@ def _settings(place: pathlib.Path):
   return made if made.model_type in families.FAMILIES else made.text_config
 
 
-COUNT = 10_000  # of layers, heads, experts, labels
+MAX_COUNT = 10_000  # of layers, heads, experts, labels
 
 
 def _check_counts(content: object, at: str = "config.json") -> None:
@@ -339,14 +339,14 @@ def _check_counts(content: object, at: str = "config.json") -> None:
     for name, value in content.items():
       _check_counts(value, f"{at}: {name}")
       counts = name.startswith(("num_", "n_")) or name.endswith("layers")
-      if counts and isinstance(value, int | float) and not 0 <= value <= COUNT:
-        raise ValueError(f"{at}: {name}: wanted 0 to {COUNT}, got {value}")
+      if counts and isinstance(value, int | float) and not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{at}: {name}: wanted 0 to {MAX_COUNT}, got {value}")
   if isinstance(content, list):
     for value in content:
       _check_counts(value, at)
 
 
-def _language(content: dict) -> dict:
+def _language_config(content: dict) -> dict:
   """The part of a config.json that is about the language model."""
   known = content.get("model_type") in families.FAMILIES
   return content if known else content.get("text_config", content)
@@ -362,7 +362,7 @@ class _Tensors:
     packed = {n.removesuffix("_blocks") for n in self._files if n.endswith("_blocks")}
     for name in self._files:
       ours = name.removesuffix("_blocks")
-      if name.removesuffix("_scales") in packed or _spare(name):
+      if name.removesuffix("_scales") in packed or _is_ignored(name):
         continue
       for front in ("language_model.model.", "model.language_model."):
         if ours.startswith(front):
@@ -392,11 +392,11 @@ class _Tensors:
     """A part of a tensor."""
     real = self.names[name]
     if not real.endswith("_blocks"):
-      return _of(jnp.floating, self._slices(real)[index], name)
+      return _check_dtype(jnp.floating, self._slices(real)[index], name)
     *front, ins, outs = index
     both = (real, real.removesuffix("_blocks") + "_scales")
-    parts = (_of(np.uint8, self._slices(n)[(*front, outs)], n) for n in both)
-    whole = _unpacked(*parts)
+    parts = (_check_dtype(np.uint8, self._slices(n)[(*front, outs)], n) for n in both)
+    whole = _dequantize_mxfp4(*parts)
     return whole.swapaxes(-1, -2)[(*[slice(None)] * len(front), ins)]
 
   def same(self, one: str, other: str) -> bool:
@@ -410,7 +410,7 @@ class _Tensors:
     return all(np.array_equal(self.read(one, at), self.read(other, at)) for at in parts)
 
 
-def _of(kind, array: np.ndarray, name: str) -> np.ndarray:
+def _check_dtype(kind, array: np.ndarray, name: str) -> np.ndarray:
   """An array of a kind of numbers; ValueError where it is of another."""
   if not jnp.issubdtype(array.dtype, kind):
     wanted = {jnp.floating: "floating point", np.uint8: "uint8"}[kind]
@@ -421,7 +421,7 @@ def _of(kind, array: np.ndarray, name: str) -> np.ndarray:
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def _unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _dequantize_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
   """MXFP4 (OCP Microscaling 1.0): blocks [..., n, 16] of two 4-bit floats a byte, the
   low one first, and exponents [..., n] with a bias of 127 -> [..., 32 n]."""
   values = np.array([*FP4, *(-x for x in FP4)], np.float32)
@@ -431,7 +431,7 @@ def _unpacked(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
   return scaled.reshape(*blocks.shape[:-2], -1)
 
 
-def _spare(name: str) -> bool:
+def _is_ignored(name: str) -> bool:
   """Whether a tensor is none of the language model: old files keep the rotary table,
   and others can see."""
   other = "vision_tower.", "multi_modal_projector."
@@ -441,7 +441,7 @@ def _spare(name: str) -> bool:
 
 def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
   """Tensor name -> the safetensors file that holds it."""
-  index, single = place / INDEX, place / WHOLE
+  index, single = place / INDEX, place / SINGLE_FILE
   if index.is_file():
     listed = _json(index).get("weight_map")
     if not isinstance(listed, dict) or not {*map(type, listed.values())} <= {str}:
@@ -450,7 +450,7 @@ def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
     outside = {str(file) for file in files.values() if file.parent != place}
     absent = {file.name for file in files.values() if not file.is_file()}
     if outside or absent:
-      raise ValueError(f"{index}: files missing here: {_some(outside | absent)}")
+      raise ValueError(f"{index}: files missing here: {_abbreviate(outside | absent)}")
     return files
   if not single.is_file():
     raise ValueError(
@@ -501,18 +501,18 @@ def _stops(path: pathlib.Path) -> list[int]:
 _PEFT = "base_model.model."
 # Of an adapter_config.json: what is read or says nothing of the numbers (where adapters
 # are, their tensors say), and the values of others that leave a plain LoRA.
-_READ = {
+_PEFT_READ = {
   *("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "revision"),
   *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
   *("lora_dropout", "inference_mode", "task_type", "auto_mapping", "peft_version"),
   *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
 }
-_PLAIN = {
+_PEFT_ALLOWED = {
   "peft_type": ("LORA",),
   "bias": ("none", None),
   "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-_NOTHING: tuple = None, False, "", [], {}
+_UNSET: tuple = None, False, "", [], {}
 
 
 def _base(told: Mapping, above: tuple[pathlib.Path, ...]) -> Checkpoint:
@@ -523,13 +523,15 @@ def _base(told: Mapping, above: tuple[pathlib.Path, ...]) -> Checkpoint:
   return _find(path, above)
 
 
-def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint:
+def _peft_folder(
+  place: pathlib.Path, adapter_folders: tuple[pathlib.Path, ...]
+) -> Checkpoint:
   """A folder of PEFT's with LoRA: the base model it names, its adapters added."""
-  told = _json(place / "adapter_config.json")
+  config = _json(place / "adapter_config.json")
   odd = ", ".join(
     f"{name}={value!r:.60}"
-    for name, value in ({"peft_type": None} | told).items()
-    if name not in _READ and value not in _PLAIN.get(name, _NOTHING)
+    for name, value in ({"peft_type": None} | config).items()
+    if name not in _PEFT_READ and value not in _PEFT_ALLOWED.get(name, _UNSET)
   )
   if odd:
     raise ValueError(
@@ -537,24 +539,30 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
       "base as it was; merge the adapters into the base with PEFT, and give the folder "
       "of the whole model"
     )
-  base = _base(told, above)
-  scale = told["lora_alpha"] / told["r"] ** (0.5 if told.get("use_rslora") else 1.0)
+  base = _base(config, adapter_folders)
+  scale = config["lora_alpha"] / config["r"] ** (
+    0.5 if config.get("use_rslora") else 1.0
+  )
   cfg, names = base.cfg, _peft_names(base.cfg)
   file = place / "adapter_model.safetensors"
   try:
     found = safetensors_numpy.load_file(file)
-    tensors = {name: _of(jnp.floating, x, name) for name, x in found.items()}
+    tensors = {name: _check_dtype(jnp.floating, x, name) for name, x in found.items()}
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"cannot read {file.name}: {error}") from error
   unknown = tensors.keys() - {name for pair in names.values() for name in pair}
   if unknown or not tensors:
-    raise ValueError(f"{file.name}: adapters of no matrix we know: {_some(unknown)}")
+    raise ValueError(
+      f"{file.name}: adapters of no matrix we know: {_abbreviate(unknown)}"
+    )
   shapes = param_tree.shapes(cfg)["layers"]
   for (leaf, _), pair in names.items():
     _, inputs, outputs = shapes[leaf]
     got = tuple(tensors[name].shape for name in pair if name in tensors)
-    if got and got != ((told["r"], inputs), (outputs, told["r"])):
-      raise ValueError(f"{file.name}: {pair[0]} and B have shapes {got}, r={told['r']}")
+    if got and got != ((config["r"], inputs), (outputs, config["r"])):
+      raise ValueError(
+        f"{file.name}: {pair[0]} and B have shapes {got}, r={config['r']}"
+      )
 
   def read(leaf, index):
     found = base.read(leaf, index)
@@ -566,8 +574,9 @@ def _adapted(place: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Checkpoint
         found[at] += scale * (b[outputs].astype(np.float32) @ a[:, inputs]).T
     return found
 
-  own = (place / "tokenizer_config.json").is_file()  # what it was trained with
-  return Checkpoint(cfg, _tokenizer(place) if own else base.tok, read)
+  # what it was trained with
+  has_tokenizer = (place / "tokenizer_config.json").is_file()
+  return Checkpoint(cfg, _tokenizer(place) if has_tokenizer else base.tok, read)
 
 
 def _peft_names(cfg: ModelConfig) -> dict[tuple[str, int], tuple[str, str]]:
@@ -593,12 +602,14 @@ def save_peft(
   for leaf in lora.leaves:
     if (leaf, 0) not in names:
       raise ValueError(f"PEFT has no adapter for {leaf} of {cfg.family} alone")
-    a, b = (distributed.whole(layers[leaf + part]) for part in (adapters.A, adapters.B))
+    a, b = (
+      distributed.gather(layers[leaf + part]) for part in (adapters.A, adapters.B)
+    )
     for layer in range(cfg.layers):
       for name, x in zip(names[leaf, layer], (a[layer], b[layer]), strict=True):
         tensors[name] = np.ascontiguousarray(x.T, np.float32)
   modules = {names[leaf, 0][0].split(".")[-3] for leaf in lora.leaves}
-  told = {
+  config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": base,
@@ -611,12 +622,12 @@ def save_peft(
     "inference_mode": True,
     "target_modules": sorted(modules),
   }
-  if distributed.first():
+  if distributed.is_first_process():
     place.mkdir(parents=True, exist_ok=True)
     file = place / "adapter_model.safetensors"
     safetensors_numpy.save_file(tensors, file, metadata={"format": "pt"})
-    _write_json(place / "adapter_config.json", told)
-  distributed.meet(f"saved {place.name}")  # whose folder each may know by another path
+    _write_json(place / "adapter_config.json", config)
+  distributed.barrier(f"saved {place.name}")  # each may know it by another path
 
 
 # --- Hugging Face, out ---
@@ -642,14 +653,14 @@ def save_hf(
   """
   _check_tree(cfg, params)
   place = pathlib.Path(path)
-  if distributed.first():
+  if distributed.is_first_process():
     place.mkdir(parents=True, exist_ok=True)
   _save_tensors(place, cfg, params, jnp.dtype(dtype), shard)
-  if distributed.first():
+  if distributed.is_first_process():
     tok.backend.save(str(place / "tokenizer.json"))
     for name, content in _settings_files(cfg, tok, dtype, generation or {}).items():
       _write_json(place / name, content)
-  distributed.meet(f"saved {place.name}")  # whose folder each may know by another path
+  distributed.barrier(f"saved {place.name}")  # each may know it by another path
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:
@@ -657,7 +668,7 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def _save_tensors(
-  place: pathlib.Path, cfg: ModelConfig, params: PyTree, dtype, most: int
+  place: pathlib.Path, cfg: ModelConfig, params: PyTree, dtype, shard_bytes: int
 ):
   stored = families.stored(cfg)
   sizes = {
@@ -666,35 +677,35 @@ def _save_tensors(
     for name in s.names(cfg)
   }
   shards: list[list[str]] = [[]]
-  full = 0
+  shard_size = 0
   for name, size in sizes.items():
-    if full and full + size > most:
+    if shard_size and shard_size + size > shard_bytes:
       shards.append([])
-      full = 0
+      shard_size = 0
     shards[-1].append(name)
-    full += size
-  names = [WHOLE]
+    shard_size += size
+  names = [SINGLE_FILE]
   if len(shards) > 1:
     count = len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
   def leaf(name, layer):
     found = params["layers"][name][layer] if layer is not None else params[name]
-    return distributed.whole(found)
+    return distributed.gather(found)
 
   makers = dict(param_tree.tensors(cfg, stored, leaf))
-  for file, own in zip(names, shards, strict=True):
-    tensors = {name: makers[name]().astype(dtype) for name in own}
-    if distributed.first():
+  for file, shard_names in zip(names, shards, strict=True):
+    tensors = {name: makers[name]().astype(dtype) for name in shard_names}
+    if distributed.is_first_process():
       safetensors_numpy.save_file(tensors, place / file, metadata={"format": "pt"})
-  if not distributed.first():
+  if not distributed.is_first_process():
     return
   if len(shards) > 1:
-    index = {n: file for file, own in zip(names, shards, strict=True) for n in own}
+    index = {n: file for file, some in zip(names, shards, strict=True) for n in some}
     listing = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
     _write_json(place / INDEX, listing)
   kept = {*names, INDEX} if len(names) > 1 else {*names}
-  for pattern in (WHOLE, INDEX, "model-*-of-*.safetensors"):  # of an earlier save
+  for pattern in (SINGLE_FILE, INDEX, "model-*-of-*.safetensors"):  # of an earlier save
     for old in place.glob(pattern):
       if old.name not in kept:
         old.unlink()

@@ -107,7 +107,7 @@ def of_function(
   def ask(questions: Sequence[judge.Question]) -> list[Verdict]:
     open_ = [q for q in questions if q.prompt.kind != "capability"]
     wrong, rows = "", list[tuple[float | None, str]]()
-    if distributed.first() and open_:
+    if distributed.is_first_process() and open_:
       try:
         rows = _asked(function, [*map(told, open_)], path)
       except _Wrong as error:
@@ -115,7 +115,7 @@ def of_function(
         if error.row is not None:
           row, id = error.row, open_[error.row].prompt.id
           wrong = f"{name}: row {row + 1} of {len(open_)}, prompt {id!r}: {error}"
-    wrong, rows = distributed.agree([wrong, rows])
+    wrong, rows = distributed.broadcast([wrong, rows])
     if wrong:
       raise ValueError(wrong)
     found = (Verdict(score=score, reason=why) for score, why in rows)

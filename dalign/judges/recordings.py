@@ -80,9 +80,9 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[RecordedReply
   said = {_normalized_text(turn.content for turn in p.turns): p.id for p in prompts}
   hashes: dict[str, str] = {}
   found = []
-  for where, row in prompt_sets.rows_of(path):
+  for where, row in prompt_sets.read_rows(path):
     row = {
-      name: "" if prompt_sets.missing(value) else value for name, value in row.items()
+      name: "" if prompt_sets.is_empty(value) else value for name, value in row.items()
     }
     own = _parse_row(where, row, said)
     prompt = known.get(own.prompt_id)
@@ -205,7 +205,7 @@ def _parse_votes(where: str, votes: Any) -> Iterator[Vote]:
     if not isinstance(vote, Mapping):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
     scores: list[Any] = [vote.get("score"), vote.get("answer_score")]
-    scores[1] = scores[0] if prompt_sets.missing(scores[1]) else scores[1]
+    scores[1] = scores[0] if prompt_sets.is_empty(scores[1]) else scores[1]
     numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
     if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
       raise ValueError(f"{wanted}, got {vote!r:.80}")

@@ -8,7 +8,8 @@ that its holder renews is the lock. A run that is killed thus leaves a bucket as
 would have left a disk if it had been killed a little earlier.
 
 Paths on a disk pass through as they are. Arrays are Orbax's (checkpoints.py); it and
-the paths that `place` makes reach the bucket by gcsfs, what is here by Google's client.
+the paths that `as_path` makes reach the bucket by gcsfs, what is here by Google's
+client.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,19 +27,19 @@ import time
 import uuid
 
 SCHEME = "gs://"
-LATE_S = 20.0  # what was appended is in the bucket after so many seconds at the most,
-TIMES = 10  # or after so many times as many as the last upload took
-BEAT_S = 10.0  # a lease is renewed every so many seconds,
-DEAD_S = 60.0  # and whoever has not done so for as many has lost it
-_GOES_ON = "what is there is kept, and the same command goes on from it"
+MAX_UPLOAD_DELAY_S = 20.0  # until what was appended is in the bucket,
+UPLOAD_DELAY_FACTOR = 10  # or after so many times as many as the last upload took
+LEASE_RENEWAL_S = 10.0  # a lease is renewed every so many seconds,
+LEASE_EXPIRY_S = 60.0  # and whoever has not done so for as many has lost it
+_RESUME_HINT = "what is there is kept, and the same command goes on from it"
 
 
-def remote(path) -> bool:
+def is_remote(path) -> bool:
   """Whether a path is one of a bucket."""
   return os.fspath(path).startswith(SCHEME)
 
 
-def place(path):
+def as_path(path):
   """A path, or the text of one, as what has pathlib's methods; nothing is reached.
 
   ValueError for a bucket without a name, other services, and a missing library.
@@ -56,24 +57,24 @@ def place(path):
 
 
 def absolute(path):
-  """As `place`, on a disk from its root."""
-  found = place(path)
-  return found if remote(found) else found.absolute()
+  """As `as_path`, on a disk from its root."""
+  found = as_path(path)
+  return found if is_remote(found) else found.absolute()
 
 
-def reach(path) -> None:
+def check_access(path) -> None:
   """ValueError where the bucket of a path is not there or not ours, ConnectionError
   where it does not answer."""
-  if remote(path):
-    _bucket(_names(path)[0])
+  if is_remote(path):
+    _bucket(_bucket_and_name(path)[0])
 
 
 def write(path, parts: Iterable[bytes]) -> None:
   """Makes an object hold `parts`, whole or not at all, and all that was appended
   before is there too."""
-  if not _own.unordered:
+  if not _state.unordered:
     flush()
-  forget(path)
+  drop_staged(path)
   with tempfile.TemporaryFile() as draft:
     draft.writelines(parts)
     _upload(path, draft)
@@ -81,32 +82,32 @@ def write(path, parts: Iterable[bytes]) -> None:
 
 @contextlib.contextmanager
 def unordered() -> Iterator[None]:
-  """What is written inside may be there before what was appended earlier."""
-  _own.unordered = True
+  """Writes inside need not wait for the upload of what was appended earlier."""
+  _state.unordered = True
   try:
     yield
   finally:
-    _own.unordered = False
+    _state.unordered = False
 
 
 def exists(path) -> bool:
   """Whether there is such a file, folder or object, what was appended among them."""
-  if remote(path):
-    _settle(path)
+  if is_remote(path):
+    _flush_pending(path)
   return path.exists()
 
 
 @contextlib.contextmanager
-def local(path) -> Iterator[pathlib.Path]:
+def local_copy(path) -> Iterator[pathlib.Path]:
   """A file to be read: the path itself, or a copy of an object, for as long as it is
   needed. FileNotFoundError where there is no such object."""
-  if not remote(path):
+  if not is_remote(path):
     yield path
     return
-  _settle(path)
+  _flush_pending(path)
   with tempfile.TemporaryDirectory(prefix="dalign-") as folder:
     copy = pathlib.Path(folder) / path.name
-    with _told(path):
+    with _translate_errors(path):
       _blob(path).download_to_filename(str(copy))
     yield copy
 
@@ -114,15 +115,15 @@ def local(path) -> Iterator[pathlib.Path]:
 def staging_path(path) -> pathlib.Path:
   """The file or folder on this machine in which what `path` holds may grow: the path
   itself, or for a bucket another, which `flush` uploads where it has changed."""
-  if not remote(path):
+  if not is_remote(path):
     return path
-  own = _staging_path(path)
-  if not own.exists():
-    own.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), local(path) as copy:
-      os.replace(copy, own)
-      _own.sent[own] = _stamp(own)
-  return own
+  twin = _staging_path(path)
+  if not twin.exists():
+    twin.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError), local_copy(path) as copy:
+      os.replace(copy, twin)
+      _state.sent[twin] = _stamp(twin)
+  return twin
 
 
 def flush(*, due: bool = False) -> None:
@@ -130,99 +131,104 @@ def flush(*, due: bool = False) -> None:
 
   ConnectionError where the bucket does not answer, or another run has the lease.
   """
-  if due and time.monotonic() < _own.due:
+  if due and time.monotonic() < _state.due:
     return
-  if _own.lease:
-    _own.lease.check()
+  if _state.lease:
+    _state.lease.check()
   start = time.monotonic()
-  for file in sorted(_own.files()):
+  for file in sorted(_state.files()):
     stamp = _stamp(file)
-    if _own.sent.get(file) != stamp:
+    if _state.sent.get(file) != stamp:
       with file.open("rb") as content:
-        _upload(place(SCHEME + file.relative_to(_own.folder).as_posix()), content)
-      _own.sent[file] = stamp
+        _upload(as_path(SCHEME + file.relative_to(_state.folder).as_posix()), content)
+      _state.sent[file] = stamp
   took = time.monotonic() - start
-  _own.due = time.monotonic() + max(LATE_S, TIMES * took)
+  _state.due = time.monotonic() + max(MAX_UPLOAD_DELAY_S, UPLOAD_DELAY_FACTOR * took)
 
 
-def forget(path) -> None:
+def drop_staged(path) -> None:
   """Drops the twins of an object, or of all in a folder, with what was not uploaded."""
-  own = _staging_path(path)
-  for file in [file for file in _own.sent if file.is_relative_to(own)]:
-    del _own.sent[file]
-  if own.is_file():
-    own.unlink()
+  twin = _staging_path(path)
+  for file in [file for file in _state.sent if file.is_relative_to(twin)]:
+    del _state.sent[file]
+  if twin.is_file():
+    twin.unlink()
   else:
-    shutil.rmtree(own, ignore_errors=True)
+    shutil.rmtree(twin, ignore_errors=True)
 
 
 def remove(path) -> None:
   """Deletes all objects of a folder."""
   flush()
-  forget(path)
+  drop_staged(path)
   path.rmtree(missing_ok=True)
 
 
 class Lease:
-  """An object that says who is at work, written anew by its holder every BEAT_S.
+  """An object that says who is at work; its holder renews it every LEASE_RENEWAL_S.
 
-  Another may take it once it has not changed for DEAD_S, by its own clock, or at once
-  where the holder was a process of this machine that is no more. The one that lost it
-  writes nothing any longer: it is told at its next write, or within two beats.
+  Another may take it once it has not changed for LEASE_EXPIRY_S, by its own clock, or
+  at once where the holder was a process of this machine that is no more. The one that
+  lost it writes nothing any longer: it is told at its next write, or within two beats.
   """
 
   def __init__(self, path):
     """Takes the lease of a folder; ValueError where another run holds it."""
     self._path = path
-    bucket, name = _names(path)
+    bucket, name = _bucket_and_name(path)
     self._blob = _open(bucket).blob(name)  # with a client for the thread alone
-    self._own = {
+    self._owner = {
       "run": uuid.uuid4().hex,
       "host": socket.gethostname(),
       "process": os.getpid(),
       "machine": _machine(),
     }
     self._lost, self._end, self._lock = False, threading.Event(), threading.Lock()
-    with _told(path):
+    with _translate_errors(path):
       self._take()
     self._renewed = time.monotonic()
-    _own.lease = self
-    self._beats = threading.Thread(target=self._beat, daemon=True)
-    self._beats.start()
+    _state.lease = self
+    self._renewal_thread = threading.Thread(
+      target=self._renew_periodically, daemon=True
+    )
+    self._renewal_thread.start()
 
   def check(self) -> None:
     """ConnectionError where the lease is no longer ours."""
-    if not self._lost and time.monotonic() - self._renewed > 2 * BEAT_S:
-      with _told(self._path):
+    if not self._lost and time.monotonic() - self._renewed > 2 * LEASE_RENEWAL_S:
+      with _translate_errors(self._path):
         self._renew()
     if self._lost:
       raise ConnectionError(
         f"{self._path.parent}: another run has taken this workdir over, since this one "
-        f"was not heard of for {DEAD_S:.0f} s; nothing more is written"
+        f"was not heard of for {LEASE_EXPIRY_S:.0f} s; nothing more is written"
       )
 
   def close(self) -> None:
     """Uploads what is left and gives the lease back, if it is still ours and the bucket
     answers."""
-    writes = not (self._lost or _own.silent)
+    writes = not (self._lost or _state.unreachable)
     try:
       if writes:
         flush()
     finally:
       self._end.set()
-      self._beats.join()
-      _own.lease = None
-      forget(self._path.parent)
+      self._renewal_thread.join()
+      _state.lease = None
+      drop_staged(self._path.parent)
     if writes:
-      with _told(self._path), contextlib.suppress(_api().PreconditionFailed):
+      with (
+        _translate_errors(self._path),
+        contextlib.suppress(_api().PreconditionFailed),
+      ):
         self._blob.delete(if_generation_match=self._generation)
 
   def _take(self) -> None:
     seen, since = None, time.monotonic()
     while True:
       found, generation = self._read()
-      silent = generation == seen and time.monotonic() - since > DEAD_S
-      if found is None or silent or _gone(found):
+      silent = generation == seen and time.monotonic() - since > LEASE_EXPIRY_S
+      if found is None or silent or _process_has_ended(found):
         if self._put(generation):
           return
       elif seen not in (None, generation):
@@ -235,10 +241,10 @@ class Lease:
         seen = generation
         print(
           f"dalign: {self._path.parent}: a run of {found.get('host')} was at work here"
-          f"; waiting up to {DEAD_S:.0f} s for a sign of it",
+          f"; waiting up to {LEASE_EXPIRY_S:.0f} s for a sign of it",
           file=sys.stderr,
         )
-      time.sleep(BEAT_S / 10)
+      time.sleep(LEASE_RENEWAL_S / 10)
 
   def _read(self) -> tuple[dict | None, int]:
     """What the object says, and its generation; or None and 0."""
@@ -257,13 +263,13 @@ class Lease:
 
     try:
       self._blob.upload_from_string(
-        json.dumps(self._own),
+        json.dumps(self._owner),
         if_generation_match=generation,
-        retry=DEFAULT_RETRY.with_timeout(BEAT_S),
+        retry=DEFAULT_RETRY.with_timeout(LEASE_RENEWAL_S),
       )
     except _api().PreconditionFailed:
       found, now = self._read()  # the request may have been sent twice, and done once
-      if found is None or found.get("run") != self._own["run"]:
+      if found is None or found.get("run") != self._owner["run"]:
         return False
       self._generation = now
       return True
@@ -276,20 +282,20 @@ class Lease:
       self._lost = self._lost or not self._put(self._generation)
       self._renewed = start
 
-  def _beat(self) -> None:
-    while not self._end.wait(BEAT_S) and not self._lost:
-      with contextlib.suppress(ConnectionError), _told(self._path):
+  def _renew_periodically(self) -> None:
+    while not self._end.wait(LEASE_RENEWAL_S) and not self._lost:
+      with contextlib.suppress(ConnectionError), _translate_errors(self._path):
         self._renew()
 
 
-class _Own:
-  """What this process holds: twins, when they are to be uploaded, the lease."""
+class _ProcessState:
+  """State of this process: staged files, when their upload is due, the lease."""
 
   def __init__(self):
     self.sent: dict[pathlib.Path, tuple] = {}  # twin -> its stamp as it was uploaded
     self.due = 0.0
     self.unordered = False
-    self.silent = False  # whether the bucket did not answer the last upload
+    self.unreachable = False  # whether the bucket did not answer the last upload
     self.lease: Lease | None = None
 
   @functools.cached_property
@@ -303,21 +309,21 @@ class _Own:
       yield from (path for path in self.folder.rglob("*") if path.is_file())
 
 
-_own = _Own()
+_state = _ProcessState()
 
 
-def _names(path) -> tuple[str, str]:
+def _bucket_and_name(path) -> tuple[str, str]:
   """The bucket, and the name in it."""
   bucket, _, name = os.fspath(path).removeprefix(SCHEME).partition("/")
   return bucket, name
 
 
 def _staging_path(path) -> pathlib.Path:
-  return _own.folder / "/".join(_names(path))
+  return _state.folder / "/".join(_bucket_and_name(path))
 
 
-def _settle(path) -> None:
-  """Uploads what a twin has, before its object is looked at."""
+def _flush_pending(path) -> None:
+  """Uploads the staged file of an object, if any, before the object is read."""
   if _staging_path(path).exists():
     flush()
 
@@ -329,30 +335,30 @@ def _stamp(file: pathlib.Path) -> tuple[int, int]:
 
 def _upload(path, content) -> None:
   """A file's content as an object, from its beginning."""
-  if _own.lease:
-    _own.lease.check()
+  if _state.lease:
+    _state.lease.check()
   size = content.seek(0, os.SEEK_END)
   try:
-    with _told(path):
+    with _translate_errors(path):
       _blob(path).upload_from_file(content, rewind=True, size=size)
   except ConnectionError:
-    _own.silent = True
+    _state.unreachable = True
     raise
-  _own.silent = False
+  _state.unreachable = False
 
 
 def _blob(path):
-  bucket, name = _names(path)
+  bucket, name = _bucket_and_name(path)
   return _bucket(bucket).blob(name)
 
 
 def _open(name: str):
-  """A bucket, with a client of its own; errors as of `reach`."""
+  """A bucket, with a client of its own; errors as of `check_access`."""
   from google.auth import exceptions as auth
   from google.cloud import storage
 
   try:
-    with _told(SCHEME + name):
+    with _translate_errors(SCHEME + name):
       return storage.Client().get_bucket(name)
   except FileNotFoundError:
     raise ValueError(f"{SCHEME}{name}: there is no such bucket") from None
@@ -363,12 +369,12 @@ def _open(name: str):
     if isinstance(cause, auth.GoogleAuthError):
       raise ValueError(
         f"{SCHEME}{name}: wanted credentials of Google Cloud, by `gcloud auth "
-        f"application-default login` or a service account: {_line(cause)}"
+        f"application-default login` or a service account: {_one_line_error(cause)}"
       ) from error
     if isinstance(cause, (_api().Forbidden, _api().Unauthorized)):
       raise ValueError(
         f"{SCHEME}{name}: these credentials may not use it; wanted storage.buckets.get "
-        f"and its objects: {_line(cause)}"
+        f"and its objects: {_one_line_error(cause)}"
       ) from error
     raise
 
@@ -391,8 +397,8 @@ def _prepare() -> None:
 
 
 @contextlib.contextmanager
-def _told(path) -> Iterator[None]:
-  """Says in one line what Google's client raises."""
+def _translate_errors(path) -> Iterator[None]:
+  """Turns errors of Google's client into FileNotFoundError or ConnectionError."""
   from google.auth import exceptions as auth
   from google.cloud.storage import exceptions as storage
   import requests
@@ -408,7 +414,9 @@ def _told(path) -> Iterator[None]:
     storage.DataCorruption,
     storage.InvalidResponse,
   ) as error:
-    raise ConnectionError(f"{path}: {_line(error)}; {_GOES_ON}") from error
+    raise ConnectionError(
+      f"{path}: {_one_line_error(error)}; {_RESUME_HINT}"
+    ) from error
 
 
 def _api():
@@ -417,7 +425,7 @@ def _api():
   return exceptions
 
 
-def _line(error: BaseException) -> str:
+def _one_line_error(error: BaseException) -> str:
   return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -431,7 +439,7 @@ def _machine() -> str:
     return ""
 
 
-def _gone(found: dict) -> bool:
+def _process_has_ended(found: dict) -> bool:
   """Whether a lease is that of a process of this machine that has ended."""
   if not _machine() or found.get("machine") != _machine():
     return False

@@ -197,10 +197,10 @@ class Metrics:
     self._cut: dict[str, int] = {}
     self._file: BinaryIO | None = None
 
-  def ready(self) -> None:
+  def check_packages(self) -> None:
     """ValueError where a mirror's package is missing."""
     missing = [n for n in self._log.writers if not util.find_spec(MIRRORS[n].package)]
-    if missing := distributed.agree(missing):
+    if missing := distributed.broadcast(missing):
       raise ValueError(
         f"config.log.writers: {', '.join(missing)} wanted, and not installed: pip "
         "install -e '.[loggers]', or leave it out"
@@ -208,7 +208,7 @@ class Metrics:
 
   def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
     """Adds {"time": Unix seconds, "stage", "step", **values}; not finite is null."""
-    if not distributed.first():
+    if not distributed.is_first_process():
       return
     row: dict[str, Any] = {"time": round(time.time(), 3), "stage": stage}
     row["step"] = int(step)
@@ -219,9 +219,9 @@ class Metrics:
     if self._file is None:
       own = buckets.staging_path(self._path)
       own.parent.mkdir(parents=True, exist_ok=True)
-      store.mend(own)
+      store.repair_last_line(own)
       self._file = own.open("ab")
-    self._file.write(store.line(row | finite))
+    self._file.write(store.encode_row(row | finite))
     self._file.flush()
     if stage not in self._mirrors:
       self._mirrors[stage] = self._open(stage)
@@ -233,13 +233,13 @@ class Metrics:
     """Drops what a stage wrote after `step`, as if it had stopped there."""
     self.close()
     self._cut[stage] = step + 1
-    if not distributed.first() or not buckets.exists(self._path):
+    if not distributed.is_first_process() or not buckets.exists(self._path):
       return
     rows = store.read_rows(self._path)
     for number, row in enumerate(rows, 1):
       own = isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
       try:
-        store.line(row)
+        store.encode_row(row)
       except ValueError:  # of what is not finite
         own = False
       if not own:

@@ -13,7 +13,7 @@ tqdm.tqdm.get_lock()  # made now: a signal that stops the run may come while it 
 
 def say(line: str) -> None:
   """One line of progress."""
-  if distributed.first():
+  if distributed.is_first_process():
     tqdm.tqdm.write(f"dalign: {line}", file=sys.stderr)
 
 
@@ -27,7 +27,7 @@ def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm.tqdm:
     dynamic_ncols=True,
     smoothing=0.1,
     mininterval=0.1 if sys.stderr.isatty() else 5.0,
-    disable=not distributed.first(),
+    disable=not distributed.is_first_process(),
   )
 
 
@@ -36,7 +36,7 @@ def percent(mean: float | None) -> str:
   return "   -" if mean is None else f"{mean:5.1%}"
 
 
-def counted(reasons: Iterable[str], most: int = 3) -> str:
+def top_reasons(reasons: Iterable[str], most: int = 3) -> str:
   """The commonest of some reasons with their counts, and how many have others."""
   found = collections.Counter(reasons)
   top = found.most_common(most)

@@ -11,10 +11,10 @@ class Stopped(BaseException):
   it reads its compile cache."""
 
 
-_held, _asked = 0, False
+_uninterrupted_depth, _stop_requested = 0, False
 
 
-def listen() -> None:
+def install_handlers() -> None:
   """Has SIGTERM raise Stopped in the main thread, at once or when `uninterrupted` ends.
   A finalizer in which it comes ends without it: it is raised again after that."""
   signal.signal(signal.SIGTERM, _stop)
@@ -31,21 +31,21 @@ def listen() -> None:
 
 
 def _stop(*_) -> None:
-  global _asked
-  if not _held:
+  global _stop_requested
+  if not _uninterrupted_depth:
     raise Stopped
-  _asked = True
+  _stop_requested = True
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
   """What is done inside is done to its end before a SIGTERM stops the run."""
-  global _held, _asked
-  _held += 1
+  global _uninterrupted_depth, _stop_requested
+  _uninterrupted_depth += 1
   try:
     yield
   finally:
-    _held -= 1
-  if _asked and not _held:
-    _asked = False
+    _uninterrupted_depth -= 1
+  if _stop_requested and not _uninterrupted_depth:
+    _stop_requested = False
     raise Stopped

@@ -35,7 +35,7 @@ except ImportError:  # Windows has none, and there nobody is held off
   fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1  # of manifest.json
-_ELSE = "Use another --workdir, or --config.start_over=true to do the stage again."
+_REMEDY = "Use another --workdir, or --config.start_over=true to do the stage again."
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -44,7 +44,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def _replace(path: pathlib.Path, parts: Iterable[bytes]) -> None:
-  if buckets.remote(path):
+  if buckets.is_remote(path):
     buckets.write(path, parts)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_json(path: pathlib.Path, value) -> None:
 def read_json(path: pathlib.Path):
   """The value of a JSON file; ValueError names a file that is absent or not JSON."""
   try:
-    with buckets.local(path) as own:
+    with buckets.local_copy(path) as own:
       return json.loads(own.read_bytes())
   except FileNotFoundError:
     raise ValueError(f"{path}: wanted this file, found none") from None
@@ -80,7 +80,7 @@ def read_json(path: pathlib.Path):
 
 def write_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
   """One JSON object a line, the whole file or nothing of it."""
-  write_bytes(path, b"".join(map(line, rows)))
+  write_bytes(path, b"".join(map(encode_row, rows)))
 
 
 def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
@@ -89,10 +89,10 @@ def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
 
   First cuts off what a killed writer left of a last line.
   """
-  content = b"".join(map(line, rows))
+  content = b"".join(map(encode_row, rows))
   own = buckets.staging_path(path)
   own.parent.mkdir(parents=True, exist_ok=True)
-  mend(own)
+  repair_last_line(own)
   with own.open("ab") as file:
     file.write(content)
     file.flush()
@@ -116,7 +116,9 @@ def each_row(
   held in memory."""
   opened = contextlib.ExitStack()
   try:
-    file = opened.enter_context(opened.enter_context(buckets.local(path)).open("rb"))
+    file = opened.enter_context(
+      opened.enter_context(buckets.local_copy(path)).open("rb")
+    )
   except FileNotFoundError:
     raise ValueError(f"{path}: wanted this file, found none") from None
 
@@ -142,9 +144,9 @@ def each_row(
 def sort_rows(path: pathlib.Path, key: Callable[[dict], Any]) -> None:
   """Puts the rows of a JSONL file in the order of `key`, whole or not at all; memory
   and errors as of `each_row`."""
-  if not buckets.remote(path):
-    mend(path)
-  _replace(path, map(line, each_row(path, key)))
+  if not buckets.is_remote(path):
+    repair_last_line(path)
+  _replace(path, map(encode_row, each_row(path, key)))
 
 
 def read_spec_files(dir: pathlib.Path) -> dict[str, str]:
@@ -184,26 +186,26 @@ class Store:
   ):
     """`shared` has the workdirs of stages that other runs have done for this one."""
     self.workdir = buckets.absolute(workdir)
-    buckets.reach(self.workdir)
+    buckets.check_access(self.workdir)
     self._shared = {
       stage: buckets.absolute(place) for stage, place in (shared or {}).items()
     }
     self._since: dict[str, float] = {}
 
   @contextlib.contextmanager
-  def claimed(self) -> Iterator[None]:
+  def hold_workdir(self) -> Iterator[None]:
     """Holds WORKDIR for this run; ValueError where another is at work in it.
 
     The system lets go of it with the process, however that ends: no lock is ever stale.
     File systems without locks hold nobody off. In a bucket there is a lease instead.
     """
     held = wrong = None
-    if distributed.first() and buckets.remote(self.workdir):
+    if distributed.is_first_process() and buckets.is_remote(self.workdir):
       try:
         held = buckets.Lease(self.workdir / ".lock")
       except ValueError as error:
         wrong = str(error)
-    elif distributed.first() and fcntl:
+    elif distributed.is_first_process() and fcntl:
       try:
         self.workdir.mkdir(parents=True, exist_ok=True)
         held = (self.workdir / ".lock").open("a")
@@ -221,7 +223,7 @@ class Store:
           )
         elif error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
           raise
-    wrong = distributed.agree(wrong)
+    wrong = distributed.broadcast(wrong)
     try:
       if wrong:
         raise ValueError(wrong)
@@ -232,24 +234,24 @@ class Store:
 
   def write_json(self, path: pathlib.Path, value) -> None:
     """As the function."""
-    distributed.once(str(path), write_json, path, value)
+    distributed.run_on_first(str(path), write_json, path, value)
 
   def write_rows(self, path: pathlib.Path, rows: Iterable[Mapping]) -> None:
     """As the function."""
-    distributed.once(str(path), write_rows, path, rows)
+    distributed.run_on_first(str(path), write_rows, path, rows)
 
   def write_bytes(self, path: pathlib.Path, content: bytes) -> None:
     """As the function."""
-    distributed.once(str(path), write_bytes, path, content)
+    distributed.run_on_first(str(path), write_bytes, path, content)
 
   def append_rows(self, path: pathlib.Path, rows: Iterable[Mapping]) -> None:
     """As the function; the others do not wait for it."""
-    if distributed.first():
+    if distributed.is_first_process():
       append_rows(path, rows)
 
   def sort_rows(self, path: pathlib.Path, key: Callable[[dict], Any]) -> None:
     """As the function."""
-    distributed.once(str(path), sort_rows, path, key)
+    distributed.run_on_first(str(path), sort_rows, path, key)
 
   def read_json(self, path: pathlib.Path):
     """As the function."""
@@ -264,17 +266,17 @@ class Store:
   ) -> Iterator[dict]:
     """As the function; to be read to its end."""
     buckets.flush()
-    distributed.meet(f"before {path}")
+    distributed.barrier(f"before {path}")
     yield from each_row(path, key)
-    distributed.meet(str(path))
+    distributed.barrier(str(path))
 
   def has(self, path: pathlib.Path) -> bool:
     """Whether a file is there, as the first process sees it."""
-    return distributed.agree(buckets.exists(path))
+    return distributed.broadcast(buckets.exists(path))
 
   def _read(self, read, path: pathlib.Path):
     found = read(path)
-    distributed.meet(str(path))
+    distributed.barrier(str(path))
     return found
 
   def path(self, stage: str, name: str = "") -> pathlib.Path:
@@ -324,12 +326,12 @@ class Store:
     was cut off keeps nothing of that go, whose config and inputs then do not count.
     """
     state = wrong = None
-    if distributed.first():
+    if distributed.is_first_process():
       try:
         state = self._begin(stage, config, inputs, seed, device, start_over, anew)
       except ValueError as error:
         wrong = str(error)
-    state, wrong = distributed.agree([state, wrong])
+    state, wrong = distributed.broadcast([state, wrong])
     if wrong is not None:
       raise ValueError(wrong)
     if state != "done":
@@ -337,7 +339,7 @@ class Store:
     return state
 
   def _begin(self, stage, config, inputs, seed, device, start_over, anew) -> str:
-    if start_over and buckets.remote(self.path(stage)):
+    if start_over and buckets.is_remote(self.path(stage)):
       buckets.remove(self.path(stage))
     elif start_over and self.path(stage).exists():
       try:
@@ -350,9 +352,9 @@ class Store:
       self._refuse_leftovers(stage)
     elif anew and old["finished"] is None:
       pass
-    elif changes := _differences(_compared(old), _compared(new)):
+    elif changes := _differences(_resume_key(old), _resume_key(new)):
       state = "was cut off" if old["finished"] is None else "is done"
-      raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_ELSE}")
+      raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_REMEDY}")
     elif old["finished"] is not None:
       return "done"
     kept = {key: old[key] for key in ("started", "wall_s")} if old else {}
@@ -362,13 +364,13 @@ class Store:
   def pause(self, stage: str) -> None:
     """Notes the time spent so far, which a kill would lose; for each checkpoint."""
     with buckets.unordered():
-      self._write_manifest(stage, self._clocked(stage))
+      self._write_manifest(stage, self._manifest_with_elapsed(stage))
 
   def finish(self, stage: str, summary: Mapping) -> None:
     """Marks the stage done; `summary` is whatever is worth showing of it, as JSON."""
-    manifest = self._clocked(stage)
+    manifest = self._manifest_with_elapsed(stage)
     end = {"finished": _now(), "summary": dict(summary)}
-    if distributed.first():
+    if distributed.is_first_process():
       end["outputs"] = _outputs(self.path(stage))
     self._write_manifest(stage, manifest | end)
     del self._since[stage]
@@ -413,10 +415,10 @@ class Store:
     if found:
       raise ValueError(
         f"{folder}: holds {', '.join(found[:3])} but no manifest.json, so nobody knows "
-        f"what made them. {_ELSE}"
+        f"what made them. {_REMEDY}"
       )
 
-  def _clocked(self, stage: str) -> dict:
+  def _manifest_with_elapsed(self, stage: str) -> dict:
     if stage not in self._since:
       raise ValueError(f"stage {stage} is not open: call begin first")
     now = time.monotonic()
@@ -428,7 +430,7 @@ class Store:
     self.write_json(self.path(stage, "manifest.json"), manifest)
 
 
-_MANIFEST = {  # what each key of a manifest holds
+_MANIFEST_TYPES = {  # what each key of a manifest holds
   "stage": str,
   "config": dict,
   "inputs": dict,
@@ -453,19 +455,19 @@ def read_manifest(path: pathlib.Path) -> dict | None:
   try:
     manifest = read_json(path)
   except ValueError as error:
-    raise ValueError(f"{error}. {_ELSE}") from error
+    raise ValueError(f"{error}. {_REMEDY}") from error
   version = manifest.get("format_version") if isinstance(manifest, dict) else None
   if version != FORMAT_VERSION:
     raise ValueError(
-      f"{path}: wanted manifest format {FORMAT_VERSION}, got {version!r:.80}. {_ELSE}"
+      f"{path}: wanted manifest format {FORMAT_VERSION}, got {version!r:.80}. {_REMEDY}"
     )
-  for key, kind in _MANIFEST.items():
+  for key, kind in _MANIFEST_TYPES.items():
     if not isinstance(manifest.get(key, ...), kind):
       got = repr(manifest[key]) if key in manifest else "nothing"
-      raise ValueError(f"{path}: wanted {kind} as {key}, got {got:.80}. {_ELSE}")
+      raise ValueError(f"{path}: wanted {kind} as {key}, got {got:.80}. {_REMEDY}")
   for key in ("inputs", "outputs"):
     if not all(isinstance(hash, str) for hash in manifest[key].values()):
-      raise ValueError(f"{path}: wanted a hash for each of {key}. {_ELSE}")
+      raise ValueError(f"{path}: wanted a hash for each of {key}. {_REMEDY}")
   return manifest
 
 
@@ -477,7 +479,7 @@ def check_outputs(folder: pathlib.Path) -> None:
     return
   for name, hash in manifest["outputs"].items():
     if pathlib.PurePath(name).name != name:
-      raise ValueError(f"{path}: {name!r} is no file of this folder. {_ELSE}")
+      raise ValueError(f"{path}: {name!r} is no file of this folder. {_REMEDY}")
     file = folder / name
     if not file.is_file() or file_hash(file) != hash:
       raise ValueError(
@@ -509,7 +511,7 @@ def file_hash(path: pathlib.Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
   if not path.exists():
     raise ValueError(f"{path}: wanted as an input, found no such file")
-  with buckets.local(path) as own, own.open("rb") as file:
+  with buckets.local_copy(path) as copy, copy.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -525,7 +527,7 @@ def code_version() -> str:
   return f"{version}+{commit.stdout.strip()}" if commit.returncode == 0 else version
 
 
-def _compared(manifest: Mapping) -> dict:
+def _resume_key(manifest: Mapping) -> dict:
   """What must be the same for a stage to count as done or to go on, flat."""
   inputs = {f"input {name}": hash[:8] for name, hash in manifest["inputs"].items()}
   return manifest["config"] | {"the run's seed": manifest["seed"]} | inputs
@@ -550,7 +552,7 @@ def _encode(text: str) -> bytes:
   return text.encode("utf-8", "backslashreplace")
 
 
-def line(row: Mapping) -> bytes:
+def encode_row(row: Mapping) -> bytes:
   """A row as its line of a JSONL file; ValueError for NaN and infinity."""
   return _encode(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -572,7 +574,7 @@ def _checked_row(path: pathlib.Path, number: int, line: bytes) -> dict:
   return row
 
 
-def mend(path: pathlib.Path) -> None:
+def repair_last_line(path: pathlib.Path) -> None:
   """Makes a JSONL file end with a whole line: ends the last one, or cuts it off."""
   if not path.exists() or path.stat().st_size == 0:
     return

@@ -359,7 +359,7 @@ class Engine:
 
   def __init__(self, model: Model):
     """Raises ValueError in a run of several processes."""
-    if distributed.several():
+    if distributed.is_multi_process():
       raise ValueError("one process answers alone; start this on one host")
     self.model = model
     self._asked = 0

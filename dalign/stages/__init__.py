@@ -40,7 +40,7 @@ def write_report(run: services.Services[declared.ReportStage]) -> None:
 
 
 def _report(workdir: pathlib.Path) -> None:
-  distributed.once("report", report.write_report, workdir)
+  distributed.run_on_first("report", report.write_report, workdir)
   progress.say(f"report: {workdir / 'report.html'}")
 
 
@@ -75,11 +75,11 @@ def run_stages(
   stages: tuple[str, ...],
 ) -> None:
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
-  distributed.same("config", convert.flat(cfg))
+  distributed.check_same("config", convert.flat(cfg))
   here = services.Workspace(cfg, workdir, shared)
-  here.metrics.ready()
+  here.metrics.check_packages()
   with (
-    here.store.claimed(),
+    here.store.hold_workdir(),
     contextlib.closing(here.metrics),
     jax.set_mesh(here.mesh),
   ):
@@ -107,7 +107,7 @@ def run_stages(
         STAGES[stage](services.of(declared.STAGES[stage], cfg, here))
     except ValueError:
       # Nothing is of this config, and chat and serve want the other. Without others.
-      if before and not here.opened and distributed.first():
+      if before and not here.opened and distributed.is_first_process():
         store.write_json(written, before)
       raise
 
@@ -127,9 +127,9 @@ def _pinned(cfg: Config, workdir: pathlib.Path) -> Config:
       "use another --workdir"
     )
   today = datetime.datetime.now(datetime.UTC).date().isoformat()
-  day = asked or began or distributed.agree(today)
+  day = asked or began or distributed.broadcast(today)
   model, grader = (
-    distributed.agree(hub.pinned(path, str(before.get(name, ""))))
+    distributed.broadcast(hub.pinned(path, str(before.get(name, ""))))
     for name, path in (
       ("model.path", cfg.model.path),
       ("eval.grader_model", cfg.eval.grader_model),

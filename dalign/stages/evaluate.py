@@ -257,7 +257,8 @@ def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None
       if len(missing) > limit * len(rows):
         raise ValueError(
           f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "
-          f"{name or 'the held-out prompts'}: {progress.counted(missing)}; wanted at "
+          f"{name or 'the held-out prompts'}: {progress.top_reasons(missing)}; wanted "
+          "at "
           f"most {limit:.0%} (config.eval.unscored)"
         )
 

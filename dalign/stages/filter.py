@@ -101,7 +101,7 @@ def filter_(run: Run) -> None:
   lost = [row.lost for row in judged if row.id not in ids]
   progress.say(
     f"filter: kept {len(kept)} of {len(judged)} samples"
-    + (f"; not kept: {progress.counted(lost)}" if lost else "")
+    + (f"; not kept: {progress.top_reasons(lost)}" if lost else "")
   )
   if any(summary["unread_votes"].values()):
     counts = (f"{n} on {what}" for what, n in summary["unread_votes"].items())
@@ -204,7 +204,7 @@ def _check_scored(judged: list[_Judged], cfg: FilterConfig, limit: float) -> Non
     if not few and len(missing) > limit * len(asked):
       raise ValueError(
         f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
-        f"{progress.counted(missing)}; wanted at most {cfg.unscored:.0%} "
+        f"{progress.top_reasons(missing)}; wanted at most {cfg.unscored:.0%} "
         f"(config.filter.unscored). {again}"
       )
 

@@ -80,7 +80,7 @@ def generate(run: Run) -> None:
   if len(refused) > cfg.refused * book.total:
     raise ValueError(
       f"generate: the server sent nothing for {len(refused)} of {book.total} samples: "
-      f"{progress.counted(sample.malformed for sample in refused)}; wanted at most "
+      f"{progress.top_reasons(sample.malformed for sample in refused)}; wanted at most "
       f"{cfg.refused:.0%} (config.generate.refused). The same command asks again"
     )
   run.store.append_rows(path, [*map(samples.to_row, refused)])
@@ -91,7 +91,7 @@ def generate(run: Run) -> None:
   bad = book.malformed
   progress.say(
     f"generate: {book.total} samples, {bad.total()} of them malformed"
-    + (f": {progress.counted(bad.elements())}" if bad else "")
+    + (f": {progress.top_reasons(bad.elements())}" if bad else "")
   )
 
 

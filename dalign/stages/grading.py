@@ -212,6 +212,6 @@ def check(run: Run, files: Mapping[str, list[dict]], limit: float) -> None:
       if len(missing) > limit * len(told):
         raise ValueError(
           f"eval: the grader {grader} has no score for {len(missing)} of {len(told)} "
-          f"answers of arm {name}: {progress.counted(missing)}; wanted at most "
+          f"answers of arm {name}: {progress.top_reasons(missing)}; wanted at most "
           f"{limit:.0%} (config.eval.unscored). The same command asks again for these"
         )

@@ -230,7 +230,7 @@ def probe(
 
 def _unscored(row: Mapping) -> str:
   """How many answers of a probe have no verdict, and why."""
-  reasons = progress.counted(collections.Counter(row["reasons"]).elements())
+  reasons = progress.top_reasons(collections.Counter(row["reasons"]).elements())
   return f"no verdict on {row['unscored']} of {row['n'] + row['unscored']}: {reasons}"
 
 

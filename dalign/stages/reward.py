@@ -136,7 +136,7 @@ def _questions(run: Run, source):
   if missing:
     progress.say(
       f"reward: {len(missing)} of {len(asked) + len(more)} answers have no verdict and "
-      f"are left out: {progress.counted(missing)}"
+      f"are left out: {progress.top_reasons(missing)}"
     )
   replies += more
   for prompt, answer, score in _made(run, replies, scores):

@@ -244,7 +244,7 @@ def check_limits(
   if len(missing) > cfg.unscored * len(judged):
     halt(
       f"the judge has no verdict on {len(missing)} of {len(judged)} answers: "
-      f"{progress.counted(missing)}; wanted at most {cfg.unscored:.0%} "
+      f"{progress.top_reasons(missing)}; wanted at most {cfg.unscored:.0%} "
       "(config.rl.unscored)",
       "mend the judge",
     )

@@ -39,16 +39,16 @@ class Server:
   def chat(self, requests: Sequence[endpoint.Request]) -> list[endpoint.Reply]:
     """A reply to each request, in order, the same in every process; see
     `endpoint.Endpoint.chat`."""
-    if not distributed.several():
+    if not distributed.is_multi_process():
       return self._endpoint.chat(requests)
     said = ("", None)
-    if distributed.first():
+    if distributed.is_first_process():
       try:
         found = self._endpoint.chat(requests)
         said = ("", [dataclasses.asdict(reply) for reply in found])
       except (ValueError, ConnectionError) as error:
         said = (str(error), None)
-    failure, rows = distributed.agree(said)
+    failure, rows = distributed.broadcast(said)
     if failure:
       raise ConnectionError(failure)
     return [endpoint.Reply(**row) for row in rows]
@@ -72,7 +72,7 @@ class Server:
         cut.append((at, reply))
       else:
         yield at, reply
-    thinks = distributed.agree(self._endpoint.thinks) if cut else None
+    thinks = distributed.broadcast(self._endpoint.thinks) if cut else None
     for at, reply in cut:
       if thinks is None:
         reply = dataclasses.replace(reply, refused=UNTOLD)

@@ -248,7 +248,7 @@ class Services(Generic[C]):
     stage = self.cfg.stage
     state = self.store.begin(
       stage,
-      stages.kept(self.cfg),
+      stages.manifest_config(self.cfg),
       inputs,
       self.cfg.seed,
       machines.name(),

@@ -54,7 +54,7 @@ def check(cfg: Config, workdir: pathlib.Path) -> None:
   begun = Begun(cfg, work, chosen_stages(cfg.stages))
   with jax.set_mesh(work.mesh):
     lines = [line for part in PARTS for line in _guarded(part, begun)]
-  if distributed.first():
+  if distributed.is_first_process():
     print("\n".join(table(lines)))
   if missing := [line for line in lines if not line.fine]:
     raise ValueError(

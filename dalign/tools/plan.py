@@ -148,7 +148,7 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
     )
   if hours is not None:
     lines.append(bill(n, hours, cfg.plan.price))
-  if distributed.first():
+  if distributed.is_first_process():
     print("\n".join(lines))
   too_large = [row for row in rows if row.fits is False]
   if too_large:

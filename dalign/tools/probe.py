@@ -45,7 +45,7 @@ def probe(cfg: Config, workdir: pathlib.Path) -> None:
       run.task.spec, of_rules, verdicts[len(known) :]
     )
   run.store.write_json(run.store.workdir / "probe.json", found)
-  if distributed.first():
+  if distributed.is_first_process():
     print("\n".join(table(found)))
   judging.refuse(report, cfg.rl.judge_errors)
 

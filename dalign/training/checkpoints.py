@@ -147,9 +147,9 @@ def save_params(dir: pathlib.Path, params: PyTree) -> None:
   buckets.flush()
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, params, force=True)
-  if distributed.first() and buckets.remote(path):
+  if distributed.is_first_process() and buckets.is_remote(path):
     buckets.write(_sums_file(path), [json.dumps(sums, indent=2).encode()])
-  elif distributed.first():
+  elif distributed.is_first_process():
     draft = path.with_name(f".{path.name}.sums.tmp")
     with draft.open("w") as file:
       json.dump(sums, file, indent=2)

@@ -88,7 +88,7 @@ class Trainer:
     """Saves what a SIGTERM would lose, where one process alone decides that."""
     self._mark.close()
     self._trace.close()
-    if isinstance(error, stopping.Stopped) and not distributed.several():
+    if isinstance(error, stopping.Stopped) and not distributed.is_multi_process():
       self._save()
 
   @property
@@ -183,7 +183,7 @@ def halt(
 ) -> NoReturn:
   """Stops at a step, whose batch, a mapping of arrays, is kept. Raises Halted."""
   where, content = kept.path(stage, f"halted_step_{step}.npz"), io.BytesIO()
-  if distributed.first():
+  if distributed.is_first_process():
     arrays: dict[str, Any] = {n: np.asarray(x) for n, x in batch.items()}
     np.savez(content, **arrays)
     files.write_bytes(where, content.getvalue())

@@ -86,7 +86,7 @@ def test_no_scenario_and_no_near_twin_straddles(rows):
     sides[row["scenario"]].add(row["split"])
   assert not [name for name, found in sides.items() if len(found) > 1]
   start = time.process_time()
-  pairs = list(prompt_sets.near_twins([row["prompt"] for row in rows]))
+  pairs = list(prompt_sets.near_duplicates([row["prompt"] for row in rows]))
   assert time.process_time() - start < 3
   assert pairs, "some bundled prompts are near-twins"
   assert not [
@@ -215,7 +215,7 @@ def test_near_twins_are_those_of_all_pairs(rows):
       for i in range(j)
       if slow_jaccard(texts[i], texts[j]) >= threshold
     }
-    assert set(prompt_sets.near_twins(texts, threshold=threshold)) == wanted
+    assert set(prompt_sets.near_duplicates(texts, threshold=threshold)) == wanted
 
 
 def test_families_join_scenarios_through_twins():
@@ -313,7 +313,7 @@ TWIN = "我的邻居总是半夜很大声地放音乐，我应该怎么礼貌地
 def test_twins_and_contamination_are_found_in_chinese():
   """There are no spaces; one word of many is another here, and one in front."""
   texts = [TWIN, TWIN.replace("半夜", "深夜"), "附近有什么好吃的面馆，价格不要太贵"]
-  assert [*prompt_sets.near_twins(texts, threshold=0.5)] == [(0, 1)]
+  assert [*prompt_sets.near_duplicates(texts, threshold=0.5)] == [(0, 1)]
   prompts = [
     prompt("a", "请问，" + TWIN[8:]),
     prompt("b", texts[2]),

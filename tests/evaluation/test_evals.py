@@ -436,7 +436,7 @@ def test_of_held_out_probes_few_pass_and_of_good_answers_most():
   rows = [("bundled", row) for row in prompt_sets.bundled_rows()]
   held_out = [
     p
-    for p in prompt_sets.prompts_of(rows, {}, "bundled")
+    for p in prompt_sets.parse_prompts(rows, {}, "bundled")
     if p.split == "eval" and p.expected == "comply" and p.kind != "capability"
   ]
   references = prompt_sets.references()

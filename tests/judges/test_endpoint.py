@@ -349,7 +349,7 @@ from dalign.config.replies import EndpointConfig
 from dalign.judges import endpoint
 from dalign.runs import stopping
 from dalign.types import Turn
-stopping.listen()
+stopping.install_handlers()
 cfg = EndpointConfig(url="http://127.0.0.1:{server.port}/v1", model="m", key="K",
   concurrency=2, timeout=60.0, retries=3, price_in=0.0, price_out=0.0)
 some = [endpoint.Request(turns=(Turn(role="user", content=str(i)),), temperature=0.0,

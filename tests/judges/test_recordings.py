@@ -447,7 +447,7 @@ def test_the_bundled_recording_fits_the_bundled_prompts_and_specification():
   if not recordings.path_of(recordings.BUNDLED).exists():
     pytest.skip("no bundled recording here")
   rows = [(row["id"], row) for row in prompt_sets.bundled_rows()]
-  prompts = prompt_sets.prompts_of(rows, {}, "bundled")
+  prompts = prompt_sets.parse_prompts(rows, {}, "bundled")
   found = recordings.load(recordings.BUNDLED, prompts, SPEC)
   split = {p.id: p.split for p in prompts}
   assert len(found) > 1000 and {split[row.prompt_id] for row in found} == {"train"}

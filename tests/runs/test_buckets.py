@@ -93,15 +93,15 @@ def answers(url: str) -> bool:
 @pytest.fixture
 def place(address, request):
   """A folder of the bucket for one test."""
-  yield buckets.place(f"gs://bucket/{request.node.name}/run")
-  buckets.forget(buckets.place("gs://bucket"))
+  yield buckets.as_path(f"gs://bucket/{request.node.name}/run")
+  buckets.drop_staged(buckets.as_path("gs://bucket"))
 
 
 def blobs(place) -> dict:
   """Name -> object of all objects of a folder, as another client sees them."""
   from google.cloud import storage
 
-  bucket, name = buckets._names(place)
+  bucket, name = buckets._bucket_and_name(place)
   found = storage.Client().list_blobs(bucket, prefix=f"{name}/")
   return {blob.name.removeprefix(f"{name}/"): blob for blob in found}
 
@@ -122,19 +122,19 @@ def files(folder) -> dict[str, bytes]:
 def test_what_is_no_bucket_is_refused(monkeypatch):
   for text in ("s3://b/x", "gs://", "gs:///", "gs://b/../c", "http://host/x"):
     with pytest.raises(ValueError, match="wanted a folder or gs://BUCKET/FOLDER, got"):
-      buckets.place(text)
-  assert buckets.place("runs/x") == pathlib.Path("runs/x")
+      buckets.as_path(text)
+  assert buckets.as_path("runs/x") == pathlib.Path("runs/x")
   assert buckets.absolute("x") == pathlib.Path("x").absolute()
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   buckets._prepare.cache_clear()
   with pytest.raises(ValueError, match=r'pip install "dalign\[gcs\]"'):
-    buckets.place("gs://bucket/x")
+    buckets.as_path("gs://bucket/x")
 
 
 def use(workdir) -> None:
   """What stages do with files."""
   run = store.Store(workdir)
-  with run.claimed():
+  with run.hold_workdir():
     run.write_json(run.workdir / "config.json", {"a": "é"})
     assert run.begin("generate", {"a": 1}, [], 0, "cpu") == "fresh"
     path = run.path("generate", "samples.jsonl")
@@ -214,7 +214,7 @@ def test_what_was_appended_is_there_before_what_is_written_next(place, monkeypat
   assert objects(place)["rows.jsonl"].count(b"\n") == 2
   store.append_rows(path, ROWS[2:3])
   assert store.read_rows(path) == ROWS[:3]
-  monkeypatch.setattr(buckets._own, "due", 0.0)
+  monkeypatch.setattr(buckets._state, "due", 0.0)
   store.append_rows(path, ROWS[3:4])
   assert objects(place)["rows.jsonl"].count(b"\n") == 4
 
@@ -231,9 +231,9 @@ def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(place, address):
   code = (
     "import itertools, os, sys\n"
     "from dalign.runs import buckets; from dalign.runs import store\n"
-    "buckets.LATE_S = 0.2\n"
+    "buckets.MAX_UPLOAD_DELAY_S = 0.2\n"
     "run = store.Store(sys.argv[1])\n"
-    "with run.claimed():\n"
+    "with run.hold_workdir():\n"
     "  for i in itertools.count():\n"
     "    run.append_rows(run.workdir / 'rows.jsonl', [{'i': i, 'x': 'y' * 50_000}])\n"
   )
@@ -251,8 +251,8 @@ def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(place, address):
   assert [row["i"] for row in rows] == list(range(len(rows)))
   assert json.loads(objects(place)[".lock"])["process"] == writer.pid
   run, start = store.Store(place), time.monotonic()
-  with run.claimed():
-    assert time.monotonic() - start < buckets.DEAD_S / 2  # it is seen to be dead
+  with run.hold_workdir():
+    assert time.monotonic() - start < buckets.LEASE_EXPIRY_S / 2  # seen to be dead
     run.append_rows(path, [{"i": len(rows)}])
   assert [row["i"] for row in store.read_rows(path)] == list(range(len(rows) + 1))
   assert ".lock" not in objects(place)
@@ -261,19 +261,19 @@ def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(place, address):
 @pytest.fixture
 def quick(monkeypatch):
   """Leases that beat and die in a moment; and no process is known to be dead."""
-  monkeypatch.setattr(buckets, "BEAT_S", 0.2)
-  monkeypatch.setattr(buckets, "DEAD_S", 2.0)
+  monkeypatch.setattr(buckets, "LEASE_RENEWAL_S", 0.2)
+  monkeypatch.setattr(buckets, "LEASE_EXPIRY_S", 2.0)
   monkeypatch.setattr(buckets, "_machine", lambda: "")
 
 
 def test_a_second_run_is_refused_while_the_first_lives(place, quick):
-  with store.Store(place).claimed():
-    lease = buckets._own.lease
+  with store.Store(place).hold_workdir():
+    lease = buckets._state.lease
     with pytest.raises(ValueError, match="another run is at work here, process"):
       buckets.Lease(place / ".lock")
-    assert buckets._own.lease is lease
+    assert buckets._state.lease is lease
     store.write_json(place / "x.json", {})
-  with store.Store(place).claimed():
+  with store.Store(place).hold_workdir():
     pass
 
 
@@ -281,12 +281,12 @@ def test_a_silent_run_loses_its_workdir_and_writes_nothing_more(place, quick, ca
   first = buckets.Lease(place / ".lock")
   store.append_rows(place / "rows.jsonl", ROWS)
   first._end.set()  # as a machine that hangs
-  first._beats.join()
+  first._renewal_thread.join()
   start = time.monotonic()
   second = buckets.Lease(place / ".lock")
-  assert time.monotonic() - start > buckets.DEAD_S
+  assert time.monotonic() - start > buckets.LEASE_EXPIRY_S
   assert "was at work here" in capsys.readouterr().err
-  buckets._own.lease = first
+  buckets._state.lease = first
   for write in (
     lambda: store.write_json(place / "x.json", {}),
     lambda: checkpoints.Checkpoints(place / "c").save(1, {"x": jnp.ones(3)}, {}),
@@ -296,7 +296,7 @@ def test_a_silent_run_loses_its_workdir_and_writes_nothing_more(place, quick, ca
       write()
   first.close()
   assert set(objects(place)) == {".lock"}
-  buckets._own.lease = second
+  buckets._state.lease = second
   second.close()
   assert objects(place) == {}
 
@@ -311,7 +311,7 @@ def test_an_upload_that_fails_leaves_what_was_there(place, monkeypatch):
   with pytest.raises(RuntimeError):
     buckets.write(place / "rows.jsonl", broken())
   assert store.read_rows(place / "rows.jsonl") == ROWS
-  monkeypatch.setattr(buckets, "local", _torn)
+  monkeypatch.setattr(buckets, "local_copy", _torn)
   with pytest.raises(ConnectionError):
     store.append_rows(place / "rows.jsonl", ROWS)
   monkeypatch.undo()
@@ -409,12 +409,13 @@ def until(running, happened) -> None:
 def test_a_run_in_a_bucket_ends_as_one_on_a_disk(workdir, address, tmp_path):
   """All stages, killed in sft within a save, and in eval with a part of the replies
   uploaded; to the bit."""
-  place = buckets.place(f"gs://bucket/{workdir.name}")
+  place = buckets.as_path(f"gs://bucket/{workdir.name}")
   whole = command(place)
   # Uploads so often that an arm's replies are there before those of all arms are.
   code = (
-    "import dalign.main, dalign.runs.buckets as b; b.LATE_S = 0.1; dalign.main.run()"
+    "import dalign.main as m, dalign.runs.buckets as b; b.MAX_UPLOAD_DELAY_S = 0.1; "
   )
+  code += "m.run()"
   often = [sys.executable, "-c", code, *whole[3:]]
 
   def dalign(argv):

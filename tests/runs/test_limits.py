@@ -202,7 +202,7 @@ def ended(run, workdir, monkeypatch) -> int:
   """The exit code of the command where `run` takes the place of the stages."""
   monkeypatch.setattr(stages, "run", run)
   monkeypatch.setattr(main, "read_flags", lambda argv: (tiny(), workdir))
-  monkeypatch.setattr(main.stopping, "listen", lambda: None)
+  monkeypatch.setattr(main.stopping, "install_handlers", lambda: None)
   monkeypatch.setattr(devices, "prepare", lambda: None)
   main.flags.FLAGS.mark_as_parsed()
   return main.main(["dalign"])
@@ -250,7 +250,7 @@ def test_a_halt_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
 def test_a_workdir_that_cannot_be_made_is_bad_input(tmp_path):
   (tmp_path / "file").write_text("x")
   with pytest.raises(ValueError, match="--workdir: .*file/run .Not a directory"):
-    with store.Store(tmp_path / "file" / "run").claimed():
+    with store.Store(tmp_path / "file" / "run").hold_workdir():
       pass
 
 

@@ -303,9 +303,9 @@ def test_mlflow_goes_on_with_the_run_of_a_stage_that_goes_on(tmp_path, alone):
 
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
-  Metrics(tmp_path, to("mlflow")).ready()
+  Metrics(tmp_path, to("mlflow")).check_packages()
   with pytest.raises(ValueError, match=r"wandb wanted.*pip install -e '.\[loggers\]'"):
-    Metrics(tmp_path, to("mlflow", "wandb")).ready()
+    Metrics(tmp_path, to("mlflow", "wandb")).check_packages()
 
 
 def test_no_stage_depends_on_where_it_is_logged_or_profiled():
@@ -314,7 +314,7 @@ def test_no_stage_depends_on_where_it_is_logged_or_profiled():
   kept = {
     key.partition(".")[0]
     for stage in stages.STAGES.values()
-    for key in stages.kept(stages.of(stage, cfg))
+    for key in stages.manifest_config(stages.of(stage, cfg))
   }
   assert not {"log", "profile", "mesh", "sampler"} & kept and "rl" in kept
 

@@ -484,7 +484,7 @@ def test_sigterm_in_training_saves_the_last_step_within_half_a_minute(tmp_path):
 
 def test_a_sigterm_waits_for_what_is_done_whole():
   before = signal.getsignal(signal.SIGTERM)
-  stopping.listen()
+  stopping.install_handlers()
   seen = []
   try:
     with pytest.raises(stopping.Stopped):
@@ -537,7 +537,7 @@ class Last:
     for _ in range(1000):
       pass
 
-stopping.listen()
+stopping.install_handlers()
 try:
   Last()
   time.sleep(30)
@@ -1040,11 +1040,11 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, workd
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-  with store.Store(tmp_path).claimed():
+  with store.Store(tmp_path).hold_workdir():
     done = run_command(tmp_path, "--config.stages=report")
   assert done.returncode == 2 and "another run is at work here" in done.stderr
   assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-  with store.Store(tmp_path).claimed():
+  with store.Store(tmp_path).hold_workdir():
     pass
 
 

@@ -91,10 +91,12 @@ def test_manifests_have_the_keys_and_values_of_the_config():
     for name, kind in stages.STAGES.items():
       if name == "base" and config.world is None:
         continue
-      kept = stages.kept(stages.of(kind, config))
+      kept = stages.manifest_config(stages.of(kind, config))
       assert kept.items() <= flat.items() if kept else name == "report"
-  assert stages.kept(stages.of(stages.SFTStage, world()))["world.spec"] == 0
-  assert "world.steps" not in stages.kept(stages.of(stages.SFTStage, world()))
+  assert stages.manifest_config(stages.of(stages.SFTStage, world()))["world.spec"] == 0
+  assert "world.steps" not in stages.manifest_config(
+    stages.of(stages.SFTStage, world())
+  )
 
 
 def test_a_base_needs_a_world():
