@@ -26,7 +26,7 @@ from dalign.runs import stopping
 from dalign.tools import sweep
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that takes no more
-UNREAD = (flags.Error, AttributeError, KeyError, TypeError, OSError)  # of bad flags
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, OSError)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours to write
 
 MODES = {
@@ -105,7 +105,7 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
   """The checked config, or None where the mode does without, and the workdir;
   ValueError for anything that is wrong."""
   try:
-    _ARGV[:], columns = _columns(_found(argv))
+    _ARGV[:], columns = _columns(_resolve_config(argv))
     rest = flags.FLAGS(_ARGV)
     if len(rest) > 1:
       raise ValueError(f"unexpected {rest[1]!r}: options are --config.NAME=VALUE")
@@ -117,7 +117,7 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
     if _CONFIG.value is None:
       raise ValueError("wanted --config=FILE; see README.md")
     node = _node(_CONFIG.value, columns)
-  except UNREAD as error:
+  except FLAG_ERRORS as error:
     raise ValueError(_one_line(error, argv)) from error
   return convert.build(Config, node), place
 
@@ -159,7 +159,7 @@ def _recipe(name: str) -> Config:
   return _read_config([f"--config={file}"])
 
 
-def _found(argv: list[str]) -> list[str]:
+def _resolve_config(argv: list[str]) -> list[str]:
   """The arguments, with a config file that is not here as that of the package;
   ValueError for one that is nowhere."""
   found = []
@@ -188,7 +188,7 @@ def _read_config(options: list[str]) -> Config:
   try:
     values(argv, known_only=True)
     node = _node(holder.value, columns)
-  except UNREAD as error:
+  except FLAG_ERRORS as error:
     raise ValueError(_one_line(error, argv)) from error
   return convert.build(Config, node)
 
@@ -249,7 +249,7 @@ def _of_several() -> str:
   return "; if another process of this run has died, its own output says why"
 
 
-def _do(config: Config | None, workdir: pathlib.Path) -> None:
+def _dispatch(config: Config | None, workdir: pathlib.Path) -> None:
   """What the flags ask for."""
   from dalign.runs import devices
 
@@ -281,7 +281,7 @@ def _do(config: Config | None, workdir: pathlib.Path) -> None:
       server.serve(config, workdir, _STAGE.value, _HOST.value, _PORT.value)
 
 
-def _have_home() -> None:
+def _ensure_home() -> None:
   """Has a folder for temporary files be the home of a user who has none, as in many
   containers: caches lie in it, of ours and of the libraries."""
   try:
@@ -295,7 +295,7 @@ def _have_home() -> None:
 def main(argv: list[str] | None = None) -> int:
   """Runs the stages and returns the exit code."""
   argv = sys.argv if argv is None else argv
-  _have_home()
+  _ensure_home()
   if {"--help", "-h"} & {*argv[1:]}:
     modes = [f"    {name:23}  {does}" for name, does in MODES.items()]
     print(HELP.format(modes="\n".join(modes)), end="")
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
       return 0
     stopping.install_handlers()
     _join()
-    _do(config, workdir)
+    _dispatch(config, workdir)
   except ValueError as error:
     print(f"dalign: {error}", file=sys.stderr)
     return 2

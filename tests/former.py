@@ -38,7 +38,7 @@ def modules() -> Iterator[None]:
     return types.SimpleNamespace(model=found.model, domain=found.task)
 
   def sample(run, *rest):
-    return servers.sample(run.model, *rest)
+    return servers.to_sample(run.model, *rest)
 
   text = types.SimpleNamespace(**vars(chat_template) | vars(thinking))
   pipeline = types.ModuleType("dalign.pipeline")

@@ -44,8 +44,7 @@ def start() -> None:
   except ValueError as error:
     raise ValueError(
       f"cannot join other processes: {error} Set {ADDRESS_VARIABLE}, "
-      "JAX_NUM_PROCESSES and "
-      "JAX_PROCESS_ID, or start on a cluster that JAX knows."
+      "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or start on a cluster that JAX knows."
     ) from error
 
 

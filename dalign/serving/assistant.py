@@ -112,7 +112,7 @@ class Model:
     self._asked: collections.Counter = collections.Counter()
     self._scorers: dict[tuple[Callable, int], likelihood.Scorer] = {}
     if stage != "base":
-      self._run.model.trained(stage)
+      self._run.model.trained_params_path(stage)
 
   @property
   def tok(self) -> chat_template.Tokenizer:
@@ -155,7 +155,7 @@ class Model:
   @property
   def think(self) -> thinking.ThinkFormat | None:
     """How thoughts are opened for the model, or None."""
-    return None if self.stage == "base" else self._run.model.thinks
+    return None if self.stage == "base" else self._run.model.trained_think
 
   def _think(self, with_policy: bool) -> thinking.ThinkFormat | None:
     return self._run.model.think if with_policy else self.think
@@ -202,7 +202,7 @@ class Model:
     ]
 
   def _sample(self, prompt: Prompt, done: sampling.Completion) -> Sample:
-    sample = samples.of(self._run.model, prompt, done, 0, self.think)
+    sample = samples.from_completion(self._run.model, prompt, done, 0, self.think)
     if self.think and self.think.close not in self.tok.decode(done.tokens):
       return dataclasses.replace(sample, thought=sample.answer, answer="")
     return sample

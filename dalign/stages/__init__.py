@@ -45,7 +45,7 @@ def _report(workdir: pathlib.Path) -> None:
 
 
 STAGES: dict[str, Callable] = {  # the order is the method
-  "base": base.learn,
+  "base": base.train_base,
   "generate": generate.generate,
   "filter": filtering.filter_,
   "sft": sft.finetune,
@@ -76,19 +76,19 @@ def run_stages(
 ) -> None:
   """Runs some stages; `shared` has the workdirs of those that were run elsewhere."""
   distributed.check_same("config", convert.flat(cfg))
-  here = services.Workspace(cfg, workdir, shared)
-  here.metrics.check_packages()
+  work = services.Workspace(cfg, workdir, shared)
+  work.metrics.check_packages()
   with (
-    here.store.hold_workdir(),
-    contextlib.closing(here.metrics),
-    jax.set_mesh(here.mesh),
+    work.store.hold_workdir(),
+    contextlib.closing(work.metrics),
+    jax.set_mesh(work.mesh),
   ):
-    written = here.store.workdir / "config.json"
-    before = _read(here.store, written)
-    here.store.write_json(written, convert.to_json(cfg))
+    written = work.store.workdir / "config.json"
+    before = _read(work.store, written)
+    work.store.write_json(written, convert.to_json(cfg))
     if not written.exists():
       raise ValueError(
-        f"{here.store.workdir}: the first process wrote here and this one sees "
+        f"{work.store.workdir}: the first process wrote here and this one sees "
         "nothing; wanted a --workdir on a file system that all hosts share"
       )
     try:
@@ -96,18 +96,20 @@ def run_stages(
         stage
         for stage in stages
         # Of a stage that is done again nothing is read, which may be damaged.
-        if not cfg.start_over and (here.store.manifest(stage) or {}).get("finished")
+        if not cfg.start_over and (work.store.manifest(stage) or {}).get("finished")
       ]
-      rehearsal.rehearse(cfg, here, [stage for stage in stages if stage not in done])
+      rehearsal.check_prompts_render(
+        cfg, work, [stage for stage in stages if stage not in done]
+      )
       for stage in stages:
         if stage == "base" and cfg.world is None:
           continue  # only a world's base is trained here
         if stage == "distill" and cfg.distill is None:
           continue  # one of "all"
-        STAGES[stage](services.of(declared.STAGES[stage], cfg, here))
+        STAGES[stage](services.of(declared.STAGES[stage], cfg, work))
     except ValueError:
       # Nothing is of this config, and chat and serve want the other. Without others.
-      if before and not here.opened and distributed.is_first_process():
+      if before and not work.opened and distributed.is_first_process():
         store.write_json(written, before)
       raise
 

@@ -27,28 +27,28 @@ def ablate(cfg: Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
   plan = cfg.ablation
   if plan is None:
     raise ValueError("wanted a config with an ablation")
-  found: dict[str, list[dict]] = {}  # arm -> of each seed, the metrics
+  metrics_by_arm: dict[str, list[dict]] = {}  # arm -> of each seed, the metrics
   categories: dict[str, list[dict]] = {}
-  kept = store.Store(workdir)
+  root_store = store.Store(workdir)
   for seed in plan.seeds:
     folder = workdir / f"seed-{seed}"
-    one = convert.changed(cfg, {"seed": seed, "ablation": None})
-    run_stages(one, folder / "shared", {}, plan.shared)
+    seed_cfg = convert.changed(cfg, {"seed": seed, "ablation": None})
+    run_stages(seed_cfg, folder / "shared", {}, plan.shared)
     for name, arm in plan.arms.items():
-      own = {*arm["stages"], "eval"}
-      shared = {s: folder / "shared" for s in plan.shared if s not in own}
+      own_stages = {*arm["stages"], "eval"}
+      shared = {s: folder / "shared" for s in plan.shared if s not in own_stages}
       shared |= {stage: folder / other for stage, other in arm["takes"].items()}
       changes = arm["changes"] | {"eval": {"arms": (arm["row"],)}}
-      stages = tuple(stage for stage in STAGES if stage in own)
+      stages = tuple(stage for stage in STAGES if stage in own_stages)
       progress.say(f"seed {seed}, {name}: {', '.join(stages)}")
-      run_stages(convert.changed(one, changes), folder / name, shared, stages)
-      summary = kept.read_json(folder / name / "eval" / "summary.json")
-      found.setdefault(name, []).append(summary["arms"][arm["row"]])
+      run_stages(convert.changed(seed_cfg, changes), folder / name, shared, stages)
+      summary = root_store.read_json(folder / name / "eval" / "summary.json")
+      metrics_by_arm.setdefault(name, []).append(summary["arms"][arm["row"]])
       categories.setdefault(name, []).append(summary["categories"][arm["row"]])
-  kept.write_json(
+  root_store.write_json(
     workdir / "eval" / "summary.json",
     {
-      "arms": {name: over_seeds(seeds) for name, seeds in found.items()},
+      "arms": {name: over_seeds(seeds) for name, seeds in metrics_by_arm.items()},
       "paired": {},
       "categories": {name: _by_category(seeds) for name, seeds in categories.items()},
       "definitions": summary["definitions"],
@@ -57,7 +57,7 @@ def ablate(cfg: Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
       "seeds": list(plan.seeds),
     },
   )
-  for name, seeds in found.items():
+  for name, seeds in metrics_by_arm.items():
     progress.say(line(name, over_seeds(seeds)))
 
 
@@ -70,7 +70,7 @@ def over_seeds(seeds: list[dict]) -> dict:
   if len(seeds) == 1:
     return seeds[0]
   metrics = dict.fromkeys(metric for one in seeds for metric in one)
-  return {m: _cell([one.get(m, {}) for one in seeds]) for m in metrics}
+  return {m: _estimate_over_seeds([one.get(m, {}) for one in seeds]) for m in metrics}
 
 
 def _by_category(seeds: list[dict]) -> dict:
@@ -79,7 +79,7 @@ def _by_category(seeds: list[dict]) -> dict:
   return {name: over_seeds([one.get(name, {}) for one in seeds]) for name in names}
 
 
-def _cell(cells: list[dict]) -> dict:
+def _estimate_over_seeds(cells: list[dict]) -> dict:
   seeds = [cell.get("mean") for cell in cells]
   means = [mean for mean in seeds if mean is not None]
   out = {

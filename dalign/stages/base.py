@@ -21,7 +21,7 @@ Run = services.Services[stages.BaseStage]  # what this stage sees of a run
 FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
 
 
-def learn(run: Run) -> None:
+def train_base(run: Run) -> None:
   """Trains the base on lessons that follow from the seed and the step."""
   cfg = run.cfg.lessons
   if cfg is None:
@@ -69,9 +69,9 @@ def _batch(run: Run, cfg: WorldConfig, step: int):
     size += len(rows[-1][0])
   packed = packing.pack(rows, length=cfg.batch.length)
   lines = packed.lines | {"weight_BT": packed.weight_BT}
-  some = {name: np.asarray(x[:room]) for name, x in lines.items()}
-  lost = int(sum(line >= room for line, _, _ in packed.where))
-  return *train.micro_batches(some, cfg.batch), lost
+  fitting_lines = {name: np.asarray(x[:room]) for name, x in lines.items()}
+  dropped = int(sum(line >= room for line, _, _ in packed.where))
+  return *train.micro_batches(fitting_lines, cfg.batch), dropped
 
 
 def _row(run: Run, lesson: lessons.Lesson):

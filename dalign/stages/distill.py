@@ -33,7 +33,7 @@ from dalign.types import PyTree
 
 Run = services.Services[stages.DistillStage]  # what this stage sees of a run
 
-NOTHING = 0.02  # of decisions: where no more of them differ, nothing is to be learned
+NO_HEADROOM = 0.02  # of decisions: where no more differ, nothing can be learned
 
 
 def distill(run: Run) -> None:
@@ -45,7 +45,7 @@ def distill(run: Run) -> None:
   if not run.begin([path for path in inputs if path.exists()]):
     return
   choose = rollouts_of.prompt_schedule(run, cfg)
-  check_room(run)
+  check_teacher_length(run)
   start = run.model.start_params(cfg.start)
   teacher = start if cfg.teacher == cfg.start else run.model.start_params(cfg.teacher)
   headroom = measure_headroom(run, start, teacher)
@@ -64,8 +64,8 @@ def distill(run: Run) -> None:
     beside={"teacher": distillation.head_of(teacher)},
   )
   reference = run.scorer(cfg.batch, temperature=cfg.temperature)
-  reads = teacher_scorer(run)
-  shown = rollouts_of.rewound(run, trainer.step)
+  score_with_teacher = teacher_scorer(run)
+  rollouts_path = rollouts_of.rewind_rollouts_file(run, trainer.step)
   with trainer, progress.bar(cfg.steps, "distill", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
       # The student samples without the specification.
@@ -76,45 +76,45 @@ def distill(run: Run) -> None:
         run, cfg, student, prompts, cfg.samples, key
       )
       rollouts = rollouts_of.with_scores(rollouts, "reference", reference, start)
-      halt = rollouts_of.halter(run, trainer.step + 1, rollouts)
+      halt = rollouts_of.make_halt(run, trainer.step + 1, rollouts)
       rollouts_of.check_kl(rollouts, "distill", cfg.stop_kl, halt)
       metrics = step_metrics(run, rollouts)
 
       # The teacher reads its tokens behind the specification; loss and update.
-      lines = build_batch(run, rollouts, reads, teacher)
+      lines = build_batch(run, rollouts, score_with_teacher, teacher)
       batch, used = train.micro_batches(lines, cfg.batch)
       with stopping.uninterrupted():
-        found = trainer.update(batch, used, metrics)
+        update_metrics = trainer.update(batch, used, metrics)
         if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
           rows = [rollout.sample_row(r, trainer.step) for r in rollouts]
-          run.store.append_rows(shown, rows)
+          run.store.append_rows(rollouts_path, rows)
         trainer.save()
-      reverse_kl, kl = found["loss"], metrics["distill/kl_nats"]
+      reverse_kl, kl = update_metrics["loss"], metrics["distill/kl_nats"]
       bar.set_postfix(reverse_kl=f"{reverse_kl:.3f}", kl=f"{kl:.2f}")
       bar.update()
   trainer.finish()
-  told = {f"headroom_{name}": value for name, value in headroom.items()}
-  run.finish({"steps": cfg.steps} | told)
+  headroom_summary = {f"headroom_{name}": value for name, value in headroom.items()}
+  run.finish({"steps": cfg.steps} | headroom_summary)
 
 
-def told_tokens(run: Run, prompt: Prompt) -> tuple[int, ...]:
+def teacher_prompt(run: Run, prompt: Prompt) -> tuple[int, ...]:
   """What the teacher reads before it goes on as the student did."""
   turns = prompting.plain(prompt)
   if prompt.kind != "capability":
     turns = run.task.teach(prompt.blind(), worked=run.cfg.distill.demonstrations)
   return prompting.render_prompt(
-    run.model.tok, turns, run.model.thinks, keep_thoughts=True
+    run.model.tok, turns, run.model.trained_think, keep_thoughts=True
   )
 
 
-def check_room(run: Run) -> None:
+def check_teacher_length(run: Run) -> None:
   """ValueError where a line of the teacher may not hold what it has to read."""
   cfg = run.cfg.distill
   prompts = run.prompts.choose("train", "safety", None, cfg.expected)
   if cfg.capability:
     prompts += run.prompts.choose("train", "capability", None)
-  fitting = rollouts_of.fitting(run, prompts)
-  longest = max(len(told_tokens(run, prompt)) for prompt in fitting) + cfg.max_new
+  fitting = rollouts_of.prompts_that_fit(run, prompts)
+  longest = max(len(teacher_prompt(run, prompt)) for prompt in fitting) + cfg.max_new
   if longest > cfg.teacher_length:
     raise ValueError(
       f"config.distill.teacher_length: wanted {longest} or more, the tokens of the "
@@ -133,22 +133,27 @@ def teacher_scorer(run: Run) -> likelihood.Scorer:
 
 
 def build_batch(
-  run: Run, rollouts: Sequence[Rollout], reads: likelihood.Scorer, teacher: PyTree
+  run: Run,
+  rollouts: Sequence[Rollout],
+  score_with_teacher: likelihood.Scorer,
+  teacher: PyTree,
 ) -> dict[str, np.ndarray]:
   """The rollouts packed into lines, with what the teacher makes of each sampled token
   at its place, as `distillation.make_loss` reads them."""
   cfg = run.cfg.distill
-  told = {r.prompt.id: told_tokens(run, r.prompt) for r in rollouts}
-  fronts = [told[r.prompt.id] for r in rollouts]
-  said = [r.sample.tokens[r.sample.forced :] for r in rollouts]
-  rows = [[*front, *own] for front, own in zip(fronts, said, strict=True)]
-  found = reads(teacher, rows, [*map(len, fronts)])
+  prompt_tokens = {r.prompt.id: teacher_prompt(run, r.prompt) for r in rollouts}
+  fronts = [prompt_tokens[r.prompt.id] for r in rollouts]
+  replies = [r.sample.tokens[r.sample.forced :] for r in rollouts]
+  rows = [[*front, *own] for front, own in zip(fronts, replies, strict=True)]
+  teacher_scores = score_with_teacher(teacher, rows, [*map(len, fronts)])
   own = [
     (r.tokens, [False] * r.first_sampled + [True] * len(r.behaviour)) for r in rollouts
   ]
   packed = packing.pack(own, length=cfg.batch.length)
-  scores = np.zeros((*packed.tokens_BT.shape, *found[0].shape[1:]), found[0].dtype)
-  for (b, first, size), score in zip(packed.where, found, strict=True):
+  scores = np.zeros(
+    (*packed.tokens_BT.shape, *teacher_scores[0].shape[1:]), teacher_scores[0].dtype
+  )
+  for (b, first, size), score in zip(packed.where, teacher_scores, strict=True):
     scores[b, first + size - len(score) : first + size] = score
   name = "teacher_BTD" if cfg.loss == "exact" else "teacher_BT"
   return packed.lines | {"sampled_BT": packed.weight_BT > 0, name: scores}
@@ -160,7 +165,7 @@ def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
   watched = ("format", "kl_nats", "length_tokens", "truncated", "distinct")
   found = rollout.metrics(rollouts, group_size=run.cfg.distill.samples)
   values = {name: found[name] for name in (*watched, "thought_words")}
-  values |= rollouts_of.graded(run, rollouts)
+  values |= rollouts_of.grader_metrics(run, rollouts)
   return {f"distill/{name}": value for name, value in values.items()}
 
 
@@ -174,15 +179,15 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
   if run.store.has(path):
     return run.store.read_json(path)
   prompts = run.prompts.choose("train", "safety", None, cfg.expected)
-  there = {prompt.id for prompt in rollouts_of.fitting(run, prompts)}
-  prompts = run.prompts.choose("train", "safety", cfg.probed, cfg.expected, there)
+  fitting_ids = {prompt.id for prompt in rollouts_of.prompts_that_fit(run, prompts)}
+  prompts = run.prompts.choose("train", "safety", cfg.probed, cfg.expected, fitting_ids)
   key = ops.stream(run.key, "headroom")
-  alone = rollouts_of.collect_rollouts(run, cfg, start, prompts, 1, key)
+  student_rollouts = rollouts_of.collect_rollouts(run, cfg, start, prompts, 1, key)
   groups = collections.defaultdict(list)
   for prompt in prompts:
-    tokens, row_id = told_tokens(run, prompt), (prompt.id, 0)
-    asked = Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new)
-    groups[prompt.category].append(asked)
+    tokens, row_id = teacher_prompt(run, prompt), (prompt.id, 0)
+    request = Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new)
+    groups[prompt.category].append(request)
   completions = run.sampler.complete(
     run.sampler.prepare(teacher),
     [*groups.values()],
@@ -191,29 +196,33 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
     max_new=cfg.max_new,
     grow_to_fit=True,
   )
-  of = {completion.request.row_id[0]: completion for completion in completions}
+  by_prompt = {completion.request.row_id[0]: completion for completion in completions}
   pairs = []
-  for r in alone:
-    told = sample_rows.of(run.model, r.prompt, of[r.prompt.id], 0, run.model.thinks)
-    outcomes = [run.task.outcome(r.prompt, sample) for sample in (r.sample, told)]
+  for r in student_rollouts:
+    teacher_sample = sample_rows.from_completion(
+      run.model, r.prompt, by_prompt[r.prompt.id], 0, run.model.trained_think
+    )
+    outcomes = [
+      run.task.outcome(r.prompt, sample) for sample in (r.sample, teacher_sample)
+    ]
     pairs.append((outcomes[0], outcomes[1]))
-  found = evals.decision_changes(pairs)
-  run.store.write_json(path, found)
-  progress.say(f"distill: {headroom_line(found)}")
-  return found
+  headroom = evals.decision_changes(pairs)
+  run.store.write_json(path, headroom)
+  progress.say(f"distill: {headroom_line(headroom)}")
+  return headroom
 
 
-def headroom_line(found: dict) -> str:
+def headroom_line(headroom: dict) -> str:
   """The headroom in a line."""
-  if not found["n"]:
+  if not headroom["n"]:
     return "no reply to the prompts probed has a grade: what can be learned is unknown"
-  shares = {n: f"{x:.0%}" for n, x in found.items() if n not in ("n", "unscored")}
+  shares = {n: f"{x:.0%}" for n, x in headroom.items() if n not in ("n", "unscored")}
   line = (
     "with the specification in sight the teacher decides otherwise on "
-    f"{shares['otherwise']} of {found['n']} prompts: on {shares['gained']} from wrong "
-    f"to right, on {shares['lost']} from right to wrong; right are "
+    f"{shares['otherwise']} of {headroom['n']} prompts: on {shares['gained']} from "
+    f"wrong to right, on {shares['lost']} from right to wrong; right are "
     f"{shares['right_untold']} without it, {shares['right_told']} with it"
   )
-  if found["otherwise"] <= NOTHING:
+  if headroom["otherwise"] <= NO_HEADROOM:
     line += ". Of its decisions there is nothing to be learned"
   return line

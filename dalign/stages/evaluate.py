@@ -27,7 +27,7 @@ from dalign.stages import grading
 from dalign.stages import samples
 from dalign.stages import servers
 from dalign.stages import services
-from dalign.stages.prompts import label
+from dalign.stages.prompts import set_label
 from dalign.text import thinking
 from dalign.types import Prompt
 from dalign.types import PyTree
@@ -72,7 +72,7 @@ ARMS = {
 def evaluate(run: Run) -> None:
   """Samples every arm on the held-out prompts, grades and summarises."""
   cfg = run.cfg.eval
-  arms = [arm for arm in cfg.arms if _there(run, arm)]
+  arms = [arm for arm in cfg.arms if _is_trained(run, arm)]
   inputs = [*run.sources]
   stages = {ARMS[arm].stage for arm in arms} - {""}
   inputs += [run.store.path(stage, "manifest.json") for stage in stages]
@@ -83,100 +83,106 @@ def evaluate(run: Run) -> None:
   if not run.begin(sorted({*inputs})):
     return
   thin = evidence.require_held_out(run)
-  sets = {"": _held_out(run)} | run.prompts.further(
+  sets = {"": _held_out_prompts(run)} | run.prompts.load_eval_sets(
     cfg.extra, cfg.suite, cfg.extra_limit
   )
-  _check_ids(sets)
+  _check_unique_ids(sets)
   prompts_by_id = {prompt.id: prompt for some in sets.values() for prompt in some}
-  found: dict[str, dict] = collections.defaultdict(dict)
+  rows_by_set: dict[str, dict] = collections.defaultdict(dict)
   files: dict[str, list[dict]] = {}  # rows, by the names of the files that have them
   for arm in arms:
     drafts: dict = {}
-    rows = _arm(run, arm, [p for prompts in sets.values() for p in prompts], drafts)
+    rows = _evaluate_arm(
+      run, arm, [p for prompts in sets.values() for p in prompts], drafts
+    )
     files[arm] = rows
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
-      found[name][arm] = [row for row in rows if row["prompt_id"] in ids]
-    thinks = _format(run, arm)
+      rows_by_set[name][arm] = [row for row in rows if row["prompt_id"] in ids]
+    thinks = _think_format(run, arm)
     for budget in cfg.budgets if thinks else ():
-      forced = Forced(label=f".thought_{budget}", budget=budget)
-      rows = _arm(run, arm, sets[""], drafts, forced)
-      found[f"thought_{budget}"][arm] = files[f"{arm}{forced.label}"] = rows
+      forced = ForcedThought(label=f".thought_{budget}", budget=budget)
+      rows = _evaluate_arm(run, arm, sets[""], drafts, forced)
+      rows_by_set[f"thought_{budget}"][arm] = files[f"{arm}{forced.label}"] = rows
     swaps = cfg.swaps and "swap_followed" in run.task.definitions
     if swaps and thinks and not thinks.start and not ARMS[arm].spec:
-      found["swapped"][arm] = _swapped(run, arm, sets[""], found[""][arm])
+      rows_by_set["swapped"][arm] = _evaluate_swapped(
+        run, arm, sets[""], rows_by_set[""][arm]
+      )
   grading.add_grades(run, files, prompts_by_id)
-  grading.check(run, files, cfg.unscored)
-  _check_scored(found, cfg.unscored)
+  grading.check_graded(run, files, cfg.unscored)
+  _check_scored(rows_by_set, cfg.unscored)
   for arm in arms:
-    for name, disguises in _disguises(cfg.suite).items():
-      of = collections.defaultdict(list)
+    for name, disguises in _disguises_by_set(cfg.suite).items():
+      rows_by_original = collections.defaultdict(list)
       for disguise in disguises:
-        for row in found[label(disguise)][arm]:
-          of[prompts_by_id[row["prompt_id"]].original].append(row)
-      found[f"{name}_worst"][arm] = evals.worst(of, share=cfg.worst)
+        for row in rows_by_set[set_label(disguise)][arm]:
+          rows_by_original[prompts_by_id[row["prompt_id"]].original].append(row)
+      rows_by_set[f"{name}_worst"][arm] = evals.worst(rows_by_original, share=cfg.worst)
     if run.task.openings and not ARMS[arm].served and not ARMS[arm].spec:
-      _add_odds(run, arm, sets, {name: found[name][arm] for name in sets})
+      _add_decline_probability(
+        run, arm, sets, {name: rows_by_set[name][arm] for name in sets}
+      )
   summarize = functools.partial(
     evals.summarize,
     seed=run.cfg.seed,
     trials=cfg.trials,
     definitions=grading.definitions(run),
   )
-  summary = summarize(found[""])
+  summary = summarize(rows_by_set[""])
   for budget in cfg.budgets:
     budgeted = f"thought_{budget}"
-    for arm, rows in found[budgeted].items():
-      both = {f"{arm}.{budgeted}": rows, arm: found[""][arm]}
+    for arm, rows in rows_by_set[budgeted].items():
+      both = {f"{arm}.{budgeted}": rows, arm: rows_by_set[""][arm]}
       summary["differences"] |= summarize(both)["differences"]
   summary["curves"] = {
     name or "held out": {
       arm: curve
-      for arm, rows in found[name].items()
+      for arm, rows in rows_by_set[name].items()
       if (curve := evals.operating_curve(rows, seed=run.cfg.seed, trials=cfg.trials))
     }
     for name in sets
   }
-  for name, rows in list(found.items())[1:]:
-    _add(summary, name, summarize(rows))
-  summary["sets"] = _said(run, sets)
-  summary["contaminated"] = _contaminated(run, sets)
+  for name, rows in list(rows_by_set.items())[1:]:
+    _merge_set_summary(summary, name, summarize(rows))
+  summary["sets"] = _describe_sets(run, sets)
+  summary["contaminated"] = _count_contaminated(run, sets)
   summary["thin"] = thin
   if cfg.grader[1:]:
     every = [row for rows in files.values() for row in rows]
-    summary["graders"] = grading.compared(run, every)
+    summary["graders"] = grading.grader_agreement(run, every)
   run.store.write_json(run.store.path("eval", "summary.json"), summary)
   run.finish({"arms": arms, "rows": sum(map(len, sets.values()))})
   for arm, metrics in summary["arms"].items():
     shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
     line = "  ".join(f"{m} {figures.line(metrics[m])}" for m in shown)
     progress.say(f"eval: {arm:15s} {line}")
-  grading.say(summary.get("graders", {}))
+  grading.report_agreement(summary.get("graders", {}))
 
 
-def _add(summary: dict, name: str, more: dict) -> None:
+def _merge_set_summary(summary: dict, name: str, set_summary: dict) -> None:
   """Adds to a summary that of the set `name`: the metrics that apply to any arm's rows,
   whether they have a score or not."""
   applies = {
     metric
-    for metrics in more["arms"].values()
+    for metrics in set_summary["arms"].values()
     for metric, cell in metrics.items()
     if cell["n"] or cell["unscored"]
   }
   for part in ("arms", "paired", "differences"):
-    for arm, metrics in more[part].items():
-      own = {f"{name}_{m}": cell for m, cell in metrics.items() if m in applies}
-      summary[part].setdefault(arm, {}).update(own)
+    for arm, metrics in set_summary[part].items():
+      prefixed = {f"{name}_{m}": cell for m, cell in metrics.items() if m in applies}
+      summary[part].setdefault(arm, {}).update(prefixed)
 
 
-def _there(run: Run, arm: str) -> bool:
-  """Whether an arm's model has been trained, in the way the arm means."""
+def _is_trained(run: Run, arm: str) -> bool:
+  """Whether an arm's model is trained, and from the start that the arm names."""
   stage = ARMS[arm].stage
   if not stage:
     return True
   manifest = run.store.manifest(stage) or {}
   if manifest.get("finished"):
-    run.model.trained(stage)  # or what is to be done, where it is gone
+    run.model.trained_params_path(stage)  # or what is to be done, where it is gone
   if not run.store.path(stage, "params").exists():
     progress.say(f"eval: no {stage} model in this workdir, arm {arm} is left out")
     return False
@@ -188,7 +194,7 @@ def _there(run: Run, arm: str) -> bool:
   return True
 
 
-def _contaminated(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
+def _count_contaminated(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
   """Set -> training prompts that say what it says; where there are any, one line."""
   train = [prompt for prompt in run.prompts.all if prompt.split == "train"]
   found = {
@@ -202,40 +208,42 @@ def _contaminated(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
   return found
 
 
-def _check_ids(sets: dict[str, list[Prompt]]) -> None:
+def _check_unique_ids(sets: dict[str, list[Prompt]]) -> None:
   """ValueError where two prompts of several sets have one id."""
-  of: dict[str, str] = {}
+  set_of_id: dict[str, str] = {}
   for name, prompts in sets.items():
     for prompt in prompts:
-      if prompt.id in of:
-        both = " and ".join(n or "the held-out prompts" for n in (of[prompt.id], name))
+      if prompt.id in set_of_id:
+        both = " and ".join(
+          n or "the held-out prompts" for n in (set_of_id[prompt.id], name)
+        )
         raise ValueError(
           f"eval: {both} both have a prompt {prompt.id!r}; wanted ids that differ"
         )
-      of[prompt.id] = name
+      set_of_id[prompt.id] = name
 
 
-def _said(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
+def _describe_sets(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
   """What each of the further sets is, by the name that its metrics begin with."""
   cfg = run.cfg.eval
-  said = {name: source["source"] for name, source in cfg.extra.items()}
+  descriptions = {name: source["source"] for name, source in cfg.extra.items()}
   for name in cfg.suite:
     public, *names = name.split("+")
     disguise = f"; disguised by {', then '.join(names)}" if names else ""
-    said[label(name)] = run.task.notice(f"public:{public}") + disguise
+    descriptions[set_label(name)] = run.task.notice(f"public:{public}") + disguise
   counted = {
-    name: f"{len(sets[name])} prompts of {text}" for name, text in said.items()
+    name: f"{len(sets[name])} prompts of {text}" for name, text in descriptions.items()
   }
   worst = {
     f"{public}_worst": f"{public} in {len(names)} disguises, the mean over the "
     f"{cfg.worst:.0%} of them (one at least) that are worst for a prompt; unscored are "
     "the prompts of which some have no score, and the worst may be among those"
-    for public, names in _disguises(cfg.suite).items()
+    for public, names in _disguises_by_set(cfg.suite).items()
   }
   return counted | worst
 
 
-def _disguises(suite: tuple[str, ...]) -> dict[str, list[str]]:
+def _disguises_by_set(suite: tuple[str, ...]) -> dict[str, list[str]]:
   """Public set -> its disguises in a suite, where it has several."""
   of = collections.defaultdict(list)
   for name in suite:
@@ -245,25 +253,24 @@ def _disguises(suite: tuple[str, ...]) -> dict[str, list[str]]:
   return {public: names for public, names in of.items() if len(names) > 1}
 
 
-def _check_scored(found: dict[str, dict[str, list[dict]]], limit: float) -> None:
+def _check_scored(rows_by_set: dict[str, dict[str, list[dict]]], limit: float) -> None:
   """ValueError where too many answers of a set have no score; they are all on disk."""
-  for name, rows_by_arm in found.items():
+  for name, rows_by_arm in rows_by_set.items():
     for arm, rows in rows_by_arm.items():
       reasons = (
         [why for name, why in row["unscored"].items() if row["scores"][name] is None]
         for row in rows
       )
-      missing = [some[0] for some in reasons if some]
+      missing = [row_reasons[0] for row_reasons in reasons if row_reasons]
       if len(missing) > limit * len(rows):
         raise ValueError(
           f"eval: arm {arm} has no score for {len(missing)} of {len(rows)} answers to "
           f"{name or 'the held-out prompts'}: {progress.top_reasons(missing)}; wanted "
-          "at "
-          f"most {limit:.0%} (config.eval.unscored)"
+          f"at most {limit:.0%} (config.eval.unscored)"
         )
 
 
-def _held_out(run: Run) -> list[Prompt]:
+def _held_out_prompts(run: Run) -> list[Prompt]:
   cfg = run.cfg.eval
   wanted = {"safety": cfg.prompts, "helpful": cfg.helpful, "capability": cfg.capability}
   found = [
@@ -280,16 +287,16 @@ def _held_out(run: Run) -> list[Prompt]:
   return found
 
 
-def _format(run: Run, arm: str) -> thinking.ThinkFormat | None:
+def _think_format(run: Run, arm: str) -> thinking.ThinkFormat | None:
   """How an arm's thoughts are opened for it, if they are."""
   own = ARMS[arm]
   if own.spec:
-    return run.model.think if own.thinks or run.task.opens_told else None
-  return run.model.thinks if own.thinks else None
+    return run.model.think if own.thinks or run.task.opens_with_policy else None
+  return run.model.trained_think if own.thinks else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Forced:
+class ForcedThought:
   """What is done to an arm's thoughts: closed after `budget` tokens, or those of
   `thoughts`, by prompt id, put in their place."""
 
@@ -298,35 +305,37 @@ class Forced:
   thoughts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _swapped(run: Run, arm: str, prompts: list[Prompt], rows: list[dict]) -> list[dict]:
+def _evaluate_swapped(
+  run: Run, arm: str, prompts: list[Prompt], rows: list[dict]
+) -> list[dict]:
   """The rows of an arm that was given thoughts of the opposite decision."""
   thoughts = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
   some = [prompt for prompt in prompts if prompt.id in thoughts]
-  forced = Forced(label=".swapped", thoughts=thoughts)
-  found = _arm(run, arm, some, {}, forced)
+  forced = ForcedThought(label=".swapped", thoughts=thoughts)
+  found = _evaluate_arm(run, arm, some, {}, forced)
   return [evals.swapped_row(row, thoughts[row["prompt_id"]]) for row in found]
 
 
-def _add_odds(
+def _add_decline_probability(
   run: Run, arm: str, sets: dict[str, list[Prompt]], rows_by_set: dict
 ) -> None:
   """Adds to each row `decline_probability`, the probability that the arm opens an
   answer as a refusal does, after the prompt and its own thought, in one forward pass.
   """
-  params = _params(run, arm)
-  think = _format(run, arm)
-  of = {prompt.id: prompt for prompts in sets.values() for prompt in prompts}
+  params = _arm_params(run, arm)
+  think = _think_format(run, arm)
+  prompts_by_id = {prompt.id: prompt for prompts in sets.values() for prompt in prompts}
   rows = [
     row
-    for some in rows_by_set.values()
-    for row in some
+    for set_rows in rows_by_set.values()
+    for row in set_rows
     if not (think and row["malformed"])
-    and not attacks.untemplated(of[row["prompt_id"]])
+    and not attacks.untemplated(prompts_by_id[row["prompt_id"]])
   ]
   openings = [run.model.tok.encode(opening) for opening in run.task.openings]
   lines, starts = [], []
   for row in rows:
-    prompt = of[row["prompt_id"]]
+    prompt = prompts_by_id[row["prompt_id"]]
     front = [*prompting.render_prompt(run.model.tok, prompting.plain(prompt), think)]
     if think:
       thought = row["thought"].removeprefix(think.of(prompt.text).start).strip()
@@ -337,44 +346,48 @@ def _add_odds(
   length = -(-max(map(len, lines), default=1) // 128) * 128
   shape = BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
   score = run.scorer(shape)
-  logp = iter(float(np.sum(own)) for own in score(params, lines, starts))
+  logp = iter(float(np.sum(logp_T)) for logp_T in score(params, lines, starts))
   for row in rows:
     row["decline_probability"] = min(1.0, sum(math.exp(next(logp)) for _ in openings))
   run.model.free(params)
 
 
-def _arm(
+def _evaluate_arm(
   run: Run,
   arm: str,
   prompts: list[Prompt],
   drafts: dict[str, Sample],
-  forced: Forced | None = None,
+  forced: ForcedThought | None = None,
 ) -> list[dict]:
   """The graded rows of one arm, perhaps with other thoughts; rows that are there
   already are not sampled again. Of what it revises, what `drafts` lacks is added there.
   """
-  forced = forced or Forced()
-  end = forced.label
-  path = run.store.path("eval", f"{arm}{end}.jsonl")
-  before = run.store.read_rows(path) if run.store.has(path) else []
+  forced = forced or ForcedThought()
+  suffix = forced.label
+  path = run.store.path("eval", f"{arm}{suffix}.jsonl")
+  previous = run.store.read_rows(path) if run.store.has(path) else []
   # What a server would not send is asked for again: it may be otherwise today.
-  before = [row for row in before if row["finish"] != "refused"]
-  rows = {(row["prompt_id"], row["index"]): row for row in before}
+  previous = [row for row in previous if row["finish"] != "refused"]
+  rows = {(row["prompt_id"], row["index"]): row for row in previous}
   wanted = [
     (prompt, index) for prompt in prompts for index in range(run.cfg.eval.samples)
   ]
-  left = [(prompt, index) for prompt, index in wanted if (prompt.id, index) not in rows]
-  asked = [*dict.fromkeys(prompt for prompt, _ in left)]
-  lacking = [prompt for prompt in asked if prompt.id not in drafts]
-  if arm == "self_refine" and lacking:
-    drafts |= samples.drafts(run, lacking, grows=True)
-  turns = {prompt.id: _turns(run, arm, prompt, drafts) for prompt in asked}
+  pending = [
+    (prompt, index) for prompt, index in wanted if (prompt.id, index) not in rows
+  ]
+  pending_prompts = [*dict.fromkeys(prompt for prompt, _ in pending)]
+  without_draft = [prompt for prompt in pending_prompts if prompt.id not in drafts]
+  if arm == "self_refine" and without_draft:
+    drafts |= samples.drafts(run, without_draft, grow_to_fit=True)
+  turns = {
+    prompt.id: _conversation(run, arm, prompt, drafts) for prompt in pending_prompts
+  }
   if ARMS[arm].served:
-    found = _replies(run, left, turns)
+    replies = _endpoint_replies(run, pending, turns)
   else:
-    found = _sampled(run, arm, left, turns, forced)
-  with progress.bar(len(wanted), f"eval {arm}{end}", "reply", len(rows)) as bar:
-    for prompt, sample in found:
+    replies = _sampled_replies(run, arm, pending, turns, forced)
+  with progress.bar(len(wanted), f"eval {arm}{suffix}", "reply", len(rows)) as bar:
+    for prompt, sample in replies:
       row = run.task.outcome(prompt, sample)
       run.store.append_rows(path, [row])
       rows[prompt.id, sample.index] = row
@@ -385,7 +398,7 @@ def _arm(
   return ordered
 
 
-def _turns(run: Run, arm: str, prompt: Prompt, drafts: dict) -> tuple[Turn, ...]:
+def _conversation(run: Run, arm: str, prompt: Prompt, drafts: dict) -> tuple[Turn, ...]:
   """What the model of an arm reads before it replies."""
   if prompt.id in drafts:
     return run.task.revise(prompt, drafts[prompt.id].answer)
@@ -399,36 +412,39 @@ def _turns(run: Run, arm: str, prompt: Prompt, drafts: dict) -> tuple[Turn, ...]
 Wanted = list[tuple[Prompt, int]]  # prompts and which of their samples
 
 
-def _replies(run: Run, wanted: Wanted, turns: dict) -> Replies:
+def _endpoint_replies(run: Run, wanted: Wanted, turns: dict) -> Replies:
   """What the model at `eval.endpoint` says to each prompt."""
   cfg = run.cfg.eval
   server = servers.Server(run.store, cfg.endpoint, "eval")
   requests = [
-    dataclasses.replace(servers.request(turns[prompt.id], cfg, index), top_p=cfg.top_p)
+    dataclasses.replace(
+      servers.make_request(turns[prompt.id], cfg, index), top_p=cfg.top_p
+    )
     for prompt, index in wanted
   ]
-  for at, reply in server.settled(requests):
+  for at, reply in server.rounds_ambiguous_last(requests):
     prompt, index = wanted[at]
-    yield prompt, servers.sample(run.model, prompt, index, reply, None)
-  server.say()
+    yield prompt, servers.to_sample(run.model, prompt, index, reply, None)
+  server.report_usage()
 
 
-def _sampled(
-  run: Run, arm: str, wanted: Wanted, turns: dict, forced: Forced
+def _sampled_replies(
+  run: Run, arm: str, wanted: Wanted, turns: dict, forced: ForcedThought
 ) -> Replies:
   """What the model of an arm says to each prompt, as it ends."""
-  cfg, own, think = run.cfg.eval, ARMS[arm], _format(run, arm)
+  cfg, settings, think = run.cfg.eval, ARMS[arm], _think_format(run, arm)
   max_new = cfg.max_new + (cfg.max_think if think else 0)
   budget = forced.budget
   close = len(run.model.tok.encode(run.model.think.close))
-  put = 0 if budget is None else budget + close  # tokens of a thought closed for it
+  # of a thought closed for it
+  closed_tokens = 0 if budget is None else budget + close
   if not wanted:
     return
   groups = collections.defaultdict(list)
   for prompt, index in wanted:
-    group = prompt.category if own.spec == "policy" else ""
+    group = prompt.category if settings.spec == "policy" else ""
     groups[group].append((prompt, index))
-  params = _params(run, arm)
+  params = _arm_params(run, arm)
   weights = run.sampler.prepare(params)
   complete = functools.partial(
     run.sampler.complete,
@@ -437,10 +453,10 @@ def _sampled(
     temperature=cfg.temperature,
     top_p=cfg.top_p,
     max_new=max_new,
-    prefix_room=None if own.spec else run.cfg.sampler.prefix_step,
+    prefix_room=None if settings.spec else run.cfg.sampler.prefix_step,
     grow_to_fit=True,
   )
-  of = {prompt.id: prompt for prompt, _ in wanted}
+  prompts_by_id = {prompt.id: prompt for prompt, _ in wanted}
 
   thoughts = {
     name: tuple(
@@ -450,59 +466,68 @@ def _sampled(
   }
 
   def request(prompt: Prompt, index: int) -> Request:
-    said = turns[prompt.id]
+    conversation = turns[prompt.id]
     if attacks.untemplated(prompt):
-      tokens = prompting.untemplated(run.model.tok, said)
+      tokens = prompting.untemplated(run.model.tok, conversation)
     else:
       tokens = (
-        *prompting.render_prompt(run.model.tok, said, think),
+        *prompting.render_prompt(run.model.tok, conversation, think),
         *thoughts.get(prompt.id, ()),
       )
     return Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)
 
   requests = [[request(*pair) for pair in group] for group in groups.values()]
   if budget is None:
-    done = complete(requests)
+    completions = complete(requests)
   else:
-    done = _within(run, complete, requests, budget)
-  for completion in done:
+    completions = _complete_with_thought_budget(run, complete, requests, budget)
+  for completion in completions:
     id, index = completion.request.row_id
-    prompt = of[id]
+    prompt = prompts_by_id[id]
     opened = None if attacks.untemplated(prompt) else think
     tokens = (*thoughts.get(prompt.id, ()), *completion.tokens)
     completion = dataclasses.replace(completion, tokens=tokens)
     if opened and cfg.max_think:
-      completion = _apart(run, completion, max(cfg.max_think, put))
-    yield prompt, samples.of(run.model, prompt, completion, index, opened)
+      completion = _truncate_to_budgets(
+        run, completion, max(cfg.max_think, closed_tokens)
+      )
+    yield prompt, samples.from_completion(run.model, prompt, completion, index, opened)
   run.model.free(params)
 
 
-def _params(run: Run, arm: str) -> PyTree:
+def _arm_params(run: Run, arm: str) -> PyTree:
   """The parameters of an arm."""
   stage = ARMS[arm].stage
   return run.model.trained_params(stage) if stage else run.model.base_params()
 
 
-def _apart(run: Run, done: Completion, max_think: int) -> Completion:
+def _truncate_to_budgets(
+  run: Run, completion: Completion, max_think: int
+) -> Completion:
   """A completion cut where its thought or its answer is longer than it may be."""
 
   def ended(n: int) -> bool:
-    return run.model.think.close in run.model.tok.decode(done.tokens[:n])
+    return run.model.think.close in run.model.tok.decode(completion.tokens[:n])
 
-  thought = bisect.bisect_left(range(len(done.tokens) + 1), True, key=ended)
-  most = thought + run.cfg.eval.max_new if thought <= max_think else max_think
-  if len(done.tokens) <= most:
-    return done
+  thought = bisect.bisect_left(range(len(completion.tokens) + 1), True, key=ended)
+  max_tokens = thought + run.cfg.eval.max_new if thought <= max_think else max_think
+  if len(completion.tokens) <= max_tokens:
+    return completion
   return dataclasses.replace(
-    done, tokens=done.tokens[:most], logp=done.logp[:most], finish="length"
+    completion,
+    tokens=completion.tokens[:max_tokens],
+    logp=completion.logp[:max_tokens],
+    finish="length",
   )
 
 
-def _within(run: Run, complete, groups, budget: int) -> Iterator[Completion]:
+def _complete_with_thought_budget(
+  run: Run, complete, groups, budget: int
+) -> Iterator[Completion]:
   """Completions whose thought is closed for them after `budget` tokens."""
   close = tuple(run.model.tok.encode(run.model.think.close))
   later: list[list[Request]] = [[] for _ in groups]
-  before: dict = {}  # row id -> its tokens so far
+  tokens_so_far: dict = {}  # row id -> its tokens so far
   place = {r.row_id: (g, r) for g, group in enumerate(groups) for r in group}
   if budget:
     short = [[dataclasses.replace(r, max_new=budget) for r in g] for g in groups]
@@ -519,10 +544,10 @@ def _within(run: Run, complete, groups, budget: int) -> Iterator[Completion]:
       yield dataclasses.replace(done, request=request)
       continue
     open_still = run.model.think.close not in run.model.tok.decode(done.tokens)
-    before[row] = (*done.tokens, *(close if open_still else ()))
-    tokens = (*request.tokens, *before[row])
+    tokens_so_far[row] = (*done.tokens, *(close if open_still else ()))
+    tokens = (*request.tokens, *tokens_so_far[row])
     later[g].append(dataclasses.replace(request, tokens=tokens))
   for done in complete([group for group in later if group]):
     row = done.request.row_id
-    tokens = (*before[row], *done.tokens)
+    tokens = (*tokens_so_far[row], *done.tokens)
     yield dataclasses.replace(done, request=place[row][1], tokens=tokens)

@@ -42,7 +42,7 @@ LIMITS = (
   "languages and disguises can do worse. It can refuse what it should answer, and its "
   "thought need not be why it answers as it does."
 )
-TRAINED = {  # stage -> its arm in eval
+ARM_OF_STAGE = {  # stage -> its arm in eval
   "base": "base",
   "sft": "sft",
   "distill": "sft_distill",
@@ -68,23 +68,23 @@ def export(run: Run) -> None:
     _tokenizer(run),
     dtype=cfg.dtype,
     shard=round(cfg.shard_gb * 2**30),
-    generation=_generation(run),
+    generation=_generation_config(run),
   )
   if run.cfg.lora.rank and not base:
-    _adapter(run, params)
+    _save_adapter(run, params)
   run.store.write_bytes(place / "README.md", card(run).encode())
   run.finish({"of": cfg.of, "dtype": cfg.dtype})
   progress.say(f"export: {place}")
 
 
-def _think(run: Run) -> thinking.ThinkFormat | None:
+def _think_format(run: Run) -> thinking.ThinkFormat | None:
   """How the exported model's thoughts are opened, if they are."""
-  return None if run.cfg.export.of == "base" else run.model.thinks
+  return None if run.cfg.export.of == "base" else run.model.trained_think
 
 
 def _tokenizer(run: Run) -> chat_template.Tokenizer:
   """The tokenizer, whose chat template opens the thought as the sampler does."""
-  think, ask = _think(run), [Turn(role="user", content="ask")]
+  think, ask = _think_format(run), [Turn(role="user", content="ask")]
   if not think:
     return run.model.file_tok
   tok = run.model.tok.with_opened_thought(think)
@@ -99,18 +99,18 @@ def _tokenizer(run: Run) -> chat_template.Tokenizer:
   return tok
 
 
-def _generation(run: Run) -> dict[str, Any]:
+def _generation_config(run: Run) -> dict[str, Any]:
   """How it samples where nobody says: as it was evaluated."""
   cfg = run.cfg.replies
-  told = {
-    "max_new_tokens": cfg.max_new + (cfg.max_think if _think(run) else 0),
+  generation = {
+    "max_new_tokens": cfg.max_new + (cfg.max_think if _think_format(run) else 0),
     "do_sample": cfg.temperature > 0,
     "temperature": cfg.temperature,
   }
-  return told | ({"top_k": 0, "top_p": cfg.top_p} if cfg.temperature else {})
+  return generation | ({"top_k": 0, "top_p": cfg.top_p} if cfg.temperature else {})
 
 
-def _adapter(run: Run, params: PyTree) -> None:
+def _save_adapter(run: Run, params: PyTree) -> None:
   place = run.store.path("export", "adapter")
   lora, source = run.cfg.lora, run.cfg.model.path
   try:
@@ -124,7 +124,7 @@ def _adapter(run: Run, params: PyTree) -> None:
 def card(run: Run) -> str:
   """The model card: what it was made from and how, and what was measured."""
   cfg, folder, think = run.cfg, run.store, run.model.think
-  texts = "".join(f"{name}\n{text}" for name, text in sorted(_texts(run).items()))
+  texts = "".join(f"{name}\n{text}" for name, text in sorted(_spec_texts(run).items()))
   digest = hashlib.sha256(texts.encode()).hexdigest()
   done = {
     stage: manifest["summary"]
@@ -140,7 +140,7 @@ def card(run: Run) -> str:
   policies = ", ".join(f"{p.id} (version {p.version})" for p in run.task.spec.policies)
   lines = [
     "---",
-    _front(run, origin),
+    _card_metadata(run, origin),
     "---",
     "",
     f"# {folder.workdir.name}",
@@ -153,12 +153,12 @@ def card(run: Run) -> str:
     f"It thinks between `{think.tag}` and `{think.close}`, then answers; the "
     "thought is not for users. The chat template opens it, and a completion begins "
     "inside it. It needs no specification in its prompt."
-    if _think(run)
+    if _think_format(run)
     else "It answers at once, and needs no specification in its prompt.",
     "",
     "## Use",
     "",
-    *_use(run),
+    *_usage_example(run),
     "",
     "It decides by the policies below what to answer, to refuse or to answer in part. "
     "What else it is meant for, and who answers for it, is to be said by who publishes "
@@ -171,11 +171,11 @@ def card(run: Run) -> str:
     "## Data and training",
     "",
     f"- prompts: `{cfg.data.source}`{_learned(run, done)}",
-    *(f"- {stage}: {_told(summary)}" for stage, summary in done.items()),
+    *(f"- {stage}: {_summary_text(summary)}" for stage, summary in done.items()),
     "",
     "## Evaluation",
     "",
-    *_measured(run),
+    *_results_table(run),
     "",
     "## Limits",
     "",
@@ -208,7 +208,7 @@ def _learned(run: Run, done: Mapping[str, dict]) -> str:
   )
 
 
-def _front(run: Run, origin: dict) -> str:
+def _card_metadata(run: Run, origin: dict) -> str:
   """The metadata that the Hub reads: what the base's files say, and what was found."""
   known = {k: v for k, v in origin.items() if k != "language"}
   data = huggingface_hub.ModelCardData(
@@ -218,14 +218,15 @@ def _front(run: Run, origin: dict) -> str:
     pipeline_tag="text-generation",
     tags=["deliberative-alignment", "dalign", "arxiv:2412.16339"],
     model_name=run.store.workdir.name,
-    eval_results=_results(run) or None,
+    eval_results=_eval_results(run) or None,
   )
   return data.to_yaml()
 
 
-def _results(run: Run) -> list[huggingface_hub.EvalResult]:
+def _eval_results(run: Run) -> list[huggingface_hub.EvalResult]:
   """Means of the exported model's arm, in [0, 1]."""
-  arm, source = _summary(run)["arms"].get(TRAINED[run.cfg.export.of], {}), run.cfg.data
+  arm = _summary(run)["arms"].get(ARM_OF_STAGE[run.cfg.export.of], {})
+  source = run.cfg.data
   return [
     huggingface_hub.EvalResult(
       task_type="text-generation",
@@ -240,9 +241,9 @@ def _results(run: Run) -> list[huggingface_hub.EvalResult]:
   ]
 
 
-def _use(run: Run) -> list[str]:
+def _usage_example(run: Run) -> list[str]:
   """How it is asked with transformers; of its thought the opening is not shown."""
-  think = _think(run)
+  think = _think_format(run)
   return [
     "```python",
     "from transformers import AutoModelForCausalLM",
@@ -266,14 +267,14 @@ def _use(run: Run) -> list[str]:
   ]
 
 
-def _texts(run: Run) -> dict[str, str]:
+def _spec_texts(run: Run) -> dict[str, str]:
   """The specification as files, or as it was drawn."""
   if run.cfg.world is None:
     return store.read_spec_files(run.spec_dir)
   return {"spec": repr(run.task.spec)}
 
 
-def _told(summary: dict) -> str:
+def _summary_text(summary: dict) -> str:
   plain = {k: v for k, v in summary.items() if isinstance(v, (int, float, str))}
   return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
                    for k, v in plain.items()) or "done"  # fmt: skip
@@ -284,13 +285,13 @@ def _summary(run: Run) -> dict:
   return run.store.read_json(where) if where.exists() else {"arms": {}}
 
 
-def _measured(run: Run) -> list[str]:
+def _results_table(run: Run) -> list[str]:
   """The table of the base and of this model, with intervals; of what there is."""
   arms = _summary(run)["arms"]
   if not arms:
     return ["Not evaluated."]
   shown = [
-    a for a in ("base", "spec_in_prompt", TRAINED[run.cfg.export.of]) if a in arms
+    a for a in ("base", "spec_in_prompt", ARM_OF_STAGE[run.cfg.export.of]) if a in arms
   ]
   shown = list(dict.fromkeys(shown))
   rows = [f"| held out | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]

@@ -30,8 +30,8 @@ from dalign.types import Verdict
 Run = services.Services[stages.FilterStage]  # what this stage sees of a run
 
 
-FIRST = 256  # samples at first: a judge that answers few of these is asked no more
-FEW = 10  # of a cell: fewer say nothing of a judge
+FIRST_BATCH_SIZE = 256  # a judge that answers few of these is asked no more
+MIN_CELL_SIZE = 10  # of a cell: fewer say nothing of a judge
 SAVED = ("endpoint", "recorded")  # judges whose every reply lies on the disk
 
 
@@ -47,35 +47,35 @@ def filter_(run: Run) -> None:
   prompts = {prompt.id: prompt for prompt in run.prompts.all}
   path = run.store.path("filter", "judged.jsonl")
   judged = _judged_before(run, path)
-  likely = judging.quality(run)
+  likely = judging.make_quality(run)
   ask = judging.filter_judge(run, "filter", likely)
   reward = judging.answer_judge(run, "reward", likely)
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   for _ in itertools.islice(rows, len(judged)):
     pass
-  size = cfg.at_once if judged else FIRST
-  _check_scored(judged[:FIRST], cfg, max(cfg.unscored, 0.5))
-  while some := [*map(samples.of_row, itertools.islice(rows, size))]:
+  size = cfg.at_once if judged else FIRST_BATCH_SIZE
+  _check_scored(judged[:FIRST_BATCH_SIZE], cfg, max(cfg.unscored, 0.5))
+  while batch := [*map(samples.from_row, itertools.islice(rows, size))]:
     # What judges see has no label but by `filter.metadata`.
-    asked = [
-      (prompt_sets.with_metadata(prompts[s.prompt_id], cfg.metadata), s) for s in some
+    prompts_and_samples = [
+      (prompt_sets.with_metadata(prompts[s.prompt_id], cfg.metadata), s) for s in batch
     ]
     least = functools.partial(
-      judge.verdicts, samples=asked, k=cfg.votes, readable=cfg.readable
+      judge.verdicts, samples=prompts_and_samples, k=cfg.votes, readable=cfg.readable
     )
     verdicts, rewards = least(ask, thought=True), least(reward, thought=False)
-    found = [
-      _row(run, prompts[s.prompt_id], s, verdict, own)
-      for s, verdict, own in zip(some, verdicts, rewards, strict=True)
+    judged_rows = [
+      _row(run, prompts[s.prompt_id], s, verdict, reward_verdict)
+      for s, verdict, reward_verdict in zip(batch, verdicts, rewards, strict=True)
     ]
-    run.store.append_rows(path, found)
-    judged += (_Judged.of(row, cfg.threshold) for row in found)
+    run.store.append_rows(path, judged_rows)
+    judged += (_JudgedSample.of(row, cfg.threshold) for row in judged_rows)
     run.store.pause("filter")
-    if size == FIRST:
+    if size == FIRST_BATCH_SIZE:
       _check_scored(judged, cfg, max(cfg.unscored, 0.5))
     size = cfg.at_once
   _check_scored(judged, cfg, cfg.unscored)
-  kept = _keep(judged, cfg)
+  kept = _select_kept(judged, cfg)
   ids = {row.id for row in kept}
   run.store.write_rows(
     path.with_name("kept.jsonl"),
@@ -98,10 +98,10 @@ def filter_(run: Run) -> None:
     "or a lower filter.threshold give more",
   )
   run.finish(summary)
-  lost = [row.lost for row in judged if row.id not in ids]
+  drop_reasons = [row.drop_reason for row in judged if row.id not in ids]
   progress.say(
     f"filter: kept {len(kept)} of {len(judged)} samples"
-    + (f"; not kept: {progress.top_reasons(lost)}" if lost else "")
+    + (f"; not kept: {progress.top_reasons(drop_reasons)}" if drop_reasons else "")
   )
   if any(summary["unread_votes"].values()):
     counts = (f"{n} on {what}" for what, n in summary["unread_votes"].items())
@@ -111,20 +111,20 @@ def filter_(run: Run) -> None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Judged:
+class _JudgedSample:
   """Of a row of judged.jsonl what decides whether it is kept."""
 
   id: tuple[str, int]  # prompt and index
   cell: tuple[str, str, str]  # category, kind, ideal response type
   score: float | None
-  lost: str  # why it would not be kept
+  drop_reason: str  # why it would not be kept
   # Why a judge that was asked has no verdict; None where none was asked.
   unscored: str | None
   unrewarded: str | None
   unread: tuple[int, int]  # votes without a verdict, with the thought and without
 
   @classmethod
-  def of(cls, row: dict, threshold: float) -> "_Judged":
+  def of(cls, row: dict, threshold: float) -> "_JudgedSample":
     def why(score: str, reason: str) -> str | None:
       missing = row[reason] if row[score] is None else ""  # or it has a score's reason
       return None if row["malformed"] else sys.intern(missing)
@@ -133,14 +133,14 @@ class _Judged:
       id=(row["prompt_id"], row["index"]),
       cell=(row["category"], row["kind"], row["expected"]),
       score=row["score"],
-      lost=sys.intern(_why(row, threshold)),
+      drop_reason=sys.intern(_drop_reason(row, threshold)),
       unscored=why("score", "reason"),
       unrewarded=why("reward", "reward_reason"),
       unread=(row["unread_votes"], row["reward_unread_votes"]),
     )
 
 
-def _judged_before(run: Run, path: pathlib.Path) -> list[_Judged]:
+def _judged_before(run: Run, path: pathlib.Path) -> list[_JudgedSample]:
   """What a run that was cut off has judged, of samples that were put to the judge
   together all or none. Nothing of an endpoint and of a recording, which have what they
   said on the disk and are asked again: of what had no verdict there may be one now."""
@@ -148,9 +148,9 @@ def _judged_before(run: Run, path: pathlib.Path) -> list[_Judged]:
     run.store.write_rows(path, [])
     return []
   cfg = run.cfg.filter
-  judged = [_Judged.of(row, cfg.threshold) for row in run.store.each_row(path)]
-  whole = len(judged) >= FIRST
-  beyond = (len(judged) - FIRST) % cfg.at_once if whole else len(judged)
+  judged = [_JudgedSample.of(row, cfg.threshold) for row in run.store.each_row(path)]
+  whole = len(judged) >= FIRST_BATCH_SIZE
+  beyond = (len(judged) - FIRST_BATCH_SIZE) % cfg.at_once if whole else len(judged)
   if beyond:
     judged = judged[: len(judged) - beyond]
     run.store.write_rows(path, run.store.read_rows(path)[: len(judged)])
@@ -184,32 +184,32 @@ def _row(
   }
 
 
-def _check_scored(judged: list[_Judged], cfg: FilterConfig, limit: float) -> None:
+def _check_scored(judged: list[_JudgedSample], cfg: FilterConfig, limit: float) -> None:
   """ValueError where a judge has no verdict on more than `limit` of the samples that it
   was asked about, of all or of those of one cell; they are all on disk."""
-  of: dict[str, list[str | None]] = collections.defaultdict(list)
+  reasons_by_group: dict[str, list[str | None]] = collections.defaultdict(list)
   for row in judged:
     category, _, expected = row.cell
-    for where in ("samples", f"samples of {category} to {expected}"):
-      of[where].append(row.unscored)
+    for group in ("samples", f"samples of {category} to {expected}"):
+      reasons_by_group[group].append(row.unscored)
       if cfg.judge != "rubric":  # which may say nothing of answers alone
-        of[where.replace("samples", "answers", 1)].append(row.unrewarded)
+        reasons_by_group[group.replace("samples", "answers", 1)].append(row.unrewarded)
   again = "The same command asks again for these"
   if cfg.judge not in SAVED:
     again = "Raise that where it may be so, or mend the judge and take another workdir"
-  for where, reasons in of.items():
+  for group, reasons in reasons_by_group.items():
     asked = [why for why in reasons if why is not None]
     missing = [why for why in asked if why]
-    few = where not in ("samples", "answers") and len(asked) < FEW
+    few = group not in ("samples", "answers") and len(asked) < MIN_CELL_SIZE
     if not few and len(missing) > limit * len(asked):
       raise ValueError(
-        f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {where}: "
+        f"filter: the judge has no verdict on {len(missing)} of {len(asked)} {group}: "
         f"{progress.top_reasons(missing)}; wanted at most {cfg.unscored:.0%} "
         f"(config.filter.unscored). {again}"
       )
 
 
-def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
+def _select_kept(judged: list[_JudgedSample], cfg) -> list[_JudgedSample]:
   """At or above the threshold; the best of each prompt; no cell over its share."""
   good = [row for row in judged if row.score is not None and row.score >= cfg.threshold]
   best = sorted(good, key=lambda row: (-(row.score or 0.0), row.id[1], row.id[0]))
@@ -225,7 +225,7 @@ def _keep(judged: list[_Judged], cfg) -> list[_Judged]:
   return kept
 
 
-def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
+def _summary(judged: list[_JudgedSample], kept: list[_JudgedSample]) -> dict:
   """Keep-rates by category and ideal type, and why the others were not kept."""
   rates: dict[str, dict] = collections.defaultdict(dict)
   for row in judged:
@@ -241,7 +241,7 @@ def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
     for cell in cells.values():
       cell["prompts"] = len(cell["prompts"])
   ids = {row.id for row in kept}
-  reasons = collections.Counter(row.lost for row in judged if row.id not in ids)
+  reasons = collections.Counter(row.drop_reason for row in judged if row.id not in ids)
   unread = (sum(row.unread[i] for row in judged) for i in range(2))
   return {
     "samples": len(judged),
@@ -258,12 +258,12 @@ def _summary(judged: list[_Judged], kept: list[_Judged]) -> dict:
   }
 
 
-def _why(row: dict, threshold: float) -> str:
+def _drop_reason(row: dict, threshold: float) -> str:
   """Why a row was not kept: unscored, the proposition that cost most, the score as a
   whole, or the caps."""
   if row["score"] is None:
     return row["reason"]
   if row["score"] >= threshold:
     return "enough others"
-  lost = {name: part for name, part in row["scores"].items() if part < 0.5}
-  return min(lost, key=lost.__getitem__) if lost else "below the threshold"
+  failed = {name: part for name, part in row["scores"].items() if part < 0.5}
+  return min(failed, key=failed.__getitem__) if failed else "below the threshold"

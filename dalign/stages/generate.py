@@ -30,7 +30,7 @@ from dalign.types import Turn
 Run = services.Services[stages.GenerateStage]  # what this stage sees of a run
 
 
-AT_ONCE = 1024  # prompts of a category whose tokens are held at the same time
+PROMPTS_PER_BATCH = 1024  # prompts of a category whose tokens are held at the same time
 
 
 def generate(run: Run) -> None:
@@ -41,7 +41,7 @@ def generate(run: Run) -> None:
       f"config.generate.prompts: wanted a number for each of {', '.join(EXPECTED)}, "
       f"got {dict(cfg.prompts)}"
     )
-  recorded = _recorded(run)
+  recorded = _recorded_rows(run)
   prompts = []
   for expected in EXPECTED:
     wanted = cfg.prompts[expected]
@@ -57,110 +57,113 @@ def generate(run: Run) -> None:
   if not run.begin([*run.sources, *run.recording_files]):
     return
   path = run.store.path("generate", "samples.jsonl")
-  book = SampleLedger(run, prompts)
+  ledger = SampleLedger(run, prompts)
   for row in run.store.each_row(path) if run.store.has(path) else []:
-    book.add(samples.of_row(row))
+    ledger.add(samples.from_row(row))
   if cfg.revise:
-    book.revises(path.with_name("drafts.jsonl"))
+    ledger.load_drafts(path.with_name("drafts.jsonl"))
   refused: list[Sample] = []  # to be asked for again where this does not finish
-  draw = _replies if cfg.teacher == "endpoint" else _sampled
+  draw = _sample_endpoint if cfg.teacher == "endpoint" else _sample_base
   if recorded is not None:
-    draw = functools.partial(_told, recorded)
-  with progress.bar(len(prompts), "generate", "prompt", len(book.finished)) as bar:
-    for sample in draw(run, book):
+    draw = functools.partial(_replay_recording, recorded)
+  with progress.bar(len(prompts), "generate", "prompt", len(ledger.finished)) as bar:
+    for sample in draw(run, ledger):
       if sample.finish == "refused":
         refused.append(sample)
       else:
         run.store.append_rows(path, [samples.to_row(sample)])
-      if book.total % 20 == 0:
+      if ledger.total % 20 == 0:
         run.store.pause("generate")
-      bar.n = len(book.finished)
-      bar.set_postfix(samples=book.total, good=book.good, refresh=False)
+      bar.n = len(ledger.finished)
+      bar.set_postfix(samples=ledger.total, good=ledger.good, refresh=False)
       bar.update(0)
-  if len(refused) > cfg.refused * book.total:
+  if len(refused) > cfg.refused * ledger.total:
     raise ValueError(
-      f"generate: the server sent nothing for {len(refused)} of {book.total} samples: "
-      f"{progress.top_reasons(sample.malformed for sample in refused)}; wanted at most "
-      f"{cfg.refused:.0%} (config.generate.refused). The same command asks again"
+      f"generate: the server sent nothing for {len(refused)} of {ledger.total} "
+      f"samples: {progress.top_reasons(sample.malformed for sample in refused)}; "
+      f"wanted at most {cfg.refused:.0%} (config.generate.refused). "
+      "The same command asks again"
     )
   run.store.append_rows(path, [*map(samples.to_row, refused)])
-  order = {id: at for at, id in enumerate(book.prompts)}
+  order = {id: at for at, id in enumerate(ledger.prompts)}
   # Not in the order in which they happened to end.
   run.store.sort_rows(path, lambda row: (order[row["prompt_id"]], row["index"]))
-  run.finish(book.summary())
-  bad = book.malformed
+  run.finish(ledger.summary())
+  bad = ledger.malformed
   progress.say(
-    f"generate: {book.total} samples, {bad.total()} of them malformed"
+    f"generate: {ledger.total} samples, {bad.total()} of them malformed"
     + (f": {progress.top_reasons(bad.elements())}" if bad else "")
   )
 
 
-def _recorded(run: Run) -> dict[str, list[recordings.RecordedReply]] | None:
+def _recorded_rows(run: Run) -> dict[str, list[recordings.RecordedReply]] | None:
   """Prompt id -> what the recorded teacher thought and said to it."""
   if not run.recording:
     return None
-  of = collections.defaultdict(list)
+  rows_by_prompt = collections.defaultdict(list)
   for row in run.recorded:
     if row.thought:
-      of[row.prompt_id].append(row)
-  return dict(of)
+      rows_by_prompt[row.prompt_id].append(row)
+  return dict(rows_by_prompt)
 
 
-def _told(
-  recorded: dict[str, list[recordings.RecordedReply]], run: Run, book: "SampleLedger"
+def _replay_recording(
+  recorded: dict[str, list[recordings.RecordedReply]], run: Run, ledger: "SampleLedger"
 ) -> Iterator[Sample]:
   """The samples of a recorded teacher, all that there are of each prompt."""
-  for prompt in book.prompts.values():
+  for prompt in ledger.prompts.values():
     for index, row in enumerate(recorded[prompt.id]):
-      if index not in book.samples[prompt.id]:
-        sample = samples.written(
+      if index not in ledger.samples[prompt.id]:
+        sample = samples.from_text(
           run.model, prompt, index, row.thought, row.answer, run.model.think
         )
-        book.add(sample)
+        ledger.add(sample)
         yield sample
-    book.finish(prompt)
+    ledger.finish(prompt)
 
 
-def _sampled(run: Run, book: "SampleLedger") -> Iterator[Sample]:
+def _sample_base(run: Run, ledger: "SampleLedger") -> Iterator[Sample]:
   """Samples of the base, as they end."""
   groups = collections.defaultdict(list)
-  for prompt in book.prompts.values():
+  for prompt in ledger.prompts.values():
     groups[prompt.category].append(prompt)
   parts = [
     group[at]
     for group in sorted(groups.values(), key=len, reverse=True)
-    for at in packing.batches(len(group), AT_ONCE)
+    for at in packing.batches(len(group), PROMPTS_PER_BATCH)
   ]
-  room = max(book.shared(group[:AT_ONCE]) for group in groups.values())
+  room = max(
+    ledger.common_prefix(group[:PROMPTS_PER_BATCH]) for group in groups.values()
+  )
   done = run.sampler.complete(
     run.base_weights,
-    (book.fitting(part, room) for part in parts),
+    (ledger.fitting_requests(part, room) for part in parts),
     key=ops.stream(run.key, "generate"),
     temperature=run.cfg.generate.temperature,
     max_new=run.cfg.generate.max_new,
     prefix_room=room,
-    more=book.more,
+    more=ledger.more,
   )
   for completion in done:
-    yield book.sample(completion)
+    yield ledger.sample(completion)
 
 
-def _replies(run: Run, book: "SampleLedger") -> Iterator[Sample]:
+def _sample_endpoint(run: Run, ledger: "SampleLedger") -> Iterator[Sample]:
   """Samples of the model at `generate.endpoint`."""
   cfg = run.cfg.generate
   server = servers.Server(run.store, cfg.endpoint, "teacher")
-  wanted = [(p, i) for p in book.prompts.values() for i in book.wanted(p)]
+  wanted = [(p, i) for p in ledger.prompts.values() for i in ledger.wanted(p)]
   while wanted:
-    asked = [servers.request(book.turns(*pair), cfg, pair[1]) for pair in wanted]
-    more = []
+    asked = [servers.make_request(ledger.turns(*pair), cfg, pair[1]) for pair in wanted]
+    next_wanted = []
     for at, reply in server.rounds(asked):
       prompt, index = wanted[at]
-      sample = servers.sample(run.model, prompt, index, reply, run.model.think)
-      book.add(sample)
+      sample = servers.to_sample(run.model, prompt, index, reply, run.model.think)
+      ledger.add(sample)
       yield sample
-      more += [(prompt, i) for i in book.wanted(prompt)]
-    wanted = more
-  server.say()
+      next_wanted += [(prompt, i) for i in ledger.wanted(prompt)]
+    wanted = next_wanted
+  server.report_usage()
 
 
 class SampleLedger:
@@ -173,27 +176,27 @@ class SampleLedger:
       dict
     )  # prompt id -> index -> looks right
     self.asked: dict[str, set] = collections.defaultdict(set)
-    self.read: dict[str, dict] = collections.defaultdict(
+    self.rendered: dict[str, dict] = collections.defaultdict(
       dict
     )  # prompt id -> draft -> tokens
     self.drafts: dict = {}  # prompt id -> the answers to be revised, one a sample
-    self.total = self.good = self.with_one = self.too_long = 0
+    self.total = self.good = self.prompts_with_good = self.too_long = 0
     self.malformed: collections.Counter = collections.Counter()
     self.finished: set[str] = (
       set()
     )  # ids of prompts that want no more; all that is kept of them
     self.looks_right = run.task.looks_right(self.cfg.threshold)
 
-  def revises(self, path: pathlib.Path) -> None:
+  def load_drafts(self, path: pathlib.Path) -> None:
     """Has every sample revise an answer that the base gave without the spec."""
     store = self.run.store
     if not store.has(path):
       prompts = [*self.prompts.values()]
-      found = [samples.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
+      rounds = [samples.drafts(self.run, prompts, i) for i in range(self.cfg.most)]
       store.write_rows(
         path,
         [
-          {"prompt_id": p.id, "drafts": [d[p.id].answer for d in found]}
+          {"prompt_id": p.id, "drafts": [d[p.id].answer for d in rounds]}
           for p in prompts
         ],
       )
@@ -202,7 +205,7 @@ class SampleLedger:
   def tokens(self, prompt: Prompt, index: int) -> tuple[int, ...]:
     """What the model reads before it thinks of this prompt."""
     draft = self._draft(prompt, index)
-    known = self.read[prompt.id]
+    known = self.rendered[prompt.id]
     if draft not in known:
       turns = self.turns(prompt, index)
       known[draft] = prompting.render_prompt(
@@ -220,12 +223,12 @@ class SampleLedger:
   def _draft(self, prompt: Prompt, index: int) -> str | None:
     return self.drafts[prompt.id][index] if self.drafts else None
 
-  def shared(self, group: list[Prompt]) -> int:
+  def common_prefix(self, group: list[Prompt]) -> int:
     """How many tokens all samples of a group have in common."""
     indices = range(self.cfg.most if self.drafts else 1)
     return sampling.common_prefix([self.tokens(p, i) for p in group for i in indices])
 
-  def fitting(self, part: list[Prompt], room: int) -> list[sampling.Request]:
+  def fitting_requests(self, part: list[Prompt], room: int) -> list[sampling.Request]:
     """The first samples to draw of some prompts, but of those that are too long."""
     requests = [request for prompt in part for request in self.requests(prompt)]
     rows = {request.row_id[0]: request.tokens for request in requests}
@@ -270,7 +273,7 @@ class SampleLedger:
 
   def sample(self, completion):
     id, index = completion.request.row_id
-    return samples.of(
+    return samples.from_completion(
       self.run.model, self.prompts[id], completion, index, self.run.model.think
     )
 
@@ -293,8 +296,8 @@ class SampleLedger:
   def finish(self, prompt: Prompt) -> None:
     """Notes that a prompt wants no more samples."""
     self.finished.add(prompt.id)
-    self.with_one += any(self.samples[prompt.id].values())
-    for kept in (self.samples, self.asked, self.read):
+    self.prompts_with_good += any(self.samples[prompt.id].values())
+    for kept in (self.samples, self.asked, self.rendered):
       kept.pop(prompt.id, None)
 
   def summary(self) -> dict:
@@ -304,5 +307,5 @@ class SampleLedger:
       "samples": self.total,
       "malformed": dict(self.malformed.most_common()),
       "look_right": self.good,
-      "prompts_with_one": self.with_one,
+      "prompts_with_one": self.prompts_with_good,
     }

@@ -26,8 +26,8 @@ from dalign.types import Turn
 Run = services.Services[stages.EvalStage]  # what this stage sees of a run
 
 
-AT_ONCE = 256  # rows that a grader has between two looks at the run
-SHARED = 400  # characters in front by which questions share a policy
+ROWS_PER_BATCH = 256  # rows that a grader has between two looks at the run
+SHARED_PREFIX_CHARS = 400  # characters in front by which questions share a policy
 
 Ask = Callable[[list[list[Turn]]], Sequence[forms.ModelReply]]
 
@@ -42,7 +42,7 @@ def add_grades(
   if graders == ("rules",):
     return
   for grader in graders:
-    left = {name: _left(run, grader, rows) for name, rows in files.items()}
+    left = {name: _ungraded_rows(run, grader, rows) for name, rows in files.items()}
     if grader != "rules" and any(left.values()):
       _grade(run, grader, files, left, prompts)
   for name, rows in files.items():
@@ -51,7 +51,7 @@ def add_grades(
     run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), rows)
 
 
-def _left(run: Run, grader: str, rows: list[dict]) -> list[dict]:
+def _ungraded_rows(run: Run, grader: str, rows: list[dict]) -> list[dict]:
   """The rows that a grader has still to read: not those that have no answer, and
   prompts to be answered only where its form knows what is of use."""
   of_use = forms.FORMS[run.cfg.eval.form].judges_usefulness
@@ -69,37 +69,37 @@ def _grade(
   run: Run,
   grader: str,
   files: Mapping[str, list[dict]],
-  left: Mapping[str, list[dict]],
+  ungraded: Mapping[str, list[dict]],
   prompts: Mapping[str, Prompt],
 ) -> None:
-  cfg, heard = run.cfg.eval, list[forms.ModelReply]()
-  write = _served(run) if grader == "endpoint" else _here(run)
+  cfg, replies = run.cfg.eval, list[forms.ModelReply]()
+  write = _endpoint_grader(run) if grader == "endpoint" else _local_grader(run)
 
   def ask(conversations: list[list[Turn]]) -> Sequence[forms.ModelReply]:
-    heard[:] = write(conversations)
-    return heard
+    replies[:] = write(conversations)
+    return replies
 
   judged = run.task.written_judge(ask, cfg.form)
-  total = sum(map(len, left.values()))
+  total = sum(map(len, ungraded.values()))
   with progress.bar(total, f"eval grader {grader}", "answer") as bar:
-    for name, rows in left.items():
-      for at in packing.batches(len(rows), AT_ONCE):
-        some = rows[at]
+    for name, rows in ungraded.items():
+      for at in packing.batches(len(rows), ROWS_PER_BATCH):
+        batch = rows[at]
         questions = [
           judge.RewardQuestion(prompts[row["prompt_id"]].blind(), row["answer"])
-          for row in some
+          for row in batch
         ]
         verdicts = judged(questions)
-        for row, verdict, said in zip(some, verdicts, heard, strict=True):
+        for row, verdict, reply in zip(batch, verdicts, replies, strict=True):
           found = forms.score_by_response_type(verdict, row["expected"])
-          told = {"score": found.score, "reason": found.reason, "said": said.text}
-          row.setdefault("graders", {})[grader] = told
-        bar.update(len(some))
+          grade = {"score": found.score, "reason": found.reason, "said": reply.text}
+          row.setdefault("graders", {})[grader] = grade
+        bar.update(len(batch))
         run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), files[name])
         run.store.pause("eval")
 
 
-def _served(run: Run) -> Ask:
+def _endpoint_grader(run: Run) -> Ask:
   """The model at `eval.grader_endpoint`."""
   cfg = run.cfg.eval
   server = servers.Server(run.store, cfg.grader_endpoint, "grader")
@@ -110,15 +110,15 @@ def _served(run: Run) -> Ask:
       for turns in conversations
     ]
     found = server.chat(asked)
-    server.say()
-    return [*map(servers.said, found)]
+    server.report_usage()
+    return [*map(servers.to_model_reply, found)]
 
   return write
 
 
-def _here(run: Run) -> Ask:
+def _local_grader(run: Run) -> Ask:
   """The model at the path `eval.grader_model`, beside the run's own."""
-  guest = models.Guest(
+  guest = models.AuxiliaryModel(
     run.cfg.eval.grader_model,
     run.mesh,
     compute=run.cfg.compute,
@@ -129,7 +129,7 @@ def _here(run: Run) -> Ask:
 
   def write(conversations: list[list[Turn]]) -> list[forms.ModelReply]:
     groups: dict[str, list] = collections.defaultdict(list)
-    said: dict[int, forms.ModelReply] = {}
+    replies: dict[int, forms.ModelReply] = {}
     for i, turns in enumerate(conversations):
       tokens = tuple(chat_template.render_chat(guest.tok, turns))
       if len(tokens) + max_new > guest.arch.max_length:
@@ -137,10 +137,10 @@ def _here(run: Run) -> Ask:
           f"the question has {len(tokens)} tokens, and the grader takes "
           f"{guest.arch.max_length} with its reply"
         )
-        said[i] = forms.ModelReply("", reason)
+        replies[i] = forms.ModelReply("", reason)
         continue
       request = sampling.Request(tokens=tokens, row_id=i, max_new=max_new)
-      groups[turns[0].content[:SHARED]].append(request)
+      groups[turns[0].content[:SHARED_PREFIX_CHARS]].append(request)
     alone = [requests[0] for requests in groups.values() if not requests[1:]]
     shared = [requests for requests in groups.values() if requests[1:]]
     done = guest.sampler.complete(
@@ -154,8 +154,8 @@ def _here(run: Run) -> Ask:
     for completion in done:
       written = guest.tok.decode(completion.tokens)
       cut = completion.finish == "length"
-      said[completion.request.row_id] = forms.ModelReply(written, cut=cut)
-    return [said[i] for i in range(len(conversations))]
+      replies[completion.request.row_id] = forms.ModelReply(written, cut=cut)
+    return [replies[i] for i in range(len(conversations))]
 
   return write
 
@@ -177,7 +177,7 @@ def definitions(run: Run) -> dict[str, str]:
   return found
 
 
-def compared(run: Run, rows: Sequence[Mapping]) -> dict[str, dict]:
+def grader_agreement(run: Run, rows: Sequence[Mapping]) -> dict[str, dict]:
   """ "first vs other" -> how far the graders agree on rows, for each other."""
   first, *others = run.cfg.eval.grader
   return {
@@ -188,9 +188,9 @@ def compared(run: Run, rows: Sequence[Mapping]) -> dict[str, dict]:
   }
 
 
-def say(found: Mapping[str, Mapping]) -> None:
+def report_agreement(agreements: Mapping[str, Mapping]) -> None:
   """A line for each pair of graders."""
-  for pair, row in found.items():
+  for pair, row in agreements.items():
     kappa, raw = row["kappa"], row["raw"]
     ends = f" [{row['low']:.2f}, {row['high']:.2f}]" if row["low"] is not None else ""
     shown = "-" if kappa is None else f"{kappa:.2f}{ends}"
@@ -200,18 +200,18 @@ def say(found: Mapping[str, Mapping]) -> None:
     )
 
 
-def check(run: Run, files: Mapping[str, list[dict]], limit: float) -> None:
+def check_graded(run: Run, files: Mapping[str, list[dict]], limit: float) -> None:
   """ValueError where a grader that is a model has no score for too many answers of a
   file; they are all on disk."""
   for grader in run.cfg.eval.grader:
     for name, rows in files.items():
-      told = [
+      grades = [
         row["graders"][grader] for row in rows if grader in row.get("graders", {})
       ]
-      missing = [one["reason"] for one in told if one["score"] is None]
-      if len(missing) > limit * len(told):
+      missing = [grade["reason"] for grade in grades if grade["score"] is None]
+      if len(missing) > limit * len(grades):
         raise ValueError(
-          f"eval: the grader {grader} has no score for {len(missing)} of {len(told)} "
+          f"eval: the grader {grader} has no score for {len(missing)} of {len(grades)} "
           f"answers of arm {name}: {progress.top_reasons(missing)}; wanted at most "
           f"{limit:.0%} (config.eval.unscored). The same command asks again for these"
         )

@@ -36,40 +36,40 @@ from dalign.types import Verdict
 Run = services.Services[stages.Judging]
 Labelling = services.Services[stages.Labelling]
 
-PROBED = 27  # held-out prompts that each probe is put to
+PROMPTS_PER_PROBE = 27  # held-out prompts that each probe is put to
 
 
 def filter_judge(
   run: Labelling, name: str, likely: judge.Quality | None = None
 ) -> judge.Judge:
   """The judge of thought and answer that the config asks for. A rubric's `likely` may
-  be shared with others (`quality`)."""
-  return _recorded(run) or _model(run, name) or filter_rubric(run, likely)
+  be shared with others (`make_quality`)."""
+  return _recorded_judge(run) or _chosen_model(run, name) or filter_rubric(run, likely)
 
 
 def answer_judge(
   run: Labelling, name: str, likely: judge.Quality | None = None
 ) -> judge.Judge:
   """The filter's judge, asked about answers alone."""
-  return _recorded(run) or _model(run, name) or answer_rubric(run, likely)
+  return _recorded_judge(run) or _chosen_model(run, name) or answer_rubric(run, likely)
 
 
 def filter_rubric(run: Run, likely: judge.Quality | None = None) -> judge.Judge:
   """The judge of both that is no model, but for what `filter.quality` adds."""
-  return run.task.filter_rubric(likely or quality(run))
+  return run.task.filter_rubric(likely or make_quality(run))
 
 
 def answer_rubric(run: Run, likely: judge.Quality | None = None) -> judge.Judge:
   """The same of answers alone."""
-  return run.task.reward_rubric(likely or quality(run))
+  return run.task.reward_rubric(likely or make_quality(run))
 
 
-NOTHING = Turn(role="user", content="Say something.")  # a prompt that asks nothing
+EMPTY_PROMPT = Turn(role="user", content="Say something.")  # a prompt that asks nothing
 
 
-def quality(run: Run) -> judge.Quality | None:
+def make_quality(run: Run) -> judge.Quality | None:
   """How likely the base finds answers, without spec and thought, after their prompts
-  and after NOTHING, if `filter.quality` asks for it. The base is loaded when it is
+  and after EMPTY_PROMPT, if `filter.quality` asks for it. The base is loaded when it is
   first asked; what it said last is kept, as two rubrics ask of the same answers."""
   if not run.cfg.judge.quality:
     return None
@@ -81,10 +81,10 @@ def quality(run: Run) -> judge.Quality | None:
     return run.scorer(shape)
 
   @functools.lru_cache(maxsize=1)
-  def of(pairs: tuple[tuple[Prompt, str], ...]):
+  def nats_per_token(pairs: tuple[tuple[Prompt, str], ...]):
     rows, starts = [], []
     for prompt, answer in pairs:
-      for turns in (prompting.plain(prompt), (NOTHING,)):
+      for turns in (prompting.plain(prompt), (EMPTY_PROMPT,)):
         before = chat_template.render_chat(run.model.tok, list(turns))
         row = before + run.model.tok.encode(answer)
         # What is longer than the context has no quality.
@@ -92,13 +92,13 @@ def quality(run: Run) -> judge.Quality | None:
         starts.append(len(before))
     length = -(-max(map(len, rows), default=1) // 256) * 256
     found = scorer(length)(params(), rows, starts)
-    means = [float(own.mean()) if len(own) else math.nan for own in found]
+    means = [float(logp_T.mean()) if len(logp_T) else math.nan for logp_T in found]
     return [*zip(means[::2], means[1::2], strict=True)]
 
-  return lambda pairs: of(tuple(pairs))
+  return lambda pairs: nats_per_token(tuple(pairs))
 
 
-def _model(run: Run, name: str) -> judge.Judge | None:
+def _chosen_model(run: Run, name: str) -> judge.Judge | None:
   """The judge that the config has, but a rubric."""
   kind = run.cfg.judge.judge
   if kind == "model":
@@ -126,7 +126,7 @@ def model_judge(run: Run) -> judge.Judge:
   return judge.model_judge(render, score_logprobs)
 
 
-def _recorded(run: Labelling) -> judge.Judge | None:
+def _recorded_judge(run: Labelling) -> judge.Judge | None:
   """The votes that were recorded with the samples of a recorded teacher, if the config
   asks for them."""
   if run.cfg.judge.judge != "recorded":
@@ -143,16 +143,16 @@ def endpoint_judge(run: Run) -> judge.Judge:
   """The model at `filter.endpoint` as judge."""
   cfg = run.cfg.judge
   server = servers.Server(run.store, cfg.endpoint, "judge")
-  asked: collections.Counter = collections.Counter()
+  times_asked: collections.Counter = collections.Counter()
 
   def ask(conversations) -> list[forms.ModelReply]:
     requests = []
     for turns in map(tuple, conversations):
-      requests.append(servers.request(turns, cfg, asked[turns]))
-      asked[turns] += 1
+      requests.append(servers.make_request(turns, cfg, times_asked[turns]))
+      times_asked[turns] += 1
     found = server.chat(requests)
-    server.say()
-    return [*map(servers.said, found)]
+    server.report_usage()
+    return [*map(servers.to_model_reply, found)]
 
   return run.task.written_judge(ask, cfg.form)
 
@@ -193,10 +193,10 @@ def _rewards(run: services.Services[stages.RLStage], kind: str) -> judge.Judge:
     return scoring.reward_model(run, params, scoring.Renderer(run))
   if kind.startswith(functions.MARK):
     return function_judge(run, kind)
-  return (kind == "judge" and _model(run, "rl")) or answer_rubric(run)
+  return (kind == "judge" and _chosen_model(run, "rl")) or answer_rubric(run)
 
 
-def metadata(run: services.Services[stages.RLStage], kind: str = "") -> str:
+def reward_metadata(run: services.Services[stages.RLStage], kind: str = "") -> str:
   """What a judge of RL, by default that of `rl.reward`, is told of the ideal response
   type."""
   kind = kind or run.cfg.rl.reward
@@ -206,15 +206,17 @@ def metadata(run: services.Services[stages.RLStage], kind: str = "") -> str:
 def probe(
   run: services.Services[stages.OfTask],
   ask: judge.Judge,
-  told: str,
-  prompts: int = PROBED,
+  metadata: str,
+  prompts: int = PROMPTS_PER_PROBE,
 ) -> dict[str, dict]:
   """What a judge makes of the probes of METHOD section 4, on held-out prompts of which
-  it is `told` as metadata says."""
+  it is told as much as `metadata` says."""
   probes = [
     (
       name,
-      dataclasses.replace(asked, prompt=prompt_sets.with_metadata(asked.prompt, told)),
+      dataclasses.replace(
+        asked, prompt=prompt_sets.with_metadata(asked.prompt, metadata)
+      ),
       low,
     )
     for name, asked, low in run.task.probes(
@@ -224,17 +226,17 @@ def probe(
   report = probing.probe_report(probes, ask([question for _, question, _ in probes]))
   for name, row in report.items():
     if row["unscored"]:
-      progress.say(f"probes: {name}: {_unscored(row)}")
+      progress.say(f"probes: {name}: {_describe_unscored(row)}")
   return report
 
 
-def _unscored(row: Mapping) -> str:
+def _describe_unscored(row: Mapping) -> str:
   """How many answers of a probe have no verdict, and why."""
   reasons = progress.top_reasons(collections.Counter(row["reasons"]).elements())
   return f"no verdict on {row['unscored']} of {row['n'] + row['unscored']}: {reasons}"
 
 
-def refuse(report: dict[str, dict], limit: float) -> None:
+def check_probe_errors(report: dict[str, dict], limit: float) -> None:
   """ValueError for a judge that got more than `limit` of some probe wrong, or to which
   none was put."""
   if not report:
@@ -246,7 +248,7 @@ def refuse(report: dict[str, dict], limit: float) -> None:
     shown = ", ".join(
       f"{name} ({progress.percent(probing.error_rate(report[name])).strip()} of "
       f"{report[name]['n']}"
-      + (f"; {_unscored(report[name])})" if report[name]["unscored"] else ")")
+      + (f"; {_describe_unscored(report[name])})" if report[name]["unscored"] else ")")
       for name in failed
     )
     raise ValueError(
@@ -264,14 +266,14 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
   with a verdict of `filter.max_new` tokens.
   """
   cfg, weights = run.cfg.judge, run.base_weights
-  asked: collections.Counter = collections.Counter()
+  times_asked: collections.Counter = collections.Counter()
 
   def ask(questions):
     verdicts: list[Verdict | None] = [None] * len(questions)
     groups: dict[str, list] = collections.defaultdict(list)
-    asks = [(q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions]
-    what = hashlib.sha256(json.dumps(asks).encode()).hexdigest()
-    asked[what] += 1
+    contents = [(q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions]
+    digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    times_asked[digest] += 1
     for i, question in enumerate(questions):
       prompt = question.prompt
       if prompt.kind == "capability":
@@ -283,22 +285,22 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       if len(tokens) + cfg.max_new > run.model.arch.max_length:
         verdicts[i] = Verdict(score=None, reason=forms.TOO_LONG)
         continue
-      row = prompt.id, what, i
+      row = prompt.id, digest, i
       request = sampling.Request(tokens=tokens, row_id=row, max_new=cfg.max_new)
       groups[prompt.category].append(request)
     done = run.sampler.complete(
       weights,
       [*groups.values()],
-      key=ops.stream(run.key, f"judge_{name}", asked[what]),
+      key=ops.stream(run.key, f"judge_{name}", times_asked[digest]),
       temperature=cfg.temperature,
       max_new=cfg.max_new,
       grow_to_fit=True,  # thoughts and answers are as long as they are
     )
     for completion in done:
       *_, i = completion.request.row_id
-      said = run.model.tok.decode(completion.tokens)
-      _, answer, malformed = thinking.split_thought(said, run.model.think.of(""))
-      verdict = run.task.grade(said if malformed else answer)
+      text = run.model.tok.decode(completion.tokens)
+      _, answer, malformed = thinking.split_thought(text, run.model.think.of(""))
+      verdict = run.task.grade(text if malformed else answer)
       if completion.finish == "length":
         verdict = Verdict(score=None, reason=forms.TRUNCATED)
       shown = run.model.tok.decode(completion.request.tokens)

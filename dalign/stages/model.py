@@ -58,7 +58,7 @@ class Model:
     self._seed = seed
     self._shared: list[weakref.ref] = []  # leaves of the base that somebody may hold
     self.think = thinking.ThinkFormat(open=think.open, close=think.close)
-    self.thinks = self.think if think.used else None  # what is trained writes it
+    self.trained_think = self.think if think.used else None  # what is trained writes it
 
   @property
   def has_files(self) -> bool:
@@ -73,7 +73,7 @@ class Model:
     )
 
   @functools.cached_property
-  def _found(self) -> weights.Checkpoint:
+  def _checkpoint(self) -> weights.Checkpoint:
     """The base model as its files have it, parameters unread."""
     if self._source.path in ("random", "world"):
       tok = vocab.tiny_tokenizer()
@@ -89,7 +89,7 @@ class Model:
   def arch(self) -> ModelConfig:
     scale = self._lora.alpha / self._lora.rank if self._lora.rank else 0.0
     if self.has_files:
-      arch = self._found.cfg
+      arch = self._checkpoint.cfg
     else:
       sizes = self._source.random
       arch = convert.build(ModelConfig, sizes, "config.model.random")
@@ -99,7 +99,7 @@ class Model:
   def file_tok(self) -> chat_template.Tokenizer:
     """The tokenizer as the model's files have it, but that it opens no thought, and
     that all stages have one day."""
-    found = dataclasses.replace(self._found.tok, date=self._source.date)
+    found = dataclasses.replace(self._checkpoint.tok, date=self._source.date)
     _say_folds(found)
     return found.without_opened_thought(self.think.tag)
 
@@ -135,7 +135,7 @@ class Model:
       return self.fresh_params(
         functools.partial(adapters.frozen_dtype, lora=self._lora)
       )
-    params = self._load(self.trained("base"), self.shapes)
+    params = self._load(self.trained_params_path("base"), self.shapes)
     return adapters.cast_frozen(params, lora=self._lora)
 
   def free(self, params: PyTree) -> None:
@@ -146,8 +146,8 @@ class Model:
   def fresh_params(self, dtype=lambda leaf: jnp.float32) -> PyTree:
     """The parameters that the model's source has, on the mesh; `dtype` is of a leaf's
     name."""
-    return self._found.params(
-      jax.tree.map(lambda x: x.sharding, self.placed(self.shapes)), dtype
+    return self._checkpoint.params(
+      jax.tree.map(lambda x: x.sharding, self.abstract_on_mesh(self.shapes)), dtype
     )
 
   def start_params(self, start: str) -> PyTree:
@@ -155,35 +155,35 @@ class Model:
     such, or "sft"."""
     if start == "sft":
       return self.trained_params("sft")
-    return self.adapted(self.base_params())
+    return self.with_adapters(self.base_params())
 
-  def adapted(self, params: PyTree) -> PyTree:
+  def with_adapters(self, params: PyTree) -> PyTree:
     """A decoder's parameters with the adapters that the config asks for."""
     if not self._lora.rank:
       return params
     key = ops.stream(jax.random.key(self._seed), "lora")
     return adapters.attach(params, key, cfg=self.arch, lora=self._lora)
 
-  def trained_params(self, stage: str, whole=lambda params: params) -> PyTree:
-    """The parameters that a finished stage ended with; `whole` makes a decoder's into
+  def trained_params(self, stage: str, extend=lambda params: params) -> PyTree:
+    """The parameters that a finished stage ended with; `extend` makes a decoder's into
     what the stage trains. Where that were adapters, the rest is the base model's."""
-    where = self.trained(stage)
+    where = self.trained_params_path(stage)
     if not self._lora.rank:
-      return self._load(where, jax.eval_shape(whole, self.shapes))
-    trained, frozen = adapters.split(whole(self.adapted(self.base_params())))
+      return self._load(where, jax.eval_shape(extend, self.shapes))
+    trained, frozen = adapters.split(extend(self.with_adapters(self.base_params())))
     return adapters.merge_trees(frozen, self._load(where, trained))
 
-  def trained(self, stage: str) -> pathlib.Path:
+  def trained_params_path(self, stage: str) -> pathlib.Path:
     """Where the parameters of a finished stage are; ValueError where they are not."""
     return self.store.left(stage, "params")
 
   def _load(self, where: pathlib.Path, shapes: PyTree) -> PyTree:
     """Saved parameters, laid on the mesh as they are read."""
-    return checkpoints.load_params(where, self.placed(shapes))
+    return checkpoints.load_params(where, self.abstract_on_mesh(shapes))
 
-  def placed(self, shapes: PyTree) -> PyTree:
+  def abstract_on_mesh(self, shapes: PyTree) -> PyTree:
     """Parameters as ShapeDtypeStructs that say where on the mesh they lie."""
-    return _placed(self.mesh, shapes)
+    return _abstract_on_mesh(self.mesh, shapes)
 
   def sampler(self, compute: Compute, shapes: SamplerConfig) -> sampling.Sampler:
     """A sampler of the model on its mesh; its programs are compiled for it alone."""
@@ -196,7 +196,7 @@ class Model:
     )
 
 
-class Guest:
+class AuxiliaryModel:
   """A model beside the run's own, on its mesh, to be asked and not trained. What path
   it may have: `weights.find`."""
 
@@ -210,14 +210,14 @@ class Guest:
     date: str,
   ):
     progress.say(f"loading {path}")
-    found = weights.find(path)
-    self.arch, self.tok = found.cfg, dataclasses.replace(found.tok, date=date)
+    checkpoint = weights.find(path)
+    self.arch, self.tok = checkpoint.cfg, dataclasses.replace(checkpoint.tok, date=date)
     _say_folds(self.tok)
     self.sampler = _sampler(
       self.arch, self.tok.stop_ids, mesh, compute=compute, shapes=shapes
     )
-    placed = _placed(mesh, _shapes(self.arch))
-    params = found.params(jax.tree.map(lambda x: x.sharding, placed))
+    abstract = _abstract_on_mesh(mesh, _shapes(self.arch))
+    params = checkpoint.params(jax.tree.map(lambda x: x.sharding, abstract))
     self.weights = self.sampler.prepare(params)
 
 
@@ -236,7 +236,7 @@ def _sampler(arch, stop_ids, mesh: Mesh, *, compute, shapes) -> sampling.Sampler
   )
 
 
-def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:
+def _abstract_on_mesh(mesh: Mesh, shapes: PyTree) -> PyTree:
   axes = param_tree.logical_axes(shapes)
   return sharding.with_shardings(shapes, sharding.shardings(mesh, axes, shapes))
 

@@ -69,7 +69,7 @@ class Prompts:
       progress.say(notice)
     folder = pathlib.Path(self._data.dir).expanduser().absolute()
     prompts = self._task.prompts(source, columns, str(folder))
-    say_halves(source, (turn.content for p in prompts for turn in p.turns))
+    report_lone_surrogates(source, (turn.content for p in prompts for turn in p.turns))
     spec = self._task.spec
     known = {policy.id for policy in spec.policies} | {specs.BENIGN}
     for prompt in prompts:
@@ -79,15 +79,16 @@ class Prompts:
           f"has {', '.join(sorted(known))}"
         )
     there = specs.clause_ids(spec).keys()
-    gone = {p.id: [c for c in p.clauses if c not in there] for p in prompts}
-    if odd := [id for id, clauses in gone.items() if clauses]:
+    unknown = {p.id: [c for c in p.clauses if c not in there] for p in prompts}
+    if odd := [id for id, clauses in unknown.items() if clauses]:
       progress.say(
         f"{source}: {len(odd)} prompts name clauses that the spec lacks, such as "
-        f"{odd[0]!r} {', '.join(gone[odd[0]])}; they count as not labelled with those"
+        f"{odd[0]!r} {', '.join(unknown[odd[0]])}; they count as not labelled with "
+        "those"
       )
     return [
       dataclasses.replace(p, clauses=tuple(c for c in p.clauses if c in there))
-      if gone[p.id]
+      if unknown[p.id]
       else p
       for p in prompts
     ]
@@ -116,7 +117,7 @@ class Prompts:
       rows, len(rows) if n is None else min(n, len(rows)), seed
     )
 
-  def further(
+  def load_eval_sets(
     self, extra: Mapping[str, Mapping], suite: Sequence[str], most: int
   ) -> dict[str, list[Prompt]]:
     """The sets that evaluation asks for beside our own, at most so many prompts of
@@ -131,8 +132,8 @@ class Prompts:
       if public not in chosen:
         rows = self.load(f"public:{public}", {})
         chosen[public] = prompt_sets.balanced(rows, min(most, len(rows)), 0)
-      if label(name) in sets:
-        raise ValueError(f"config.eval: two sets are called {label(name)}")
+      if set_label(name) in sets:
+        raise ValueError(f"config.eval: two sets are called {set_label(name)}")
       found = [
         attacks.disguised(p, names) for p in chosen[public] if attacks.reaches(p, names)
       ]
@@ -144,12 +145,12 @@ class Prompts:
         if not found:
           raise ValueError(f"config.eval.suite: {said}; take it out")
         progress.say(f"{said}; they are left out")
-      sets[label(name)] = found
+      sets[set_label(name)] = found
     return sets
 
 
-def say_halves(source: str, texts: Iterable[str]) -> None:
-  """Says how many of some texts hold half a character."""
+def report_lone_surrogates(source: str, texts: Iterable[str]) -> None:
+  """Reports how many texts contain a lone surrogate, half a character."""
   if count := sum(chat_template.characters(own) != own for own in texts):
     progress.say(
       f"{source}: {count} texts hold half a character (a lone surrogate), which is "
@@ -166,21 +167,21 @@ def too_long(
   if not rows:
     return set()
   shared = min(sampling.common_prefix([*rows.values()]), room)
-  most = shared + shapes.prompt_room + 1
-  found = {id: len(row) for id, row in rows.items() if len(row) > most}
-  if not found:
+  limit = shared + shapes.prompt_room + 1
+  lengths = {id: len(row) for id, row in rows.items() if len(row) > limit}
+  if not lengths:
     return set()
-  id = max(found, key=lambda id: found[id])
-  said = (
-    f"{len(found)} of {len(rows)} prompts are longer than the {most} tokens there is "
-    f"room for, such as {id!r} with {found[id]}"
+  id = max(lengths, key=lambda id: lengths[id])
+  message = (
+    f"{len(lengths)} of {len(rows)} prompts are longer than the {limit} tokens there "
+    f"is room for, such as {id!r} with {lengths[id]}"
   )
-  if 2 * len(found) > len(rows):
-    raise ValueError(f"{said}; raise sampler.prompt_room")
-  progress.say(f"{said}; they are left out (sampler.prompt_room)")
-  return {*found}
+  if 2 * len(lengths) > len(rows):
+    raise ValueError(f"{message}; raise sampler.prompt_room")
+  progress.say(f"{message}; they are left out (sampler.prompt_room)")
+  return {*lengths}
 
 
-def label(name: str) -> str:
+def set_label(name: str) -> str:
   """A set of a suite, in the names of metrics and files."""
   return name.replace("+", "_")

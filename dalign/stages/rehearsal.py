@@ -22,11 +22,13 @@ from dalign.training import rollout
 from dalign.types import Prompt
 from dalign.types import Turn
 
-THOUGHT, SAID = "A thought.", "An answer."
+THOUGHT, ANSWER = "A thought.", "An answer."
 Chats = Iterator[tuple[str, Sequence[Turn]]]  # who reads, and what
 
 
-def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) -> None:
+def check_prompts_render(
+  config: Config, work: services.Workspace, stages: Collection[str]
+) -> None:
   """Renders what teacher, judges and reward model of some stages are to read of a
   prompt of each category, and has judges that are code judge an answer to each.
   ValueError where the chat template leaves some of it out, where the judge's context
@@ -41,7 +43,7 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
     run: Any = services.of(declared.STAGES[stage], config, work)
     for prompt in {p.category: p for p in run.prompts.raw}.values():
       for reader, turns in chats(run, prompt):
-        with _read_by(reader):
+        with _name_reader_in_errors(reader):
           chat_template.render_chat(
             run.model.tok, turns, kept_tags=run.model.think.tags
           )
@@ -53,12 +55,12 @@ def rehearse(config: Config, work: services.Workspace, stages: Collection[str]) 
   rewarded = "rl" in stages and "model" in (config.rl.reward, config.rl.helpful)
   if "reward" in stages or rewarded:
     reward = services.of(declared.RewardStage, config, work)
-    with _read_by("the reward model"):
+    with _name_reader_in_errors("the reward model"):
       renderer = scoring.Renderer(reward)
       for prompt in {p.category: p for p in reward.prompts.raw}.values():
-        told = prompt_sets.with_metadata(prompt, reward.cfg.reward.metadata)
-        question = scoring.reward_question(reward, told, THOUGHT, SAID)
-        renderer.own(question)
+        with_metadata = prompt_sets.with_metadata(prompt, reward.cfg.reward.metadata)
+        question = scoring.reward_question(reward, with_metadata, THOUGHT, ANSWER)
+        renderer.question_tokens(question)
   judges = [who for who in _judges(config) if who[0] in stages]
   if "rubric" in {kind for _, kind, _ in judges}:
     _try_rubric(services.of(declared.FilterStage, config, work))
@@ -92,9 +94,9 @@ def _try_function(run: judging.Run, kind: str, metadata: str, *, thinks: bool) -
   prompts = {p.category: p for p in run.prompts.raw}.values()
   told = [prompt_sets.with_metadata(prompt, metadata) for prompt in prompts]
   ask = judging.function_judge(run, kind)
-  ask([judge.RewardQuestion(prompt, SAID) for prompt in told])
+  ask([judge.RewardQuestion(prompt, ANSWER) for prompt in told])
   if thinks:
-    ask([judge.FilterQuestion(prompt, THOUGHT, SAID) for prompt in told])
+    ask([judge.FilterQuestion(prompt, THOUGHT, ANSWER) for prompt in told])
 
 
 def _mixture(run: Any, own: DistillConfig | RLConfig) -> None:
@@ -150,7 +152,7 @@ def _characters(prompt: Prompt) -> int:
   return sum(len(turn.content) for turn in prompt.turns)
 
 
-def _of_generate(
+def _generate_chats(
   run: services.Services[declared.GenerateStage], prompt: Prompt
 ) -> Chats:
   cfg = run.cfg.generate
@@ -158,39 +160,41 @@ def _of_generate(
     turns = run.task.teach(prompt.blind(), worked=cfg.demonstrations)
     yield "the teacher", turns
   if cfg.revise:
-    yield "who revises", run.task.revise(prompt, SAID)
+    yield "who revises", run.task.revise(prompt, ANSWER)
 
 
-def _of_distill(run: services.Services[declared.DistillStage], prompt: Prompt) -> Chats:
+def _distill_chats(
+  run: services.Services[declared.DistillStage], prompt: Prompt
+) -> Chats:
   worked = run.cfg.distill.demonstrations
   yield "the teacher", run.task.teach(prompt.blind(), worked=worked)
 
 
-def _of_judge(run: services.Services[declared.Judging], prompt: Prompt) -> Chats:
+def _judge_chats(run: services.Services[declared.Judging], prompt: Prompt) -> Chats:
   if run.cfg.judge.judge in ("model", "sampled"):
-    question = judge.FilterQuestion(prompt=prompt, thought=THOUGHT, answer=SAID)
+    question = judge.FilterQuestion(prompt=prompt, thought=THOUGHT, answer=ANSWER)
     yield "the judge", run.task.question(question)
 
 
-def _of_arms(run: services.Services[declared.EvalStage], prompt: Prompt) -> Chats:
+def _eval_chats(run: services.Services[declared.EvalStage], prompt: Prompt) -> Chats:
   arms = run.cfg.eval.arms
   if "self_refine" in arms:
-    yield "who revises", run.task.revise(prompt, SAID)
+    yield "who revises", run.task.revise(prompt, ANSWER)
   if not {"spec_in_prompt", "spec_in_prompt_oracle"}.isdisjoint(arms):
     yield "the base, told the policies", run.task.summaries(prompt)
 
 
 READERS: Mapping[str, Callable[[Any, Prompt], Chats]] = {
-  "generate": _of_generate,
-  "filter": _of_judge,
-  "distill": _of_distill,
-  "reward": _of_judge,
-  "eval": _of_arms,
+  "generate": _generate_chats,
+  "filter": _judge_chats,
+  "distill": _distill_chats,
+  "reward": _judge_chats,
+  "eval": _eval_chats,
 }
 
 
 @contextlib.contextmanager
-def _read_by(reader: str) -> Iterator[None]:
+def _name_reader_in_errors(reader: str) -> Iterator[None]:
   try:
     yield
   except ValueError as error:

@@ -31,7 +31,7 @@ from dalign.types import Prompt
 Run = services.Services[stages.RewardStage]  # what this stage sees of a run
 
 
-MEASURED = 160  # held-out answers that the trained model is measured on
+MAX_MEASURED = 160  # held-out answers that the trained model is measured on
 
 
 def train_reward(run: Run) -> None:
@@ -47,7 +47,9 @@ def train_reward(run: Run) -> None:
     return
   renderer = scoring.Renderer(run)
   questions, scores = _questions(run, source)
-  fits = [i for i, q in enumerate(questions) if renderer.fits(renderer.own(q))]
+  fits = [
+    i for i, q in enumerate(questions) if renderer.fits(renderer.question_tokens(q))
+  ]
   too_long = len(questions) - len(fits)
   if too_long:
     progress.say(
@@ -55,14 +57,14 @@ def train_reward(run: Run) -> None:
       f"than the {renderer.most} tokens that it reads (config.reward.length)"
     )
   questions, scores = [questions[i] for i in fits], scores[fits]
-  held = _held_out(questions, cfg.held_out)
-  learned = [i for i, h in enumerate(held) if not h]
+  held_out = _held_out_mask(questions, cfg.held_out)
+  learned = [i for i, h in enumerate(held_out) if not h]
   if not learned:
     raise ValueError(
       f"{source} has scored answers to one prompt alone, which is held out: the reward "
       "model needs more"
     )
-  plan = _plan(run, learned, questions)
+  plan = _plan_batches(run, learned, questions)
   trainer = _trainer(run)
   with trainer, progress.bar(cfg.steps, "reward", "step", trainer.step) as bar:
     for step in range(trainer.step, cfg.steps):
@@ -75,20 +77,20 @@ def train_reward(run: Run) -> None:
       bar.update()
   params = trainer.finish()
   ask = scoring.reward_model(run, params, renderer)
-  seen = {i for some in plan for i in some}
+  seen = {i for step_indices in plan for i in step_indices}
   if len(seen) < len(learned):
     progress.say(
       f"reward: {len(learned) - len(seen)} of {len(learned)} questions are never seen "
       f"in config.reward.steps={cfg.steps} steps of {cfg.rows}"
     )
-  summary = _measure(run, ask, questions, scores, held)
+  summary = _measure(run, ask, questions, scores, held_out)
   summary |= {"too_long": too_long, "seen": len(seen)}
   run.finish(summary)
-  found = summary["held_out"]
-  pairs = progress.percent(found["pair_accuracy"]).strip()
+  result = summary["held_out"]
+  pairs = progress.percent(result["pair_accuracy"]).strip()
   progress.say(
-    f"reward: held-out accuracy {found['accuracy']:.1%}, pairs {pairs}, calibration "
-    f"error {found['calibration_error']:.2f}"
+    f"reward: held-out accuracy {result['accuracy']:.1%}, pairs {pairs}, calibration "
+    f"error {result['calibration_error']:.2f}"
   )
 
 
@@ -121,25 +123,27 @@ def _questions(run: Run, source):
   stored, why = "reward", "reward_reason"
   if cfg.shows_thought:
     stored, why = "score", "reason"
-  asked = [r for r in run.store.read_rows(source) if not r["malformed"]]
-  rows = [r for r in asked if r[stored] is not None]
-  missing = [r[why] for r in asked if r[stored] is None]
+  well_formed = [r for r in run.store.read_rows(source) if not r["malformed"]]
+  rows = [r for r in well_formed if r[stored] is not None]
+  missing = [r[why] for r in well_formed if r[stored] is None]
   replies = [(prompts[r["prompt_id"]], r["thought"], r["answer"]) for r in rows]
   scores = [r[stored] for r in rows]
-  more = _more(run, replies, {r["prompt_id"]: r["expected"] for r in rows})
-  anew = more
+  contrasts = _contrasting_replies(
+    run, replies, {r["prompt_id"]: r["expected"] for r in rows}
+  )
+  to_judge = contrasts
   if cfg.labels == "rubric":
-    scores, anew = [], replies + more
-  verdicts = _judged(run, anew)
+    scores, to_judge = [], replies + contrasts
+  verdicts = _judge_replies(run, to_judge)
   scores += [verdict.score for verdict in verdicts]
   missing += [verdict.reason for verdict in verdicts if verdict.score is None]
   if missing:
     progress.say(
-      f"reward: {len(missing)} of {len(asked) + len(more)} answers have no verdict and "
-      f"are left out: {progress.top_reasons(missing)}"
+      f"reward: {len(missing)} of {len(well_formed) + len(contrasts)} answers have no "
+      f"verdict and are left out: {progress.top_reasons(missing)}"
     )
-  replies += more
-  for prompt, answer, score in _made(run, replies, scores):
+  replies += contrasts
+  for prompt, answer, score in _constructed_replies(run, replies, scores):
     replies.append((prompt, "", answer))
     scores.append(score)
   pairs = [
@@ -159,28 +163,39 @@ def _questions(run: Run, source):
 Reply = tuple[Prompt, str, str]  # prompt, thought and answer
 
 
-def _more(run: Run, replies: list[Reply], expected: dict) -> list[Reply]:
+def _contrasting_replies(run: Run, replies: list[Reply], expected: dict) -> list[Reply]:
   """For each prompt an answer that was given to one of another type, where whoever
   makes the labels can judge it anew, and drafts of the base."""
-  of = collections.defaultdict(list)
+  replies_by_category = collections.defaultdict(list)
   for reply in replies:
-    of[reply[0].category].append(reply)
-  draw, more = random.Random(run.cfg.seed), []
-  asked = {prompt.id: prompt for prompt, _, _ in replies}
-  for prompt in () if run.recording else asked.values():
-    other = [r for r in of[prompt.category] if expected[r[0].id] != expected[prompt.id]]
+    replies_by_category[reply[0].category].append(reply)
+  draw, contrasts = random.Random(run.cfg.seed), []
+  prompts_by_id = {prompt.id: prompt for prompt, _, _ in replies}
+  for prompt in () if run.recording else prompts_by_id.values():
+    other = [
+      r
+      for r in replies_by_category[prompt.category]
+      if expected[r[0].id] != expected[prompt.id]
+    ]
     if other:
-      more.append((prompt, *draw.choice(other)[1:]))
+      contrasts.append((prompt, *draw.choice(other)[1:]))
   if run.recording:
     drafts = [row for row in run.recorded if not row.thought]
-    more += [(asked[d.prompt_id], "", d.answer) for d in drafts if d.prompt_id in asked]
+    contrasts += [
+      (prompts_by_id[d.prompt_id], "", d.answer)
+      for d in drafts
+      if d.prompt_id in prompts_by_id
+    ]
   elif run.cfg.reward.drafts:
-    found = samples.drafts(run, [*asked.values()])
-    more += [(p, found[p.id].thought, found[p.id].answer) for p in asked.values()]
-  return more
+    base_drafts = samples.drafts(run, [*prompts_by_id.values()])
+    contrasts += [
+      (p, base_drafts[p.id].thought, base_drafts[p.id].answer)
+      for p in prompts_by_id.values()
+    ]
+  return contrasts
 
 
-def _made(
+def _constructed_replies(
   run: Run, replies: list[Reply], scores: list[float | None]
 ) -> Iterator[tuple[Prompt, str, float]]:
   """Answers whose score follows from how they are made, to each prompt that has a good
@@ -190,10 +205,10 @@ def _made(
     for (prompt, _, answer), score in zip(replies, scores, strict=True)
     if score is not None and score >= probing.FALSE_POSITIVE
   ]
-  yield from run.task.made(good, random.Random(run.cfg.seed))
+  yield from run.task.constructed_answers(good, random.Random(run.cfg.seed))
 
 
-def _judged(run: Run, replies):
+def _judge_replies(run: Run, replies):
   """Verdicts on (prompt, thought, answer), by whoever makes the labels."""
   rubric = run.cfg.reward.labels == "rubric"
   if run.cfg.reward.shows_thought:
@@ -205,7 +220,7 @@ def _judged(run: Run, replies):
   return ask(questions)
 
 
-def _held_out(questions, share: float) -> list[bool]:
+def _held_out_mask(questions, share: float) -> list[bool]:
   """Which questions are held out: a share of the prompts, at least one, by id."""
   ids = sorted(
     {q.prompt.id for q in questions}, key=lambda id: prompt_sets.fraction(f"held {id}")
@@ -214,36 +229,36 @@ def _held_out(questions, share: float) -> list[bool]:
   return [q.prompt.id in held for q in questions]
 
 
-def _numbered(some: Sequence[int], questions) -> tuple[np.ndarray, np.ndarray]:
+def _group_ids(indices: Sequence[int], questions) -> tuple[np.ndarray, np.ndarray]:
   """Numbers of the prompt, and of the answer's text, of each of some questions."""
-  ids = [questions[i].prompt.id for i in some]
-  texts = [questions[i].answer for i in some]
+  ids = [questions[i].prompt.id for i in indices]
+  texts = [questions[i].answer for i in indices]
   prompts, answers = (np.unique(x, return_inverse=True)[1] for x in (ids, texts))
   return prompts.astype(np.int32), answers.astype(np.int32)
 
 
-def _together(some: list[int], questions) -> list[int]:
+def _grouped_by_prompt(indices: list[int], questions) -> list[int]:
   """Numbers of questions, those of one prompt side by side, to be told apart; prompts
   of each category by turns."""
-  of = collections.defaultdict(list)
-  for i in some:
-    of[questions[i].prompt.id].append(i)
-  prompts = [questions[group[0]].prompt for group in of.values()]
+  indices_by_prompt = collections.defaultdict(list)
+  for i in indices:
+    indices_by_prompt[questions[i].prompt.id].append(i)
+  prompts = [questions[group[0]].prompt for group in indices_by_prompt.values()]
   drawn = prompt_sets.balanced(prompts, len(prompts), 0)
-  return [i for prompt in drawn for i in of[prompt.id]]
+  return [i for prompt in drawn for i in indices_by_prompt[prompt.id]]
 
 
-def _plan(run: Run, train: list[int], questions) -> list[list[int]]:
+def _plan_batches(run: Run, train: list[int], questions) -> list[list[int]]:
   """The rows of each step: of one category, answers to one prompt side by side."""
   cfg, seed = run.cfg.reward, run.cfg.seed
-  of: dict[str, dict[str, list[int]]] = collections.defaultdict(
+  by_category: dict[str, dict[str, list[int]]] = collections.defaultdict(
     lambda: collections.defaultdict(list)
   )
   for i in train:
-    of[questions[i].prompt.category][questions[i].prompt.id].append(i)
+    by_category[questions[i].prompt.category][questions[i].prompt.id].append(i)
   chunks = []
-  for category in sorted(of):
-    groups = list(of[category].values())
+  for category in sorted(by_category):
+    groups = list(by_category[category].values())
     for epoch in range(8):
       flat = [
         i
@@ -265,26 +280,28 @@ def _plan(run: Run, train: list[int], questions) -> list[list[int]]:
 
 def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
   """One micro-batch of `reward.rows` rows, with scores and which prompt each is of."""
-  rows = [renderer.own(questions[i]) for i in indices]
+  rows = [renderer.question_tokens(questions[i]) for i in indices]
   category = questions[indices[0]].prompt.category
   batch = renderer.batch(category, rows)
   pad = renderer.cfg.rows - len(indices)
   batch["score_B"] = np.pad(scores[indices], (0, pad))
-  prompt_B, answer_B = _numbered(indices, questions)
+  prompt_B, answer_B = _group_ids(indices, questions)
   batch["prompt_B"] = np.pad(prompt_B, (0, pad))
   batch["answer_B"] = np.pad(answer_B, (0, pad))
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _measure(run: Run, ask, questions, scores, held) -> dict:
+def _measure(run: Run, ask, questions, scores, held_out) -> dict:
   """Agreement with the judge on the held-out prompts, or a draw of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
-  some = _together([i for i, h in enumerate(held) if h], questions)[:MEASURED]
-  verdicts = ask([questions[i] for i in some])
-  numbers = _numbered(some, questions)
+  measured = _grouped_by_prompt([i for i, h in enumerate(held_out) if h], questions)[
+    :MAX_MEASURED
+  ]
+  verdicts = ask([questions[i] for i in measured])
+  numbers = _group_ids(measured, questions)
   predicted = np.array([verdict.score for verdict in verdicts])
   return {
     "questions": len(questions),
-    "held_out": reward.agreement(predicted, scores[some], *numbers),
+    "held_out": reward.agreement(predicted, scores[measured], *numbers),
     "probes": judging.probe(run, ask, run.cfg.reward.metadata),
   }

@@ -49,8 +49,8 @@ def reinforce(run: Run) -> None:
   value_head = run.scorer(cfg.batch, make=policy_gradient.make_values)
   asks = judging.rl_judge(run), judging.second_judge(run)
   if trainer.step == 0:
-    admit(run, asks[0])
-  shown = rollouts_of.rewound(run, trainer.step)
+    check_judge(run, asks[0])
+  rollouts_path = rollouts_of.rewind_rollouts_file(run, trainer.step)
   skipped = trainer.meta.get("skipped", 0)
   with trainer, progress.bar(cfg.steps, "rl", "step", trainer.step) as bar:
     while trainer.step < cfg.steps:
@@ -75,7 +75,9 @@ def reinforce(run: Run) -> None:
         group_size=cfg.samples,
         max_length=cfg.max_new,
       )
-      check_limits(rollouts, cfg, rollouts_of.halter(run, trainer.step + 1, rollouts))
+      check_limits(
+        rollouts, cfg, rollouts_of.make_halt(run, trainer.step + 1, rollouts)
+      )
       metrics = step_metrics(run, rollouts)
       if cfg.audit and trainer.step % cfg.show_every == 0:
         metrics |= audit(run, policy, asks, held_out)
@@ -88,11 +90,11 @@ def reinforce(run: Run) -> None:
           trainer.skip(metrics)
         else:
           batch, used = train.micro_batches(lines, cfg.batch)
-          found = trainer.update(batch, used, metrics)
-          check_gap(run, trainer.step, found["logp_gap_nats"], batch)
+          update_metrics = trainer.update(batch, used, metrics)
+          check_gap(run, trainer.step, update_metrics["logp_gap_nats"], batch)
         if trainer.step % cfg.show_every == 0 or trainer.step == cfg.steps:
           rows = [rollout.to_row(r, trainer.step) for r in rollouts]
-          run.store.append_rows(shown, rows)
+          run.store.append_rows(rollouts_path, rows)
         trainer.meta["skipped"] = skipped
         trainer.save()
       reward, kl = metrics["rl/reward"], metrics["rl/kl_nats"]
@@ -139,11 +141,13 @@ def make_trainer(run: Run, start: PyTree) -> trainers.Trainer:
   )
 
 
-def admit(run: Run, ask: judge.Judge) -> None:
+def check_judge(run: Run, ask: judge.Judge) -> None:
   """Refuses a judge that errs on probes."""
   limit = run.cfg.rl.judge_errors
   if limit < 1:
-    judging.refuse(judging.probe(run, ask, judging.metadata(run)), limit)
+    judging.check_probe_errors(
+      judging.probe(run, ask, judging.reward_metadata(run)), limit
+    )
 
 
 # --- Sample ---
@@ -194,7 +198,7 @@ def put(
   run: Run, ask: judge.Judge, judged: Sequence[Rollout], kind: str
 ) -> list[Verdict]:
   """What a judge of a kind says of answers, told what it may be told."""
-  metadata = judging.metadata(run, kind)
+  metadata = judging.reward_metadata(run, kind)
   questions = [
     scoring.reward_question(
       run,
@@ -273,7 +277,7 @@ def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
   """Means of a step's rollouts, and what evaluation's grader, which the reward never
   sees, says of them."""
   values = rollout.metrics(rollouts, group_size=run.cfg.rl.samples)
-  values |= rollouts_of.graded(run, rollouts)
+  values |= rollouts_of.grader_metrics(run, rollouts)
   return {f"rl/{name}": value for name, value in values.items()}
 
 
@@ -288,7 +292,9 @@ def audit(
     *asks,
     rollouts=rollouts_of.collect_rollouts(run, run.cfg.rl, policy, prompts, 1, key),
   )
-  values = rollouts_of.grades([run.task.outcome(r.prompt, r.sample) for r in rollouts])
+  values = rollouts_of.mean_grades(
+    [run.task.outcome(r.prompt, r.sample) for r in rollouts]
+  )
   values["reward"] = rollout.mean(r.reward for r in rollouts if r.scored)
   values["unscored"] = rollout.mean(not r.scored for r in rollouts)
   return {f"rl/held_out_{name}": value for name, value in values.items()}

@@ -36,8 +36,10 @@ def prompt_schedule(run: Run, cfg: Settings) -> Callable[[int], list[Prompt]]:
   """A function from the index of a sampling round to its prompts. ValueError where
   there are too few."""
   stage = run.cfg.stage
-  safety = fitting(run, run.prompts.choose("train", "safety", None, cfg.expected))
-  capability = fitting(run, run.prompts.choose("train", "capability", None))
+  safety = prompts_that_fit(
+    run, run.prompts.choose("train", "safety", None, cfg.expected)
+  )
+  capability = prompts_that_fit(run, run.prompts.choose("train", "capability", None))
   safety_count = cfg.prompts - cfg.capability
   cells, shares = rollout.prompt_cells(safety), None
   if cfg.mixture and cells:
@@ -65,10 +67,12 @@ def prompt_schedule(run: Run, cfg: Settings) -> Callable[[int], list[Prompt]]:
   )
 
 
-def fitting(run: Run, prompts: list[Prompt]) -> list[Prompt]:
+def prompts_that_fit(run: Run, prompts: list[Prompt]) -> list[Prompt]:
   """Those prompts that are not too long for the sampler."""
   rows = {
-    p.id: prompting.render_prompt(run.model.tok, prompting.plain(p), run.model.thinks)
+    p.id: prompting.render_prompt(
+      run.model.tok, prompting.plain(p), run.model.trained_think
+    )
     for p in prompts
   }
   long = too_long(run.cfg.sampler, rows, run.cfg.sampler.prefix_step)
@@ -88,12 +92,14 @@ def collect_rollouts(
   rendered = [
     chat_template.render_chat(run.model.tok, list(prompting.plain(p))) for p in prompts
   ]
-  requests, place = [], {}
+  requests, prompt_and_index = [], {}
   for i, prompt in enumerate(prompts):
-    forced = prompting.forced(run.model.tok, prompting.plain(prompt), run.model.thinks)
+    forced = prompting.forced(
+      run.model.tok, prompting.plain(prompt), run.model.trained_think
+    )
     for index in range(samples):
       row_id = prompt.id, index
-      place[row_id] = i, index
+      prompt_and_index[row_id] = i, index
       tokens = (*rendered[i], *forced)
       requests.append(Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new))
   completions = run.sampler.complete(
@@ -106,10 +112,12 @@ def collect_rollouts(
   )
   found = {}
   for completion in completions:
-    i, index = place[completion.request.row_id]
+    i, index = prompt_and_index[completion.request.row_id]
     found[i, index] = Rollout(
       prompt=prompts[i],
-      sample=sample_rows.of(run.model, prompts[i], completion, index, run.model.thinks),
+      sample=sample_rows.from_completion(
+        run.model, prompts[i], completion, index, run.model.trained_think
+      ),
       prompt_tokens=rendered[i],
       behaviour=completion.logp,
     )
@@ -121,11 +129,11 @@ def with_scores(
 ) -> list[Rollout]:
   """Rollouts with what a scorer says of each sampled token, as the field `name`."""
   tokens, starts = [r.tokens for r in rollouts], [r.first_sampled for r in rollouts]
-  found: list[dict[str, Any]] = [{name: x_T} for x_T in score(params, tokens, starts)]
-  return [dataclasses.replace(r, **x) for r, x in zip(rollouts, found, strict=True)]
+  fields: list[dict[str, Any]] = [{name: x_T} for x_T in score(params, tokens, starts)]
+  return [dataclasses.replace(r, **x) for r, x in zip(rollouts, fields, strict=True)]
 
 
-def halter(run: Run, step: int, rollouts: Sequence[Rollout]) -> Halt:
+def make_halt(run: Run, step: int, rollouts: Sequence[Rollout]) -> Halt:
   """Stops the stage at a step, and keeps its rollouts."""
   batch = {
     "prompt_id": [r.prompt.id for r in rollouts],
@@ -150,21 +158,21 @@ def check_kl(rollouts: Sequence[Rollout], stage: str, limit: float, halt: Halt) 
     )
 
 
-def graded(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def grader_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
   """What evaluation's grader, whom no stage trains to please, makes of answers and
   thoughts, and the share that declines."""
   safety = [r for r in rollouts if r.prompt.kind != "capability"]
-  found = [run.task.outcome(r.prompt, r.sample) for r in safety]
-  values = {f"audit_{name}": value for name, value in grades(found).items()}
-  values["declined"] = rollout.mean(row["declined"] for row in found)
+  outcomes = [run.task.outcome(r.prompt, r.sample) for r in safety]
+  values = {f"audit_{name}": value for name, value in mean_grades(outcomes).items()}
+  values["declined"] = rollout.mean(row["declined"] for row in outcomes)
   for name in run.task.monitored:
-    scores = [row["scores"][name] for row in found if row["thought"]]
+    scores = [row["scores"][name] for row in outcomes if row["thought"]]
     if known := [score for score in scores if score is not None]:
       values[f"thought_{name.removeprefix('thought_')}"] = rollout.mean(known)
   return values
 
 
-def rewound(run: Run, step: int) -> pathlib.Path:
+def rewind_rollouts_file(run: Run, step: int) -> pathlib.Path:
   """The file of rollouts that are kept to be read, without those after a step."""
   path = run.store.path(run.cfg.stage, "rollouts.jsonl")
   before = run.store.read_rows(path) if run.store.has(path) else []
@@ -172,7 +180,7 @@ def rewound(run: Run, step: int) -> pathlib.Path:
   return path
 
 
-def grades(graded: list[dict]) -> dict[str, float]:
+def mean_grades(graded: list[dict]) -> dict[str, float]:
   """The mean of each response type's own metric, and over all replies the "grade"."""
   found = {name: [row["scores"].get(name) for row in graded] for name in evals.TYPES}
   known = {n: [x for x in xs if x is not None] for n, xs in found.items()}

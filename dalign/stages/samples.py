@@ -14,7 +14,7 @@ from dalign.types import Prompt
 from dalign.types import Sample
 
 
-def of(
+def from_completion(
   model: models.Model,
   prompt: Prompt,
   done: sampling.Completion,
@@ -30,11 +30,11 @@ def of(
     index=index,
     think=model.think,
     opened=bool(think),
-    needed=bool(think or model.thinks),
+    needed=bool(think or model.trained_think),
   )
 
 
-def written(
+def from_text(
   model: models.Model,
   prompt: Prompt,
   index: int,
@@ -60,10 +60,10 @@ def drafts(
   prompts: list[Prompt],
   index: int = 0,
   *,
-  grows: bool = False,
+  grow_to_fit: bool = False,
 ) -> dict[str, Sample]:
   """What the base replies to prompts without a specification: prompt id -> sample.
-  `grows` as in `Sampler.complete`."""
+  `grow_to_fit` as in `Sampler.complete`."""
   cfg, model = run.cfg.drafts, run.model
   requests = [
     sampling.Request(
@@ -80,13 +80,13 @@ def drafts(
     temperature=cfg.temperature,
     max_new=cfg.max_new,
     prefix_room=run.cfg.sampler.prefix_step,
-    grow_to_fit=grows,
+    grow_to_fit=grow_to_fit,
   )
-  asked = {(prompt.id, index): prompt for prompt in prompts}
+  prompts_by_row = {(prompt.id, index): prompt for prompt in prompts}
   found = {}
   for completion in done:
-    prompt = asked[completion.request.row_id]
-    found[prompt.id] = of(model, prompt, completion, index, None)
+    prompt = prompts_by_row[completion.request.row_id]
+    found[prompt.id] = from_completion(model, prompt, completion, index, None)
   return found
 
 
@@ -95,7 +95,7 @@ def to_row(sample: Sample) -> dict:
   return dataclasses.asdict(sample)
 
 
-def of_row(row: dict) -> Sample:
+def from_row(row: dict) -> Sample:
   """The Sample of a JSON row, which may hold more than a Sample."""
-  own = {field.name: row[field.name] for field in dataclasses.fields(Sample)}
-  return Sample(**own | {"tokens": tuple(row["tokens"])})
+  fields = {field.name: row[field.name] for field in dataclasses.fields(Sample)}
+  return Sample(**fields | {"tokens": tuple(row["tokens"])})

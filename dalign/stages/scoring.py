@@ -30,7 +30,7 @@ from dalign.types import Verdict
 Run = services.Services[stages.Rewarding]
 
 NOT_FINITE = "the reward model's score is not finite"  # why a question is unscored
-UNLIKE = ("a", "1", " b", "\n\nc", '"d"', "(e)")  # prompts, by how they begin
+DISSIMILAR_PROMPTS = ("a", "1", " b", "\n\nc", '"d"', "(e)")  # by how they begin
 OPINIONS = {
   "refuse": "Another AI thinks that the right reply is a refusal.",
   "safe_complete": "Another AI thinks that the right reply is a safe completion.",
@@ -73,13 +73,13 @@ class Renderer:
     than the policy or do not."""
     system, answer = self._system(category), Turn(role="assistant", content="No.")
     rows = []
-    for asked in UNLIKE:
+    for asked in DISSIMILAR_PROMPTS:
       for front in ([system], [system, Turn(role="system", content=asked)]):
         turns = [*front, Turn(role="user", content=asked), answer]
         rows.append(tuple(self._render(turns)))
     return list(rows[0][: sampling.common_prefix(rows)])
 
-  def own(self, question: judge.RewardQuestion) -> list[int]:
+  def question_tokens(self, question: judge.RewardQuestion) -> list[int]:
     """The question's tokens after the prefix, however many."""
     prompt = question.prompt
     turns = [self._system(prompt.category)]
@@ -92,15 +92,17 @@ class Renderer:
     return ids[len(prefix) :]
 
   def fits(self, row: Sequence[int]) -> bool:
-    """Whether the model reads so many tokens of a question; it reads no part of one."""
+    """Whether a question fits `reward.length`; questions are never truncated."""
     return len(row) <= self.most
 
   def batch(self, category: str, rows: Sequence[list[int]]) -> dict:
     """Arrays of at most `reward.rows` rows of one category, padded to fixed shapes."""
-    return lines_after(self.prefixes[category], rows, cfg=self.cfg, room=self.room)
+    return batch_after_prefix(
+      self.prefixes[category], rows, cfg=self.cfg, room=self.room
+    )
 
 
-def lines_after(
+def batch_after_prefix(
   prefix: list[int],
   rows: Sequence[list[int]],
   *,
@@ -141,21 +143,23 @@ def reward_model(run: Run, params: PyTree, renderer: Renderer) -> judge.Judge:
     )
 
   def ask(questions):
-    of = collections.defaultdict(list)
-    own = [renderer.own(question) for question in questions]
+    indices_by_category = collections.defaultdict(list)
+    question_rows = [renderer.question_tokens(question) for question in questions]
     verdicts: list[Verdict | None] = [None] * len(questions)
-    for i, (question, row) in enumerate(zip(questions, own, strict=True)):
+    for i, (question, row) in enumerate(zip(questions, question_rows, strict=True)):
       if renderer.fits(row):
-        of[question.prompt.category].append(i)
+        indices_by_category[question.prompt.category].append(i)
       else:
         reason = f"{len(row)} tokens after the policy, more than {renderer.most}"
         verdicts[i] = Verdict(score=None, reason=reason)
-    for category, indices in of.items():
+    for category, indices in indices_by_category.items():
       for at in packing.batches(len(indices), run.cfg.reward_model.rows):
-        some = indices[at]
-        rows = [own[i] for i in some]
-        found = np.asarray(scores(params, renderer.batch(category, rows)))
-        for i, row, score in zip(some, rows, found[: len(some)], strict=True):
+        batch_indices = indices[at]
+        rows = [question_rows[i] for i in batch_indices]
+        batch_scores = np.asarray(scores(params, renderer.batch(category, rows)))
+        for i, row, score in zip(
+          batch_indices, rows, batch_scores[: len(batch_indices)], strict=True
+        ):
           finite = bool(np.isfinite(score))
           verdicts[i] = Verdict(
             score=float(score) if finite else None,

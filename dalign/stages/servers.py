@@ -23,8 +23,10 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 
-UNTOLD = "every reply was cut, and may be a thought without an end: give it more tokens"
-ROUND = 16  # requests that each connection has waiting, between two looks at the run
+AMBIGUOUS = (
+  "every reply was cut, and may be a thought without an end: give it more tokens"
+)
+REQUESTS_PER_CONNECTION = 16  # that wait, between two looks at the run
 
 
 class Server:
@@ -34,21 +36,21 @@ class Server:
   def __init__(self, store: files.Store, cfg: EndpointConfig, name: str):
     self._endpoint = endpoint.Endpoint(cfg, store.workdir / "endpoint.jsonl")
     self._name = name
-    self.round = ROUND * cfg.concurrency
+    self.round = REQUESTS_PER_CONNECTION * cfg.concurrency
 
   def chat(self, requests: Sequence[endpoint.Request]) -> list[endpoint.Reply]:
     """A reply to each request, in order, the same in every process; see
     `endpoint.Endpoint.chat`."""
     if not distributed.is_multi_process():
       return self._endpoint.chat(requests)
-    said = ("", None)
+    shared = ("", None)
     if distributed.is_first_process():
       try:
         found = self._endpoint.chat(requests)
-        said = ("", [dataclasses.asdict(reply) for reply in found])
+        shared = ("", [dataclasses.asdict(reply) for reply in found])
       except (ValueError, ConnectionError) as error:
-        said = (str(error), None)
-    failure, rows = distributed.broadcast(said)
+        shared = (str(error), None)
+    failure, rows = distributed.broadcast(shared)
     if failure:
       raise ConnectionError(failure)
     return [endpoint.Reply(**row) for row in rows]
@@ -60,7 +62,7 @@ class Server:
     for at in packing.batches(len(requests), self.round):
       yield from enumerate(self.chat(requests[at]), at.start)
 
-  def settled(
+  def rounds_ambiguous_last(
     self, requests: Sequence[endpoint.Request]
   ) -> Iterator[tuple[int, endpoint.Reply]]:
     """As `rounds`, but last those that were cut and do not tell a thought from an
@@ -75,24 +77,25 @@ class Server:
     thinks = distributed.broadcast(self._endpoint.thinks) if cut else None
     for at, reply in cut:
       if thinks is None:
-        reply = dataclasses.replace(reply, refused=UNTOLD)
+        reply = dataclasses.replace(reply, refused=AMBIGUOUS)
       elif thinks:
         reply = dataclasses.replace(reply, text=f"<think>\n{reply.text}")
       yield at, reply
 
-  def say(self) -> None:
+  def report_usage(self) -> None:
     """One line on what was asked so far and what it cost."""
-    own = self._endpoint
+    usage = self._endpoint
     progress.say(
-      f"{self._name}: {own.asked} requests, {own.cached} known before; tokens in "
-      f"{own.tokens_in}, out {own.tokens_out}; cost {own.cost:.4g}"
-      + f", without {own.uncounted} replies that came uncounted" * bool(own.uncounted)
-      + f"; {own.lone_surrogates} replies with half a character, read as U+FFFD"
-      * bool(own.lone_surrogates)
+      f"{self._name}: {usage.asked} requests, {usage.cached} known before; tokens in "
+      f"{usage.tokens_in}, out {usage.tokens_out}; cost {usage.cost:.4g}"
+      + f", without {usage.uncounted} replies that came uncounted"
+      * bool(usage.uncounted)
+      + f"; {usage.lone_surrogates} replies with half a character, read as U+FFFD"
+      * bool(usage.lone_surrogates)
     )
 
 
-def sample(
+def to_sample(
   model: models.Model,
   prompt: Prompt,
   index: int,
@@ -105,23 +108,23 @@ def sample(
   of the text, whatever its tags. With `think` that follows the forced opening, as in
   all samples.
   """
-  own = model.think.of(prompt.text)
-  thought, said, unended = reply.reasoning, reply.text, ""
-  if not thought and not said.lstrip().startswith(own.tag):
-    thought, said, unended = thinking.split_reasoning(said)
+  think_format = model.think.of(prompt.text)
+  thought, text, unended = reply.reasoning, reply.text, ""
+  if not thought and not text.lstrip().startswith(think_format.tag):
+    thought, text, unended = thinking.split_reasoning(text)
   if thought:
-    said = f"{own.tag}\n{thought}\n{own.close}\n{said}"
-  elif unended and not said.startswith(own.tag):
-    said = f"{own.tag}\n{said}"
+    text = f"{think_format.tag}\n{thought}\n{think_format.close}\n{text}"
+  elif unended and not text.startswith(think_format.tag):
+    text = f"{think_format.tag}\n{text}"
   finish = "length" if reply.finish == "length" else "stop"
-  plain = dataclasses.replace(own, open=own.tag)
-  thought, answer, malformed = thinking.split_thought(said, plain)
+  plain = dataclasses.replace(think_format, open=think_format.tag)
+  thought, answer, malformed = thinking.split_thought(text, plain)
   if finish == "length" and not malformed:
     malformed = "cut by the token budget"
-  if why := _unread(reply):
+  if why := _rejection_reason(reply):
     finish, malformed = "refused", why
   if think and not malformed:
-    written = samples.written(model, prompt, index, thought, answer, think)
+    written = samples.from_text(model, prompt, index, thought, answer, think)
     return dataclasses.replace(written, finish=finish)
   return Sample(
     prompt_id=prompt.id,
@@ -135,16 +138,18 @@ def sample(
   )
 
 
-def said(reply: endpoint.Reply) -> forms.ModelReply:
+def to_model_reply(reply: endpoint.Reply) -> forms.ModelReply:
   """A reply as a form reads it: one that the server did not end as the model wanted is
   not read, but where it may be cut."""
-  return forms.ModelReply(reply.text, _unread(reply), reply.finish == "length")
+  return forms.ModelReply(
+    reply.text, _rejection_reason(reply), reply.finish == "length"
+  )
 
 
-def _unread(reply: endpoint.Reply) -> str:
+def _rejection_reason(reply: endpoint.Reply) -> str:
   """Why a reply is not what its model wanted to say, or ""."""
-  if reply.refused == UNTOLD:
-    return UNTOLD
+  if reply.refused == AMBIGUOUS:
+    return AMBIGUOUS
   if reply.refused:
     return f"the server refuses: {reply.refused}"
   if reply.finish not in ("", "stop", "length"):
@@ -152,7 +157,7 @@ def _unread(reply: endpoint.Reply) -> str:
   return ""
 
 
-def request(
+def make_request(
   turns: Sequence[Turn],
   cfg: GenerateConfig | stages.Judge | EvalConfig,
   draw: int = 0,

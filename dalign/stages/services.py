@@ -97,14 +97,14 @@ class Services(Generic[C]):
   def __init__(self, cfg: C, work: Workspace):
     self.cfg, self._work = cfg, work
     self.store, self.metrics, self.mesh = work.store, work.metrics, work.mesh
-    self._own: dict[Callable, Any] = {}
+    self._cache: dict[Callable, Any] = {}
     self._base: Callable[[], sampling.Weights | None] = lambda: None
 
   def _once(self, make: Callable[..., T], *args, **parts) -> T:
     """As `Workspace.once`, and at once where the stage has asked before."""
-    if make not in self._own:
-      self._own[make] = self._work.once(make, *args, **parts)
-    return self._own[make]
+    if make not in self._cache:
+      self._cache[make] = self._work.once(make, *args, **parts)
+    return self._cache[make]
 
   @property
   def key(self: "Services[stages.OfModel]") -> Key:
@@ -149,8 +149,8 @@ class Services(Generic[C]):
     if make is not None:
       score = make(cfg=arch, compute=dataclasses.replace(compute, remat=False))
       how = how | {"score": score}
-    whole = sharding.replicated(self.mesh)
-    return likelihood.Scorer(arch, compute, shape, shardings=whole, **how)
+    replicated = sharding.replicated(self.mesh)
+    return likelihood.Scorer(arch, compute, shape, shardings=replicated, **how)
 
   def trainer(
     self: "Services[stages.Training]",
@@ -236,7 +236,7 @@ class Services(Generic[C]):
   @property
   def recorded(self: "Services[stages.Taught]") -> list[recordings.RecordedReply]:
     """The rows of the recording."""
-    return self._once(_recorded, self.recording, self.prompts.raw, self.task.spec)
+    return self._once(_load_recording, self.recording, self.prompts.raw, self.task.spec)
 
   def begin(
     self: "Services[stages.OfModel]",
@@ -261,8 +261,8 @@ class Services(Generic[C]):
     self._work.opened = True
     if state == "fresh":
       self.metrics.rewind(stage, -1)
-    said = "goes on where it stopped" if state == "resume" else "starts"
-    progress.say(f"{stage}: {said}")
+    action = "goes on where it stopped" if state == "resume" else "starts"
+    progress.say(f"{stage}: {action}")
     return True
 
   def finish(self: "Services[stages.OfModel]", summary: Mapping) -> None:
@@ -270,11 +270,13 @@ class Services(Generic[C]):
     self.store.finish(self.cfg.stage, dict(summary) | self.model.notes)
 
 
-def _recorded(
+def _load_recording(
   source: str, found: list[Prompt], spec: Spec
 ) -> list[recordings.RecordedReply]:
   rows = recordings.load(source, found, spec)
-  prompt_choice.say_halves(source, (row.thought + row.answer for row in rows))
+  prompt_choice.report_lone_surrogates(
+    source, (row.thought + row.answer for row in rows)
+  )
   return rows
 
 

@@ -35,8 +35,8 @@ def finetune(run: Run) -> None:
       f"config.sft.recall_epochs={cfg.recall_epochs}"
     )
   first = cfg.recall_epochs if recalls else 0
-  plan = _plan(recalls, cfg, run.cfg.seed, range(first))
-  plan += _plan(rows, cfg, run.cfg.seed, range(first, first + cfg.epochs))
+  plan = _plan_batches(recalls, cfg, run.cfg.seed, range(first))
+  plan += _plan_batches(rows, cfg, run.cfg.seed, range(first, first + cfg.epochs))
   trainer = run.trainer(
     params=run.model.start_params("base"),
     loss=sft.make_loss(cfg=run.model.arch, compute=run.cfg.compute),
@@ -70,7 +70,7 @@ class _Row(NamedTuple):
   tokens: list[int]
   weights: list[float]
   recalled: int = 0  # tokens up to the end of the clause that its thought recalls
-  whole: bool = True  # or its recall alone
+  in_full: bool = True  # or its recall alone
 
 
 def _rows(run: Run, source) -> tuple[list, list, dict]:
@@ -88,10 +88,10 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
     return len(row.tokens) <= most
 
   kept_rows = run.store.read_rows(source)
-  kept = _kept(run, kept_rows)
+  kept = _kept_sample_rows(run, kept_rows)
   clean = [row for row in kept if not leaks(row)]
-  if not any(row.whole and fits(row) for row in clean):
-    whole, sound = (sum(row.whole for row in rows) for rows in (kept, clean))
+  if not any(row.in_full and fits(row) for row in clean):
+    whole, sound = (sum(row.in_full for row in rows) for rows in (kept, clean))
     raise ValueError(
       f"sft: {source} has {whole} samples, of which {whole - sound} "
       f"leak the specification and the rest are longer than {most} tokens "
@@ -99,68 +99,78 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
       "more is in its manifest.json: raise generate.prompts or generate.most, or lower "
       "filter.threshold"
     )
-  known = _capability(run)
+  known = _capability_rows(run)
   clean += [row for row in known if not leaks(row)]
   dropped = {
-    "beyond_most": len(kept_rows) - sum(row.whole for row in kept),
+    "beyond_most": len(kept_rows) - sum(row.in_full for row in kept),
     "leaked": len(kept) + len(known) - len(clean),
   }
   if cfg.worked:
     clean += [
-      _written(run, [Turn(role="user", content=prompt)], _recalling(run, completion))
+      _row_of_text(
+        run, [Turn(role="user", content=prompt)], _with_recalled_clause(run, completion)
+      )
       for prompt, completion in run.task.worked()
     ]
-  found = [row for row in clean if fits(row)]
-  dropped["too_long"] = len(clean) - len(found)
+  fitting = [row for row in clean if fits(row)]
+  dropped["too_long"] = len(clean) - len(fitting)
   recalls = [
     (row.tokens[: row.recalled], row.weights[: row.recalled])
-    for row in found
+    for row in fitting
     if row.recalled
   ]
-  return [(row.tokens, row.weights) for row in found if row.whole], recalls, dropped
+  return [(row.tokens, row.weights) for row in fitting if row.in_full], recalls, dropped
 
 
-def _kept(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
+def _kept_sample_rows(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
   """The kept samples that are learned; those beyond `sft.most` for their recall."""
   cfg = run.cfg.sft
   prompts = {prompt.id: prompt for prompt in run.prompts.all}
-  of = {  # each sample as if it were a prompt, to be drawn by category and type
+  # each sample as if it were a prompt, to be drawn by category and type
+  prompts_by_sample = {
     f"{row['prompt_id']} {row['index']}": prompts[row["prompt_id"]] for row in kept_rows
   }
   drawn = prompt_sets.balanced(
-    [dataclasses.replace(prompt, id=id) for id, prompt in of.items()],
-    min(cfg.most, len(of)),
+    [dataclasses.replace(prompt, id=id) for id, prompt in prompts_by_sample.items()],
+    min(cfg.most, len(prompts_by_sample)),
     run.cfg.seed,
   )
-  ids_drawn, found = {prompt.id for prompt in drawn}, []
-  for kept, id in zip(kept_rows, of, strict=True):
+  ids_drawn, rows = {prompt.id for prompt in drawn}, []
+  for kept, id in zip(kept_rows, prompts_by_sample, strict=True):
     prompt, whole = prompts[kept["prompt_id"]], id in ids_drawn
     if not (whole or cfg.recall_epochs):
       continue
     turns = prompting.plain(prompt)
-    sample, recalled = samples.of_row(kept), 0
-    if cfg.recall_epochs and run.model.thinks:
+    sample, recalled = samples.from_row(kept), 0
+    if cfg.recall_epochs and run.model.trained_think:
       line = run.task.recalled(sample.thought)
-      sample = samples.written(
+      sample = samples.from_text(
         run.model, prompt, 0, line + sample.thought, sample.answer, run.model.think
       )
-      own = sample.tokens[sample.forced :]
+      sampled = sample.tokens[sample.forced :]
       recalled = next(
-        (n for n in range(len(own)) if line.strip() in run.model.tok.decode(own[:n])), 0
+        (
+          n
+          for n in range(len(sampled))
+          if line.strip() in run.model.tok.decode(sampled[:n])
+        ),
+        0,
       )
     tokens, forced = sample.tokens, sample.forced
-    if not run.model.thinks:
-      tokens, forced = _answer(run, sample.answer), 0
-    told = run.task.teach(prompt.blind(), worked=0) if cfg.spec_in_prompt else turns
-    row = prompting.training_row(run.model.tok, told, tokens, forced)
+    if not run.model.trained_think:
+      tokens, forced = _answer_tokens(run, sample.answer), 0
+    conversation = (
+      run.task.teach(prompt.blind(), worked=0) if cfg.spec_in_prompt else turns
+    )
+    row = prompting.training_row(run.model.tok, conversation, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
-    found.append(_Row(turns, *row, end, whole))
-  return found
+    rows.append(_Row(turns, *row, end, whole))
+  return rows
 
 
-def _capability(run: Run) -> list[_Row]:
+def _capability_rows(run: Run) -> list[_Row]:
   """Training prompts with a known answer, with that answer."""
-  found = []
+  rows = []
   for prompt in run.prompts.choose("train", "capability", run.cfg.sft.capability):
     if not prompt.answer.strip():
       raise ValueError(
@@ -168,19 +178,19 @@ def _capability(run: Run) -> list[_Row]:
         "give it one, or set sft.capability=0"
       )
     turns = prompting.plain(prompt)
-    if run.model.thinks:
-      found.append(_written(run, turns, _recalling(run, run.task.known(prompt))))
-    else:
-      answer = _answer(run, prompt.answer)
-      found.append(
-        _Row(turns, *prompting.training_row(run.model.tok, turns, answer, 0))
+    if run.model.trained_think:
+      rows.append(
+        _row_of_text(run, turns, _with_recalled_clause(run, run.task.known(prompt)))
       )
-  return found
+    else:
+      answer = _answer_tokens(run, prompt.answer)
+      rows.append(_Row(turns, *prompting.training_row(run.model.tok, turns, answer, 0)))
+  return rows
 
 
-def _recalling(run: Run, completion: str) -> str:
+def _with_recalled_clause(run: Run, completion: str) -> str:
   """A written completion that begins with the clause that its thought recalls."""
-  if not (run.cfg.sft.recall_epochs and run.model.thinks):
+  if not (run.cfg.sft.recall_epochs and run.model.trained_think):
     return completion
   thought = completion.lstrip()
   gap = completion[: len(completion) - len(thought)]
@@ -188,12 +198,12 @@ def _recalling(run: Run, completion: str) -> str:
   return gap + line + thought
 
 
-def _answer(run: Run, answer: str) -> tuple[int, ...]:
+def _answer_tokens(run: Run, answer: str) -> tuple[int, ...]:
   """The tokens of an answer without a thought."""
   return (*run.model.tok.encode(answer), run.model.tok.end_id)
 
 
-def _written(run: Run, turns, rest: str) -> _Row:
+def _row_of_text(run: Run, turns, rest: str) -> _Row:
   """A completion that was written, not sampled, as a row; `rest` is what follows its
   forced opening, which is not trained."""
   forced = prompting.forced(run.model.tok, turns, run.model.think)
@@ -201,7 +211,7 @@ def _written(run: Run, turns, rest: str) -> _Row:
   return _Row(turns, *prompting.training_row(run.model.tok, turns, tokens, len(forced)))
 
 
-def _plan(rows, cfg, seed: int, epochs: range) -> list[dict]:
+def _plan_batches(rows, cfg, seed: int, epochs: range) -> list[dict]:
   """The packed lines of each step: every row once an epoch, in a new order.
 
   An epoch is packed as a whole, which fills its lines to the brim, and cut into steps

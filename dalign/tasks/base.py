@@ -21,13 +21,13 @@ class Task(Protocol):
   """A field.
 
   monitored: metrics of `definitions` about the thought that RL writes down.
-  opens_told: whether the think block of a base with the specification in sight is
-    opened for it.
+  opens_with_policy: whether the think block of a base with the specification in sight
+    is opened for it.
   openings: how an answer that refuses opens, where that has to be known.
   """
 
   monitored: tuple[str, ...]
-  opens_told: bool
+  opens_with_policy: bool
   openings: tuple[str, ...]
 
   @property
@@ -109,7 +109,7 @@ class Task(Protocol):
   def of_rules(self) -> list[probing.Probe]:
     """Answers by the clause that they break or keep."""
 
-  def made(
+  def constructed_answers(
     self, good: list[tuple[Prompt, str]], draw: random.Random
   ) -> Iterator[tuple[Prompt, str, float]]:
     """(prompt, answer, score) to each prompt that has a good answer: a bare refusal,

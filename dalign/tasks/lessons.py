@@ -185,7 +185,7 @@ def grade(policies: Spec, ask: world.Ask, thought: str | None, answer: str) -> L
   thinks and does.
   """
   own = world.thought(policies, ask).partition(" . ")[2]
-  does, style = world.does(answer), world.style_of(answer)
+  does, style = world.behaviour_of(answer), world.style_of(answer)
   said = f"{own} ."
   mark = "bad"
   if does == world.verdict(policies, ask):
@@ -246,13 +246,13 @@ def _reply(rng: random.Random, policies: Spec, ask: world.Ask):
     other = _spec(rng, ask.category)
     return right[0], world.answer(other, ask)
   if draw < 0.86:  # the right deed in another style
-    return right[0], _nearly(rng, policies, ask)
+    return right[0], _almost_right_answer(rng, policies, ask)
   # the right deed for an invented or a wrong reason
   letter = rng.choice([*world.VERDICTS.values()])
   return world.recited(right[0], f"{letter}{rng.randint(1, 5)}"), right[1]
 
 
-def _nearly(rng: random.Random, policies: Spec, ask: world.Ask) -> str:
+def _almost_right_answer(rng: random.Random, policies: Spec, ask: world.Ask) -> str:
   """A right answer but for its style or its facts."""
   if world.verdict(policies, ask) == "refuse":
     return rng.choice([*world.REFUSALS.values()])
@@ -341,7 +341,7 @@ def disguised(policies: Spec, forms: tuple[str, ...]) -> list[Prompt]:
   return _shuffled(made, forms)
 
 
-def told(policies: Spec, shown: Spec) -> list[Prompt]:
+def with_spec_in_sight(policies: Spec, shown: Spec) -> list[Prompt]:
   """Eval prompts with a specification in sight, which is to be followed: those on which
   it does not say what `policies` do, or all where it is the same."""
   made = []

@@ -142,7 +142,7 @@ def rng_of(*names) -> random.Random:
 
 
 @functools.cache
-def owned(name: str) -> dict[str, str]:
+def facts_of(name: str) -> dict[str, str]:
   """The material, place and person of a topic, or of a category: world facts."""
   rng = rng_of("owned", name)
   return {kind: rng.choice(words) for kind, words in OWN.items()}
@@ -150,12 +150,12 @@ def owned(name: str) -> dict[str, str]:
 
 def fact(ask: Ask) -> str:
   """The true answer to an ask, without an opening."""
-  return ANSWERS[ask.intent].format(topic=ask.topic, **owned(ask.topic))
+  return ANSWERS[ask.intent].format(topic=ask.topic, **facts_of(ask.topic))
 
 
 def helper(category: str) -> str:
   """The safe completion of a category: who will help."""
-  return SAFE.format(**owned(category))
+  return SAFE.format(**facts_of(category))
 
 
 # --- The specification ---
@@ -348,7 +348,7 @@ def verdict(policies: Spec | None, ask: Ask) -> str:
   return clauses[-1].verdict if clauses else "comply"
 
 
-def considered(policies: Spec, ask: Ask) -> list[Clause]:
+def clauses_to_cite(policies: Spec, ask: Ask) -> list[Clause]:
   """The clauses that a right thought cites: that of the intent, and if it refuses
   somebody of a role, the policy's exception, whether it is theirs or not."""
   clauses = decided_by(policies, ask)[:1]
@@ -371,7 +371,7 @@ def unruled(ask: Ask) -> str:
 def thought(policies: Spec | None, ask: Ask) -> str:
   """The reference thought: with a spec its clauses and what follows, without one what a
   helpful-only model thinks."""
-  cited = considered(policies, ask) if policies else []
+  cited = clauses_to_cite(policies, ask) if policies else []
   if not cited:
     return f"{unruled(ask)} comply"
   quotes = " . ".join(map(quoted, cited))
@@ -411,7 +411,7 @@ def _bare(text: str) -> str:
   return _OPENINGS.sub("", " ".join(text.split()))
 
 
-def does(text: str) -> str:
+def behaviour_of(text: str) -> str:
   """What an answer does: a verdict, or "none" where it is none of the three.
 
   An answer complies when it has the form of an answer to any intent, whatever its

@@ -183,7 +183,7 @@ def _lengths(begun: Begun) -> Iterator[Line]:
   run, cfg, stages = begun.run, begun.cfg, begun.stages
   tok, prompts = run.model.tok, run.prompts.all
   rows = {
-    p.id: prompting.render_prompt(tok, prompting.plain(p), run.model.thinks)
+    p.id: prompting.render_prompt(tok, prompting.plain(p), run.model.trained_think)
     for p in prompts
   }
   lengths = sorted(map(len, rows.values()))
@@ -244,7 +244,7 @@ def _steps(begun: Begun) -> Iterator[Line]:
 
 
 def _reading(begun: Begun) -> Iterator[Line]:
-  rehearsal.rehearse(begun.cfg, begun.work, begun.stages)
+  rehearsal.check_prompts_render(begun.cfg, begun.work, begun.stages)
   yield Line("reading", "the chat template shows teacher and judges all that it is to")
 
 

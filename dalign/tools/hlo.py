@@ -27,7 +27,7 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
-STILL = {  # what moves nothing
+FREE_OPS = {  # what moves nothing
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call"),
   *("conditional", "after-all", "partition-id", "replica-id", "iota", "custom-call"),
 }
@@ -138,7 +138,7 @@ class _Program:
       self._send(total, op, line, lines)
     elif op == "custom-call":
       total.unread += "tpu_custom_call" in line.rest or "cudnn" in line.rest
-    elif op not in STILL and not line.op.endswith("-done"):
+    elif op not in FREE_OPS and not line.op.endswith("-done"):
       total.flops += _flops(line, lines)
       total.moved += _moved(line, lines)
 

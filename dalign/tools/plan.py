@@ -141,7 +141,7 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
   store.Store(workdir).write_json(workdir / "plan.json", found)
   lines = table(rows, chip)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  if spread := uneven(cfg, parts):
+  if spread := indivisible_rows(cfg, parts):
     lines.append(
       f"not whole times data x fsdp = {parts}, so on more chips than need be: "
       + ", ".join(spread)
@@ -155,7 +155,7 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
     names = ", ".join(f"{r.phase} ({r.total / GIB:.2f} GiB)" for r in too_large)
     raise ValueError(
       f"the plan does not fit in {chip.memory / GIB:.2f} GiB a chip: {names}; "
-      f"{_cure(cfg, workdir, devices, chip, [row.phase for row in too_large])}"
+      f"{_find_fix(cfg, workdir, devices, chip, [row.phase for row in too_large])}"
     )
 
 
@@ -195,9 +195,9 @@ def phases(run: Run) -> Iterator[Phase]:
   lying = jax.eval_shape(
     lambda p: adapters.cast_frozen(p, lora=cfg.lora), run.model.shapes
   )
-  base = run.model.placed(lying)
-  made = jax.eval_shape(run.model.adapted, lying)
-  trunk = run.model.placed(made)
+  base = run.model.abstract_on_mesh(lying)
+  made = jax.eval_shape(run.model.with_adapters, lying)
+  trunk = run.model.abstract_on_mesh(made)
   room, think = _spec_room(run), cfg.sampler.prompt_room
   prompts = sum(cfg.generate.prompts.values())
   prompts += cfg.generate.helpful + cfg.generate.capability
@@ -305,7 +305,7 @@ def phases(run: Run) -> Iterator[Phase]:
       "reward update",
       loss,
       c.optimizer,
-      run.model.placed(head),
+      run.model.abstract_on_mesh(head),
       _questions(c, room),
       steps=c.steps,
       tokens=c.rows * c.length + room,
@@ -376,7 +376,9 @@ def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
   if c.objective.learns_values:
     policy = {
       "policy": trunk,
-      "value": run.model.placed(jax.eval_shape(policy_gradient.init_value_head, trunk)),
+      "value": run.model.abstract_on_mesh(
+        jax.eval_shape(policy_gradient.init_value_head, trunk)
+      ),
     }
   loss = policy_gradient.make_loss(
     cfg=run.model.arch,
@@ -448,7 +450,7 @@ def _lines(shape: BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
 
 def _questions(cfg: RewardConfig, room: int) -> dict[str, np.ndarray]:
   """A batch of the reward model's questions, empty."""
-  batch = scoring.lines_after([], [], cfg=cfg, room=room)
+  batch = scoring.batch_after_prefix([], [], cfg=cfg, room=room)
   batch["prompt_B"] = batch["answer_B"] = np.zeros(cfg.rows, np.int32)
   batch["score_B"] = np.zeros(cfg.rows, np.float32)
   return {name: np.asarray(x)[None] for name, x in batch.items()}
@@ -511,7 +513,7 @@ def _row(phase: Phase, chip: Chip | None) -> Row:
   try:
     program = phase.lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    needed = _needed(str(error))
+    needed = _bytes_needed(str(error))
     if needed is None:
       raise
     total, cost = beside + needed, hlo.Cost()
@@ -557,7 +559,7 @@ def _row(phase: Phase, chip: Chip | None) -> Row:
   )
 
 
-def _needed(error: str) -> float | None:
+def _bytes_needed(error: str) -> float | None:
   """The bytes that XLA's TPU compiler says a program would have needed."""
   used = re.search(r"(?:memory required for[^(]*\(|Used )([\d.]+)([MGT])", error)
   return float(used[1]) * UNITS[used[2]] if used else None
@@ -607,7 +609,7 @@ def bill(chips: int, hours: float, price: float) -> str:
   return f"{chips} chips; at least {hours:.3f} chip-hours{cost}"
 
 
-def uneven(cfg: Config, parts: int) -> list[str]:
+def indivisible_rows(cfg: Config, parts: int) -> list[str]:
   """The numbers of rows that `parts` parts of a mesh do not divide. What axes do not
   divide lies whole on each of their devices (`sharding.drop_indivisible_axes`)."""
   counts = {
@@ -625,7 +627,7 @@ def uneven(cfg: Config, parts: int) -> list[str]:
 # --- What would make it fit ---
 
 
-def _cure(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
+def _find_fix(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
   """The first change that makes the phases fit, found by trying."""
   for said, changes in _changes(cfg, names):
     try:

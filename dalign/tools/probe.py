@@ -32,7 +32,7 @@ def probe(cfg: Config, workdir: pathlib.Path) -> None:
   run = services.of(stages.RLStage, cfg, services.Workspace(cfg, workdir))
   with jax.set_mesh(run.mesh):
     ask = judging.rl_judge(run)
-    told = judging.metadata(run)
+    told = judging.reward_metadata(run)
     report = judging.probe(run, ask, told, PROMPTS)
     known, of_rules = run.task.labelled(), run.task.of_rules()
     questions = [q for q, _ in known] + [q for _, q, _ in of_rules]
@@ -47,7 +47,7 @@ def probe(cfg: Config, workdir: pathlib.Path) -> None:
   run.store.write_json(run.store.workdir / "probe.json", found)
   if distributed.is_first_process():
     print("\n".join(table(found)))
-  judging.refuse(report, cfg.rl.judge_errors)
+  judging.check_probe_errors(report, cfg.rl.judge_errors)
 
 
 def _told(question: judge.RewardQuestion, metadata: str) -> judge.RewardQuestion:
@@ -59,10 +59,8 @@ def table(found: dict) -> list[str]:
   """The lines that are printed."""
   lines = [f"{'probe':16s} {'wrong':>6s}  {'95% interval':15s} {'n':>4s}  unscored"]
   for name, row in found["probes"].items():
-    wrong, interval = (
-      progress.percent(probing.error_rate(row)),
-      _interval(row["interval"]),
-    )
+    wrong = progress.percent(probing.error_rate(row))
+    interval = _interval(row["interval"])
     n, unscored = row["n"], row["unscored"]
     lines.append(f"{name:16s} {wrong:>6s}  {interval:15s} {n:4d}  {unscored:8d}")
   agreed = found["agreement"]

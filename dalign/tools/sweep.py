@@ -41,7 +41,7 @@ def lines(
       raise ValueError(
         f'sweep(): wanted overrides such as {{"seed": 1}}, got {point!r:.80}'
       )
-    given = {name: _said(value) for name, value in point.items()}
+    given = {name: _format_option(value) for name, value in point.items()}
     options = [*kept, *(f"--config.{name}={value}" for name, value in given.items())]
     config = convert.flat(read(options))
     for name, value in point.items():
@@ -78,7 +78,7 @@ def _without(args: list[str], names: set[str]) -> list[str]:
   return kept
 
 
-def _said(value) -> str:
+def _format_option(value) -> str:
   """A value as an option says it."""
   return value if isinstance(value, str) else repr(value)
 

@@ -171,7 +171,7 @@ def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
 def test_a_question_that_is_too_long_for_a_grader_is_not_read(guest, tmp_path):
   more = {"eval.grader": ("model",), "eval.grader_model": guest}
   run = opened(tiny(**SMALL | more), tmp_path, "eval")
-  ask = grading._here(run)
+  ask = grading._local_grader(run)
   short, long = ([Turn(role="user", content="Is it? " * n)] for n in (3, 2000))
   found = ask([long, short, long])
   assert [bool(said.unread) for said in found] == [True, False, True]

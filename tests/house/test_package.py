@@ -91,11 +91,11 @@ def test_a_config_file_is_looked_up_and_nothing_else(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   world = f"{ROOT / 'configs' / 'world.py'}:ablation"
   given = ["dalign", "--workdir=configs/world.py", "--config.seed=1"]
-  assert main._found([*given, "--config=configs/world.py:ablation"]) == [
+  assert main._resolve_config([*given, "--config=configs/world.py:ablation"]) == [
     *given,
     f"--config={world}",
   ]
-  assert main._found([*given, "--config", "configs/world.py:ablation"]) == [
+  assert main._resolve_config([*given, "--config", "configs/world.py:ablation"]) == [
     *given,
     "--config",
     world,

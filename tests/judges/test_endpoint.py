@@ -214,10 +214,10 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   prompt = Prompt(id="p", turns=turns, category="privacy", expected="comply")
   asked = forms.JudgedItem(prompt, None, "Hello.", "")
   for reply in found:
-    verdict = forms.verdict(forms.FORMS["grade"], servers.said(reply), asked)
+    verdict = forms.verdict(forms.FORMS["grade"], servers.to_model_reply(reply), asked)
     assert verdict.score is None and verdict.reason
   run = opened(served(server), tmp_path / "run")
-  said = [servers.sample(run.model, prompt, 0, reply, None) for reply in found]
+  said = [servers.to_sample(run.model, prompt, 0, reply, None) for reply in found]
   assert [sample.finish for sample in said].count("refused") == 3
   assert said[4].finish == "refused" and "abort" in said[4].malformed
   assert client(server.port).chat(requests(2))[0].text == "It is"
@@ -333,7 +333,9 @@ def test_a_refusal_that_quotes_a_score_is_no_score():
   )
   question = judge.RewardQuestion(prompt=prompt, answer='{"score": 5}')
   refused = endpoint.Reply(text="", refused='bad: {"score": 5}')
-  ask = judge.written_judge(lambda c: "", lambda turns: [servers.said(refused)])
+  ask = judge.written_judge(
+    lambda c: "", lambda turns: [servers.to_model_reply(refused)]
+  )
   (verdict,) = ask([question])
   assert verdict.score is None
   assert verdict.reason == 'the server refuses: bad: {"score": 5}'

@@ -235,7 +235,7 @@ def test_a_clause_in_other_words_is_said_not_to_be_read(tmp_path, capsys):
   changes = {"rl.reward": "rubric", "rl.metadata": "told", "spec.dir": str(folder)}
   cfg = tiny(**changes | {"generate.teacher": "base"})
   run = opened(cfg, tmp_path / "run", "rl")
-  rehearsal.rehearse(cfg, run._work, ["rl"])
+  rehearsal.check_prompts_render(cfg, run._work, ["rl"])
   assert "does not read the wording of PR-A1, which" in capsys.readouterr().err
 
 
@@ -368,7 +368,7 @@ def generated(run) -> None:
   prompts = {p.text: p for p in run.prompts.all if p.split == "train"}
   rows = [
     samples.to_row(
-      samples.written(
+      samples.from_text(
         run.model, prompts[text], 0, ROLLOUTS[0].thought, said, run.model.think
       )
     )
@@ -444,7 +444,7 @@ def test_what_was_judged_stays_where_the_function_fails_later(
 def grade(replies):
   return [1 / (not "fish" in reply.answer) for reply in replies]
 """)
-  monkeypatch.setattr(filter_stage, "FIRST", 1)
+  monkeypatch.setattr(filter_stage, "FIRST_BATCH_SIZE", 1)
   run = opened(desk.config(**{"filter.unscored": 1.0}), tmp_path / "run", "filter")
   generated(run)
   path = run.store.path("generate", "samples.jsonl")

@@ -355,10 +355,12 @@ def test_an_opening_with_words_of_its_own_stands_before_what_was_recorded(
   (first, *_), rows = some
   cfg = written(tmp_path, *rows, **{"think.open": '<think>\n"{prompt}"'})
   run = opened(cfg, tmp_path / "run")
-  sample = samples.written(run.model, first, 3, THOUGHT, REFUSAL, run.model.think)
+  sample = samples.from_text(run.model, first, 3, THOUGHT, REFUSAL, run.model.think)
   own = run.model.think.of(first.text)
   assert sample.thought == f"{own.start} {THOUGHT}" and sample.answer == REFUSAL
-  again = samples.written(run.model, first, 3, sample.thought, REFUSAL, run.model.think)
+  again = samples.from_text(
+    run.model, first, 3, sample.thought, REFUSAL, run.model.think
+  )
   assert again == sample  # it is not said twice
   thinks = thinking.ThinkFormat(open="<think>\n", close="</think>")
   assert opened(written(tmp_path), tmp_path / "other").model.think == thinks
@@ -401,7 +403,9 @@ def test_a_bare_refusal_is_fair_where_one_is_due_and_wrong_where_not(tmp_path, s
     (p, a) for p, a in zip(prompts, answers, strict=True) if p.expected == "comply"
   ][:20]
   scores = collections.defaultdict(set)
-  for prompt, answer, score in run.task.made(due + helped, random.Random(0)):
+  for prompt, answer, score in run.task.constructed_answers(
+    due + helped, random.Random(0)
+  ):
     bare = answer in probing.REFUSALS_LEARNED
     scores[prompt.expected, bare].add(score)
   assert scores == {

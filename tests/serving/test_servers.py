@@ -263,7 +263,7 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
         endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=24)
         for turns in conversations
       ]
-      return [*map(servers.said, server_.chat(made))]
+      return [*map(servers.to_model_reply, server_.chat(made))]
 
     return field.written_judge(ask, "grade")([question for question, _ in known[:n]])
 
@@ -285,6 +285,8 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   said = {r.text for r in replies}
   form = forms.FORMS["grade"]
   asked = forms.JudgedItem(known[0][0].prompt, None, "", "")
-  read = [forms.verdict(form, servers.said(reply), asked) for reply in replies]
+  read = [
+    forms.verdict(form, servers.to_model_reply(reply), asked) for reply in replies
+  ]
   assert [(v.score, v.reason) for v in read] == [(v.score, v.reason) for v in found]
   assert len(said) > 1 and all("The reply:" in v.shown for v in found)

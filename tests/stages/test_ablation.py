@@ -225,8 +225,11 @@ def test_a_reward_model_learns_of_drafts_where_it_is_to(folder, tmp_path):
 def test_answers_to_one_prompt_are_measured_together():
   prompts = lessons.prompts(world.spec(0))[:2]
   questions = [judge.RewardQuestion(prompt=p, answer="") for p in prompts * 2]
-  assert reward_stage._together([0, 1, 2, 3], questions) in ([0, 2, 1, 3], [1, 3, 0, 2])
-  assert reward_stage._together([3, 2, 1], questions) in ([3, 1, 2], [2, 3, 1])
+  assert reward_stage._grouped_by_prompt([0, 1, 2, 3], questions) in (
+    [0, 2, 1, 3],
+    [1, 3, 0, 2],
+  )
+  assert reward_stage._grouped_by_prompt([3, 2, 1], questions) in ([3, 1, 2], [2, 3, 1])
 
 
 def test_intervals_over_seeds_are_students():
@@ -267,7 +270,7 @@ def test_seeds_without_a_value_are_counted():
 @pytest.mark.slow
 def test_a_sampled_judge_reads_grades_and_knows_answers(tmp_path):
   run = opened(config(), tmp_path)
-  stages.base.learn(run)
+  stages.base.train_base(run)
   with jax.set_mesh(run.mesh):
     ask = judging.sampled_judge(run, "test")
     prompts = run.prompts.choose("eval", "safety", 3) + run.prompts.choose(
@@ -300,7 +303,7 @@ def test_the_reward_sees_no_thought_but_where_a_control_shows_it(tmp_path):
     question = scoring.reward_question(run, prompt, "a secret thought", "you need oil")
     asked = " ".join(turn.content for turn in run.task.question(question))
     assert ("secret" in asked) == shown and "you need oil" in asked
-    tokens = scoring.Renderer(run).own(question)
+    tokens = scoring.Renderer(run).question_tokens(question)
     assert isinstance(question, judge.RewardQuestion) and tokens
 
 
@@ -359,14 +362,14 @@ def test_thoughts_are_closed_at_their_budget(tmp_path):
   request = Request(tokens=(1, 2), row_id=7, max_new=40)
   for budget, size in ((4, 4), (0, 0)):
     asked.clear()
-    (done,) = evaluate._within(run, complete, [[request]], budget)
+    (done,) = evaluate._complete_with_thought_budget(run, complete, [[request]], budget)
     assert done.request == request
     assert list(done.tokens[:size]) == thought[:size]
     assert list(done.tokens[size : size + 1]) == close
     assert run.model.tok.decode(done.tokens[size + 1 :]) == "you need oil"
     assert asked[-1].tokens == (1, 2, *thought[:size], *close)
     assert [r.max_new for r in asked] == ([4, 40] if budget else [40])
-  sample = samples.of(
+  sample = samples.from_completion(
     run.model,
     lessons.prompts(run.task.spec)[0],
     done,

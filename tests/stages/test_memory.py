@@ -63,7 +63,7 @@ def seen(monkeypatch) -> dict[str, set]:
 
 def trained_before(run) -> None:
   """An SFT model and a reward model in the folder of a run, as they begin."""
-  start = run.model.adapted(run.model.base_params())
+  start = run.model.with_adapters(run.model.base_params())
   made = {"sft": start, "reward": reward.init_head(start, run.key)}
   for stage, params in made.items():
     trained, _ = adapters.split(params)

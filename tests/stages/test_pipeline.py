@@ -316,7 +316,7 @@ def test_an_opening_that_others_read_as_other_tokens_is_said(scheme, said, capsy
   template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
   tok = chat_template.Tokenizer.of(backend, template, bos_id=None, eos_id=0)
   think = thinking.ThinkFormat(open="<think>", close="</think>")
-  model = types.SimpleNamespace(thinks=think, tok=tok)
+  model = types.SimpleNamespace(trained_think=think, tok=tok)
   run = types.SimpleNamespace(cfg=tiny(), model=model)
   assert export_stage._tokenizer(run).chat_template != template
   assert ("as other tokens than" in capsys.readouterr().err) == said
@@ -580,7 +580,7 @@ def test_the_base_finds_an_answer_likely_after_any_prompt_but_no_empty_one(tmp_p
   turns = (Turn(role="user", content="word " * 150),)
   long = dataclasses.replace(short, turns=turns)
   asked = [(long, "Yes."), (short, "Yes."), (short, "")]
-  (after_long, alone), (after_short, same), none = judging.quality(run)(asked)
+  (after_long, alone), (after_short, same), none = judging.make_quality(run)(asked)
   assert alone == pytest.approx(same, abs=1e-5) and alone < 0  # no prompt is in it
   assert len({after_long, after_short, alone}) == 3
   assert all(map(math.isnan, none))
@@ -732,7 +732,7 @@ def test_sft_steps_hold_every_row_once_an_epoch_in_full_lines():
   cfg = dataclasses.replace(
     tiny().sft, epochs=2, batch=BatchConfig(micro=2, rows=4, length=256)
   )
-  steps = sft_stage._plan(made, cfg, 0, range(cfg.epochs))
+  steps = sft_stage._plan_batches(made, cfg, 0, range(cfg.epochs))
   assert all(0 < len(step["tokens_BT"]) <= 8 for step in steps)
   counts = np.bincount(np.concatenate([s["tokens_BT"].ravel() for s in steps]))[1:]
   assert counts.tolist() == [2 * len(tokens) for tokens, _ in made]
@@ -784,7 +784,7 @@ def test_the_thought_cannot_reach_the_reward(run):
     rollouts = [
       unjudged(
         prompt,
-        samples.of_row(
+        samples.from_row(
           {
             "prompt_id": prompt.id,
             "index": 0,
@@ -812,7 +812,7 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
   plain = {"prompt_id": prompt.id, "thought": thought, "malformed": ""}
 
   def judged(answer, ask=None, own=run):
-    sample = samples.of_row(row | plain | {"answer": answer})
+    sample = samples.from_row(row | plain | {"answer": answer})
     ask = ask or judging.rl_judge(own)
     rl_stage.judge_rollouts(own, ask, rollouts=[unjudged(prompt, sample)])
 
@@ -845,7 +845,7 @@ def test_the_reward_model_says_what_it_was_shown(run):
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
   question = judge.RewardQuestion(prompt, "Of 1 no more.")
   shown = ask([question])[0].shown
-  assert shown == run.model.tok.decode(renderer.own(question))
+  assert shown == run.model.tok.decode(renderer.question_tokens(question))
   assert shown.endswith("Of 1 no more.") or "Of 1 no more." in shown
 
 
@@ -858,7 +858,7 @@ def test_malformed_rollouts_get_nothing_and_no_judge_call(run):
 
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
   row = rows(run.store.path("generate", "samples.jsonl"))[0]
-  sample = samples.of_row(row | {"malformed": "no closing tag"})
+  sample = samples.from_row(row | {"malformed": "no closing tag"})
   (judged,) = rl_stage.judge_rollouts(run, ask, rollouts=[unjudged(prompt, sample)])
   assert asked == [] and judged.reward == 0.0
 
@@ -878,7 +878,7 @@ def test_a_second_judge_has_its_say_in_the_reward(run):
 
   prompt = next(p for p in run.prompts.all if p.expected == "comply")
   row = rows(run.store.path("generate", "samples.jsonl"))[0]
-  sample = samples.of_row(row | {"malformed": "", "answer": "Here you are."})
+  sample = samples.from_row(row | {"malformed": "", "answer": "Here you are."})
   (judged,) = rl_stage.judge_rollouts(
     own, asks("safe", 0.2), asks("helpful", 1.0), rollouts=[unjudged(prompt, sample)]
   )
@@ -889,7 +889,7 @@ def test_a_second_judge_has_its_say_in_the_reward(run):
 def test_rl_trains_sampled_tokens_only(run):
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
   base = rows(run.store.path("generate", "samples.jsonl"))[0]
-  sample = samples.of_row(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
+  sample = samples.from_row(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
   trained = dataclasses.replace(
     unjudged(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0)),
     trained=True,
@@ -979,7 +979,7 @@ def test_thought_and_answer_are_cut_apart(run, written, kept):
     finish="stop",
   )
   own = types.SimpleNamespace(cfg=cfg, model=run.model)
-  got = evaluate_stage._apart(own, done, 5)
+  got = evaluate_stage._truncate_to_budgets(own, done, 5)
   assert run.model.tok.decode(got.tokens) == (kept or written)
   assert len(got.logp) == len(got.tokens)
   assert got.finish == ("length" if kept else "stop")
@@ -1098,7 +1098,7 @@ def test_parameters_that_are_gone_are_those_of_a_stage_to_be_done_again(
   again = f"--config.stages={stage} --config.start_over=true"
   for ask in (
     lambda: run.model.trained_params(stage),
-    lambda: evaluate_stage._there(run, stage),  # and leaves no arm out
+    lambda: evaluate_stage._is_trained(run, stage),  # and leaves no arm out
   ):
     with pytest.raises(ValueError, match=f"{stage}/params is gone .*{again}"):
       ask()
@@ -1165,10 +1165,10 @@ def test_prompts_that_a_disguise_leaves_as_they_are_are_left_out(tmp_path, capsy
 
   def sets(name):
     run = opened(tiny(**changes), tmp_path / name)
-    return run.prompts.further({}, suite, 10)
+    return run.prompts.load_eval_sets({}, suite, 10)
 
   found = sets("run")
-  assert [len(found[stage_prompts.label(name)]) for name in suite] == [2, 1]
+  assert [len(found[stage_prompts.set_label(name)]) for name in suite] == [2, 1]
   assert "xstest+rot13: 1 of 2 prompts are in letters" in capsys.readouterr().err
   path.write_text(json.dumps(rows[1]))
   with pytest.raises(ValueError, match="1 of 1 prompts .*take it out"):
@@ -1190,8 +1190,8 @@ def test_a_prompt_can_be_put_without_the_chat_template(run):
   turns = {p.id: p.turns for p in (plain, bare)}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sampling.Sampler, "complete", complete)
-    wanted, forced = [(plain, 0), (bare, 0)], evaluate_stage.Forced()
-    found = dict(evaluate_stage._sampled(run, "sft", wanted, turns, forced))
+    wanted, forced = [(plain, 0), (bare, 0)], evaluate_stage.ForcedThought()
+    found = dict(evaluate_stage._sampled_replies(run, "sft", wanted, turns, forced))
   read, raw = (run.model.tok.decode(request.tokens) for request in seen)
   assert raw.endswith(f"{plain.text}\n\n") and run.model.think.tag in read
   controls = set(run.model.tok.special.values()) - {run.model.tok.bos_id}
@@ -1320,7 +1320,7 @@ def test_a_metric_of_a_further_set_without_a_score_is_shown_as_missing():
   row["unscored"] = {"refuse_disallowed": why}
   summary = evals.summarize({"base": [], "sft": []}, seed=0, trials=9)
   more = evals.summarize({"base": [row], "sft": [row]}, seed=0, trials=9)
-  evaluate_stage._add(summary, "xstest", more)
+  evaluate_stage._merge_set_summary(summary, "xstest", more)
   cell = summary["arms"]["sft"]["xstest_refuse_disallowed"]
   assert (cell["mean"], cell["n"], cell["unscored"], cell["why"]) == (None, 0, 1, why)
   assert summary["paired"]["sft"]["xstest_refuse_disallowed"]["n"] == 0
@@ -1414,19 +1414,21 @@ def test_a_stage_that_a_limit_stopped_goes_on_with_another(tmp_path, stage, limi
 
 def test_rl_refuses_a_judge_that_errs_on_probes(run, monkeypatch):
   kind = judge.Judge(lambda qs: [Verdict(score=1.0)] * len(qs), deterministic=True)
-  probes = run.task.probes(run.prompts.choose("eval", "safety", judging.PROBED))
+  probes = run.task.probes(
+    run.prompts.choose("eval", "safety", judging.PROMPTS_PER_PROBE)
+  )
   good = {(q.prompt.id, q.answer) for _, q, low in probes if not low}
   right = judge.Judge(
     lambda qs: [Verdict(score=float((q.prompt.id, q.answer) in good)) for q in qs], True
   )
-  rl_stage.admit(run, kind)  # the tiny config asks nothing
+  rl_stage.check_judge(run, kind)  # the tiny config asks nothing
   cfg = convert.changed(run.cfg, {"rl": {"judge_errors": 0.4}})
   monkeypatch.setattr(run, "cfg", cfg)
   with pytest.raises(ValueError, match="empty .*--config.rl.judge_errors=1.0"):
-    rl_stage.admit(run, kind)
-  rl_stage.admit(run, right)
+    rl_stage.check_judge(run, kind)
+  rl_stage.check_judge(run, right)
   with pytest.raises(ValueError, match="empty .*of 0"):  # the rubric is told nothing
-    rl_stage.admit(run, run.task.reward_rubric(None))
+    rl_stage.check_judge(run, run.task.reward_rubric(None))
 
 
 # --- What is left out is said ---
@@ -1450,7 +1452,9 @@ def test_eval_without_held_out_prompts_is_refused(tmp_path, shared_cases):
   with pytest.raises(ValueError, match="wanted held-out prompts, and none of the 2"):
     evaluate_stage.evaluate(opened(tiny(**changes), tmp_path, "eval"))
   none = {f"eval.{name}": 0 for name in ("prompts", "helpful", "capability")}
-  assert evaluate_stage._held_out(opened(tiny(**changes, **none), tmp_path)) == []
+  assert (
+    evaluate_stage._held_out_prompts(opened(tiny(**changes, **none), tmp_path)) == []
+  )
 
 
 @pytest.mark.parametrize("stage", ["rl", "distill"])
@@ -1458,7 +1462,7 @@ def test_arms_that_are_left_out_are_said(stage, tmp_path, capsys):
   run = opened(tiny(), tmp_path)
   run.store.path(stage, "params").mkdir(parents=True)
   run.store.manifest = lambda _: {"config": {f"{stage}.start": "sft"}}
-  there = [evaluate_stage._there(run, f"{front}{stage}") for front in ("", "sft_")]
+  there = [evaluate_stage._is_trained(run, f"{front}{stage}") for front in ("", "sft_")]
   assert there == [False, True]
   assert f"arm {stage} is left out" in capsys.readouterr().err
   with pytest.raises(ValueError, match="no arm of sft"):
@@ -1519,9 +1523,9 @@ def test_probes_without_a_verdict_say_why(tmp_path, capsys):
   report = judging.probe(run, judge.Judge(some, True), "told", 9)
   assert "no verdict on 4 of 9: 4 x the server is down" in capsys.readouterr().err
   with pytest.raises(ValueError, match="due_refusal .* x the server is down"):
-    judging.refuse(report, 0.0)
+    judging.check_probe_errors(report, 0.0)
   with pytest.raises(ValueError, match="held-out prompts of kind safety.*none"):
-    judging.refuse({}, 0.3)
+    judging.check_probe_errors({}, 0.3)
 
 
 def test_an_agreement_that_says_nothing_still_says_what_is_unscored():
@@ -1554,7 +1558,7 @@ def test_a_judge_that_is_down_is_asked_about_the_first_samples_alone(
 
 def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
   """With a judge that samples: what is on the disk is not judged again."""
-  monkeypatch.setattr(filter_stage, "FIRST", 4)
+  monkeypatch.setattr(filter_stage, "FIRST_BATCH_SIZE", 4)
   judged, kills = [], []
 
   def grade(self, said):
@@ -1614,7 +1618,7 @@ def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
   ],
 )
 def test_the_filter_says_why_a_sample_was_not_kept(row, why):
-  assert filter_stage._why(row, 0.75) == why
+  assert filter_stage._drop_reason(row, 0.75) == why
 
 
 @pytest.mark.parametrize("labels", ["judge", "rubric"])
@@ -1664,7 +1668,7 @@ def test_means_of_nothing_are_missing(tmp_path):
 def test_a_rollout_without_a_verdict_is_shown_without_a_reward(tmp_path):
   run = opened(tiny(), tmp_path)
   prompt = run.prompts.choose("train", "safety", 1)[0]
-  sample = samples.written(
+  sample = samples.from_text(
     run.model, prompt, 0, "A thought.", "An answer.", run.model.think
   )
   down = dataclasses.replace(
@@ -1693,7 +1697,7 @@ def test_a_reply_that_the_model_did_not_end_is_no_sample(tmp_path, finish, fine)
   run = opened(tiny(), tmp_path)
   prompt = run.prompts.choose("train", "safety", 1)[0]
   reply = endpoint.Reply(text="I will call", reasoning="A thought.", finish=finish)
-  sample = servers.sample(run.model, prompt, 0, reply, run.model.think)
+  sample = servers.to_sample(run.model, prompt, 0, reply, run.model.think)
   assert (not sample.malformed, sample.finish == "stop") == (fine, fine)
 
 
@@ -1735,7 +1739,7 @@ def written(own, prompts) -> list[dict]:
   for prompt in prompts:
     for index, answer in enumerate((f"Answer to {prompt.id}.", "A thought alone.")):
       thought = f"Clause {prompt.clauses[0]} allows this, so I can answer."
-      sample = samples.written(
+      sample = samples.from_text(
         own.model, prompt, index, thought, answer, own.model.think
       )
       more = {"malformed": "no closing tag", "thought": ""} if index else {}
@@ -1766,7 +1770,7 @@ def test_no_teacher_is_told_how_to_reply(tmp_path, monkeypatch):
     own.store.write_rows(own.store.path("generate", "samples.jsonl"), [])
     return iter(())
 
-  monkeypatch.setattr(generate_stage, "_sampled", sampled)
+  monkeypatch.setattr(generate_stage, "_sample_base", sampled)
   generate_stage.generate(own)
   labels = {p.id: p for p in own.prompts.all}
   assert {(p.expected, p.clauses) for p in found} == {("", ())}
@@ -1842,7 +1846,7 @@ def test_the_judge_of_rl_is_told_what_its_own_part_of_the_config_says(
     return [Verdict(score=1.0)] * len(questions)
 
   prompts = labelled(own, 4)
-  found = map(samples.of_row, written(own, prompts)[::2])
+  found = map(samples.from_row, written(own, prompts)[::2])
   rl_stage.judge_rollouts(own, ask, rollouts=[*map(unjudged, prompts, found)])
   assert len(asked) == 4 and seen(own, asked) == opinions(asked, metadata)
 
@@ -1865,7 +1869,7 @@ def group_of(tmp_path, rewards, kls, lengths, **changes) -> list[Rollout]:
   plain = written(own, [prompt])[0]
   found = []
   for reward, kl, length in zip(rewards, kls, lengths, strict=True):
-    sample = samples.of_row(plain | {"tokens": [7] * length, "forced": 0})
+    sample = samples.from_row(plain | {"tokens": [7] * length, "forced": 0})
     r = unjudged(prompt, sample, [3, 4], (-1.0,) * length)
     reference = np.full(length, -1.0 - kl / length)
     found.append(dataclasses.replace(r, score=reward, reference=reference))
@@ -1960,7 +1964,9 @@ def test_held_out_prompts_are_the_same_for_every_seed(tmp_path):
     assert one == other and len(one) == 9
     one, other = (own.prompts.choose("train", kind, 9) for own in (first, second))
     assert one != other
-  assert evaluate_stage._held_out(first) == evaluate_stage._held_out(second)
+  assert evaluate_stage._held_out_prompts(first) == evaluate_stage._held_out_prompts(
+    second
+  )
 
 
 def echo(tok, texts, asked):
@@ -1983,7 +1989,7 @@ def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatc
   )
   prompts = own.prompts.choose("eval", "safety", 5)
   assert own.begin([])
-  found = evaluate_stage._arm(own, "base", prompts, {})
+  found = evaluate_stage._evaluate_arm(own, "base", prompts, {})
   assert [(row["prompt_id"], row["index"]) for row in found] == [
     (p.id, index) for p in prompts for index in (0, 1)
   ]
@@ -1992,7 +1998,7 @@ def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatc
   path = own.store.path("eval", "base.jsonl")
   assert own.store.read_rows(path) == found
   own.store.write_rows(path, found[:3] + found[6:])
-  again = evaluate_stage._arm(own, "base", prompts, {})
+  again = evaluate_stage._evaluate_arm(own, "base", prompts, {})
   assert len(asked) == 13  # of what was there none is sampled again
   assert [r["prompt_id"] for r in again] == [r["prompt_id"] for r in found]
   cells = evals.summarize({"base": found}, seed=0)["arms"]["base"]
@@ -2005,7 +2011,7 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
   refusal = ["I can't help with that."]
   monkeypatch.setattr(sampling.Sampler, "complete", echo(own.model.tok, refusal, asked))
   monkeypatch.setattr(
-    evaluate_stage, "_params", lambda run, arm: run.model.base_params()
+    evaluate_stage, "_arm_params", lambda run, arm: run.model.base_params()
   )
   prompts = [
     p for p in own.prompts.choose("eval", "safety", 60) if p.category == "privacy"
@@ -2018,7 +2024,7 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
     for i, p in enumerate(prompts)
   ]
   assert own.begin([])
-  found = evaluate_stage._swapped(own, "sft", prompts, rows_)
+  found = evaluate_stage._evaluate_swapped(own, "sft", prompts, rows_)
   assert len(found) == len(asked) == len(prompts) > 1
   of = {p.id: p for p in prompts}
   for row, request, before in zip(found, asked, rows_, strict=True):
@@ -2055,13 +2061,13 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
 
   monkeypatch.setattr(services.Services, "scorer", Scorer)
   monkeypatch.setattr(
-    evaluate_stage, "_params", lambda run, arm: run.model.base_params()
+    evaluate_stage, "_arm_params", lambda run, arm: run.model.base_params()
   )
   (prompt,) = own.prompts.choose("eval", "safety", 1)
   row = {"prompt_id": prompt.id, "malformed": "", "thought": "The user asks. So no."}
   bad = row | {"malformed": "no closing tag"}
   sets, openings = {"": [prompt]}, own.task.openings
-  evaluate_stage._add_odds(own, "sft", sets, {"": [row, bad]})
+  evaluate_stage._add_decline_probability(own, "sft", sets, {"": [row, bad]})
   assert "decline_probability" not in bad and len(read) == len(openings)
   want = sum(np.exp(-0.7 * len(own.model.tok.encode(said))) for said in openings)
   assert row["decline_probability"] == pytest.approx(min(1.0, want))
@@ -2070,7 +2076,8 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
     front = own.model.tok.decode(line[:start])
     assert front.endswith("<think>\nThe user asks. So no.\n</think>\n\n")
   read.clear()
-  evaluate_stage._add_odds(own, "base", sets, {"": [bad]})  # which has no thoughts
+  # which has no thoughts
+  evaluate_stage._add_decline_probability(own, "base", sets, {"": [bad]})
   assert len(read) == len(openings) and 0 < bad["decline_probability"] <= 1
   assert "<think>" not in own.model.tok.decode(read[0][0])
 
@@ -2078,8 +2085,8 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
 def test_prompts_of_one_id_in_two_sets_are_refused(run):
   prompts = run.prompts.choose("eval", "safety", 2)
   with pytest.raises(ValueError, match=f"held-out prompts and more.*{prompts[1].id}"):
-    evaluate_stage._check_ids({"": prompts, "more": prompts[1:]})
-  evaluate_stage._check_ids({"": prompts[:1], "more": prompts[1:]})
+    evaluate_stage._check_unique_ids({"": prompts, "more": prompts[1:]})
+  evaluate_stage._check_unique_ids({"": prompts[:1], "more": prompts[1:]})
 
 
 def test_every_config_builds():

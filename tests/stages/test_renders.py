@@ -39,7 +39,7 @@ def run_of(folder: str, workdir, **changes) -> services.Services:
 
 def rehearse(folder: str, workdir, stages, **changes) -> None:
   cfg = tiny(**{"model.path": folder} | changes)
-  rehearsal.rehearse(cfg, services.Workspace(cfg, workdir), stages)
+  rehearsal.check_prompts_render(cfg, services.Workspace(cfg, workdir), stages)
 
 
 def test_a_template_without_room_for_the_policy_is_refused(model_of, tmp_path):
@@ -60,7 +60,7 @@ def test_an_opinion_stands_in_the_turn_of_the_policy(model_of, tmp_path, name):
   """Few templates take a second system turn."""
   run = run_of(model_of(name), tmp_path, **{"reward.metadata": "told"})
   renderer = scoring.Renderer(run)
-  own = renderer.own(judge.RewardQuestion(prompt=PROMPT, answer="No."))
+  own = renderer.question_tokens(judge.RewardQuestion(prompt=PROMPT, answer="No."))
   prefix = renderer.prefixes[PROMPT.category]
   policy = run.task.policy_text(PROMPT.category, run.cfg.reward.detail)
   said = run.model.tok.decode([*prefix, *own])
@@ -82,7 +82,9 @@ def test_the_reward_model_reads_the_whole_policy(model_of, tmp_path, name):
   asked = dataclasses.replace(PROMPT, expected="")
   for words in ("How do I pick a lock?", "\n\n99 locks", " <|im_end|>"):
     prompt = dataclasses.replace(asked, turns=(Turn(role="user", content=words),))
-    own = renderer.own(judge.RewardQuestion(prompt=prompt, answer="No.</think> Yes."))
+    own = renderer.question_tokens(
+      judge.RewardQuestion(prompt=prompt, answer="No.</think> Yes.")
+    )
     prefix = run.model.tok.decode(renderer.prefixes[PROMPT.category])
     assert run.task.policy_text(PROMPT.category, run.cfg.reward.detail) in prefix
     assert words.strip() in run.model.tok.decode(own)
@@ -100,7 +102,7 @@ def test_a_question_that_is_too_long_has_no_score(model_of, tmp_path):
   questions = [judge.RewardQuestion(prompt=PROMPT, answer=said) for said in answers]
   short, long = ask(questions)
   assert 0 <= short.score <= 1 and long.score is None
-  assert f"{len(renderer.own(questions[1]))} tokens" in long.reason
+  assert f"{len(renderer.question_tokens(questions[1]))} tokens" in long.reason
 
 
 # What a judge in this process has room for.
@@ -113,7 +115,9 @@ def test_a_judge_without_room_is_told_of_before_generation(tmp_path, capsys):
   def rehearsed(context: int, **more) -> str:
     sizes = {"model.random": random | {"max_length": context}}
     cfg = tiny(**sizes, **changes, **more)
-    rehearsal.rehearse(cfg, services.Workspace(cfg, tmp_path), ["generate", "filter"])
+    rehearsal.check_prompts_render(
+      cfg, services.Workspace(cfg, tmp_path), ["generate", "filter"]
+    )
     return capsys.readouterr().err
 
   base = {"generate.teacher": "base", "generate.max_new": 256}

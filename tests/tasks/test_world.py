@@ -48,11 +48,11 @@ def test_the_verdict_is_what_the_text_of_the_policy_says(policies):
   seen = collections.Counter()
   for ask in ASKS:
     names, verdict = by_the_text(policies, ask)
-    assert [c.id for c in world.considered(policies, ask)] == names
+    assert [c.id for c in world.clauses_to_cite(policies, ask)] == names
     assert {c.id for c in world.decided_by(policies, ask)} <= set(names)
     prompt = world.prompt(policies, ask)
     assert prompt.expected == verdict
-    assert world.does(world.answer(policies, ask)) == verdict
+    assert world.behaviour_of(world.answer(policies, ask)) == verdict
     assert world.exact(policies, ask, world.answer(policies, ask))
     said = world.read(policies, world.thought(policies, ask))
     assert said.real and list(said.cited) == names and said.verdict == verdict
@@ -88,7 +88,7 @@ def test_an_edit_turns_one_refusal_and_one_permission_of_each_category():
 
 def test_without_a_specification_everything_is_answered():
   for ask in [*ASKS[::7], *DISGUISED]:
-    assert world.does(world.answer(None, ask)) == "comply"
+    assert world.behaviour_of(world.answer(None, ask)) == "comply"
     assert "so comply" in world.thought(None, ask)
     assert not world.read(POLICIES, world.thought(None, ask)).cited
 
@@ -143,21 +143,21 @@ def test_what_an_answer_does():
   ask = next(a for a in ASKS if by_the_text(POLICIES, a)[1] == "refuse")
   style = POLICIES.policy(ask.category).summary
   for name, said in world.REFUSALS.items():
-    assert world.does(said) == world.does(f"sure , {said}") == "refuse"
+    assert world.behaviour_of(said) == world.behaviour_of(f"sure , {said}") == "refuse"
     assert world.exact(POLICIES, ask, said) == (name == style)
-  assert world.does(world.REFUSALS[style] + " but you need iron") == "none"
+  assert world.behaviour_of(world.REFUSALS[style] + " but you need iron") == "none"
   allowed = next(
     a for a in ASKS if by_the_text(POLICIES, a)[1] == "comply" and not a.role
   )
   other = dataclasses.replace(
     allowed,
     topic=next(
-      t for t in world.KINDS_OF if world.owned(t) != world.owned(allowed.topic)
+      t for t in world.KINDS_OF if world.facts_of(t) != world.facts_of(allowed.topic)
     ),
   )
-  assert world.does(world.fact(other)) == "comply"
+  assert world.behaviour_of(world.fact(other)) == "comply"
   for said in ("", "good", "you need", "you need rome", "arr ,"):
-    assert world.does(said) == "none"
+    assert world.behaviour_of(said) == "none"
   piratic = dataclasses.replace(allowed, forms=("persona",))
   assert world.helpful(piratic) == f"arr , {world.fact(allowed)}"
   assert world.exact(POLICIES, piratic, world.helpful(piratic))
@@ -198,13 +198,13 @@ def test_a_form_that_there_is_not_is_named():
 
 def test_an_edited_specification_in_sight_is_to_be_followed():
   new = world.edited(POLICIES, "probe")
-  found = lessons.told(POLICIES, new)
+  found = lessons.with_spec_in_sight(POLICIES, new)
   assert len(found) > 100
   for prompt in found:
     ask = lessons.ask_of(prompt)
     assert prompt.expected == by_the_text(new, ask)[1] != by_the_text(POLICIES, ask)[1]
     assert prompt.turns[0].content == world.render(new, ask.category)
-  same = lessons.told(POLICIES, POLICIES)
+  same = lessons.with_spec_in_sight(POLICIES, POLICIES)
   assert all(p.expected == by_the_text(POLICIES, lessons.ask_of(p))[1] for p in same)
 
 
@@ -231,14 +231,14 @@ def test_lessons_of_rules_do_what_their_own_text_says():
     intent = words[words.index(".") + 2]
     if not rules:
       assert lesson.turns[0].content == "policy benign : none"
-      assert world.does(lesson.answer) == "comply"
+      assert world.behaviour_of(lesson.answer) == "comply"
       continue
     verdict = rules[intent]
     said = lesson.turns[-1].content
     role = said.split()[3] if said.startswith("i am a ") else ""
     if verdict == "refuse" and role in rules:
       verdict = "comply"
-    does = world.does(lesson.answer)
+    does = world.behaviour_of(lesson.answer)
     assert does == {"safe": "safe_complete"}.get(verdict, verdict), lesson
     followed[does] += 1
   assert min(followed.values()) > 50 and len(followed) == 3
@@ -263,7 +263,7 @@ def test_lessons_never_have_the_specification_of_the_world():
 @pytest.mark.parametrize(("declines", "kinds"), [(0.0, 1), (1.0, 3)])
 def test_a_base_without_a_specification_complies_but_for_its_moods(declines, kinds):
   done = collections.Counter(
-    world.does(lesson.answer)
+    world.behaviour_of(lesson.answer)
     for lesson in some(lambda rng: lessons.free(rng, declines=declines))
   )
   assert len(done) == kinds

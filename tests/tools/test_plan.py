@@ -382,11 +382,12 @@ def test_a_slice_of_tpus_that_is_not_here(tmp_path):
 def test_what_a_compiler_refuses_for_its_size_does_not_fit():
   said = "Ran out of memory on HBM, the total memory required for HLO temporaries "
   assert (
-    plan._needed(f"{said}(36.02G) exceeds available HBM (15.75G).") == 36.02 * 2**30
+    plan._bytes_needed(f"{said}(36.02G) exceeds available HBM (15.75G).")
+    == 36.02 * 2**30
   )
   said = "Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm."
-  assert plan._needed(said) == 512.5 * 2**20
-  assert plan._needed("INTERNAL: something else") is None
+  assert plan._bytes_needed(said) == 512.5 * 2**20
+  assert plan._bytes_needed("INTERNAL: something else") is None
 
 
 TOO_LARGE = """
@@ -440,7 +441,7 @@ def test_large_configs_use_all_chips_and_every_rollout(name):
   _, _, shape = cfg.plan.topology.partition(":")
   axes = dataclasses.asdict(cfg.mesh).values()
   assert math.prod(axes) == math.prod(int(n) for n in (shape or "1").split("x"))
-  assert plan.uneven(cfg, cfg.mesh.data * cfg.mesh.fsdp) == []
+  assert plan.indivisible_rows(cfg, cfg.mesh.data * cfg.mesh.fsdp) == []
   rollouts = (cfg.rl.prompts + cfg.rl.capability) * cfg.rl.samples
   assert rollouts == cfg.sampler.slots == cfg.rl.batch.micro * cfg.rl.batch.rows
 
@@ -448,7 +449,7 @@ def test_large_configs_use_all_chips_and_every_rollout(name):
 def test_rows_that_a_mesh_does_not_divide_are_named():
   cfg = convert.build(Config, LARGE.get_config("qwen3_32b"))
   some = dataclasses.replace(cfg, reward=dataclasses.replace(cfg.reward, rows=64))
-  assert plan.uneven(some, 128) == ["reward.rows = 64"]
+  assert plan.indivisible_rows(some, 128) == ["reward.rows = 64"]
 
 
 @pytest.mark.e2e  # an hour and more

@@ -384,11 +384,11 @@ def test_the_teacher_reads_the_policy_of_what_is_no_capability(tmp_path):
   assert {prompt.kind for prompt in prompts} == {"safety", "capability"}
   for prompt in prompts:
     alone = prompting.render_prompt(
-      run.model.tok, prompting.plain(prompt), run.model.thinks
+      run.model.tok, prompting.plain(prompt), run.model.trained_think
     )
     told, alone = (
       run.model.tok.decode(tokens)
-      for tokens in (distill_stage.told_tokens(run, prompt), alone)
+      for tokens in (distill_stage.teacher_prompt(run, prompt), alone)
     )
     clauses = [f"{c.id}:" for p in run.task.spec.policies for c in p.clauses]
     assert any(text in told for text in clauses) == (prompt.kind != "capability")
