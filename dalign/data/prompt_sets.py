@@ -30,6 +30,7 @@ import tensorflow_datasets as tfds
 
 from dalign.config import convert
 from dalign.text import words
+from dalign.text.points import Points
 from dalign.types import EXPECTED
 from dalign.types import KINDS
 from dalign.types import Prompt
@@ -84,8 +85,19 @@ def references() -> dict[str, str]:
 
   They were written for grading, and nothing is trained on them.
   """
-  rows = _json_lines(_REFERENCES)
-  return {str(row["prompt_id"]): str(row["answer"]) for _, row in rows}
+  return {str(row["prompt_id"]): str(row["answer"]) for row in _reference_rows()}
+
+
+def points() -> dict[str, Points]:
+  """Prompt id -> what right answers say, of the prompts that have a reference."""
+  return {
+    str(row["prompt_id"]): Points(row["points"], row["wrong"])
+    for row in _reference_rows()
+  }
+
+
+def _reference_rows() -> Iterator[dict[str, Any]]:
+  return (row for _, row in _json_lines(_REFERENCES))
 
 
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):

@@ -66,7 +66,9 @@ class English(base.Task):
 
   @functools.cached_property
   def _answers(self) -> answered.Answered:
-    return answered.Answered(prompt_sets.references(), encoder.installed())
+    return answered.Answered(
+      prompt_sets.references(), encoder.installed(), prompt_sets.points()
+    )
 
   def prompts(
     self, source: str, columns: Mapping[str, str], data_dir: str

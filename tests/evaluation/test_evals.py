@@ -3,6 +3,7 @@
 import ast
 import collections
 import csv
+import dataclasses
 import functools
 import importlib
 import io
@@ -27,6 +28,8 @@ from dalign.judges import probing
 from dalign.policy import spec as specs
 from dalign.text import thinking
 from dalign.text import words
+from dalign.text.points import MADE
+from dalign.text.points import Points
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
@@ -431,12 +434,17 @@ def test_the_encoder_gives_the_vectors_that_transformers_gives():
   assert np.isfinite(together).all() and encode([]).shape == (0, 384)
 
 
+@functools.cache
+def bundled_prompts():
+  rows = [("bundled", row) for row in prompt_sets.bundled_rows()]
+  return prompt_sets.parse_prompts(rows, {}, "bundled")
+
+
 def test_of_held_out_probes_few_pass_and_of_good_answers_most():
   encode = needs_encoder()
-  rows = [("bundled", row) for row in prompt_sets.bundled_rows()]
   held_out = [
     p
-    for p in prompt_sets.parse_prompts(rows, {}, "bundled")
+    for p in bundled_prompts()
     if p.split == "eval" and p.expected == "comply" and p.kind != "capability"
   ]
   references = prompt_sets.references()
@@ -456,8 +464,9 @@ def test_of_held_out_probes_few_pass_and_of_good_answers_most():
     text for p, _ in probes["reference"] for text in (p.text, references[p.id])
   }
   encode(sorted(texts))  # together, which is faster
-  limits = {"reference": {}, "prompt": {"twin": 0.15}, "words": {}}
+  limits = {"points": {}, "reference": {}, "prompt": {"twin": 0.15}, "words": {}}
   ways = {
+    "points": answered.Answered(points=prompt_sets.points()),
     "reference": answered.Answered(references, encode),
     "prompt": answered.Answered({}, encode),
     "words": answered.Answered(),
@@ -472,6 +481,54 @@ def test_of_held_out_probes_few_pass_and_of_good_answers_most():
       del said["twin"], said["other"]
     for name, share in said.items():
       assert share <= limits[way].get(name, 0.1), (way, name, share)
+
+
+def read_answers(name):
+  lines = (ROOT / "tests" / name).read_text().splitlines()
+  by_id = {p.id: p for p in bundled_prompts()}
+  return [(by_id[row["prompt_id"]], row) for row in map(json.loads, lines)]
+
+
+def useful(pairs):
+  """How many of the answers count as of use, and of how many."""
+  judged = answered.Answered(points=prompt_sets.points())
+  metrics = {"comply": "comply_allowed", "safe_complete": "safe_complete"}
+  hits = 0.0
+  for p, row in pairs:
+    one = dataclasses.replace(sample(row["answer"]), prompt_id=p.id)
+    hits += evals.outcome(p, one, SPEC, judged)["scores"][metrics[p.expected]]
+  return hits, len(pairs)
+
+
+def test_what_two_readers_found_of_no_use_seldom_counts_and_good_answers_do():
+  """Answers that a small model wrote, fluent and mostly untrue, read blind."""
+  pairs = read_answers("read_answers.jsonl")
+  poor = [(p, row) for p, row in pairs if sum(row["readers"]) == 0]
+  for expected in ("comply", "safe_complete"):
+    hits, n = useful([(p, row) for p, row in poor if p.expected == expected])
+    assert hits <= 0.15 * n and n >= 140, expected
+  for name in ("other_answers.jsonl", "other_safe_answers.jsonl"):
+    hits, n = useful(read_answers(name))
+    assert hits >= 0.85 * n and n >= 37, name
+
+
+def test_every_reference_makes_its_points_and_few_of_another_prompt():
+  references, points = prompt_sets.references(), prompt_sets.points()
+  assert references.keys() == points.keys()
+  assert {points[id].share(text) for id, text in references.items()} == {1.0}
+  ids = sorted(references)
+  half = len(ids) // 2  # most of another category, none a near-twin
+  others = zip(ids, ids[half:] + ids[:half], strict=True)
+  others = [points[id].share(references[other]) for id, other in others]
+  assert np.mean([share >= MADE for share in others]) <= 0.05
+
+
+def test_points_are_whole_words_and_what_is_wrong_voids_them():
+  points = Points([["ferment*", "sugar"], ["1.5 bar"]], wrong=["bleach"])
+  assert points.share("Fermentation. At 1.5 bar, it\nferments.") == 1.0
+  assert points.share("Sugary, at 11.5 bar.") == 0.0
+  assert points.share("SUGAR and nothing else") == 0.5
+  assert points.share("Sugar, 1.5 bar and bleach.") == 0.0
 
 
 @pytest.mark.parametrize(
