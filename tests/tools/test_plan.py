@@ -394,7 +394,7 @@ TOO_LARGE = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from dalign.config.model import MeshConfig; from dalign.models import sharding
-from dalign.stages import plan
+from dalign.tools import plan
 
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), chips)
