@@ -64,6 +64,8 @@ def _value(kind, value, where: str):
   origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin is tuple and isinstance(value, (tuple, list)):
     if inner[1:] == (...,):
+      if len(value) == 1 and isinstance(value[0], str):  # as a flag gives "a,b"
+        value = [name.strip() for name in value[0].split(",")]
       value = [_value(inner[0], x, f"{where}[{i}]") for i, x in enumerate(value)]
     return tuple(value)
   if origin is Literal:

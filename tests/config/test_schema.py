@@ -277,6 +277,21 @@ def test_columns_are_mapped_by_flags(tmp_path):
   assert config.data.columns == {"prompt": "my question"}
 
 
+@pytest.mark.parametrize("given", ["base,sft", "base, sft", "('base','sft')"])
+def test_several_names_are_given_with_commas(given, tmp_path):
+  tiny = f"--config={ROOT}/configs/tiny.py"
+  flags = [tiny, f"--workdir={tmp_path}", f"--config.eval.arms={given}"]
+  done = subprocess.run(
+    [sys.executable, "-m", "dalign.main", *flags, "--mode=config"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "eval.arms=\"('base', 'sft')\"" in done.stdout
+
+
 def test_a_config_file_that_is_not_there_is_named(tmp_path):
   (tmp_path / "mine.py").write_text("")
   done = subprocess.run(
