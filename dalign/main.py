@@ -32,6 +32,7 @@ LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours 
 MODES = {
   "run": "the stages of config.stages, each done once",
   "new": "a new folder WORKDIR: a policy, prompts, a judge, a config",
+  "label": "labels for prompts without, by the filter's judge, to correct",
   "check": "what is there to begin with, and what is missing",
   "plan": "what they would take: memory, time, chips",
   "probe_judge": "whether the judge of RL can be trusted with it",
@@ -263,6 +264,10 @@ def _dispatch(config: Config | None, workdir: pathlib.Path) -> None:
       from dalign.tools import check
 
       check.check(config, workdir)
+    case "label" if config:
+      from dalign.tools import label
+
+      label.label(config, workdir)
     case "plan" if config:
       from dalign.tools import plan
 

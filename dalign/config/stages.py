@@ -77,6 +77,18 @@ class Judge:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposer:
+  """Of FilterConfig, how its judge is asked for labels."""
+
+  judge: str
+  endpoint: EndpointConfig
+  votes: int
+  readable: float
+  temperature: float
+  max_new: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Drafts:
   """Of GenerateConfig, how the base is sampled without the specification."""
 
@@ -313,6 +325,14 @@ class Talk(Sampling):
 
   replies: Replies = copied_from("eval")
   scoring: BatchConfig = copied_from("sft.batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Label(Sampling):
+  """The mode label, which has a manifest as stages have."""
+
+  stage: ClassVar[str] = "label"
+  proposer: Proposer = copied_from("filter")
 
 
 STAGES: dict[str, type[Stage]] = {

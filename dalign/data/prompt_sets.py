@@ -146,7 +146,9 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
       yield number, {name: row[name] for name in self.info.features}
 
 
-def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
+def load(
+  source: str, columns: Mapping[str, str], data_dir: str, *, labelled: bool = True
+) -> list[Prompt]:
   """The prompts of a source, with ids that differ and a split each.
 
   `source` is "bundled", "csv:PATH", "jsonl:PATH", "parquet:PATH", "tfds:NAME:SPLIT", or
@@ -158,8 +160,9 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
   CSV turns and clauses are JSON. Wanted are prompt or turns, category and expected, and
   an answer of kind capability; where no row has a split, `split` decides. A row without
   an id has one that its turns make. What is null, NaN or blank is not there. TFDS files
-  are kept under `data_dir`. Raises ValueError that names the row, what was wanted and
-  what came.
+  are kept under `data_dir`. Where they need not be `labelled`, category and expected
+  are "" where a row has none, and no split is made. Raises ValueError that names the
+  row, what was wanted and what came.
   """
   kind, _, rest = source.partition(":")
   _check_columns(columns)
@@ -173,10 +176,10 @@ def load(source: str, columns: Mapping[str, str], data_dir: str) -> list[Prompt]
     kind = pathlib.Path(source).suffix.lstrip(".")
     hint = f"; did you mean '{kind}:{source}'?" if kind in _READERS else ""
     raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
-  prompts = parse_prompts(rows, columns, source)
+  prompts = parse_prompts(rows, columns, source, labelled=labelled)
   if not prompts:
     raise ValueError(f"{source}: wanted prompts, found no row")
-  return prompts if prompts[0].split else split(prompts)
+  return prompts if prompts[0].split or not labelled else split(prompts)
 
 
 def file_of(source: str) -> pathlib.Path | None:
@@ -523,10 +526,14 @@ def _check_columns(columns: Mapping[str, str]) -> None:
 
 
 def parse_prompts(
-  rows: Iterable[tuple[str, Row]], columns: Mapping[str, str], source: str
+  rows: Iterable[tuple[str, Row]],
+  columns: Mapping[str, str],
+  source: str,
+  *,
+  labelled: bool = True,
 ) -> list[Prompt]:
-  """Prompts of (where it is, row), checked; `columns` and errors as of `load`. None has
-  a split where no row has one."""
+  """Prompts of (where it is, row), checked; `columns`, `labelled` and errors as of
+  `load`. None has a split where no row has one."""
   rows = list(rows)
   _check_columns_used(rows, columns)
   prompts: list[Prompt] = []
@@ -536,12 +543,12 @@ def parse_prompts(
   odd: list[tuple[str, Prompt, Prompt]] = []
   for where, row in rows:
     values = _rename_columns(row, columns)
-    if "expected" not in values:
+    if labelled and "expected" not in values:
       raise ValueError(
         f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
         f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
       )
-    prompt = _prompt(where, values, columns, source)
+    prompt = _prompt(where, values, columns, source, labelled=labelled)
     own = digest(prompt.turns)
     if not prompt.id:
       same[own] += 1
@@ -551,7 +558,7 @@ def parse_prompts(
       raise ValueError(f"{where}: id {prompt.id!r} is also that of {seen[prompt.id]}")
     seen[prompt.id] = where
     prompts.append(prompt)
-    first = labels.setdefault(own, prompt)
+    first = labels.setdefault(own, prompt) if prompt.expected else prompt
     if first.expected != prompt.expected:
       odd.append((where, prompt, first))
   if odd:
@@ -603,7 +610,9 @@ def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
   return {name: value for name, value in values.items() if not is_empty(value)}
 
 
-def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) -> Prompt:
+def _prompt(
+  where: str, values: Row, columns: Mapping[str, str], source: str, *, labelled: bool
+) -> Prompt:
   texts: dict[str, Any] = {"kind": "safety"}
   for name in ("id", "category", "expected", "kind", "split", "answer", "scenario"):
     value = values.get(name, texts.get(name, ""))
@@ -615,9 +624,10 @@ def _prompt(where: str, values: Row, columns: Mapping[str, str], source: str) ->
       said = _named(name, columns)
       raise ValueError(f"{where}: wanted text as {said}, got {value!r:.60}")
     texts[name] = value
-  if not texts["category"]:
+  if labelled and not texts["category"]:
     raise ValueError(f"{where}: wanted a category; map a column, or '=benign' for all")
-  known = {"expected": EXPECTED, "kind": KINDS, "split": ("", *SPLITS)}
+  types = EXPECTED if labelled else ("", *EXPECTED)
+  known = {"expected": types, "kind": KINDS, "split": ("", *SPLITS)}
   for name, some in known.items():
     if texts[name] not in some:
       wanted = ", ".join(filter(None, some))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dalign.judges import behaviour
 from dalign.text import templates
@@ -270,8 +270,13 @@ def graded_turns(
   return _user(text)
 
 
+def conversation(prompt: Prompt) -> str:
+  """A prompt's turns as a question has them, each line marked as data."""
+  return _data("The conversation", _chat_text(prompt))
+
+
 def _context(prompt: Prompt, spec_text: str) -> list[str]:
-  found = [_TASK + spec_text, _data("The conversation", _chat_text(prompt))]
+  found = [_TASK + spec_text, conversation(prompt)]
   if prompt.expected:
     hint = prompt.expected.replace("_", " ")
     found.append(
@@ -337,11 +342,12 @@ def read_violation(reply: str) -> Verdict:
 _OBJECT = re.compile(r"\{[^{}]{1,2000}\}")
 
 
-def _object(text: str, key: str, known: Mapping[str, str]) -> str | Verdict:
-  """What `known` makes of the value of a key in the JSON object that ends a reply; or
-  why it is unscored. An object inside a line, or on one that quotes, is none."""
+def closing_objects(text: str, key: str) -> list[Mapping[str, Any]] | str:
+  """The JSON objects with a key that stand on lines of their own in a reply, of which
+  the last ends it; or why there are none to be read. An object inside a line, or on one
+  that quotes, is none."""
   end = re.sub(r"[\s*`_]*\Z", "", text)
-  found, last = [], -1
+  found, last = list[Mapping[str, Any]](), -1
   for match in _OBJECT.finditer(end):
     line = end[end.rfind("\n", 0, match.start()) + 1 : match.start()]
     try:
@@ -349,19 +355,27 @@ def _object(text: str, key: str, known: Mapping[str, str]) -> str | Verdict:
     except ValueError:
       continue
     if key in value and not re.sub(r"json|[\s*`_]", "", line):
-      found.append(value[key])
+      found.append(value)
       last = match.end()
   if last < len(end):
     said = f'no {{"{key}": N}}'
     if found:
-      return Verdict(score=None, reason=f"{said} at the end, but before it")
+      return f"{said} at the end, but before it"
     if f'"{key}"' in text:
-      return Verdict(score=None, reason=f"{said} on a line of its own, unquoted")
-    declines = behaviour.declines(text)
-    return Verdict(score=None, reason="the judge declines" if declines else said)
+      return f"{said} on a line of its own, unquoted"
+    return "the judge declines" if behaviour.declines(text) else said
+  return found
+
+
+def _object(text: str, key: str, known: Mapping[str, str]) -> str | Verdict:
+  """What `known` makes of the value of a key in the JSON object that ends a reply; or
+  why it is unscored."""
+  found = closing_objects(text, key)
+  if isinstance(found, str):
+    return Verdict(score=None, reason=found)
   labels = [
     json.dumps(label) if isinstance(label, bool | float) else str(label)
-    for label in found
+    for label in (one[key] for one in found)
   ]
   if wrong := [label for label in labels if label not in known]:
     wanted = ", ".join(known)

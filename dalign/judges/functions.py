@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 
 from dalign.judges import judge
+from dalign.judges import labels
 from dalign.runs import distributed
+from dalign.types import Prompt
+from dalign.types import Spec
 from dalign.types import Turn
 from dalign.types import Verdict
 
 MARK = "python:"
 SILENT = "the function gave no score"
+UNLABELLED = "the function gave no label"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,20 @@ class ThoughtfulReply(Reply):
   """What a function judges where the filter asks: thought and answer."""
 
   thought: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unlabelled:
+  """What a function proposes a label for: the conversation up to the user's last turn,
+  and the whole text of each policy, by its id."""
+
+  turns: tuple[Turn, ...]
+  policies: Mapping[str, str]
+
+  @property
+  def prompt(self) -> str:
+    """The last turn, the user's."""
+    return self.turns[-1].content
 
 
 # A score in [0, 1], None for no verdict, or a pair of either and why.
@@ -106,18 +124,8 @@ def of_function(
 
   def ask(questions: Sequence[judge.Question]) -> list[Verdict]:
     open_ = [q for q in questions if q.prompt.kind != "capability"]
-    wrong, rows = "", list[tuple[float | None, str]]()
-    if distributed.is_first_process() and open_:
-      try:
-        rows = _asked(function, [*map(told, open_)], path)
-      except _Wrong as error:
-        wrong = f"{name}: {error}"
-        if error.row is not None:
-          row, id = error.row, open_[error.row].prompt.id
-          wrong = f"{name}: row {row + 1} of {len(open_)}, prompt {id!r}: {error}"
-    wrong, rows = distributed.broadcast([wrong, rows])
-    if wrong:
-      raise ValueError(wrong)
+    ids = [q.prompt.id for q in open_]
+    rows = _once(function, [*map(told, open_)], ids, f"{name}: ", path, _row)
     found = (Verdict(score=score, reason=why) for score, why in rows)
     return [
       judge.known_answer_verdict(q.prompt, q.answer)
@@ -129,6 +137,62 @@ def of_function(
   return judge.Judge(ask, deterministic=False)
 
 
+def labeller(
+  source: str, spec: Spec, policies: Mapping[str, str]
+) -> Callable[[Sequence[Prompt]], list[labels.Vote]]:
+  """The function "python:FILE:FUNCTION" that proposes labels of prompts: it is told of
+  each as Unlabelled, and gives for each {"category", "expected", "clauses"}, the last
+  of which may be missing, None for no label, or a pair of either and why. Errors as of
+  `of_file`."""
+  path, name = place(source)
+  function = _load(path, name)
+
+  def read(i: int, said: Any) -> dict:
+    label, why = said if isinstance(said, tuple) and len(said) == 2 else (said, "")
+    if label is None:
+      return dataclasses.asdict(labels.Vote(reason=str(why) or UNLABELLED))
+    if not isinstance(label, Mapping):
+      wanted = "a mapping with category and expected, None, or a pair of one and why"
+      raise _Wrong(f"wanted {wanted}, got {said!r:.80}", i)
+    try:
+      return dataclasses.asdict(labels.checked(label, spec))
+    except ValueError as error:
+      raise _Wrong(str(error), i) from None
+
+  def ask(prompts: Sequence[Prompt]) -> list[labels.Vote]:
+    told = [Unlabelled(turns=prompt.turns, policies=policies) for prompt in prompts]
+    ids = [prompt.id for prompt in prompts]
+    rows = _once(function, told, ids, f"{path}: {name}: ", path, read)
+    return [labels.Vote(**row | {"clauses": tuple(row["clauses"])}) for row in rows]
+
+  return ask
+
+
+def _once(
+  function: Callable,
+  told: list,
+  ids: Sequence[str],
+  where: str,
+  path: pathlib.Path | None,
+  read: Callable[[int, Any], Any],
+) -> list:
+  """What `read` makes of what a function gives of each that it is told, asked by the
+  first of several processes; ValueError, after `where`, with the row and its id."""
+  wrong, rows = "", list()
+  if distributed.is_first_process() and told:
+    try:
+      rows = [read(i, said) for i, said in enumerate(_asked(function, told, path))]
+    except _Wrong as error:
+      wrong = f"{where}{error}"
+      if error.row is not None:
+        row = f"row {error.row + 1} of {len(told)}, prompt {ids[error.row]!r}"
+        wrong = f"{where}{row}: {error}"
+  wrong, rows = distributed.broadcast([wrong, rows])
+  if wrong:
+    raise ValueError(wrong)
+  return rows
+
+
 class _Wrong(Exception):
   """What is wrong with what a function gave, and of which row, counted from 0."""
 
@@ -137,9 +201,7 @@ class _Wrong(Exception):
     self.row = row
 
 
-def _asked(
-  function: Function, replies: list[Reply], path: pathlib.Path | None
-) -> list[tuple[float | None, str]]:
+def _asked(function: Callable, replies: list, path: pathlib.Path | None) -> list:
   try:
     given: Any = function([*replies])
     several = isinstance(given, Iterable) and not isinstance(
@@ -152,10 +214,10 @@ def _asked(
     raise _Wrong(f"wanted a list of verdicts, got {given!r:.80}")
   if len(found) != len(replies):
     raise _Wrong(f"wanted a verdict each of {len(replies)} replies, got {len(found)}")
-  return [_row(i, said) for i, said in enumerate(found)]
+  return found
 
 
-def _culprit(function: Function, replies: list[Reply]) -> int | None:
+def _culprit(function: Callable, replies: list) -> int | None:
   """The first reply that a function cannot judge even alone, if there is one."""
   for i, reply in enumerate(replies):
     try:
@@ -193,10 +255,12 @@ def _told(error: BaseException, path: pathlib.Path | None) -> str:
   said = " ".join(f"{type(error).__name__}: {error}".split())
   if isinstance(error, AttributeError) and "'thought'" in said:
     said += " (an answer alone is judged, as RL does: its reply has no thought)"
+  if isinstance(error, AttributeError) and "'Unlabelled'" in said:
+    said += " (a prompt is to be labelled: name a function for that as filter.judge)"
   return f"line {line}: {said}" if line else said
 
 
-def _load(path: pathlib.Path, name: str) -> Function:
+def _load(path: pathlib.Path, name: str) -> Callable:
   """The function of that name in a file."""
   made = types.ModuleType(f"dalign_user_{path.stem}")
   made.__file__ = str(path)

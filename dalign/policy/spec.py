@@ -169,6 +169,25 @@ def render(spec: Spec, category: str, *, detail: str) -> str:
   return "\n\n".join(filter(None, blocks))
 
 
+def catalogue(spec: Spec, *, detail: str) -> str:
+  """What one is shown of all policies who says which of them a prompt is about: id,
+  summary and clauses of each; with the detail "full", definitions, examples and edge
+  cases besides, and else short forms. ValueError for an unknown detail."""
+  if detail not in DETAILS:
+    raise ValueError(f"detail is one of {DETAILS}, got {detail!r}")
+  full = detail == "full"
+  blocks = []
+  for policy in (spec if full else spec.brief).policies:
+    blocks += [f"# {policy.id}: {policy.title}", policy.summary]
+    if full:
+      terms = (f"{term}: {text}" for term, text in policy.definitions)
+      blocks.append(_block("## Definitions", terms))
+    blocks += _clause_blocks(policy, full)
+    if full:
+      blocks.append(_edge_block(policy))
+  return "\n\n".join(filter(None, blocks))
+
+
 def clause_ids(spec: Spec) -> dict[str, str]:
   """Clause id -> category, for every clause of the specification."""
   return {clause.id: policy.id for policy in spec.policies for clause in policy.clauses}
@@ -435,9 +454,13 @@ def _policy_blocks(spec: Spec, policy: Policy, full: bool) -> list[str]:
   blocks += _clause_blocks(policy, full)
   blocks.append(_style_block(spec, (style,), "## Style of safe completions here"))
   if full:
-    edges = (f'"{prompt}" -> {name}: {why}' for prompt, name, why in policy.edges)
-    blocks.append(_block("## Edge cases", edges))
+    blocks.append(_edge_block(policy))
   return blocks
+
+
+def _edge_block(policy: Policy) -> str:
+  edges = (f'"{prompt}" -> {name}: {why}' for prompt, name, why in policy.edges)
+  return _block("## Edge cases", edges)
 
 
 def _clause_blocks(policy: Policy, full: bool) -> list[str]:
