@@ -227,8 +227,10 @@ class EvalConfig(Checked):
   samples: replies that are sampled to each prompt.
   budgets: most tokens of a thought, each evaluated besides: what thinking is worth.
   grader: who grades the answers to prompts of policies and helpful ones: the "rules" of
-    grader.py, a "model" in this process, or the model at an "endpoint". Of several the
-    first one's grades make the table, and the others' agreement with it is told.
+    grader.py, a "model" in this process, the model at an "endpoint", or a function of
+    yours, "python:FILE:FUNCTION" (`functions.py`), which is told the label and no
+    thought. Of several the first one's grades make the table, and the others' agreement
+    with it is told.
   grader_model: path of such a model, as `model.path`, of any family; another than the
     one that is evaluated.
   grader_endpoint: the server of a grader.
@@ -261,7 +263,7 @@ class EvalConfig(Checked):
 
   arms: tuple[Arm, ...]
   endpoint: EndpointConfig
-  grader: tuple[Literal["rules", "model", "endpoint"], ...]
+  grader: tuple[Annotated[str, Form(f"rules|model|endpoint|{FUNCTION}")], ...]
   grader_model: str
   grader_endpoint: EndpointConfig
   form: JudgeForm

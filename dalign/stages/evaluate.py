@@ -24,6 +24,7 @@ from dalign.sampling.sampler import Completion
 from dalign.sampling.sampler import Request
 from dalign.stages import evidence
 from dalign.stages import grading
+from dalign.stages import judging
 from dalign.stages import samples
 from dalign.stages import servers
 from dalign.stages import services
@@ -78,6 +79,7 @@ def evaluate(run: Run) -> None:
   inputs += [run.store.path(stage, "manifest.json") for stage in stages]
   extra = (prompt_sets.file_of(source["source"]) for source in cfg.extra.values())
   inputs += filter(None, extra)
+  inputs += [file for one in cfg.grader for file in judging.function_files(one)]
   if not arms:
     raise ValueError(f"eval: no arm of {', '.join(cfg.arms)} is there to evaluate")
   if not run.begin(sorted({*inputs})):

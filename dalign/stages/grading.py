@@ -1,7 +1,9 @@
-"""Graders of evaluation that are models: rows of eval/<arm>.jsonl get their verdicts.
+"""Graders of evaluation that are models or functions: rows of eval/<arm>.jsonl get
+their verdicts.
 
-A grader is told neither the ideal response type nor the thought: it reads prompt and
-answer, and the policy where its form has one. It writes greedily.
+No grader is told the thought. A model is not told the ideal response type either: it
+reads prompt and answer, and the policy where its form has one, and writes greedily. A
+function of the user's is, as the rules are.
 """
 
 import collections
@@ -11,6 +13,7 @@ from dalign.config import stages
 from dalign.evaluation import evals
 from dalign.judges import endpoint
 from dalign.judges import forms
+from dalign.judges import functions
 from dalign.judges import judge
 from dalign.models import ops
 from dalign.runs import progress
@@ -54,7 +57,7 @@ def add_grades(
 def _ungraded_rows(run: Run, grader: str, rows: list[dict]) -> list[dict]:
   """The rows that a grader has still to read: not those that have no answer, and
   prompts to be answered only where its form knows what is of use."""
-  of_use = forms.FORMS[run.cfg.eval.form].judges_usefulness
+  of_use = _is_function(grader) or forms.FORMS[run.cfg.eval.form].judges_usefulness
   return [
     row
     for row in rows
@@ -72,31 +75,48 @@ def _grade(
   ungraded: Mapping[str, list[dict]],
   prompts: Mapping[str, Prompt],
 ) -> None:
-  cfg, replies = run.cfg.eval, list[forms.ModelReply]()
-  write = _endpoint_grader(run) if grader == "endpoint" else _local_grader(run)
-
-  def ask(conversations: list[list[Turn]]) -> Sequence[forms.ModelReply]:
-    replies[:] = write(conversations)
-    return replies
-
-  judged = run.task.written_judge(ask, cfg.form)
+  replies: list[forms.ModelReply] = []  # what a model wrote
+  own = _is_function(grader)
+  judged = _function(run, grader) if own else _model(run, grader, replies)
   total = sum(map(len, ungraded.values()))
   with progress.bar(total, f"eval grader {grader}", "answer") as bar:
     for name, rows in ungraded.items():
       for at in packing.batches(len(rows), ROWS_PER_BATCH):
         batch = rows[at]
+        asked = [prompts[row["prompt_id"]] for row in batch]
         questions = [
-          judge.RewardQuestion(prompts[row["prompt_id"]].blind(), row["answer"])
-          for row in batch
+          judge.RewardQuestion(prompt if own else prompt.blind(), row["answer"])
+          for prompt, row in zip(asked, batch, strict=True)
         ]
         verdicts = judged(questions)
-        for row, verdict, reply in zip(batch, verdicts, replies, strict=True):
+        reply = [one.text for one in replies] or [""] * len(batch)
+        for row, verdict, text in zip(batch, verdicts, reply, strict=True):
           found = forms.score_by_response_type(verdict, row["expected"])
-          grade = {"score": found.score, "reason": found.reason, "said": reply.text}
+          grade = {"score": found.score, "reason": found.reason, "said": text}
           row.setdefault("graders", {})[grader] = grade
         bar.update(len(batch))
         run.store.write_rows(run.store.path("eval", f"{name}.jsonl"), files[name])
         run.store.pause("eval")
+
+
+def _is_function(grader: str) -> bool:
+  return grader.startswith(functions.MARK)
+
+
+def _function(run: Run, grader: str) -> judge.Judge:
+  """The grader "python:FILE:FUNCTION", which is told whole policies."""
+  return functions.of_file(grader, lambda name: run.task.policy_text(name, "full"))
+
+
+def _model(run: Run, grader: str, heard: list[forms.ModelReply]) -> judge.Judge:
+  """The grader that is a model; what it wrote last is in `heard`."""
+  write = _endpoint_grader(run) if grader == "endpoint" else _local_grader(run)
+
+  def ask(conversations: list[list[Turn]]) -> Sequence[forms.ModelReply]:
+    heard[:] = write(conversations)
+    return heard
+
+  return run.task.written_judge(ask, run.cfg.eval.form)
 
 
 def _endpoint_grader(run: Run) -> Ask:
@@ -161,10 +181,17 @@ def _local_grader(run: Run) -> Ask:
 
 
 def definitions(run: Run) -> dict[str, str]:
-  """What each metric is, where a model grades."""
+  """What each metric is, where a model or a function grades."""
   cfg, found = run.cfg.eval, dict(run.task.definitions)
   if cfg.grader[0] == "rules":
     return found
+  if _is_function(cfg.grader[0]):
+    of_function = (
+      f"Mean score that a function ({cfg.grader[0]}) gives answers to prompts that"
+    )
+    return found | {
+      name: f"{of_function} {which}." for name, which in evals.GRADED_PROMPTS.items()
+    }
   form = forms.FORMS[cfg.form]
   model = cfg.grader_model if cfg.grader[0] == "model" else cfg.grader_endpoint.model
   for metric, which in evals.GRADED_PROMPTS.items():
@@ -201,8 +228,8 @@ def report_agreement(agreements: Mapping[str, Mapping]) -> None:
 
 
 def check_graded(run: Run, files: Mapping[str, list[dict]], limit: float) -> None:
-  """ValueError where a grader that is a model has no score for too many answers of a
-  file; they are all on disk."""
+  """ValueError where a grader other than the rules has no score for too many answers of
+  a file; they are all on disk."""
   for grader in run.cfg.eval.grader:
     for name, rows in files.items():
       grades = [

@@ -78,6 +78,9 @@ def _judges(config: Config) -> Iterator[tuple[str, str, str]]:
   yield "reward", labels, reward.metadata
   for kind in (rl.reward, rl.helpful):
     yield "rl", own.judge if kind == "judge" else kind, rl.metadata
+  for grader in config.eval.grader:
+    if grader.startswith(functions.MARK):  # and told what the rules are
+      yield "eval", grader, "told"
 
 
 def _try_rubric(run: judging.Run) -> None:
