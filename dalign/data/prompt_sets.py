@@ -771,6 +771,12 @@ def digest(turns: Sequence[Turn]) -> str:
   return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+  """A SHA-256, in hexadecimal, of all that is known of prompts, wherever it stands."""
+  rows = [dataclasses.asdict(prompt) | {"source": ""} for prompt in prompts]
+  return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
 def fraction(name: str) -> float:
   """A number in [0, 1) that depends on the name alone."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) / 2**56

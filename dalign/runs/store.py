@@ -10,7 +10,7 @@ Does not know what the rows mean, what a stage does, models, tokens, or arrays o
 (checkpoints.py does).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import contextlib
 import datetime
 import errno
@@ -316,6 +316,8 @@ class Store:
     *,
     start_over: bool = False,
     anew: bool = False,
+    renewed: Collection[str | pathlib.Path] = (),
+    hash_of: Callable[[pathlib.Path], str] | None = None,
   ) -> str:
     """Opens a stage: "done" (nothing to do), "resume" (was cut off) or "fresh".
 
@@ -324,11 +326,14 @@ class Store:
     another config, seed or input. `start_over` deletes the stage's folder first (the
     stage's metrics stay: see `metrics.Metrics.rewind`). `anew` says that a stage which
     was cut off keeps nothing of that go, whose config and inputs then do not count.
+    A stage whose `renewed` keys or inputs alone changed goes on, done or not. `hash_of`
+    is the hash of an input, else `file_hash`.
     """
     state = wrong = None
     if distributed.is_first_process():
       try:
-        state = self._begin(stage, config, inputs, seed, device, start_over, anew)
+        of = stage, config, inputs, seed, device, hash_of or file_hash
+        state = self._begin(of, start_over, anew, self._keys(renewed))
       except ValueError as error:
         wrong = str(error)
     state, wrong = distributed.broadcast([state, wrong])
@@ -338,7 +343,8 @@ class Store:
       self._since[stage] = time.monotonic()
     return state
 
-  def _begin(self, stage, config, inputs, seed, device, start_over, anew) -> str:
+  def _begin(self, of, start_over, anew, renewed) -> str:
+    stage = of[0]
     if start_over and buckets.is_remote(self.path(stage)):
       buckets.remove(self.path(stage))
     elif start_over and self.path(stage).exists():
@@ -346,16 +352,16 @@ class Store:
         shutil.rmtree(self.path(stage))
       except OSError as error:
         raise ValueError(f"config.start_over: {self.path(stage)}: {error}") from error
-    new = self._new_manifest(stage, config, inputs, seed, device)
+    new = self._new_manifest(*of)
     old = self.manifest(stage)
     if old is None:
       self._refuse_leftovers(stage)
     elif anew and old["finished"] is None:
       pass
-    elif changes := _differences(_resume_key(old), _resume_key(new)):
+    elif changes := _differences(_resume_key(old, renewed), _resume_key(new, renewed)):
       state = "was cut off" if old["finished"] is None else "is done"
       raise ValueError(f"stage {stage} {state}, but {'; '.join(changes)}. {_REMEDY}")
-    elif old["finished"] is not None:
+    elif old["finished"] is not None and _resume_key(old) == _resume_key(new):
       return "done"
     kept = {key: old[key] for key in ("started", "wall_s")} if old else {}
     write_json(self.path(stage, "manifest.json"), new | kept)
@@ -375,7 +381,7 @@ class Store:
     self._write_manifest(stage, manifest | end)
     del self._since[stage]
 
-  def _new_manifest(self, stage, config, inputs, seed, device) -> dict:
+  def _new_manifest(self, stage, config, inputs, seed, device, hash_of) -> dict:
     config = json.loads(json.dumps(dict(config), sort_keys=True))
     text = json.dumps(config, sort_keys=True)
     return {
@@ -383,7 +389,7 @@ class Store:
       "stage": stage,
       "config": config,
       "config_hash": hashlib.sha256(text.encode()).hexdigest(),
-      "inputs": self._hashes(inputs),
+      "inputs": self._hashes(inputs, hash_of),
       "outputs": {},
       "code_version": code_version(),
       "seed": seed,
@@ -394,19 +400,31 @@ class Store:
       "summary": {},
     }
 
-  def _hashes(self, inputs: Iterable[pathlib.Path]) -> dict[str, str]:
+  def _hashes(self, inputs: Iterable[pathlib.Path], hash_of) -> dict[str, str]:
     hashes = {}
     ours = {self.workdir, *self._shared.values()}  # others have manifests of their own
     for folder in {buckets.absolute(path).parent for path in inputs}:
       if folder.parent in ours:
         check_outputs(folder)
     for full in map(buckets.absolute, inputs):
-      inside = full.is_relative_to(self.workdir)
-      # An input from elsewhere may move with its repository; two names tell it apart.
-      key = full.relative_to(self.workdir) if inside else pathlib.Path(*full.parts[-2:])
-      name = full.as_posix() if key.as_posix() in hashes else key.as_posix()
-      hashes[name] = file_hash(full)
+      key = self._input_name(full)
+      hashes[full.as_posix() if key in hashes else key] = hash_of(full)
     return hashes
+
+  def _input_name(self, full: pathlib.Path) -> str:
+    inside = full.is_relative_to(self.workdir)
+    # An input from elsewhere may move with its repository; two names tell it apart.
+    key = full.relative_to(self.workdir) if inside else pathlib.Path(*full.parts[-2:])
+    return key.as_posix()
+
+  def _keys(self, renewed: Collection[str | pathlib.Path]) -> set[str]:
+    """Keys of the config, and inputs, as `_resume_key` names them."""
+    return {
+      key
+      if isinstance(key, str)
+      else f"input {self._input_name(buckets.absolute(key))}"
+      for key in renewed
+    }
 
   def _refuse_leftovers(self, stage: str) -> None:
     folder = self.path(stage)
@@ -527,10 +545,11 @@ def code_version() -> str:
   return f"{version}+{commit.stdout.strip()}" if commit.returncode == 0 else version
 
 
-def _resume_key(manifest: Mapping) -> dict:
+def _resume_key(manifest: Mapping, but: Collection[str] = ()) -> dict:
   """What must be the same for a stage to count as done or to go on, flat."""
   inputs = {f"input {name}": hash[:8] for name, hash in manifest["inputs"].items()}
-  return manifest["config"] | {"the run's seed": manifest["seed"]} | inputs
+  found = manifest["config"] | {"the run's seed": manifest["seed"]} | inputs
+  return {key: value for key, value in found.items() if key not in but}
 
 
 def _differences(old: Mapping, new: Mapping) -> list[str]:

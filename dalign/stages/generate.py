@@ -8,10 +8,12 @@ a server is asked for the same; a recorded one has been.
 
 import collections
 from collections.abc import Iterator
+import dataclasses
 import functools
 import pathlib
 
 from dalign.config import stages
+from dalign.data import prompt_sets
 from dalign.judges import recordings
 from dalign.models import ops
 from dalign.policy import prompting
@@ -54,9 +56,14 @@ def generate(run: Run) -> None:
       "that config.generate asks for; a column split says which are of training"
     )
   prompts = [prompt.blind() for prompt in prompts]
-  if not run.begin([*run.sources, *run.recording_files]):
+  # Samples of prompts that stay as they were are kept, whatever else their file says;
+  # revisions are of drafts that were made for all at once.
+  renewed: list[str | pathlib.Path] = ["data.columns", *run.prompts.files]
+  inputs = [*run.sources, *run.recording_files]
+  if not run.begin(inputs, renewed=() if cfg.revise else renewed):
     return
   path = run.store.path("generate", "samples.jsonl")
+  _keep_samples(run, path, prompts)
   ledger = SampleLedger(run, prompts)
   for row in run.store.each_row(path) if run.store.has(path) else []:
     ledger.add(samples.from_row(row))
@@ -93,6 +100,29 @@ def generate(run: Run) -> None:
   progress.say(
     f"generate: {ledger.total} samples, {bad.total()} of them malformed"
     + (f": {progress.top_reasons(bad.elements())}" if bad else "")
+  )
+
+
+def _keep_samples(run: Run, path: pathlib.Path, prompts: list[Prompt]) -> None:
+  """Takes out the samples of prompts that are other ones now, or none, and notes in
+  generate/prompts.jsonl what was asked."""
+  store, noted = run.store, path.with_name("prompts.jsonl")
+  asked = {
+    p.id: prompt_sets.fingerprint([dataclasses.replace(p, split="", scenario="")])
+    for p in prompts
+  }
+  rows = store.read_rows(noted) if store.has(noted) else []
+  before = {row["prompt_id"]: row["asked"] for row in rows}
+  if rows and before != asked and store.has(path):
+    samples_ = store.read_rows(path)
+    same = {id for id, what in asked.items() if before.get(id) == what}
+    kept = [row for row in samples_ if row["prompt_id"] in same]
+    store.write_rows(path, kept)
+    progress.say(
+      f"generate: the prompts have changed: kept {len(kept)} of {len(samples_)} samples"
+    )
+  store.write_rows(
+    noted, [{"prompt_id": id, "asked": what} for id, what in asked.items()]
   )
 
 

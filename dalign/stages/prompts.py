@@ -57,8 +57,7 @@ class Prompts:
 
   @property
   def files(self) -> list[pathlib.Path]:
-    """The file of prompts, where they are one of the user's; samples know its lines by
-    their numbers."""
+    """The file of prompts, where they are one of the user's."""
     file = prompt_sets.file_of(self._data.source)
     return [file] if file else []
 

@@ -6,7 +6,7 @@ are those of one stage: they hold what `config.stages` gives that stage, and a s
 that needs another part is not there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import pathlib
 from typing import Any, Generic, TypeVar
@@ -20,9 +20,11 @@ from dalign.config.schema import Config
 from dalign.config.training import BatchConfig
 from dalign.config.training import OptimizerConfig
 from dalign.data import bundled
+from dalign.data import prompt_sets
 from dalign.judges import recordings
 from dalign.models import kernels
 from dalign.models import sharding
+from dalign.runs import buckets
 from dalign.runs import devices as machines
 from dalign.runs import metrics
 from dalign.runs import progress
@@ -243,8 +245,12 @@ class Services(Generic[C]):
     inputs: Iterable[pathlib.Path],
     *,
     anew: bool = False,
+    renewed: Collection[str | pathlib.Path] = (),
+    hash_of: Callable[[pathlib.Path], str] | None = None,
   ) -> bool:
-    """Opens the stage; False when it is done already. `anew`: as of `Store.begin`."""
+    """Opens the stage; False when it is done already. `anew`, `renewed`, `hash_of`: as
+    of `Store.begin`, but that a file of prompts is what its rows say and nothing else,
+    with the split that they have."""
     stage = self.cfg.stage
     state = self.store.begin(
       stage,
@@ -254,6 +260,8 @@ class Services(Generic[C]):
       machines.name(),
       start_over=self._work.start_over,
       anew=anew,
+      renewed=renewed,
+      hash_of=hash_of or self._hash,
     )
     if state == "done":
       progress.say(f"{stage}: done before, skipped")
@@ -264,6 +272,13 @@ class Services(Generic[C]):
     action = "goes on where it stopped" if state == "resume" else "starts"
     progress.say(f"{stage}: {action}")
     return True
+
+  def _hash(self: "Services[Any]", path: pathlib.Path) -> str:
+    """The hash of an input."""
+    own = self.prompts.files if isinstance(self.cfg, stages.OfTask) else []
+    if path in map(buckets.absolute, own):
+      return prompt_sets.fingerprint(self.prompts.raw)
+    return files.file_hash(path)
 
   def finish(self: "Services[stages.OfModel]", summary: Mapping) -> None:
     """Marks the stage done; `summary` is as of `Store.finish`."""

@@ -21,6 +21,7 @@ from dalign.judges import labels
 from dalign.models import ops
 from dalign.policy import spec as specs
 from dalign.runs import progress
+from dalign.runs import store as files
 from dalign.sampling import sampler as sampling
 from dalign.stages import judging
 from dalign.stages import servers
@@ -66,7 +67,11 @@ def _label(run: Run, *, start_over: bool) -> None:
     cfg.data.source, cfg.data.columns, str(folder), labelled=False
   )
   judge = judging.function_files(cfg.proposer.judge)
-  open_ = run.begin([*run.sources, *judge])
+  open_ = run.begin(
+    [*run.sources, *judge],
+    renewed=["data.columns", *run.prompts.files],  # votes know what was said
+    hash_of=files.file_hash,
+  )
   path = store.path("label", "votes.jsonl")
   rows = store.read_rows(path) if store.has(path) else []
   known = {row["turns"]: [_vote(vote) for vote in row["votes"]] for row in rows}

@@ -383,6 +383,7 @@ def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
     assert run.begin(sources[stage])
     run.store.finish(stage, {})
   file.write_text(json.dumps(row | {"prompt": "new"}) + "\n" + json.dumps(row))
+  runs = {stage: opened(cfg, tmp_path / "run", stage) for stage in runs}
   for stage, run in runs.items():
     with pytest.raises(ValueError, match=f"{stage} is done, but input mine/prompts"):
       run.begin(sources[stage])

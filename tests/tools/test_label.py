@@ -156,6 +156,19 @@ def test_what_was_asked_before_a_stop_is_not_asked_again(own, tmp_path, monkeypa
   assert not (own / "asked.txt").exists()
 
 
+def test_prompts_that_are_added_later_are_all_that_is_asked(own, tmp_path):
+  label.label(config(own), tmp_path / "run")
+  with (own / "asked.jsonl").open("a") as file:
+    file.write(json.dumps({"prompt": "Is the receipt enough?"}) + "\n")
+  (own / "asked.txt").unlink()
+  with pytest.raises(ValueError, match="labelled.jsonl: wanted none.*corrections"):
+    label.label(config(own), tmp_path / "run")
+  (tmp_path / "run" / "labelled.jsonl").rename(tmp_path / "corrected.jsonl")
+  label.label(config(own), tmp_path / "run")
+  assert {*(own / "asked.txt").read_text().splitlines()} == {"Is the receipt enough?"}
+  assert labelled(tmp_path / "run")[-1]["clauses"] == ["RT-D2"]
+
+
 def test_the_same_question_is_asked_once(own, tmp_path):
   rows = [ROWS[0], ROWS[1], ROWS[0]]
   (own / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
