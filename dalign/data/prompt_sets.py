@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dalign.config import convert
+from dalign.runs import progress
 from dalign.text import words
 from dalign.text.points import Points
 from dalign.types import EXPECTED
@@ -157,12 +158,13 @@ def load(
   is not mapped is read from the column of its own name if there is one, turns from
   "messages" and "conversations" too. A turn has a role and content, the latter in one
   piece or in OpenAI's parts of text, or ShareGPT's from ("human", "gpt") and value; in
-  CSV turns and clauses are JSON. Wanted are prompt or turns, category and expected, and
-  an answer of kind capability; where no row has a split, `split` decides. A row without
-  an id has one that its turns make. What is null, NaN or blank is not there. TFDS files
-  are kept under `data_dir`. Where they need not be `labelled`, category and expected
-  are "" where a row has none, and no split is made. Raises ValueError that names the
-  row, what was wanted and what came.
+  CSV turns and clauses are JSON. Of a conversation that ends with the assistant's turn,
+  what stands before it is the prompt, which is said. Wanted are prompt or turns,
+  category and expected, and an answer of kind capability; where no row has a split,
+  `split` decides. A row without an id has one that its turns make. What is null, NaN or
+  blank is not there. TFDS files are kept under `data_dir`. Where they need not be
+  `labelled`, category and expected are "" where a row has none, and no split is made.
+  Raises ValueError that names the row, what was wanted and what came.
   """
   kind, _, rest = source.partition(":")
   _check_columns(columns)
@@ -541,6 +543,7 @@ def parse_prompts(
   same: collections.Counter = collections.Counter()
   labels: dict[str, Prompt] = {}
   odd: list[tuple[str, Prompt, Prompt]] = []
+  answered: list[str] = []
   for where, row in rows:
     values = _rename_columns(row, columns)
     if labelled and "expected" not in values:
@@ -548,7 +551,8 @@ def parse_prompts(
         f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
         f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
       )
-    prompt = _prompt(where, values, columns, source, labelled=labelled)
+    prompt, more = _prompt(where, values, columns, source, labelled=labelled)
+    answered += [where] if more else []
     own = digest(prompt.turns)
     if not prompt.id:
       same[own] += 1
@@ -566,6 +570,11 @@ def parse_prompts(
     raise ValueError(
       f"{where}: expected is {prompt.expected!r}, and {first.expected!r} of the same "
       f"prompt at {seen[first.id]}: keep one label ({len(odd)} rows differ so)"
+    )
+  if answered:
+    progress.say(
+      f"{source}: {len(answered)} of {len(prompts)} conversations end with the "
+      f"assistant's turn, such as {answered[0]}: what stands before it is the prompt"
     )
   without = [prompt for prompt in prompts if not prompt.split]
   if 0 < len(without) < len(prompts):
@@ -612,7 +621,8 @@ def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
 def _prompt(
   where: str, values: Row, columns: Mapping[str, str], source: str, *, labelled: bool
-) -> Prompt:
+) -> tuple[Prompt, bool]:
+  """The prompt of a row, and whether it has an answer, which is left out."""
   texts: dict[str, Any] = {"kind": "safety"}
   for name in ("id", "category", "expected", "kind", "split", "answer", "scenario"):
     value = values.get(name, texts.get(name, ""))
@@ -640,8 +650,9 @@ def _prompt(
       f"{where}: wanted an answer, which a prompt of kind capability is compared with, "
       "found none"
     )
-  turns, clauses = _turns(where, values, columns), _clauses(where, values)
-  return Prompt(turns=turns, clauses=clauses, source=source, **texts)
+  turns, answered = _turns(where, values, columns)
+  clauses = _clauses(where, values)
+  return Prompt(turns=turns, clauses=clauses, source=source, **texts), answered
 
 
 def _named(name: str, columns: Mapping[str, str]) -> str:
@@ -658,8 +669,11 @@ def _clauses(where: str, values: Row) -> tuple[str, ...]:
   return tuple(found)
 
 
-def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, ...]:
-  """The turns of a row, or its prompt as the one turn."""
+def _turns(
+  where: str, values: Row, columns: Mapping[str, str]
+) -> tuple[tuple[Turn, ...], bool]:
+  """The turns of a row, or its prompt as the one turn, and whether an assistant's came
+  after these, whatever it holds."""
   # A column that is mapped before one that only has the name.
   names = sorted(_SAID, key=lambda name: name not in columns)
   name = next((name for name in names if name in values), "")
@@ -677,9 +691,13 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
       f"{where}: {column}: wanted turns [{{'role': ..., 'content': ...}}, ...], "
       f"got {found!r:.80}"
     )
+  own = [
+    _of_openai(said) if isinstance(said, Mapping) else {"": said} for said in found
+  ]
+  while len(own) > 1 and own[-1].get("role") == "assistant":
+    own.pop()
   turns = []
-  for number, said in enumerate(found, 1):
-    said = _of_openai(said) if isinstance(said, Mapping) else {"": said}
+  for number, said in enumerate(own, 1):
     role, content = said.get("role"), text_of(said.get("content"))
     at = (
       f"{where}: {column}, turn {number} of {len(found)} ({role or 'no role'}): wanted"
@@ -696,7 +714,7 @@ def _turns(where: str, values: Row, columns: Mapping[str, str]) -> tuple[Turn, .
     turns.append(Turn(role=role, content=content))
   if role != "user":
     raise ValueError(f"{at} a user's turn as the last: take out what follows that")
-  return tuple(turns)
+  return tuple(turns), len(own) < len(found)
 
 
 def _listed(value: Any) -> Any:
