@@ -302,41 +302,29 @@ def _lowest(votes: Sequence[Verdict], readable: float) -> Verdict:
 # Model judges.
 
 
-def model_judge(
-  render: Callable[[str], str],
-  score_logprobs: ScoreLogprobs,
-  *,
-  labels: tuple[str, ...] = forms.LABELS,
-) -> Judge:
+def model_judge(render: Callable[[str], str], score_logprobs: ScoreLogprobs) -> Judge:
   """A model as judge of either question: the expectation over its label tokens.
 
   `render` gives the policy text of a category. `score_logprobs` takes conversations and
   labels and gives the log-probability, in nats, of each label as the next token, or
-  None for a conversation that is longer than the model reads. Labels stand at even
-  steps from 0 (the first) to 1 (the last), and their probabilities are scaled to sum to
-  1. Unscored: None, a value that is not a log-probability, and less than
-  MIN_LABEL_MASS of the probability on all labels together.
+  None for a conversation that is longer than the model reads. Those of forms.LABELS
+  stand at even steps from 0 (the first) to 1 (the last), and their probabilities are
+  scaled to sum to 1. Unscored: None, a value that is not a log-probability, and less
+  than MIN_LABEL_MASS of the probability on all labels together.
   """
-  if len(labels) < 2:
-    raise ValueError(f"a scale has two labels or more, got {labels}")
 
   def ask(questions: Sequence[Question]) -> list[Verdict]:
-    turns = [question_turns(question, render, labels=labels) for question in questions]
-    rows = score_logprobs(turns, labels) if turns else []
-    return [_expectation(row, labels) for row in rows]
+    turns = [question_turns(question, render) for question in questions]
+    rows = score_logprobs(turns, forms.LABELS) if turns else []
+    return [*map(_expectation, rows)]
 
   return Judge(ask, deterministic=True)
 
 
-def question_turns(
-  question: Question,
-  render: Callable[[str], str],
-  *,
-  labels: tuple[str, ...] = forms.LABELS,
-) -> list[Turn]:
+def question_turns(question: Question, render: Callable[[str], str]) -> list[Turn]:
   """A question for one label as a conversation; `render` gives the policy text of a
   category."""
-  return forms.graded_turns(_judged_item(question, render), labels=labels)
+  return forms.graded_turns(_judged_item(question, render))
 
 
 def _judged_item(question: Question, render: Callable[[str], str]) -> forms.JudgedItem:
@@ -379,11 +367,9 @@ def written_judge(
   return Judge(verdicts, deterministic=False)
 
 
-def _expectation(logprobs: Sequence[float] | None, labels: tuple[str, ...]) -> Verdict:
+def _expectation(logprobs: Sequence[float] | None) -> Verdict:
   if logprobs is None:
     return Verdict(score=None, reason=forms.TOO_LONG)
-  if len(logprobs) != len(labels):
-    raise ValueError(f"wanted a log-probability for each of {labels}, got {logprobs}")
   if any(math.isnan(x) or x > 1e-3 for x in logprobs):
     return Verdict(score=None, reason=f"no log-probabilities: {list(logprobs)}")
   shares = [math.exp(x) for x in logprobs]
@@ -393,6 +379,6 @@ def _expectation(logprobs: Sequence[float] | None, labels: tuple[str, ...]) -> V
       f"{mass:.3f} of the probability on the labels, wanted {MIN_LABEL_MASS} or more"
     )
     return Verdict(score=None, reason=reason)
-  steps = len(labels) - 1
+  steps = len(shares) - 1
   score = sum(share * i for i, share in enumerate(shares)) / (mass * steps)
   return Verdict(score=min(1.0, score), parts={"label_mass": min(1.0, mass)})
