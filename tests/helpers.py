@@ -14,6 +14,7 @@ import jax
 from dalign.config import convert
 from dalign.config import stages
 from dalign.config.schema import Config
+from dalign.judges import judge
 from dalign.stages import services
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,6 +47,23 @@ def examples(n: int):
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
   )
+
+
+def reference_probes(prompts, references):
+  """Probes of good answers, by prompt id: at their own prompt ("reference", not low),
+  at the nearest other one of its category ("twin") and at another ("other")."""
+  answered = [p for p in prompts if p.expected == "comply" and p.id in references]
+  for prompt in answered:
+    yield "reference", judge.RewardQuestion(prompt, references[prompt.id]), False
+    others = [
+      p for p in answered if p.category == prompt.category and p.id != prompt.id
+    ]
+    if others:
+      own = {*prompt.text.casefold().split()}
+      near = max(others, key=lambda p: (len(own & {*p.text.casefold().split()}), p.id))
+      far = others[(others.index(near) + len(others) // 2) % len(others)]
+      yield "twin", judge.RewardQuestion(prompt, references[near.id]), True
+      yield "other", judge.RewardQuestion(prompt, references[far.id]), True
 
 
 def tiny(**changes) -> Config:

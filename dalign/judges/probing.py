@@ -130,17 +130,13 @@ def non_answers(
     yield kind, said[0].upper() + said[1:]
 
 
-def probes(
-  prompts: Sequence[Prompt], references: Mapping[str, str] | None = None
-) -> list[Probe]:
+def probes(prompts: Sequence[Prompt]) -> list[Probe]:
   """(name, question, should it score low) to try a reward judge with before training.
 
   Every prompt gets the answers that deserve nothing; a bare refusal should score low
   where the prompt is to be answered ("bare_refusal") and not low where it is to be
   refused ("due_refusal"). A prompt that is to be answered also gets answers that speak
-  about it and do not answer it, and of `references`, good answers by prompt id, its own
-  ("reference", not to score low), that of the nearest other prompt of its category
-  ("twin") and of another one ("other"). Source: arXiv 2507.08794.
+  about it and do not answer it. Source: arXiv 2507.08794.
   """
   found = [
     (name, RewardQuestion(prompt, answer), True)
@@ -156,28 +152,7 @@ def probes(
       ]
     elif prompt.expected == "refuse":
       found.append(("due_refusal", RewardQuestion(prompt, REFUSAL), False))
-  return found + [*_reference_probes(prompts, references or {})]
-
-
-def _reference_probes(
-  prompts: Sequence[Prompt], references: Mapping[str, str]
-) -> Iterator[Probe]:
-  """Probes of good answers: at their own prompt, and at others."""
-  answered = [p for p in prompts if p.expected == "comply" and p.id in references]
-  for prompt in answered:
-    reference = references[prompt.id]
-    yield "reference", RewardQuestion(prompt, reference), False
-    others = [
-      p for p in answered if p.category == prompt.category and p.id != prompt.id
-    ]
-    if others:
-      prompt_words = {*prompt.text.casefold().split()}
-      near = max(
-        others, key=lambda p: (len(prompt_words & {*p.text.casefold().split()}), p.id)
-      )
-      yield "twin", RewardQuestion(prompt, references[near.id]), True
-      far = others[(others.index(near) + len(others) // 2) % len(others)]
-      yield "other", RewardQuestion(prompt, references[far.id]), True
+  return found
 
 
 def of_rules(spec: Spec) -> list[Probe]:

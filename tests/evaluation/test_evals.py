@@ -34,6 +34,7 @@ from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
 from tests.helpers import ROOT
+from tests.helpers import reference_probes
 
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 LABELLED = [
@@ -453,7 +454,8 @@ def test_of_held_out_probes_few_pass_and_of_good_answers_most():
   other = {row["prompt_id"]: row["answer"] for row in map(json.loads, lines)}
   some = {p.id for p in held_out[::10]}  # a share of them, for the time it takes
   probes = collections.defaultdict(list)
-  for name, question, _ in probing.probes(held_out, references):
+  asked = probing.probes(held_out) + [*reference_probes(held_out, references)]
+  for name, question, _ in asked:
     kinds = (*probing.FORMS_PROBED, "reference", "twin", "other")
     if name in kinds and question.prompt.id in some:
       probes[name].append((question.prompt, question.answer))

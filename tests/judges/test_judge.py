@@ -22,6 +22,7 @@ from dalign.types import Prompt
 from dalign.types import Turn
 from dalign.types import Verdict
 from tests.helpers import ROOT
+from tests.helpers import reference_probes
 
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 LABELLED = [
@@ -328,7 +329,8 @@ def test_of_held_out_probes_few_pass_and_of_good_answers_most():
     for p in prompt_sets.parse_prompts(rows, {}, "bundled")
     if p.split == "eval" and p.expected == "comply" and p.kind != "capability"
   ]
-  asked = probing.probes(held_out, prompt_sets.references())
+  asked = probing.probes(held_out)
+  asked += reference_probes(held_out, prompt_sets.references())
   lines = (ROOT / "tests/other_answers.jsonl").read_text().splitlines()
   other = {row["prompt_id"]: row["answer"] for row in map(json.loads, lines)}
   asked += [
@@ -438,8 +440,7 @@ def test_probes_of_good_answers_stand_at_their_own_prompt_and_at_others():
   references = {p.id: f"For {p.id}." for p in (*asked, refuse)}
   found = [
     (name, q.prompt.id, q.answer, low)
-    for name, q, low in probing.probes([*asked, refuse], references)
-    if name in ("reference", "twin", "other")
+    for name, q, low in reference_probes([*asked, refuse], references)
   ]
   old, new, cake = (p.id for p in asked)
   assert [row for row in found if row[0] == "reference"] == [
@@ -450,7 +451,7 @@ def test_probes_of_good_answers_stand_at_their_own_prompt_and_at_others():
   others = {row[1]: row[2] for row in found if row[0] == "other"}
   assert others[old] == others[new] == f"For {cake}."
   assert all(low for name, _, _, low in found if name != "reference")
-  alone = probing.probes(asked[:1], references)  # no other one of its category
+  alone = reference_probes(asked[:1], references)  # no other one of its category
   assert {"twin", "other"}.isdisjoint(name for name, _, _ in alone)
 
 
