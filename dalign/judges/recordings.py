@@ -3,8 +3,8 @@
 A recording is a JSONL or Parquet file of rows in one of three shapes:
 
   {"prompt_id", "thought", "answer"}, the shape of the one that comes with dalign, and
-    perhaps "model", "spec" (`spec_hash` of what the writer had in sight) and "votes",
-    each {"score", "answer_score", "verdict", "clauses"}, of judges that read the row;
+    perhaps "spec" (`spec_hash` of what the writer had in sight) and "votes", each
+    {"score", "answer_score", "verdict"}, of judges that read the row;
   {"messages": [..., {"role": "assistant", "content", "reasoning_content"}]}, as servers
     of reasoning models and trainers write them;
   {"question", "response"}, the response with its think block in front (STAR-1,
@@ -39,12 +39,11 @@ _TAGS = thinking.ThinkFormat(open="<think>", close="</think>")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vote:
   """What one judge said of a recorded row: a score in [0, 1] of thought and answer, one
-  of the answer alone, and by which clauses it would have decided how."""
+  of the answer alone, and how it would have decided."""
 
   score: float
   answer_score: float
   verdict: str = ""
-  clauses: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,6 @@ class RecordedReply:
   prompt_id: str
   thought: str
   answer: str
-  model: str = ""
   votes: tuple[Vote, ...] = ()
 
 
@@ -174,7 +172,6 @@ def _parse_row(where: str, row: Mapping, said: Mapping[str, str]) -> RecordedRep
     prompt_id=name,
     thought=thought.strip(),
     answer=answer.strip(),
-    model=str(row.get("model", "")),
     votes=tuple(_parse_votes(where, row.get("votes") or ())),
   )
 
@@ -198,16 +195,12 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
 
 
 def _parse_votes(where: str, votes: Any) -> Iterator[Vote]:
-  wanted = f"{where}: wanted votes, each with scores in [0, 1] and a list of clauses"
-  if not isinstance(votes, (list, tuple)):
-    raise ValueError(f"{wanted}, got {votes!r:.80}")
-  for vote in votes:
-    if not isinstance(vote, Mapping):
-      raise ValueError(f"{wanted}, got {vote!r:.80}")
-    scores: list[Any] = [vote.get("score"), vote.get("answer_score")]
+  wanted = f"{where}: wanted votes, each with scores in [0, 1]"
+  for vote in votes if isinstance(votes, (list, tuple)) else [votes]:
+    own = vote if isinstance(vote, Mapping) else {}
+    scores: list[Any] = [own.get("score"), own.get("answer_score")]
     scores[1] = scores[0] if prompt_sets.is_empty(scores[1]) else scores[1]
-    numbers = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
-    if not numbers or not isinstance(vote.get("clauses") or [], (list, tuple)):
+    if not all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
     if vote.get("verdict") and vote["verdict"] not in EXPECTED:
       raise ValueError(
@@ -218,7 +211,6 @@ def _parse_votes(where: str, votes: Any) -> Iterator[Vote]:
       score=float(scores[0]),
       answer_score=float(scores[1]),
       verdict=str(vote.get("verdict") or ""),
-      clauses=tuple(vote.get("clauses") or ()),
     )
 
 

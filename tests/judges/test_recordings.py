@@ -108,7 +108,7 @@ REPLY = {"role": "assistant", "content": REFUSAL}
 def test_each_shape_is_a_thought_and_an_answer_of_a_prompt(tmp_path, row, name):
   (found,) = load(tmp_path, row)
   assert (found.prompt_id, found.thought, found.answer) == (name, THOUGHT, REFUSAL)
-  assert found.model == row.get("model", "") and found.votes == ()
+  assert found.votes == ()
 
 
 def test_a_row_without_a_thought_is_an_answer_alone(tmp_path):
@@ -126,7 +126,7 @@ def test_a_parquet_file_is_read_too(tmp_path):
   parquet.write_table(pyarrow.Table.from_pylist([row]), path)
   (found,) = recordings.load(str(path), PROMPTS, SPEC)
   assert (found.thought, found.answer) == (THOUGHT, REFUSAL)
-  assert found.votes[0].clauses == ("PR-D1",)
+  assert found.votes[0].verdict == "refuse"
 
 
 GOOD = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}
@@ -167,7 +167,6 @@ GOOD = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}
     (GOOD | {"votes": [0.5]}, "wanted votes, each with scores in"),
     (GOOD | {"votes": 3}, "wanted votes, each with scores in"),
     (GOOD | {"votes": [{"score": 1, "verdict": "deny"}]}, "verdict as one of refuse"),
-    (GOOD | {"votes": [{"score": 1.0, "clauses": 3}]}, "a list of clauses, got"),
     (
       GOOD | {"votes": [{"score": 1.0, "answer_score": -1}]},
       "wanted votes, each with scores in",
