@@ -36,8 +36,7 @@ from dalign.types import Sample
 from dalign.types import Turn
 
 Run = services.Services[stages.EvalStage]  # what this stage sees of a run
-
-
+Wanted = list[tuple[Prompt, int]]  # prompts and which of their samples
 Replies = Iterator[tuple[Prompt, Sample]]
 
 
@@ -74,15 +73,14 @@ def evaluate(run: Run) -> None:
   """Samples every arm on the held-out prompts, grades and summarises."""
   cfg = run.cfg.eval
   arms = [arm for arm in cfg.arms if _is_trained(run, arm)]
-  inputs = [*run.sources]
-  stages = {ARMS[arm].stage for arm in arms} - {""}
-  inputs += [run.store.path(stage, "manifest.json") for stage in stages]
-  extra = (prompt_sets.file_of(source["source"]) for source in cfg.extra.values())
-  inputs += filter(None, extra)
-  inputs += [file for one in cfg.grader for file in judging.function_files(one)]
   if not arms:
     raise ValueError(f"eval: no arm of {', '.join(cfg.arms)} is there to evaluate")
-  if not run.begin(sorted({*inputs})):
+  stages = {ARMS[arm].stage for arm in arms} - {""}
+  extra = (prompt_sets.file_of(source["source"]) for source in cfg.extra.values())
+  inputs = {*run.sources, *filter(None, extra)}
+  inputs |= {file for one in cfg.grader for file in judging.function_files(one)}
+  inputs |= {run.store.path(stage, "manifest.json") for stage in stages}
+  if not run.begin(sorted(inputs)):
     return
   thin = evidence.require_held_out(run)
   sets = {"": _held_out_prompts(run)} | run.prompts.load_eval_sets(
@@ -90,76 +88,84 @@ def evaluate(run: Run) -> None:
   )
   _check_unique_ids(sets)
   prompts_by_id = {prompt.id: prompt for some in sets.values() for prompt in some}
+
+  # Replies of every arm to every set, and with other thoughts.
   rows_by_set: dict[str, dict] = collections.defaultdict(dict)
   files: dict[str, list[dict]] = {}  # rows, by the names of the files that have them
   for arm in arms:
-    drafts: dict = {}
-    rows = _evaluate_arm(
-      run, arm, [p for prompts in sets.values() for p in prompts], drafts
-    )
-    files[arm] = rows
+    drafts: dict[str, Sample] = {}
+    files[arm] = _evaluate_arm(run, arm, [*prompts_by_id.values()], drafts)
     for name, prompts in sets.items():
       ids = {prompt.id for prompt in prompts}
-      rows_by_set[name][arm] = [row for row in rows if row["prompt_id"] in ids]
-    thinks = _think_format(run, arm)
-    for budget in cfg.budgets if thinks else ():
-      forced = ForcedThought(label=f".thought_{budget}", budget=budget)
+      rows_by_set[name][arm] = [row for row in files[arm] if row["prompt_id"] in ids]
+    think = _think_format(run, arm)
+    for budget in cfg.budgets if think else ():
+      name = f"thought_{budget}"
+      forced = ForcedThought(f".{name}", budget=budget)
       rows = _evaluate_arm(run, arm, sets[""], drafts, forced)
-      rows_by_set[f"thought_{budget}"][arm] = files[f"{arm}{forced.label}"] = rows
+      rows_by_set[name][arm] = files[f"{arm}.{name}"] = rows
     swaps = cfg.swaps and "swap_followed" in run.task.definitions
-    if swaps and thinks and not thinks.start and not ARMS[arm].spec:
+    if swaps and think and not think.start and not ARMS[arm].spec:
       rows_by_set["swapped"][arm] = _evaluate_swapped(
         run, arm, sets[""], rows_by_set[""][arm]
       )
+
+  # Grades, and what follows from them.
   grading.add_grades(run, files, prompts_by_id)
   grading.check_graded(run, files, cfg.unscored)
   _check_scored(rows_by_set, cfg.unscored)
   for arm in arms:
-    for name, disguises in _disguises_by_set(cfg.suite).items():
+    for public, disguises in _disguises_by_set(cfg.suite).items():
       rows_by_original = collections.defaultdict(list)
       for disguise in disguises:
         for row in rows_by_set[set_label(disguise)][arm]:
           rows_by_original[prompts_by_id[row["prompt_id"]].original].append(row)
-      rows_by_set[f"{name}_worst"][arm] = evals.worst(rows_by_original, share=cfg.worst)
-    if run.task.openings and not ARMS[arm].served and not ARMS[arm].spec:
-      _add_decline_probability(
-        run, arm, sets, {name: rows_by_set[name][arm] for name in sets}
+      rows_by_set[f"{public}_worst"][arm] = evals.worst(
+        rows_by_original, share=cfg.worst
       )
+    if run.task.openings and not ARMS[arm].served and not ARMS[arm].spec:
+      _add_decline_probability(run, arm, prompts_by_id, files[arm])
+
+  summary = _summarize(run, sets, rows_by_set) | {"thin": thin}
+  if cfg.grader[1:]:
+    every = [row for rows in files.values() for row in rows]
+    summary["graders"] = grading.grader_agreement(run, every)
+  run.store.write_json(run.store.path("eval", "summary.json"), summary)
+  run.finish({"arms": arms, "rows": len(prompts_by_id)})
+  for arm, metrics in summary["arms"].items():
+    shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
+    line = "  ".join(f"{m} {figures.line(metrics[m])}" for m in shown)
+    progress.say(f"eval: {arm:15s} {line}")
+  grading.report_agreement(summary.get("graders", {}))
+
+
+def _summarize(
+  run: Run, sets: dict[str, list[Prompt]], rows_by_set: dict[str, dict[str, list[dict]]]
+) -> dict:
+  """eval/summary.json, as of `evals.summarize`, with the metrics of other sets than the
+  held-out prompts under names that begin with theirs."""
+  cfg = run.cfg.eval
+  how = {"seed": run.cfg.seed, "trials": cfg.trials}
   summarize = functools.partial(
-    evals.summarize,
-    seed=run.cfg.seed,
-    trials=cfg.trials,
-    definitions=grading.definitions(run),
+    evals.summarize, definitions=grading.definitions(run), **how
   )
   summary = summarize(rows_by_set[""])
-  for budget in cfg.budgets:
-    budgeted = f"thought_{budget}"
-    for arm, rows in rows_by_set[budgeted].items():
-      both = {f"{arm}.{budgeted}": rows, arm: rows_by_set[""][arm]}
+  for name in (f"thought_{budget}" for budget in cfg.budgets):
+    for arm, rows in rows_by_set[name].items():
+      both = {f"{arm}.{name}": rows, arm: rows_by_set[""][arm]}
       summary["differences"] |= summarize(both)["differences"]
   summary["curves"] = {
     name or "held out": {
       arm: curve
       for arm, rows in rows_by_set[name].items()
-      if (curve := evals.operating_curve(rows, seed=run.cfg.seed, trials=cfg.trials))
+      if (curve := evals.operating_curve(rows, **how))
     }
     for name in sets
   }
   for name, rows in list(rows_by_set.items())[1:]:
     _merge_set_summary(summary, name, summarize(rows))
   summary["sets"] = _describe_sets(run, sets)
-  summary["contaminated"] = _count_contaminated(run, sets)
-  summary["thin"] = thin
-  if cfg.grader[1:]:
-    every = [row for rows in files.values() for row in rows]
-    summary["graders"] = grading.grader_agreement(run, every)
-  run.store.write_json(run.store.path("eval", "summary.json"), summary)
-  run.finish({"arms": arms, "rows": sum(map(len, sets.values()))})
-  for arm, metrics in summary["arms"].items():
-    shown = (*evals.TYPES, "response_types", "capability", "think_format", "no_answer")
-    line = "  ".join(f"{m} {figures.line(metrics[m])}" for m in shown)
-    progress.say(f"eval: {arm:15s} {line}")
-  grading.report_agreement(summary.get("graders", {}))
+  return summary | {"contaminated": _count_contaminated(run, sets)}
 
 
 def _merge_set_summary(summary: dict, name: str, set_summary: dict) -> None:
@@ -215,14 +221,12 @@ def _check_unique_ids(sets: dict[str, list[Prompt]]) -> None:
   set_of_id: dict[str, str] = {}
   for name, prompts in sets.items():
     for prompt in prompts:
-      if prompt.id in set_of_id:
-        both = " and ".join(
-          n or "the held-out prompts" for n in (set_of_id[prompt.id], name)
-        )
+      other = set_of_id.setdefault(prompt.id, name)
+      if other != name:
         raise ValueError(
-          f"eval: {both} both have a prompt {prompt.id!r}; wanted ids that differ"
+          f"eval: {other or 'the held-out prompts'} and {name} both have a prompt "
+          f"{prompt.id!r}; wanted ids that differ"
         )
-      set_of_id[prompt.id] = name
 
 
 def _describe_sets(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, str]:
@@ -302,9 +306,12 @@ class ForcedThought:
   """What is done to an arm's thoughts: closed after `budget` tokens, or those of
   `thoughts`, by prompt id, put in their place."""
 
-  label: str = ""
+  suffix: str = ""  # what the name of its file has behind the arm's
   budget: int | None = None
   thoughts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+OWN_THOUGHT = ForcedThought()
 
 
 def _evaluate_swapped(
@@ -313,31 +320,29 @@ def _evaluate_swapped(
   """The rows of an arm that was given thoughts of the opposite decision."""
   thoughts = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
   some = [prompt for prompt in prompts if prompt.id in thoughts]
-  forced = ForcedThought(label=".swapped", thoughts=thoughts)
+  forced = ForcedThought(".swapped", thoughts=thoughts)
   found = _evaluate_arm(run, arm, some, {}, forced)
   return [evals.swapped_row(row, thoughts[row["prompt_id"]]) for row in found]
 
 
 def _add_decline_probability(
-  run: Run, arm: str, sets: dict[str, list[Prompt]], rows_by_set: dict
+  run: Run, arm: str, prompts: Mapping[str, Prompt], rows: list[dict]
 ) -> None:
-  """Adds to each row `decline_probability`, the probability that the arm opens an
+  """Adds to rows `decline_probability`, the probability that the arm opens an
   answer as a refusal does, after the prompt and its own thought, in one forward pass.
   """
   params = _arm_params(run, arm)
   think = _think_format(run, arm)
-  prompts_by_id = {prompt.id: prompt for prompts in sets.values() for prompt in prompts}
   rows = [
     row
-    for set_rows in rows_by_set.values()
-    for row in set_rows
+    for row in rows
     if not (think and row["malformed"])
-    and not attacks.untemplated(prompts_by_id[row["prompt_id"]])
+    and not attacks.untemplated(prompts[row["prompt_id"]])
   ]
   openings = [run.model.tok.encode(opening) for opening in run.task.openings]
   lines, starts = [], []
   for row in rows:
-    prompt = prompts_by_id[row["prompt_id"]]
+    prompt = prompts[row["prompt_id"]]
     front = [*prompting.render_prompt(run.model.tok, prompting.plain(prompt), think)]
     if think:
       thought = row["thought"].removeprefix(think.of(prompt.text).start).strip()
@@ -346,8 +351,7 @@ def _add_decline_probability(
       lines.append([*front, *opening])
       starts.append(len(front))
   length = -(-max(map(len, lines), default=1) // 128) * 128
-  shape = BatchConfig(micro=1, rows=max(1, 1024 // length), length=length)
-  score = run.scorer(shape)
+  score = run.scorer(BatchConfig(micro=1, rows=max(1, 1024 // length), length=length))
   logp = iter(float(np.sum(logp_T)) for logp_T in score(params, lines, starts))
   for row in rows:
     row["decline_probability"] = min(1.0, sum(math.exp(next(logp)) for _ in openings))
@@ -359,36 +363,29 @@ def _evaluate_arm(
   arm: str,
   prompts: list[Prompt],
   drafts: dict[str, Sample],
-  forced: ForcedThought | None = None,
+  forced: ForcedThought = OWN_THOUGHT,
 ) -> list[dict]:
   """The graded rows of one arm, perhaps with other thoughts; rows that are there
   already are not sampled again. Of what it revises, what `drafts` lacks is added there.
   """
-  forced = forced or ForcedThought()
-  suffix = forced.label
-  path = run.store.path("eval", f"{arm}{suffix}.jsonl")
+  name = f"{arm}{forced.suffix}"
+  path = run.store.path("eval", f"{name}.jsonl")
   previous = run.store.read_rows(path) if run.store.has(path) else []
   # What a server would not send is asked for again: it may be otherwise today.
   previous = [row for row in previous if row["finish"] != "refused"]
   rows = {(row["prompt_id"], row["index"]): row for row in previous}
-  wanted = [
-    (prompt, index) for prompt in prompts for index in range(run.cfg.eval.samples)
-  ]
-  pending = [
-    (prompt, index) for prompt, index in wanted if (prompt.id, index) not in rows
-  ]
-  pending_prompts = [*dict.fromkeys(prompt for prompt, _ in pending)]
-  without_draft = [prompt for prompt in pending_prompts if prompt.id not in drafts]
+  wanted = [(p, index) for p in prompts for index in range(run.cfg.eval.samples)]
+  pending = [(p, index) for p, index in wanted if (p.id, index) not in rows]
+  to_ask = [*dict.fromkeys(prompt for prompt, _ in pending)]
+  without_draft = [prompt for prompt in to_ask if prompt.id not in drafts]
   if arm == "self_refine" and without_draft:
     drafts |= samples.drafts(run, without_draft, grow_to_fit=True)
-  turns = {
-    prompt.id: _conversation(run, arm, prompt, drafts) for prompt in pending_prompts
-  }
+  turns = {prompt.id: _conversation(run, arm, prompt, drafts) for prompt in to_ask}
   if ARMS[arm].served:
     replies = _endpoint_replies(run, pending, turns)
   else:
     replies = _sampled_replies(run, arm, pending, turns, forced)
-  with progress.bar(len(wanted), f"eval {arm}{suffix}", "reply", len(rows)) as bar:
+  with progress.bar(len(wanted), f"eval {name}", "reply", len(rows)) as bar:
     for prompt, sample in replies:
       row = run.task.outcome(prompt, sample)
       run.store.append_rows(path, [row])
@@ -411,9 +408,6 @@ def _conversation(run: Run, arm: str, prompt: Prompt, drafts: dict) -> tuple[Tur
   return prompting.plain(prompt)
 
 
-Wanted = list[tuple[Prompt, int]]  # prompts and which of their samples
-
-
 def _endpoint_replies(run: Run, wanted: Wanted, turns: dict) -> Replies:
   """What the model at `eval.endpoint` says to each prompt."""
   cfg = run.cfg.eval
@@ -434,67 +428,53 @@ def _sampled_replies(
   run: Run, arm: str, wanted: Wanted, turns: dict, forced: ForcedThought
 ) -> Replies:
   """What the model of an arm says to each prompt, as it ends."""
-  cfg, settings, think = run.cfg.eval, ARMS[arm], _think_format(run, arm)
-  max_new = cfg.max_new + (cfg.max_think if think else 0)
-  budget = forced.budget
-  close = len(run.model.tok.encode(run.model.think.close))
-  # of a thought closed for it
-  closed_tokens = 0 if budget is None else budget + close
   if not wanted:
     return
+  cfg, model, think = run.cfg.eval, run.model, _think_format(run, arm)
+  max_new = cfg.max_new + (cfg.max_think if think else 0)
+  prompts_by_id = {prompt.id: prompt for prompt, _ in wanted}
+  thoughts = {
+    id: tuple(model.tok.encode(prompting.format_completion(thought, "", model.think)))
+    for id, thought in forced.thoughts.items()
+  }
   groups = collections.defaultdict(list)
   for prompt, index in wanted:
-    group = prompt.category if settings.spec == "policy" else ""
-    groups[group].append((prompt, index))
+    if attacks.untemplated(prompt):
+      tokens = prompting.untemplated(model.tok, turns[prompt.id])
+    else:
+      opened = prompting.render_prompt(model.tok, turns[prompt.id], think)
+      tokens = (*opened, *thoughts.get(prompt.id, ()))
+    group = prompt.category if ARMS[arm].spec == "policy" else ""
+    request = Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)
+    groups[group].append(request)
   params = _arm_params(run, arm)
-  weights = run.sampler.prepare(params)
   complete = functools.partial(
     run.sampler.complete,
-    weights,
+    run.sampler.prepare(params),
     key=ops.stream(run.key, "eval"),
     temperature=cfg.temperature,
     top_p=cfg.top_p,
     max_new=max_new,
-    prefix_room=None if settings.spec else run.cfg.sampler.prefix_step,
+    prefix_room=None if ARMS[arm].spec else run.cfg.sampler.prefix_step,
     grow_to_fit=True,
   )
-  prompts_by_id = {prompt.id: prompt for prompt, _ in wanted}
-
-  thoughts = {
-    name: tuple(
-      run.model.tok.encode(prompting.format_completion(thought, "", run.model.think))
-    )
-    for name, thought in forced.thoughts.items()
-  }
-
-  def request(prompt: Prompt, index: int) -> Request:
-    conversation = turns[prompt.id]
-    if attacks.untemplated(prompt):
-      tokens = prompting.untemplated(run.model.tok, conversation)
-    else:
-      tokens = (
-        *prompting.render_prompt(run.model.tok, conversation, think),
-        *thoughts.get(prompt.id, ()),
-      )
-    return Request(tokens=tokens, row_id=(prompt.id, index), max_new=max_new)
-
-  requests = [[request(*pair) for pair in group] for group in groups.values()]
-  if budget is None:
+  max_think, requests = cfg.max_think, [*groups.values()]
+  if forced.budget is None:
     completions = complete(requests)
   else:
-    completions = _complete_with_thought_budget(run, complete, requests, budget)
+    completions = _complete_with_thought_budget(run, complete, requests, forced.budget)
+    closed_tokens = forced.budget + len(model.tok.encode(model.think.close))
+    max_think = max_think and max(max_think, closed_tokens)
   for completion in completions:
     id, index = completion.request.row_id
     prompt = prompts_by_id[id]
-    opened = None if attacks.untemplated(prompt) else think
-    tokens = (*thoughts.get(prompt.id, ()), *completion.tokens)
+    thinks = None if attacks.untemplated(prompt) else think
+    tokens = (*thoughts.get(id, ()), *completion.tokens)
     completion = dataclasses.replace(completion, tokens=tokens)
-    if opened and cfg.max_think:
-      completion = _truncate_to_budgets(
-        run, completion, max(cfg.max_think, closed_tokens)
-      )
-    yield prompt, samples.from_completion(run.model, prompt, completion, index, opened)
-  run.model.free(params)
+    if thinks and max_think:
+      completion = _truncate_to_budgets(run, completion, max_think)
+    yield prompt, samples.from_completion(model, prompt, completion, index, thinks)
+  model.free(params)
 
 
 def _arm_params(run: Run, arm: str) -> PyTree:

@@ -1,13 +1,13 @@
 """Whether there is enough to learn from or to measure by: counts against the config's
 floors. Below them a stage stops, or goes on and its summary has what falls short."""
 
+import collections
 from collections.abc import Mapping
 
 from dalign.config import stages
 from dalign.data import prompt_sets
 from dalign.runs import progress
 from dalign.stages import services
-from dalign.types import Prompt
 
 
 def short(counts: Mapping[str, int], least: int) -> list[str]:
@@ -37,12 +37,9 @@ def of_held_out(run: services.Services[stages.EvalStage], least: int) -> list[st
   held_out = [p for p in prompts if p.split == "eval"]
   # As `prompts.choose` does, which would say how many there are each time.
   held_out = prompt_sets.balanced(held_out, min(cfg.prompts, len(held_out)), 0)
-  counts = {f"to {expected}": _count(held_out, expected) for expected in sorted(types)}
+  found = collections.Counter(p.expected for p in held_out)
+  counts = {f"to {expected}": found[expected] for expected in sorted(types)}
   return short(counts, least if cfg.prompts else 0)
-
-
-def _count(prompts: list[Prompt], expected: str) -> int:
-  return sum(prompt.expected == expected for prompt in prompts)
 
 
 def require_held_out(run: services.Services[stages.EvalStage]) -> list[str]:

@@ -2067,8 +2067,8 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
   (prompt,) = own.prompts.choose("eval", "safety", 1)
   row = {"prompt_id": prompt.id, "malformed": "", "thought": "The user asks. So no."}
   bad = row | {"malformed": "no closing tag"}
-  sets, openings = {"": [prompt]}, own.task.openings
-  evaluate_stage._add_decline_probability(own, "sft", sets, {"": [row, bad]})
+  prompts, openings = {prompt.id: prompt}, own.task.openings
+  evaluate_stage._add_decline_probability(own, "sft", prompts, [row, bad])
   assert "decline_probability" not in bad and len(read) == len(openings)
   want = sum(np.exp(-0.7 * len(own.model.tok.encode(said))) for said in openings)
   assert row["decline_probability"] == pytest.approx(min(1.0, want))
@@ -2078,7 +2078,7 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
     assert front.endswith("<think>\nThe user asks. So no.\n</think>\n\n")
   read.clear()
   # which has no thoughts
-  evaluate_stage._add_decline_probability(own, "base", sets, {"": [bad]})
+  evaluate_stage._add_decline_probability(own, "base", prompts, [bad])
   assert len(read) == len(openings) and 0 < bad["decline_probability"] <= 1
   assert "<think>" not in own.model.tok.decode(read[0][0])
 
