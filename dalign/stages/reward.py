@@ -8,7 +8,8 @@ refusal, which is fair where one is due and wrong where an answer was right.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+import itertools
 import random
 
 import numpy as np
@@ -30,7 +31,6 @@ from dalign.types import Prompt
 
 Run = services.Services[stages.RewardStage]  # what this stage sees of a run
 
-
 MAX_MEASURED = 160  # held-out answers that the trained model is measured on
 
 
@@ -46,19 +46,8 @@ def train_reward(run: Run) -> None:
   if not run.begin(inputs):
     return
   renderer = scoring.Renderer(run)
-  questions, scores = _questions(run, source)
-  fits = [
-    i for i, q in enumerate(questions) if renderer.fits(renderer.question_tokens(q))
-  ]
-  too_long = len(questions) - len(fits)
-  if too_long:
-    progress.say(
-      f"reward: {too_long} of {len(questions)} questions are left out, being longer "
-      f"than the {renderer.most} tokens that it reads (config.reward.length)"
-    )
-  questions, scores = [questions[i] for i in fits], scores[fits]
-  held_out = _held_out_mask(questions, cfg.held_out)
-  learned = [i for i, h in enumerate(held_out) if not h]
+  questions, scores, too_long = _fitting(renderer, *_questions(run, source))
+  held_out, learned = _split(questions, cfg.held_out)
   if not learned:
     raise ValueError(
       f"{source} has scored answers to one prompt alone, which is held out: the reward "
@@ -75,8 +64,7 @@ def train_reward(run: Run) -> None:
         loss=f"{values['loss']:.3f}", pairs=f"{values['pair_accuracy']:.2f}"
       )
       bar.update()
-  params = trainer.finish()
-  ask = scoring.reward_model(run, params, renderer)
+  ask = scoring.reward_model(run, trainer.finish(), renderer)
   seen = {i for step_indices in plan for i in step_indices}
   if len(seen) < len(learned):
     progress.say(
@@ -128,9 +116,8 @@ def _questions(run: Run, source):
   missing = [r[why] for r in well_formed if r[stored] is None]
   replies = [(prompts[r["prompt_id"]], r["thought"], r["answer"]) for r in rows]
   scores = [r[stored] for r in rows]
-  contrasts = _contrasting_replies(
-    run, replies, {r["prompt_id"]: r["expected"] for r in rows}
-  )
+  expected = {r["prompt_id"]: r["expected"] for r in rows}
+  contrasts = _contrasting_replies(run, replies, expected)
   to_judge = contrasts
   if cfg.labels == "rubric":
     scores, to_judge = [], replies + contrasts
@@ -142,22 +129,36 @@ def _questions(run: Run, source):
       f"reward: {len(missing)} of {len(well_formed) + len(contrasts)} answers have no "
       f"verdict and are left out: {progress.top_reasons(missing)}"
     )
-  replies += contrasts
-  for prompt, answer, score in _constructed_replies(run, replies, scores):
-    replies.append((prompt, "", answer))
-    scores.append(score)
-  pairs = [
-    (scoring.reward_question(run, *reply), score)
-    for reply, score in zip(replies, scores, strict=True)
+  scored = [
+    (reply, score)
+    for reply, score in zip(replies + contrasts, scores, strict=True)
     if score is not None
   ]
-  if not pairs:
+  # Answers whose score follows from how they are made, to prompts that have a good one.
+  good = [(r[0], r[2]) for r, score in scored if score >= probing.FALSE_POSITIVE]
+  made = run.task.constructed_answers(good, random.Random(run.cfg.seed))
+  scored += [((prompt, "", answer), score) for prompt, answer, score in made]
+  if not scored:
     raise ValueError(
       f"{source} has no scored answers, and the reward model needs some: all were "
       "malformed, or their judge gave none (a rubric needs filter.metadata=told)"
     )
-  questions, scores = zip(*pairs, strict=True)
-  return questions, np.array(scores, np.float32)
+  questions = [scoring.reward_question(run, *reply) for reply, _ in scored]
+  return questions, np.array([score for _, score in scored], np.float32)
+
+
+def _fitting(renderer: scoring.Renderer, questions, scores):
+  """Those questions that the model has room for, their scores, and how many others."""
+  fits = [
+    i for i, q in enumerate(questions) if renderer.fits(renderer.question_tokens(q))
+  ]
+  too_long = len(questions) - len(fits)
+  if too_long:
+    progress.say(
+      f"reward: {too_long} of {len(questions)} questions are left out, being longer "
+      f"than the {renderer.most} tokens that it reads (config.reward.length)"
+    )
+  return [questions[i] for i in fits], scores[fits], too_long
 
 
 Reply = tuple[Prompt, str, str]  # prompt, thought and answer
@@ -166,46 +167,27 @@ Reply = tuple[Prompt, str, str]  # prompt, thought and answer
 def _contrasting_replies(run: Run, replies: list[Reply], expected: dict) -> list[Reply]:
   """For each prompt an answer that was given to one of another type, where whoever
   makes the labels can judge it anew, and drafts of the base."""
-  replies_by_category = collections.defaultdict(list)
-  for reply in replies:
-    replies_by_category[reply[0].category].append(reply)
-  draw, contrasts = random.Random(run.cfg.seed), []
-  prompts_by_id = {prompt.id: prompt for prompt, _, _ in replies}
-  for prompt in () if run.recording else prompts_by_id.values():
-    other = [
-      r
-      for r in replies_by_category[prompt.category]
-      if expected[r[0].id] != expected[prompt.id]
-    ]
-    if other:
-      contrasts.append((prompt, *draw.choice(other)[1:]))
+  prompts = {prompt.id: prompt for prompt, _, _ in replies}
   if run.recording:
-    drafts = [row for row in run.recorded if not row.thought]
-    contrasts += [
-      (prompts_by_id[d.prompt_id], "", d.answer)
-      for d in drafts
-      if d.prompt_id in prompts_by_id
+    return [
+      (prompts[row.prompt_id], "", row.answer)
+      for row in run.recorded
+      if not row.thought and row.prompt_id in prompts
     ]
-  elif run.cfg.reward.drafts:
-    base_drafts = samples.drafts(run, [*prompts_by_id.values()])
+  by_category = collections.defaultdict(list)
+  for prompt, *said in replies:
+    by_category[prompt.category].append((expected[prompt.id], said))
+  draw, contrasts = random.Random(run.cfg.seed), list[Reply]()
+  for id, prompt in prompts.items():
+    others = [s for type_, s in by_category[prompt.category] if type_ != expected[id]]
+    if others:
+      contrasts.append((prompt, *draw.choice(others)))
+  if run.cfg.reward.drafts:
+    drafts = samples.drafts(run, [*prompts.values()])
     contrasts += [
-      (p, base_drafts[p.id].thought, base_drafts[p.id].answer)
-      for p in prompts_by_id.values()
+      (prompt, drafts[id].thought, drafts[id].answer) for id, prompt in prompts.items()
     ]
   return contrasts
-
-
-def _constructed_replies(
-  run: Run, replies: list[Reply], scores: list[float | None]
-) -> Iterator[tuple[Prompt, str, float]]:
-  """Answers whose score follows from how they are made, to each prompt that has a good
-  one."""
-  good = [
-    (prompt, answer)
-    for (prompt, _, answer), score in zip(replies, scores, strict=True)
-    if score is not None and score >= probing.FALSE_POSITIVE
-  ]
-  yield from run.task.constructed_answers(good, random.Random(run.cfg.seed))
 
 
 def _judge_replies(run: Run, replies):
@@ -220,13 +202,17 @@ def _judge_replies(run: Run, replies):
   return ask(questions)
 
 
-def _held_out_mask(questions, share: float) -> list[bool]:
-  """Which questions are held out: a share of the prompts, at least one, by id."""
+def _split(questions, share: float) -> tuple[list[int], list[int]]:
+  """Numbers of the questions that are held out, those of a share of the prompts, at
+  least one, by id; and of the others."""
   ids = sorted(
     {q.prompt.id for q in questions}, key=lambda id: prompt_sets.fraction(f"held {id}")
   )
   held = set(ids[: max(1, round(share * len(ids)))])
-  return [q.prompt.id in held for q in questions]
+  sides: tuple[list[int], list[int]] = ([], [])
+  for i, question in enumerate(questions):
+    sides[question.prompt.id not in held].append(i)
+  return sides
 
 
 def _group_ids(indices: Sequence[int], questions) -> tuple[np.ndarray, np.ndarray]:
@@ -256,25 +242,18 @@ def _plan_batches(run: Run, train: list[int], questions) -> list[list[int]]:
   )
   for i in train:
     by_category[questions[i].prompt.category][questions[i].prompt.id].append(i)
-  chunks = []
-  for category in sorted(by_category):
-    groups = list(by_category[category].values())
-    for epoch in range(8):
-      flat = [
-        i
-        for g in prompt_sets.order(len(groups), seed=seed, epoch=epoch)
-        for i in groups[g]
-      ]
-      chunks += [(epoch, flat[at]) for at in packing.batches(len(flat), cfg.rows)]
-  by_epoch = collections.defaultdict(list)
-  for epoch, chunk in chunks:
-    by_epoch[epoch].append(chunk)
   plan: list[list[int]] = []
-  epoch = 0
-  while len(plan) < cfg.steps:
-    some = by_epoch[epoch % 8]
-    plan += [some[i] for i in prompt_sets.order(len(some), seed=seed, epoch=epoch)]
-    epoch += 1
+  for epoch in itertools.count():
+    if len(plan) >= cfg.steps:
+      break
+    steps = []
+    for _, by_prompt in sorted(by_category.items()):
+      groups = [*by_prompt.values()]
+      order = prompt_sets.order(len(groups), seed=seed, epoch=epoch % 8)
+      rows = [i for group in order for i in groups[group]]
+      steps += [rows[at] for at in packing.batches(len(rows), cfg.rows)]
+    order = prompt_sets.order(len(steps), seed=seed, epoch=epoch)
+    plan += [steps[step] for step in order]
   return plan[: cfg.steps]
 
 
@@ -291,12 +270,10 @@ def _batch(renderer: scoring.Renderer, indices, questions, scores) -> dict:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _measure(run: Run, ask, questions, scores, held_out) -> dict:
+def _measure(run: Run, ask, questions, scores, held_out: list[int]) -> dict:
   """Agreement with the judge on the held-out prompts, or a draw of very many, and
   the probes of METHOD section 4 on a few held-out prompts of each cell."""
-  measured = _grouped_by_prompt([i for i, h in enumerate(held_out) if h], questions)[
-    :MAX_MEASURED
-  ]
+  measured = _grouped_by_prompt(held_out, questions)[:MAX_MEASURED]
   verdicts = ask([questions[i] for i in measured])
   numbers = _group_ids(measured, questions)
   predicted = np.array([verdict.score for verdict in verdicts])
