@@ -29,7 +29,6 @@ from dalign.types import Verdict
 
 Run = services.Services[stages.FilterStage]  # what this stage sees of a run
 
-
 FIRST_BATCH_SIZE = 256  # a judge that answers few of these is asked no more
 MIN_CELL_SIZE = 10  # of a cell: fewer say nothing of a judge
 SAVED = ("endpoint", "recorded")  # judges whose every reply lies on the disk
@@ -44,45 +43,14 @@ def filter_(run: Run) -> None:
   inputs = [source, *run.sources, *run.recording_files, *functions]
   if not run.begin(inputs, anew=True):
     return
-  prompts = {prompt.id: prompt for prompt in run.prompts.all}
   path = run.store.path("filter", "judged.jsonl")
-  judged = _judged_before(run, path)
-  likely = judging.make_quality(run)
-  ask = judging.filter_judge(run, "filter", likely)
-  reward = judging.answer_judge(run, "reward", likely)
-  rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
-  for _ in itertools.islice(rows, len(judged)):
-    pass
-  size = cfg.at_once if judged else FIRST_BATCH_SIZE
-  _check_scored(judged[:FIRST_BATCH_SIZE], cfg, max(cfg.unscored, 0.5))
-  while batch := [*map(samples.from_row, itertools.islice(rows, size))]:
-    # What judges see has no label but by `filter.metadata`.
-    prompts_and_samples = [
-      (prompt_sets.with_metadata(prompts[s.prompt_id], cfg.metadata), s) for s in batch
-    ]
-    least = functools.partial(
-      judge.verdicts, samples=prompts_and_samples, k=cfg.votes, readable=cfg.readable
-    )
-    verdicts, rewards = least(ask, thought=True), least(reward, thought=False)
-    judged_rows = [
-      _row(run, prompts[s.prompt_id], s, verdict, reward_verdict)
-      for s, verdict, reward_verdict in zip(batch, verdicts, rewards, strict=True)
-    ]
-    run.store.append_rows(path, judged_rows)
-    judged += (_JudgedSample.of(row, cfg.threshold) for row in judged_rows)
-    run.store.pause("filter")
-    if size == FIRST_BATCH_SIZE:
-      _check_scored(judged, cfg, max(cfg.unscored, 0.5))
-    size = cfg.at_once
-  _check_scored(judged, cfg, cfg.unscored)
+  judged = _judge_samples(run, source, path)
   kept = _select_kept(judged, cfg)
   ids = {row.id for row in kept}
-  run.store.write_rows(
-    path.with_name("kept.jsonl"),
-    [
-      row for row in run.store.each_row(path) if (row["prompt_id"], row["index"]) in ids
-    ],
-  )
+  kept_rows = [
+    r for r in run.store.each_row(path) if (r["prompt_id"], r["index"]) in ids
+  ]
+  run.store.write_rows(path.with_name("kept.jsonl"), kept_rows)
   summary = _summary(judged, kept)
   counts = {
     f"of {category} to {expected}": cell["kept"]
@@ -104,8 +72,8 @@ def filter_(run: Run) -> None:
     + (f"; not kept: {progress.top_reasons(drop_reasons)}" if drop_reasons else "")
   )
   if any(summary["unread_votes"].values()):
-    counts = (f"{n} on {what}" for what, n in summary["unread_votes"].items())
-    progress.say(f"filter: votes without a verdict: {', '.join(counts)}")
+    unread = (f"{n} on {what}" for what, n in summary["unread_votes"].items())
+    progress.say(f"filter: votes without a verdict: {', '.join(unread)}")
   if none := summary["kept_none_of"]:
     progress.say(f"filter: kept none of {', '.join(none)}")
 
@@ -138,6 +106,44 @@ class _JudgedSample:
       unrewarded=why("reward", "reward_reason"),
       unread=(row["unread_votes"], row["reward_unread_votes"]),
     )
+
+
+def _judge_samples(
+  run: Run, source: pathlib.Path, path: pathlib.Path
+) -> list[_JudgedSample]:
+  """What the judges say of every sample, in judged.jsonl as it comes. ValueError where
+  they have no verdict on too many."""
+  cfg = run.cfg.filter
+  prompts = {prompt.id: prompt for prompt in run.prompts.all}
+  judged = _judged_before(run, path)
+  likely = judging.make_quality(run)
+  ask = judging.filter_judge(run, "filter", likely)
+  reward = judging.answer_judge(run, "reward", likely)
+  rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
+  for _ in itertools.islice(rows, len(judged)):
+    pass
+  size = cfg.at_once if judged else FIRST_BATCH_SIZE
+  _check_scored(judged[:FIRST_BATCH_SIZE], cfg, max(cfg.unscored, 0.5))
+  while batch := [*map(samples.from_row, itertools.islice(rows, size))]:
+    # What judges see has no label but by `filter.metadata`.
+    prompts_and_samples = [
+      (prompt_sets.with_metadata(prompts[s.prompt_id], cfg.metadata), s) for s in batch
+    ]
+    least = functools.partial(
+      judge.verdicts, samples=prompts_and_samples, k=cfg.votes, readable=cfg.readable
+    )
+    verdicts, rewards = least(ask, thought=True), least(reward, thought=False)
+    judged_rows = [
+      _row(run, prompts[s.prompt_id], s, verdict, reward_verdict)
+      for s, verdict, reward_verdict in zip(batch, verdicts, rewards, strict=True)
+    ]
+    run.store.append_rows(path, judged_rows)
+    judged += (_JudgedSample.of(row, cfg.threshold) for row in judged_rows)
+    run.store.pause("filter")
+    _check_scored(judged[:FIRST_BATCH_SIZE], cfg, max(cfg.unscored, 0.5))
+    size = cfg.at_once
+  _check_scored(judged, cfg, cfg.unscored)
+  return judged
 
 
 def _judged_before(run: Run, path: pathlib.Path) -> list[_JudgedSample]:
@@ -227,22 +233,17 @@ def _select_kept(judged: list[_JudgedSample], cfg) -> list[_JudgedSample]:
 
 def _summary(judged: list[_JudgedSample], kept: list[_JudgedSample]) -> dict:
   """Keep-rates by category and ideal type, and why the others were not kept."""
-  rates: dict[str, dict] = collections.defaultdict(dict)
+  ids, rates = {row.id for row in kept}, collections.defaultdict(dict)
+  by_type = collections.defaultdict(list)
   for row in judged:
-    category, _, expected = row.cell
-    cell = rates[category].setdefault(
-      expected, {"prompts": set(), "samples": 0, "kept": 0}
-    )
-    cell["prompts"].add(row.id[0])
-    cell["samples"] += 1
-  for row in kept:
-    rates[row.cell[0]][row.cell[2]]["kept"] += 1
-  for cells in rates.values():
-    for cell in cells.values():
-      cell["prompts"] = len(cell["prompts"])
-  ids = {row.id for row in kept}
+    by_type[row.cell[0], row.cell[2]].append(row)
+  for (category, expected), rows in by_type.items():
+    rates[category][expected] = {
+      "prompts": len({row.id[0] for row in rows}),
+      "samples": len(rows),
+      "kept": sum(row.id in ids for row in rows),
+    }
   reasons = collections.Counter(row.drop_reason for row in judged if row.id not in ids)
-  unread = (sum(row.unread[i] for row in judged) for i in range(2))
   return {
     "samples": len(judged),
     "kept": len(kept),
@@ -254,7 +255,10 @@ def _summary(judged: list[_JudgedSample], kept: list[_JudgedSample]) -> dict:
       if not cell["kept"]
     ],
     "reasons": dict(reasons.most_common()),
-    "unread_votes": dict(zip(("samples", "answers"), unread, strict=True)),
+    "unread_votes": {
+      name: sum(row.unread[i] for row in judged)
+      for i, name in enumerate(("samples", "answers"))
+    },
   }
 
 
