@@ -17,15 +17,12 @@ from dalign.training import train
 
 Run = services.Services[stages.BaseStage]  # what this stage sees of a run
 
-
 FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
 
 
 def train_base(run: Run) -> None:
   """Trains the base on lessons that follow from the seed and the step."""
   cfg = run.cfg.lessons
-  if cfg is None:
-    raise ValueError("stage base: wanted a config with a world")
   if not run.begin([]):
     return
   params = run.model.fresh_params()

@@ -31,7 +31,6 @@ from dalign.types import Turn
 
 Run = services.Services[stages.GenerateStage]  # what this stage sees of a run
 
-
 PROMPTS_PER_BATCH = 1024  # prompts of a category whose tokens are held at the same time
 
 
@@ -202,19 +201,15 @@ class SampleLedger:
   def __init__(self, run: Run, prompts: list[Prompt]):
     self.run, self.cfg = run, run.cfg.generate
     self.prompts = {prompt.id: prompt for prompt in prompts}
-    self.samples: dict[str, dict] = collections.defaultdict(
-      dict
-    )  # prompt id -> index -> looks right
-    self.asked: dict[str, set] = collections.defaultdict(set)
-    self.rendered: dict[str, dict] = collections.defaultdict(
-      dict
-    )  # prompt id -> draft -> tokens
+    # By the id of a prompt that wants more: whether each sample looks right, those that
+    # were asked for, and of each draft what is read.
+    self.samples: dict[str, dict[int, bool]] = collections.defaultdict(dict)
+    self.asked: dict[str, set[int]] = collections.defaultdict(set)
+    self.rendered: dict[str, dict] = collections.defaultdict(dict)
     self.drafts: dict = {}  # prompt id -> the answers to be revised, one a sample
     self.total = self.good = self.prompts_with_good = self.too_long = 0
     self.malformed: collections.Counter = collections.Counter()
-    self.finished: set[str] = (
-      set()
-    )  # ids of prompts that want no more; all that is kept of them
+    self.finished: set[str] = set()  # ids of prompts that want no more
     self.looks_right = run.task.looks_right(self.cfg.threshold)
 
   def load_drafts(self, path: pathlib.Path) -> None:
@@ -270,7 +265,12 @@ class SampleLedger:
 
   def requests(self, prompt: Prompt) -> list[sampling.Request]:
     """The samples to draw next, for the sampler."""
-    return [self._request(prompt, i) for i in self.wanted(prompt)]
+    return [
+      sampling.Request(
+        tokens=self.tokens(prompt, i), row_id=(prompt.id, i), max_new=self.cfg.max_new
+      )
+      for i in self.wanted(prompt)
+    ]
 
   def wanted(self, prompt: Prompt) -> list[int]:
     """The samples to draw next, that nobody has been asked for."""
@@ -290,10 +290,6 @@ class SampleLedger:
       if missing := [i for i in round_ if i not in have]:
         return missing
     return []
-
-  def _request(self, prompt: Prompt, index: int) -> sampling.Request:
-    row, tokens = (prompt.id, index), self.tokens(prompt, index)
-    return sampling.Request(tokens=tokens, row_id=row, max_new=self.cfg.max_new)
 
   def more(self, completion) -> list[sampling.Request]:
     """What the sampler should draw after a completion."""

@@ -28,7 +28,6 @@ from dalign.types import Turn
 
 Run = services.Services[stages.EvalStage]  # what this stage sees of a run
 
-
 ROWS_PER_BATCH = 256  # rows that a grader has between two looks at the run
 SHARED_PREFIX_CHARS = 400  # characters in front by which questions share a policy
 
