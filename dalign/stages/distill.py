@@ -7,6 +7,7 @@ known answer, behind the prompt alone. One update a step; no judge, no reward.
 
 import collections
 from collections.abc import Sequence
+import functools
 
 import numpy as np
 
@@ -199,13 +200,11 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
   by_prompt = {completion.request.row_id[0]: completion for completion in completions}
   pairs = []
   for r in student_rollouts:
-    teacher_sample = sample_rows.from_completion(
+    told = sample_rows.from_completion(
       run.model, r.prompt, by_prompt[r.prompt.id], 0, run.model.trained_think
     )
-    outcomes = [
-      run.task.outcome(r.prompt, sample) for sample in (r.sample, teacher_sample)
-    ]
-    pairs.append((outcomes[0], outcomes[1]))
+    outcome = functools.partial(run.task.outcome, r.prompt)
+    pairs.append((outcome(r.sample), outcome(told)))
   headroom = evals.decision_changes(pairs)
   run.store.write_json(path, headroom)
   progress.say(f"distill: {headroom_line(headroom)}")

@@ -175,19 +175,10 @@ def rewarding(run: services.Services[stages.RLStage]) -> list[str]:
   return [run.cfg.judge.judge if kind == "judge" else kind for kind in kinds]
 
 
-def rl_judge(run: services.Services[stages.RLStage]) -> judge.Judge:
-  """What RL is rewarded by: the reward model, the filter's judge, the rubric, or a
-  function."""
-  return _rewards(run, run.cfg.rl.reward)
-
-
-def second_judge(run: services.Services[stages.RLStage]) -> judge.Judge | None:
-  """The judge whose scores are joined to those of `rl_judge`, if there is one."""
-  kind = run.cfg.rl.helpful
-  return None if kind == "none" else _rewards(run, kind)
-
-
-def _rewards(run: services.Services[stages.RLStage], kind: str) -> judge.Judge:
+def rl_judge(run: services.Services[stages.RLStage], kind: str = "") -> judge.Judge:
+  """What RL is rewarded by, as `rl.reward` or another `kind` says: the reward model,
+  the filter's judge, the rubric, or a function."""
+  kind = kind or run.cfg.rl.reward
   if kind == "model":
     params = scoring.load_reward_model(run)
     return scoring.reward_model(run, params, scoring.Renderer(run))
@@ -203,6 +194,14 @@ def reward_metadata(run: services.Services[stages.RLStage], kind: str = "") -> s
   return (run.cfg.reward_model if kind == "model" else run.cfg.rl).metadata
 
 
+def with_metadata(
+  question: judge.RewardQuestion, metadata: str
+) -> judge.RewardQuestion:
+  """A question that tells of the ideal response type what `metadata` says."""
+  prompt = prompt_sets.with_metadata(question.prompt, metadata)
+  return judge.RewardQuestion(prompt, question.answer)
+
+
 def probe(
   run: services.Services[stages.OfTask],
   ask: judge.Judge,
@@ -211,19 +210,10 @@ def probe(
 ) -> dict[str, dict]:
   """What a judge makes of the probes of METHOD section 4, on held-out prompts of which
   it is told as much as `metadata` says."""
-  probes = [
-    (
-      name,
-      dataclasses.replace(
-        asked, prompt=prompt_sets.with_metadata(asked.prompt, metadata)
-      ),
-      low,
-    )
-    for name, asked, low in run.task.probes(
-      run.prompts.choose("eval", "safety", prompts)
-    )
-  ]
-  report = probing.probe_report(probes, ask([question for _, question, _ in probes]))
+  probes = run.task.probes(run.prompts.choose("eval", "safety", prompts))
+  report = probing.probe_report(
+    probes, ask([with_metadata(question, metadata) for _, question, _ in probes])
+  )
   for name, row in report.items():
     if row["unscored"]:
       progress.say(f"probes: {name}: {_describe_unscored(row)}")
@@ -245,16 +235,16 @@ def check_probe_errors(report: dict[str, dict], limit: float) -> None:
       "none: hold some out, or let it pass with --config.rl.judge_errors=1.0"
     )
   if failed := probing.failed_probes(report, limit):
-    shown = ", ".join(
-      f"{name} ({progress.percent(probing.error_rate(report[name])).strip()} of "
-      f"{report[name]['n']}"
-      + (f"; {_describe_unscored(report[name])})" if report[name]["unscored"] else ")")
-      for name in failed
-    )
+    shown = []
+    for name in failed:
+      row = report[name]
+      wrong = f"{progress.percent(probing.error_rate(row)).strip()} of {row['n']}"
+      unscored = f"; {_describe_unscored(row)}" if row["unscored"] else ""
+      shown.append(f"{name} ({wrong}{unscored})")
     raise ValueError(
-      f"the judge of RL errs on probes: {shown}; wanted at most {limit:.0%} of each. "
-      "Train a better one, take another (config.rl.reward), or let "
-      "it pass with --config.rl.judge_errors=1.0"
+      f"the judge of RL errs on probes: {', '.join(shown)}; wanted at most {limit:.0%} "
+      "of each. Train a better one, take another (config.rl.reward), or let it pass "
+      "with --config.rl.judge_errors=1.0"
     )
 
 

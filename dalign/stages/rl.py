@@ -11,7 +11,6 @@ import pathlib
 from dalign.config import stages
 from dalign.config.fields import Halted
 from dalign.config.on_policy import RLConfig
-from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.models import adapters
 from dalign.models import ops
@@ -47,7 +46,8 @@ def reinforce(run: Run) -> None:
   trainer = make_trainer(run, start)
   reference = run.scorer(cfg.batch, temperature=cfg.temperature)
   value_head = run.scorer(cfg.batch, make=policy_gradient.make_values)
-  asks = judging.rl_judge(run), judging.second_judge(run)
+  helpful = None if cfg.helpful == "none" else judging.rl_judge(run, cfg.helpful)
+  asks = judging.rl_judge(run), helpful
   if trainer.step == 0:
     check_judge(run, asks[0])
   rollouts_path = rollouts_of.rewind_rollouts_file(run, trainer.step)
@@ -143,11 +143,9 @@ def make_trainer(run: Run, start: PyTree) -> trainers.Trainer:
 
 def check_judge(run: Run, ask: judge.Judge) -> None:
   """Refuses a judge that errs on probes."""
-  limit = run.cfg.rl.judge_errors
-  if limit < 1:
-    judging.check_probe_errors(
-      judging.probe(run, ask, judging.reward_metadata(run)), limit
-    )
+  if run.cfg.rl.judge_errors < 1:
+    report = judging.probe(run, ask, judging.reward_metadata(run))
+    judging.check_probe_errors(report, run.cfg.rl.judge_errors)
 
 
 # --- Sample ---
@@ -161,13 +159,12 @@ def sample_and_judge(
   index: int,
 ) -> list[rollout.Group]:
   """The groups of the sampling round with this index, with rewards."""
-  key = ops.stream(run.key, "rollout", index)
-  samples = run.cfg.rl.samples
+  cfg, key = run.cfg.rl, ops.stream(run.key, "rollout", index)
   rollouts = rollouts_of.collect_rollouts(
-    run, run.cfg.rl, policy, choose(index), samples, key
+    run, cfg, policy, choose(index), cfg.samples, key
   )
   rollouts = judge_rollouts(run, *asks, rollouts=rollouts)
-  return [rollouts[at] for at in packing.batches(len(rollouts), samples)]
+  return [rollouts[at] for at in packing.batches(len(rollouts), cfg.samples)]
 
 
 # --- Judge ---
@@ -200,11 +197,9 @@ def put(
   """What a judge of a kind says of answers, told what it may be told."""
   metadata = judging.reward_metadata(run, kind)
   questions = [
-    scoring.reward_question(
-      run,
-      prompt_sets.with_metadata(r.prompt, metadata),
-      r.sample.thought,
-      r.sample.answer,
+    judging.with_metadata(
+      scoring.reward_question(run, r.prompt, r.sample.thought, r.sample.answer),
+      metadata,
     )
     for r in judged
   ]
@@ -287,14 +282,10 @@ def audit(
   """What evaluation's grader and the judge of RL say of replies to a handful of
   held-out prompts: where they part, the judge is being fooled."""
   key = ops.stream(run.key, "audit")
-  rollouts = judge_rollouts(
-    run,
-    *asks,
-    rollouts=rollouts_of.collect_rollouts(run, run.cfg.rl, policy, prompts, 1, key),
-  )
-  values = rollouts_of.mean_grades(
-    [run.task.outcome(r.prompt, r.sample) for r in rollouts]
-  )
+  found = rollouts_of.collect_rollouts(run, run.cfg.rl, policy, prompts, 1, key)
+  rollouts = judge_rollouts(run, *asks, rollouts=found)
+  outcomes = [run.task.outcome(r.prompt, r.sample) for r in rollouts]
+  values = rollouts_of.mean_grades(outcomes)
   values["reward"] = rollout.mean(r.reward for r in rollouts if r.scored)
   values["unscored"] = rollout.mean(not r.scored for r in rollouts)
   return {f"rl/held_out_{name}": value for name, value in values.items()}

@@ -11,8 +11,6 @@ import jax
 
 from dalign.config import stages
 from dalign.config.schema import Config
-from dalign.data import prompt_sets
-from dalign.judges import judge
 from dalign.judges import probing
 from dalign.runs import distributed
 from dalign.runs import progress
@@ -36,7 +34,7 @@ def probe(cfg: Config, workdir: pathlib.Path) -> None:
     report = judging.probe(run, ask, told, PROMPTS)
     known, of_rules = run.task.labelled(), run.task.of_rules()
     questions = [q for q, _ in known] + [q for _, q, _ in of_rules]
-    verdicts = ask([_told(question, told) for question in questions])
+    verdicts = ask([judging.with_metadata(question, told) for question in questions])
   right = [right for _, right in known]
   agreed = probing.agreement(right, verdicts[: len(known)], seed=cfg.seed)
   found = {"reward": cfg.rl.reward, "probes": report, "agreement": agreed}
@@ -48,11 +46,6 @@ def probe(cfg: Config, workdir: pathlib.Path) -> None:
   if distributed.is_first_process():
     print("\n".join(table(found)))
   judging.check_probe_errors(report, cfg.rl.judge_errors)
-
-
-def _told(question: judge.RewardQuestion, metadata: str) -> judge.RewardQuestion:
-  prompt = prompt_sets.with_metadata(question.prompt, metadata)
-  return judge.RewardQuestion(prompt, question.answer)
 
 
 def table(found: dict) -> list[str]:
