@@ -27,7 +27,7 @@ from dalign.types import Prompt
 # answers 98%, of those to other prompts 2%, of what only speaks about it 5% or less.
 REFERENCE = 0.33
 # How near the answer is to the prompt, with the prompt's own words and without
-# (`nearness`): of good answers 96%, of those to the most similar other prompt 14% and
+# (`_near`): of good answers 96%, of those to the most similar other prompt 14% and
 # to any other 4%, of what only speaks about it none.
 PROMPT = (0.28, 0.2)
 # The distinct words of an answer that are its own and say something, out of all its
@@ -176,24 +176,21 @@ class Answered:
 
 
 def by_words(prompt: Prompt, answer: str) -> bool:
-  """Whether `answer` answers `prompt`, as far as words tell."""
-  return says_something(prompt.text, answer)
-
-
-def says_something(asked: str, answer: str) -> bool:
-  """Whether an answer has words of its own, by words alone.
+  """Whether `answer` answers `prompt`, as far as words tell: it has some of its own.
 
   A share OWN of its distinct words, and one at least, is neither the prompt's nor such
   as stands anywhere. A yes or no will do where that was asked, and where little was
   asked for, what is shorter than the prompt.
   """
-  said, question = words.words(answer), words.words(asked)
+  said, question = words.words(answer), words.words(prompt.text)
   if not said:
     return False
   text = " ".join(said)
   if _SAYS.match(text) and _YES_NO.match(" ".join(question)):
     return True
-  if _brief(asked) and text not in " ".join(question) and len(said) < len(question):
+  if (
+    _brief(prompt.text) and text not in " ".join(question) and len(said) < len(question)
+  ):
     return not set(said) <= _ANYWHERE | _ABOUT
   theirs = {_stem(word) for word in question}
   own = {
@@ -207,16 +204,14 @@ def says_something(asked: str, answer: str) -> bool:
   return bool(own) and len(own) >= OWN * len(set(said))
 
 
-def nearness(encode: Encode, asked: str, answer: str) -> tuple[float, float]:
-  """The cosines of the meaning of a prompt with that of an answer, and with that of the
-  answer's words that are not the prompt's, in [-1, 1].
-
-  What names the prompt's matter and says nothing of it has no words left that are near.
-  """
+def _near(encode: Encode, asked: str, answer: str) -> bool:
+  """Whether an answer is near a prompt by the cosine of their meanings, and so are its
+  words that are not the prompt's: what names the prompt's matter and says nothing of it
+  has none left that are."""
   theirs = {_stem(word) for word in words.words(asked) if word not in _FUNCTION}
   own = [word for word in words.words(answer) if _stem(word) not in theirs]
   prompt, said, rest = encode([asked, answer, " ".join(own)])
-  return float(prompt @ said), float(prompt @ rest)
+  return float(prompt @ said) >= PROMPT[0] and float(prompt @ rest) >= PROMPT[1]
 
 
 def shared(encode: Encode, asked: str, answer: str, reference: str) -> float:
@@ -229,11 +224,6 @@ def shared(encode: Encode, asked: str, answer: str, reference: str) -> float:
   one, two = said @ prompt, good @ prompt
   left = np.sqrt(max(1 - one**2, 0) * max(1 - two**2, 0))
   return float(np.clip((said @ good - one * two) / max(left, 0.02), -1, 1))
-
-
-def _near(encode: Encode, asked: str, answer: str) -> bool:
-  whole, own = nearness(encode, asked, answer)
-  return whole >= PROMPT[0] and own >= PROMPT[1]
 
 
 def _brief(asked: str) -> bool:
