@@ -26,7 +26,6 @@ from dalign.types import Turn
 
 Run = services.Services[stages.ExportStage]  # what this stage sees of a run
 
-
 METRICS = (  # of the arms, on held-out prompts
   "refuse_disallowed",
   "comply_allowed",
@@ -131,6 +130,8 @@ def card(run: Run) -> str:
     for stage in ("generate", "filter", "sft", "distill", "reward", "rl")
     if (manifest := folder.manifest(stage))
   }
+  evaluated = folder.path("eval", "summary.json")
+  arms = folder.read_json(evaluated)["arms"] if evaluated.exists() else {}
   origin = weights.origin(cfg.model.path)
   base = origin.get("base_model") or cfg.model.path
   shapes = jax.tree.leaves(
@@ -140,7 +141,7 @@ def card(run: Run) -> str:
   policies = ", ".join(f"{p.id} (version {p.version})" for p in run.task.spec.policies)
   lines = [
     "---",
-    _card_metadata(run, origin),
+    _card_metadata(run, origin, arms),
     "---",
     "",
     f"# {folder.workdir.name}",
@@ -175,7 +176,7 @@ def card(run: Run) -> str:
     "",
     "## Evaluation",
     "",
-    *_results_table(run),
+    *_results_table(run, arms),
     "",
     "## Limits",
     "",
@@ -208,8 +209,21 @@ def _learned(run: Run, done: Mapping[str, dict]) -> str:
   )
 
 
-def _card_metadata(run: Run, origin: dict) -> str:
+def _card_metadata(run: Run, origin: dict, arms: dict) -> str:
   """The metadata that the Hub reads: what the base's files say, and what was found."""
+  arm, source = arms.get(ARM_OF_STAGE[run.cfg.export.of], {}), run.cfg.data.source
+  results = [
+    huggingface_hub.EvalResult(
+      task_type="text-generation",
+      dataset_type=source,
+      dataset_name=f"held-out prompts of {source}",
+      metric_type=name,
+      metric_name=f"{name} ({arm[name]['n']} prompts)",
+      metric_value=round(arm[name]["mean"], 4),
+    )
+    for name in METRICS
+    if arm.get(name) and arm[name]["mean"] is not None
+  ]
   known = {k: v for k, v in origin.items() if k != "language"}
   data = huggingface_hub.ModelCardData(
     **known,
@@ -218,27 +232,9 @@ def _card_metadata(run: Run, origin: dict) -> str:
     pipeline_tag="text-generation",
     tags=["deliberative-alignment", "dalign", "arxiv:2412.16339"],
     model_name=run.store.workdir.name,
-    eval_results=_eval_results(run) or None,
+    eval_results=results or None,
   )
   return data.to_yaml()
-
-
-def _eval_results(run: Run) -> list[huggingface_hub.EvalResult]:
-  """Means of the exported model's arm, in [0, 1]."""
-  arm = _summary(run)["arms"].get(ARM_OF_STAGE[run.cfg.export.of], {})
-  source = run.cfg.data
-  return [
-    huggingface_hub.EvalResult(
-      task_type="text-generation",
-      dataset_type=source.source,
-      dataset_name=f"held-out prompts of {source.source}",
-      metric_type=name,
-      metric_name=f"{name} ({arm[name]['n']} prompts)",
-      metric_value=round(arm[name]["mean"], 4),
-    )
-    for name in METRICS
-    if arm.get(name) and arm[name]["mean"] is not None
-  ]
 
 
 def _usage_example(run: Run) -> list[str]:
@@ -280,20 +276,12 @@ def _summary_text(summary: dict) -> str:
                    for k, v in plain.items()) or "done"  # fmt: skip
 
 
-def _summary(run: Run) -> dict:
-  where = run.store.path("eval", "summary.json")
-  return run.store.read_json(where) if where.exists() else {"arms": {}}
-
-
-def _results_table(run: Run) -> list[str]:
+def _results_table(run: Run, arms: dict) -> list[str]:
   """The table of the base and of this model, with intervals; of what there is."""
-  arms = _summary(run)["arms"]
   if not arms:
     return ["Not evaluated."]
-  shown = [
-    a for a in ("base", "spec_in_prompt", ARM_OF_STAGE[run.cfg.export.of]) if a in arms
-  ]
-  shown = list(dict.fromkeys(shown))
+  names = ("base", "spec_in_prompt", ARM_OF_STAGE[run.cfg.export.of])
+  shown = [arm for arm in dict.fromkeys(names) if arm in arms]
   rows = [f"| held out | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
   for name in METRICS:
     cells = [_cell(arms[arm].get(name)) for arm in shown]
