@@ -123,18 +123,11 @@ def of_function(
     return Reply(**shown)
 
   def ask(questions: Sequence[judge.Question]) -> list[Verdict]:
-    open_ = [q for q in questions if q.prompt.kind != "capability"]
-    ids = [q.prompt.id for q in open_]
-    rows = _once(function, [*map(told, open_)], ids, f"{name}: ", path, _row)
-    found = (Verdict(score=score, reason=why) for score, why in rows)
-    return [
-      judge.known_answer_verdict(q.prompt, q.answer)
-      if q.prompt.kind == "capability"
-      else next(found)
-      for q in questions
-    ]
+    ids = [q.prompt.id for q in questions]
+    rows = _once(function, [*map(told, questions)], ids, f"{name}: ", path, _row)
+    return [Verdict(score=score, reason=why) for score, why in rows]
 
-  return judge.Judge(ask, deterministic=False)
+  return judge.Judge(judge.beside_known(ask), deterministic=False)
 
 
 def labeller(

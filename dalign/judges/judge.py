@@ -133,6 +133,23 @@ def known_answer_verdict(prompt: Prompt, answer: str) -> Verdict:
   return Verdict(score=score, reason=words.UNCOMPARABLE if score is None else "")
 
 
+def beside_known(
+  ask: Callable[[Sequence[Any]], Sequence[Verdict]],
+) -> Callable[[Sequence[Question]], list[Verdict]]:
+  """`ask` of the questions whose answers are not known; known ones are compared."""
+
+  def verdicts(questions: Sequence[Question]) -> list[Verdict]:
+    found = iter(ask([q for q in questions if q.prompt.kind != "capability"]))
+    return [
+      known_answer_verdict(q.prompt, q.answer)
+      if q.prompt.kind == "capability"
+      else next(found)
+      for q in questions
+    ]
+
+  return verdicts
+
+
 class _AnswerRubric:
   """The answer side of both rubrics; holds the specification's word runs."""
 
@@ -333,23 +350,19 @@ def written_judge(
   judge_form = forms.FORMS[form]
 
   def verdicts(questions: Sequence[Question]) -> list[Verdict]:
-    to_ask = [q for q in questions if q.prompt.kind != "capability"]
-    items = [_judged_item(question, render) for question in to_ask]
+    items = [_judged_item(question, render) for question in questions]
     turns = [judge_form.put(item) for item in items]
-    said = iter(zip(items, turns, ask(turns) if turns else [], strict=True))
+    return [
+      dataclasses.replace(
+        forms.verdict(judge_form, reply, item),
+        shown="\n".join(turn.content for turn in put),
+      )
+      for item, put, reply in zip(
+        items, turns, ask(turns) if turns else (), strict=True
+      )
+    ]
 
-    def verdict(question: Question) -> Verdict:
-      prompt = question.prompt
-      if prompt.kind == "capability":
-        return known_answer_verdict(prompt, question.answer)
-      item, put, reply = next(said)
-      shown = "\n".join(turn.content for turn in put)
-      found = forms.verdict(judge_form, reply, item)
-      return dataclasses.replace(found, shown=shown)
-
-    return [*map(verdict, questions)]
-
-  return Judge(verdicts, deterministic=False)
+  return Judge(beside_known(verdicts), deterministic=False)
 
 
 def _expectation(logprobs: Sequence[float] | None) -> Verdict:

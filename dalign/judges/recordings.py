@@ -117,17 +117,15 @@ def recorded_judge(rows: Iterable[RecordedReply]) -> judge.Judge:
   asked: dict[tuple[str, str, str], int] = {}
 
   def verdict(question: judge.Question) -> Verdict:
-    prompt = question.prompt
-    if prompt.kind == "capability":
-      return judge.known_answer_verdict(prompt, question.answer)
     thinks = isinstance(question, judge.FilterQuestion)
     thought = question.thought if isinstance(question, judge.FilterQuestion) else ""
-    key = prompt.id, thought, question.answer
+    id, answer = question.prompt.id, question.answer
+    key = id, thought, answer
     draw = asked[key] = asked.get(key, -1) + 1
     # Its thought may stand behind words that the think format puts in front.
     same = [
       row
-      for row in recorded.get((prompt.id, question.answer), [])
+      for row in recorded.get((id, answer), [])
       if not thinks or (thought.endswith(row.thought) if row.thought else not thought)
     ]
     have = max(same, key=lambda row: len(row.thought)).votes if same else ()
@@ -140,7 +138,8 @@ def recorded_judge(rows: Iterable[RecordedReply]) -> judge.Judge:
     parts = {"vote": vote.score, "blind_verdict_agrees": agrees}
     return Verdict(score=vote.score * agrees, parts=parts)
 
-  return judge.Judge(lambda qs: [*map(verdict, qs)], deterministic=False)
+  ask = judge.beside_known(lambda questions: [*map(verdict, questions)])
+  return judge.Judge(ask, deterministic=False)
 
 
 def _parse_row(where: str, row: Mapping, said: Mapping[str, str]) -> RecordedReply:
