@@ -106,12 +106,9 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
     "leaked": len(kept) + len(known) - len(clean),
   }
   if cfg.worked:
-    clean += [
-      _row_of_text(
-        run, [Turn(role="user", content=prompt)], _with_recalled_clause(run, completion)
-      )
-      for prompt, completion in run.task.worked()
-    ]
+    for prompt, completion in run.task.worked():
+      turns, rest = [Turn(role="user", content=prompt)], _recalling(run, completion)
+      clean.append(_row_of_text(run, turns, rest, run.model.think))
   fitting = [row for row in clean if fits(row)]
   dropped["too_long"] = len(clean) - len(fitting)
   recalls = [
@@ -147,21 +144,15 @@ def _kept_sample_rows(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
       sample = samples.from_text(
         run.model, prompt, 0, line + sample.thought, sample.answer, run.model.think
       )
-      sampled = sample.tokens[sample.forced :]
-      recalled = next(
-        (
-          n
-          for n in range(len(sampled))
-          if line.strip() in run.model.tok.decode(sampled[:n])
-        ),
-        0,
-      )
+      sampled, decode = sample.tokens[sample.forced :], run.model.tok.decode
+      ends = (n for n in range(len(sampled)) if line.strip() in decode(sampled[:n]))
+      recalled = next(ends, 0)
     tokens, forced = sample.tokens, sample.forced
     if not run.model.trained_think:
-      tokens, forced = _answer_tokens(run, sample.answer), 0
-    conversation = (
-      run.task.teach(prompt.blind(), worked=0) if cfg.spec_in_prompt else turns
-    )
+      tokens, forced = (*run.model.tok.encode(sample.answer), run.model.tok.end_id), 0
+    conversation = turns
+    if cfg.spec_in_prompt:
+      conversation = run.task.teach(prompt.blind(), worked=0)
     row = prompting.training_row(run.model.tok, conversation, tokens, forced)
     end = len(row[0]) - len(tokens) + forced + recalled if recalled else 0
     rows.append(_Row(turns, *row, end, whole))
@@ -170,25 +161,19 @@ def _kept_sample_rows(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
 
 def _capability_rows(run: Run) -> list[_Row]:
   """Training prompts with a known answer, with that answer."""
-  rows = []
+  rows, think = [], run.model.trained_think
   for prompt in run.prompts.choose("train", "capability", run.cfg.sft.capability):
     if not prompt.answer.strip():
       raise ValueError(
         f"prompt {prompt.id!r} is of kind capability and has no answer to train on: "
         "give it one, or set sft.capability=0"
       )
-    turns = prompting.plain(prompt)
-    if run.model.trained_think:
-      rows.append(
-        _row_of_text(run, turns, _with_recalled_clause(run, run.task.known(prompt)))
-      )
-    else:
-      answer = _answer_tokens(run, prompt.answer)
-      rows.append(_Row(turns, *prompting.training_row(run.model.tok, turns, answer, 0)))
+    rest = _recalling(run, run.task.known(prompt)) if think else prompt.answer
+    rows.append(_row_of_text(run, prompting.plain(prompt), rest, think))
   return rows
 
 
-def _with_recalled_clause(run: Run, completion: str) -> str:
+def _recalling(run: Run, completion: str) -> str:
   """A written completion that begins with the clause that its thought recalls."""
   if not (run.cfg.sft.recall_epochs and run.model.trained_think):
     return completion
@@ -198,15 +183,10 @@ def _with_recalled_clause(run: Run, completion: str) -> str:
   return gap + line + thought
 
 
-def _answer_tokens(run: Run, answer: str) -> tuple[int, ...]:
-  """The tokens of an answer without a thought."""
-  return (*run.model.tok.encode(answer), run.model.tok.end_id)
-
-
-def _row_of_text(run: Run, turns, rest: str) -> _Row:
+def _row_of_text(run: Run, turns, rest: str, think) -> _Row:
   """A completion that was written, not sampled, as a row; `rest` is what follows its
-  forced opening, which is not trained."""
-  forced = prompting.forced(run.model.tok, turns, run.model.think)
+  opening by `think`, if any, which is forced and not trained."""
+  forced = prompting.forced(run.model.tok, turns, think)
   tokens = (*forced, *run.model.tok.encode(rest), run.model.tok.end_id)
   return _Row(turns, *prompting.training_row(run.model.tok, turns, tokens, len(forced)))
 
