@@ -89,39 +89,40 @@ def collect_rollouts(
 ) -> list[Rollout]:
   """Samples from the policy, without the spec, `samples` times each prompt: the
   rollouts of a prompt are next to each other."""
-  rendered = [
-    chat_template.render_chat(run.model.tok, list(prompting.plain(p))) for p in prompts
-  ]
-  requests, prompt_and_index = [], {}
-  for i, prompt in enumerate(prompts):
-    forced = prompting.forced(
-      run.model.tok, prompting.plain(prompt), run.model.trained_think
-    )
-    for index in range(samples):
-      row_id = prompt.id, index
-      prompt_and_index[row_id] = i, index
-      tokens = (*rendered[i], *forced)
-      requests.append(Request(tokens=tokens, row_id=row_id, max_new=cfg.max_new))
+  tok, think = run.model.tok, run.model.trained_think
+  turns = {prompt.id: prompting.plain(prompt) for prompt in prompts}
+  fronts = {id: chat_template.render_chat(tok, list(own)) for id, own in turns.items()}
+  opened = {id: prompting.forced(tok, own, think) for id, own in turns.items()}
   completions = run.sampler.complete(
     run.sampler.prepare(policy),
-    [requests],
+    [
+      [
+        Request(
+          tokens=(*fronts[prompt.id], *opened[prompt.id]),
+          row_id=(prompt.id, index),
+          max_new=cfg.max_new,
+        )
+        for prompt in prompts
+        for index in range(samples)
+      ]
+    ],
     key=key,
     temperature=cfg.temperature,
     max_new=cfg.max_new,
     prefix_room=run.cfg.sampler.prefix_step,
   )
-  found = {}
-  for completion in completions:
-    i, index = prompt_and_index[completion.request.row_id]
-    found[i, index] = Rollout(
-      prompt=prompts[i],
-      sample=sample_rows.from_completion(
-        run.model, prompts[i], completion, index, run.model.trained_think
-      ),
-      prompt_tokens=rendered[i],
-      behaviour=completion.logp,
+  done = {completion.request.row_id: completion for completion in completions}
+
+  def rollout_of(prompt: Prompt, index: int) -> Rollout:
+    own = done[prompt.id, index]
+    return Rollout(
+      prompt=prompt,
+      sample=sample_rows.from_completion(run.model, prompt, own, index, think),
+      prompt_tokens=fronts[prompt.id],
+      behaviour=own.logp,
     )
-  return [found[i, index] for i in range(len(prompts)) for index in range(samples)]
+
+  return [rollout_of(prompt, index) for prompt in prompts for index in range(samples)]
 
 
 def with_scores(
