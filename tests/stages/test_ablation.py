@@ -338,7 +338,7 @@ def test_a_world_is_there_where_its_base_is_asked_for():
 def test_thoughts_are_closed_at_their_budget(tmp_path):
   from dalign.sampling.sampler import Completion
   from dalign.sampling.sampler import Request
-  from dalign.stages import evaluate
+  from dalign.stages import arms as arms_of
 
   run = opened(config(), tmp_path)
   close = run.model.tok.encode(run.model.think.close)
@@ -362,7 +362,7 @@ def test_thoughts_are_closed_at_their_budget(tmp_path):
   request = Request(tokens=(1, 2), row_id=7, max_new=40)
   for budget, size in ((4, 4), (0, 0)):
     asked.clear()
-    (done,) = evaluate._complete_with_thought_budget(run, complete, [[request]], budget)
+    (done,) = arms_of._complete_with_thought_budget(run, complete, [[request]], budget)
     assert done.request == request
     assert list(done.tokens[:size]) == thought[:size]
     assert list(done.tokens[size : size + 1]) == close

@@ -52,6 +52,7 @@ from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
 from dalign.sampling.sampler import Request
 from dalign.serving import assistant
+from dalign.stages import arms as arms_of
 from dalign.stages import base as base_stage
 from dalign.stages import evaluate as evaluate_stage
 from dalign.stages import export as export_stage
@@ -980,7 +981,7 @@ def test_thought_and_answer_are_cut_apart(run, written, kept):
     finish="stop",
   )
   own = types.SimpleNamespace(cfg=cfg, model=run.model)
-  got = evaluate_stage._truncate_to_budgets(own, done, 5)
+  got = arms_of._truncate_to_budgets(own, done, 5)
   assert run.model.tok.decode(got.tokens) == (kept or written)
   assert len(got.logp) == len(got.tokens)
   assert got.finish == ("length" if kept else "stop")
@@ -1191,8 +1192,8 @@ def test_a_prompt_can_be_put_without_the_chat_template(run):
   turns = {p.id: p.turns for p in (plain, bare)}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sampling.Sampler, "complete", complete)
-    wanted, forced = [(plain, 0), (bare, 0)], evaluate_stage.ForcedThought()
-    found = dict(evaluate_stage._sampled_replies(run, "sft", wanted, turns, forced))
+    wanted, forced = [(plain, 0), (bare, 0)], arms_of.ForcedThought()
+    found = dict(arms_of._sampled_replies(run, "sft", wanted, turns, forced))
   read, raw = (run.model.tok.decode(request.tokens) for request in seen)
   assert raw.endswith(f"{plain.text}\n\n") and run.model.think.tag in read
   controls = set(run.model.tok.special.values()) - {run.model.tok.bos_id}
@@ -1990,7 +1991,7 @@ def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatc
   )
   prompts = own.prompts.choose("eval", "safety", 5)
   assert own.begin([])
-  found = evaluate_stage._evaluate_arm(own, "base", prompts, {})
+  found = arms_of.rows_of(own, "base", prompts, {})
   assert [(row["prompt_id"], row["index"]) for row in found] == [
     (p.id, index) for p in prompts for index in (0, 1)
   ]
@@ -1999,7 +2000,7 @@ def test_several_samples_of_a_prompt_have_rows_of_their_own(tmp_path, monkeypatc
   path = own.store.path("eval", "base.jsonl")
   assert own.store.read_rows(path) == found
   own.store.write_rows(path, found[:3] + found[6:])
-  again = evaluate_stage._evaluate_arm(own, "base", prompts, {})
+  again = arms_of.rows_of(own, "base", prompts, {})
   assert len(asked) == 13  # of what was there none is sampled again
   assert [r["prompt_id"] for r in again] == [r["prompt_id"] for r in found]
   cells = evals.summarize({"base": found}, seed=0)["arms"]["base"]
@@ -2011,9 +2012,7 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
   own, asked = opened(tiny(**changes), tmp_path, "eval"), []
   refusal = ["I can't help with that."]
   monkeypatch.setattr(sampling.Sampler, "complete", echo(own.model.tok, refusal, asked))
-  monkeypatch.setattr(
-    evaluate_stage, "_arm_params", lambda run, arm: run.model.base_params()
-  )
+  monkeypatch.setattr(arms_of, "params_of", lambda run, arm: run.model.base_params())
   prompts = [
     p for p in own.prompts.choose("eval", "safety", 60) if p.category == "privacy"
   ]
@@ -2061,9 +2060,7 @@ def test_the_odds_of_declining_are_read_after_the_arms_own_thought(
       ]
 
   monkeypatch.setattr(services.Services, "scorer", Scorer)
-  monkeypatch.setattr(
-    evaluate_stage, "_arm_params", lambda run, arm: run.model.base_params()
-  )
+  monkeypatch.setattr(arms_of, "params_of", lambda run, arm: run.model.base_params())
   (prompt,) = own.prompts.choose("eval", "safety", 1)
   row = {"prompt_id": prompt.id, "malformed": "", "thought": "The user asks. So no."}
   bad = row | {"malformed": "no closing tag"}
