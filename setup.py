@@ -95,6 +95,7 @@ setuptools.setup(
     "dalign": [
       "py.typed",
       "evaluation/page/*",
+      "stages/card.md",
       "prompts/*.jsonl",
       "recordings/*.jsonl",
       "starter/*.*",

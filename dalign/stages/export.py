@@ -5,10 +5,12 @@ run knows. With adapters also export/adapter, as PEFT has them."""
 from collections.abc import Mapping
 import hashlib
 import math
+import pathlib
 from typing import Any
 
 import huggingface_hub
 import jax
+import jinja2
 
 from dalign.config import stages
 from dalign.formats import weights
@@ -26,6 +28,7 @@ from dalign.types import Turn
 
 Run = services.Services[stages.ExportStage]  # what this stage sees of a run
 
+CARD = pathlib.Path(__file__).with_name("card.md")
 METRICS = (  # of the arms, on held-out prompts
   "refuse_disallowed",
   "comply_allowed",
@@ -34,12 +37,6 @@ METRICS = (  # of the arms, on held-out prompts
   "policy_retrieval",
   "citation",
   "capability",
-)
-LIMITS = (
-  "Safer by the measures shown and not safe: test it on your own use. The numbers are "
-  "of prompts like those it was trained on, by a grader of patterns; other prompts, "
-  "languages and disguises can do worse. It can refuse what it should answer, and its "
-  "thought need not be why it answers as it does."
 )
 ARM_OF_STAGE = {  # stage -> its arm in eval
   "base": "base",
@@ -122,9 +119,8 @@ def _save_adapter(run: Run, params: PyTree) -> None:
 
 def card(run: Run) -> str:
   """The model card: what it was made from and how, and what was measured."""
-  cfg, folder, think = run.cfg, run.store, run.model.think
+  cfg, folder = run.cfg, run.store
   texts = "".join(f"{name}\n{text}" for name, text in sorted(_spec_texts(run).items()))
-  digest = hashlib.sha256(texts.encode()).hexdigest()
   done = {
     stage: manifest["summary"]
     for stage in ("generate", "filter", "sft", "distill", "reward", "rl")
@@ -132,63 +128,35 @@ def card(run: Run) -> str:
   }
   evaluated = folder.path("eval", "summary.json")
   arms = folder.read_json(evaluated)["arms"] if evaluated.exists() else {}
+  names = ("base", "spec_in_prompt", ARM_OF_STAGE[cfg.export.of])
   origin = weights.origin(cfg.model.path)
-  base = origin.get("base_model") or cfg.model.path
   shapes = jax.tree.leaves(
     param_tree.shapes(run.model.arch), is_leaf=lambda shape: isinstance(shape, tuple)
   )
-  size = sum(map(math.prod, shapes))
-  policies = ", ".join(f"{p.id} (version {p.version})" for p in run.task.spec.policies)
-  lines = [
-    "---",
-    _card_metadata(run, origin, arms),
-    "---",
-    "",
-    f"# {folder.workdir.name}",
-    "",
-    f"Stage `{cfg.export.of}` of Deliberative Alignment "
-    "([arXiv 2412.16339](https://arxiv.org/abs/2412.16339)), trained by "
-    f"dalign {store.code_version()} from `{base}`, seed {cfg.seed}. "
-    f"{size / 1e6:.3g}M parameters, {cfg.export.dtype}.",
-    "",
-    f"It thinks between `{think.tag}` and `{think.close}`, then answers; the "
-    "thought is not for users. The chat template opens it, and a completion begins "
-    "inside it. It needs no specification in its prompt."
-    if _think_format(run)
-    else "It answers at once, and needs no specification in its prompt.",
-    "",
-    "## Use",
-    "",
-    *_usage_example(run),
-    "",
-    "It decides by the policies below what to answer, to refuse or to answer in part. "
-    "What else it is meant for, and who answers for it, is to be said by who publishes "
-    "it.",
-    "",
-    "## Specification",
-    "",
-    f"{len(run.task.spec.policies)} policies, SHA-256 {digest}: {policies}.",
-    "",
-    "## Data and training",
-    "",
-    f"- prompts: `{cfg.data.source}`{_learned(run, done)}",
-    *(f"- {stage}: {_summary_text(summary)}" for stage, summary in done.items()),
-    "",
-    "## Evaluation",
-    "",
-    *_results_table(run, arms),
-    "",
-    "## Limits",
-    "",
-    LIMITS,
-    "",
-    f"The licence of the base model, `{origin['license']}`, goes on."
-    if "license" in origin
-    else "The licence of the model it was trained from goes on. Its files do not say "
-    "which: look it up and write it above, as `license`.",
-    "",
-  ]
-  return "\n".join(lines)
+  env = jinja2.Environment(
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+  )
+  env.filters |= {"plain": _summary_text, "estimate": _cell, "repr": repr}
+  return env.from_string(CARD.read_text("utf-8")).render(
+    metadata=_card_metadata(run, origin, arms),
+    name=folder.workdir.name,
+    stage=cfg.export.of,
+    version=store.code_version(),
+    base=origin.get("base_model") or cfg.model.path,
+    seed=cfg.seed,
+    size=sum(map(math.prod, shapes)),
+    dtype=cfg.export.dtype,
+    think=_think_format(run),
+    policies=run.task.spec.policies,
+    digest=hashlib.sha256(texts.encode()).hexdigest(),
+    source=cfg.data.source,
+    learned=_learned(run, done),
+    done=done,
+    arms=arms,
+    shown=[arm for arm in dict.fromkeys(names) if arm in arms],
+    definitions={name: run.task.definitions[name] for name in METRICS},
+    license=origin.get("license"),
+  )
 
 
 def _learned(run: Run, done: Mapping[str, dict]) -> str:
@@ -237,32 +205,6 @@ def _card_metadata(run: Run, origin: dict, arms: dict) -> str:
   return data.to_yaml()
 
 
-def _usage_example(run: Run) -> list[str]:
-  """How it is asked with transformers; of its thought the opening is not shown."""
-  think = _think_format(run)
-  return [
-    "```python",
-    "from transformers import AutoModelForCausalLM",
-    "from transformers import AutoTokenizer",
-    "",
-    'path = "."  # this folder',
-    "tokenizer = AutoTokenizer.from_pretrained(path)",
-    "model = AutoModelForCausalLM.from_pretrained(path)",
-    'prompt = "How do I get a wine stain out of a cotton shirt?"',
-    'turns = [{"role": "user", "content": prompt}]',
-    "chat = tokenizer.apply_chat_template(",
-    '  turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-    ")",
-    "out = model.generate(**chat)[0, chat.input_ids.shape[1] :]",
-    "text = tokenizer.decode(out, skip_special_tokens=True)",
-    f"thought, _, answer = text.partition({think.close!r})"
-    if think
-    else "answer = text",
-    "print(answer.strip())",
-    "```",
-  ]
-
-
 def _spec_texts(run: Run) -> dict[str, str]:
   """The specification as files, or as it was drawn."""
   if run.cfg.world is None:
@@ -274,20 +216,6 @@ def _summary_text(summary: dict) -> str:
   plain = {k: v for k, v in summary.items() if isinstance(v, (int, float, str))}
   return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
                    for k, v in plain.items()) or "done"  # fmt: skip
-
-
-def _results_table(run: Run, arms: dict) -> list[str]:
-  """The table of the base and of this model, with intervals; of what there is."""
-  if not arms:
-    return ["Not evaluated."]
-  names = ("base", "spec_in_prompt", ARM_OF_STAGE[run.cfg.export.of])
-  shown = [arm for arm in dict.fromkeys(names) if arm in arms]
-  rows = [f"| held out | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
-  for name in METRICS:
-    cells = [_cell(arms[arm].get(name)) for arm in shown]
-    rows.append(f"| {name} | {' | '.join(cells)} |")
-  meanings = [f"- `{name}`: {run.task.definitions[name]}" for name in METRICS]
-  return [*rows, "", "Means, 95% intervals, numbers of prompts.", "", *meanings]
 
 
 def _cell(metric: dict | None) -> str:
