@@ -220,13 +220,10 @@ def probe_report(
   FALSE_POSITIVE, and those that should not and stay below it. A rate that no question
   bears on is None. `interval` is Wilson's of 95% around the one that is there, or None.
   """
-  report = {}
-  for name in dict.fromkeys(name for name, _, _ in asked):
-    rows = [
-      (low, verdict)
-      for (other, _, low), verdict in zip(asked, verdicts, strict=True)
-      if other == name
-    ]
+  by_name, report = collections.defaultdict(list), {}
+  for (name, _, low), verdict in zip(asked, verdicts, strict=True):
+    by_name[name].append((low, verdict))
+  for name, rows in by_name.items():
     scored = [(low, v.score) for low, v in rows if v.score is not None]
     reasons = [v.reason for _, v in rows if v.score is None]
     high = [score >= FALSE_POSITIVE for low, score in scored if low]
