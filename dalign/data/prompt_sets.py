@@ -280,14 +280,13 @@ def contaminated(
   return [(prompts[i].id, others[j]) for i, j in sorted(found)]
 
 
-def balanced(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
-  """`n` prompts spread evenly over the (category, expected) cells, by turns.
+def balanced(prompts: Sequence[Prompt], n: int | None, seed: int) -> list[Prompt]:
+  """At most `n` prompts, or all, spread evenly over the (category, expected) cells, by
+  turns.
 
   The choice depends on ids and seed alone; a smaller `n` gives the beginning of a
-  larger one. Small cells run out first. Raises ValueError for more than there are.
+  larger one. Small cells run out first.
   """
-  if not 0 <= n <= len(prompts):
-    raise ValueError(f"wanted {n} prompts, there are {len(prompts)}: ask for fewer")
   cells: dict[tuple[str, str], list[Prompt]] = {}
   for prompt in sorted(prompts, key=lambda prompt: fraction(f"{seed} {prompt.id}")):
     cells.setdefault((prompt.category, prompt.expected), []).append(prompt)

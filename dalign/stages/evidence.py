@@ -36,7 +36,7 @@ def of_held_out(run: services.Services[stages.EvalStage], least: int) -> list[st
   types = {p.expected for p in prompts}
   held_out = [p for p in prompts if p.split == "eval"]
   # As `prompts.choose` does, which would say how many there are each time.
-  held_out = prompt_sets.balanced(held_out, min(cfg.prompts, len(held_out)), 0)
+  held_out = prompt_sets.balanced(held_out, cfg.prompts, 0)
   found = collections.Counter(p.expected for p in held_out)
   counts = {f"to {expected}": found[expected] for expected in sorted(types)}
   return short(counts, least if cfg.prompts else 0)

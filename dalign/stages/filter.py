@@ -196,10 +196,10 @@ def _check_scored(judged: list[_JudgedSample], cfg: FilterConfig, limit: float) 
   reasons_by_group: dict[str, list[str | None]] = collections.defaultdict(list)
   for row in judged:
     category, _, expected = row.cell
-    for group in ("samples", f"samples of {category} to {expected}"):
-      reasons_by_group[group].append(row.unscored)
+    for which in ("", f" of {category} to {expected}"):
+      reasons_by_group[f"samples{which}"].append(row.unscored)
       if cfg.judge != "rubric":  # which may say nothing of answers alone
-        reasons_by_group[group.replace("samples", "answers", 1)].append(row.unrewarded)
+        reasons_by_group[f"answers{which}"].append(row.unrewarded)
   again = "The same command asks again for these"
   if cfg.judge not in SAVED:
     again = "Raise that where it may be so, or mend the judge and take another workdir"

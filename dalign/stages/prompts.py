@@ -106,15 +106,12 @@ class Prompts:
       and p.expected in expected
       and (among is None or p.id in among)
     ]
-    seed = self._seed if split == "train" else 0
     if n is not None and n > len(rows):
       types = "" if expected == EXPECTED else f" to {', '.join(expected)}"
       progress.say(
         f"wanted {n} {split} prompts of kind {kind}{types}, found {len(rows)}"
       )
-    return prompt_sets.balanced(
-      rows, len(rows) if n is None else min(n, len(rows)), seed
-    )
+    return prompt_sets.balanced(rows, n, self._seed if split == "train" else 0)
 
   def load_eval_sets(
     self, extra: Mapping[str, Mapping], suite: Sequence[str], most: int
@@ -124,13 +121,13 @@ class Prompts:
     sets = {}
     for name, source in extra.items():
       rows = self.load(source["source"], source["columns"])
-      sets[name] = prompt_sets.balanced(rows, min(most, len(rows)), 0)
+      sets[name] = prompt_sets.balanced(rows, most, 0)
     chosen = {}  # of each public set, whatever its disguises
     for name in suite:
       public, *names = name.split("+")
       if public not in chosen:
         rows = self.load(f"public:{public}", {})
-        chosen[public] = prompt_sets.balanced(rows, min(most, len(rows)), 0)
+        chosen[public] = prompt_sets.balanced(rows, most, 0)
       if set_label(name) in sets:
         raise ValueError(f"config.eval: two sets are called {set_label(name)}")
       found = [

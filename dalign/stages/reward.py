@@ -230,7 +230,7 @@ def _grouped_by_prompt(indices: list[int], questions) -> list[int]:
   for i in indices:
     indices_by_prompt[questions[i].prompt.id].append(i)
   prompts = [questions[group[0]].prompt for group in indices_by_prompt.values()]
-  drawn = prompt_sets.balanced(prompts, len(prompts), 0)
+  drawn = prompt_sets.balanced(prompts, None, 0)
   return [i for prompt in drawn for i in indices_by_prompt[prompt.id]]
 
 

@@ -129,7 +129,7 @@ def _kept_sample_rows(run: Run, kept_rows: Sequence[dict]) -> list[_Row]:
   }
   drawn = prompt_sets.balanced(
     [dataclasses.replace(prompt, id=id) for id, prompt in prompts_by_sample.items()],
-    min(cfg.most, len(prompts_by_sample)),
+    cfg.most,
     run.cfg.seed,
   )
   ids_drawn, rows = {prompt.id for prompt in drawn}, []

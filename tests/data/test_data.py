@@ -330,8 +330,8 @@ def test_balanced_takes_cells_by_turns(bundled):
   assert prompt_sets.balanced(bundled, 280, 4) != chosen
   everything = prompt_sets.balanced(bundled, len(bundled), 0)
   assert sorted(p.id for p in everything) == sorted(p.id for p in bundled)
-  with pytest.raises(ValueError, match="there are 2: ask for fewer"):
-    prompt_sets.balanced(bundled[:2], 3, 0)
+  assert prompt_sets.balanced(bundled, None, 0) == everything
+  assert len(prompt_sets.balanced(bundled[:2], 3, 0)) == 2
 
 
 @pytest.mark.parametrize("metadata", ["none", "told", "noisy:0", "noisy:1"])
