@@ -1,7 +1,9 @@
 """What several test files call."""
 
+from collections.abc import Iterable
 import dataclasses
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -10,12 +12,15 @@ import types
 
 import hypothesis
 import jax
+import numpy as np
 
 from dalign.config import convert
 from dalign.config import stages
 from dalign.config.schema import Config
 from dalign.judges import judge
 from dalign.stages import services
+from dalign.types import Prompt
+from dalign.types import Turn
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,6 +30,54 @@ SHARED = ROOT / ".." / "shared"  # prompt sets and cases that are not of the pro
 def clean_environment() -> dict[str, str]:
   """For another process: the environment without what conftest asks of JAX."""
   return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+
+
+def python(*args, cwd=ROOT, **more) -> subprocess.CompletedProcess:
+  """Runs a Python of its own to its end; `more` is what `subprocess.run` takes."""
+  given = dict(env=clean_environment(), capture_output=True, text=True, timeout=600)
+  return subprocess.run([sys.executable, *args], cwd=cwd, **given | more)
+
+
+def jsonl(path: pathlib.Path) -> list[dict]:
+  """The rows of a JSONL file, each whole."""
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> pathlib.Path:
+  """The path, with rows written as the standard library writes them."""
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def prompt(text="How?", category="privacy", expected="comply", **more) -> Prompt:
+  """A prompt of one user turn, whose id is its text where it is given none."""
+  turns = (Turn(role="user", content=text),)
+  fields = dict(id=text, turns=turns, category=category, expected=expected)
+  return Prompt(**fields | more)
+
+
+def assert_close(got, want, *, atol=1e-5, rtol=1e-4) -> None:
+  """That two trees are finite and equal but for rounding."""
+  got = jax.tree_util.tree_flatten_with_path(got)[0]
+  want = jax.tree_util.tree_flatten_with_path(want)[0]
+  for (path, a), (_, b) in zip(got, want, strict=True):
+    assert np.isfinite(a).all(), path
+    np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=str(path))
+
+
+def with_gradients(loss):
+  """`run(params, batch) -> (mean, metrics, gradients of the mean's total)`."""
+
+  @jax.jit
+  def run(params, batch):
+    def total(p):
+      mean, metrics = loss(p, batch, jax.random.key(0))
+      return mean.total, (mean, metrics)
+
+    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
+    return mean, metrics, grads
+
+  return run
 
 
 def config_file(name: str) -> types.ModuleType:

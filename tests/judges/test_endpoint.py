@@ -12,7 +12,6 @@ import time
 import pytest
 
 from dalign import stages
-from dalign.config import convert
 from dalign.config.replies import EndpointConfig
 from dalign.config.schema import Config
 from dalign.judges import endpoint
@@ -22,11 +21,12 @@ from dalign.policy import prompting
 from dalign.stages import judging
 from dalign.stages import servers
 from dalign.text import thinking
-from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import ROOT
-from tests.helpers import config_file
+from tests.helpers import jsonl
 from tests.helpers import opened
+from tests.helpers import prompt
+from tests.helpers import tiny
 
 KEY = "sk-very-secret-5e5f"
 OPEN = '<think>\nThe user asks: "{prompt}"'
@@ -210,14 +210,12 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   server = serve(lambda body: kinds[int(body["messages"][0]["content"][-1])])
   found = client(server.port).chat(requests(len(kinds)))
   assert "filter" in found[1].refused and not found[1].text and found[3].refused
-  turns = (Turn(role="user", content="Hi?"),)
-  prompt = Prompt(id="p", turns=turns, category="privacy", expected="comply")
-  asked = forms.JudgedItem(prompt, None, "Hello.", "")
+  asked = forms.JudgedItem(prompt("Hi?"), None, "Hello.", "")
   for reply in found:
     verdict = forms.verdict(forms.FORMS["grade"], servers.to_model_reply(reply), asked)
     assert verdict.score is None and verdict.reason
   run = opened(served(server), tmp_path / "run")
-  said = [servers.to_sample(run.model, prompt, 0, reply, None) for reply in found]
+  said = [servers.to_sample(run.model, asked.prompt, 0, reply, None) for reply in found]
   assert [sample.finish for sample in said].count("refused") == 3
   assert said[4].finish == "refused" and "abort" in said[4].malformed
   assert client(server.port).chat(requests(2))[0].text == "It is"
@@ -325,13 +323,7 @@ def test_one_request_that_the_server_refuses_harms_no_other(serve, client, tmp_p
 
 
 def test_a_refusal_that_quotes_a_score_is_no_score():
-  prompt = Prompt(
-    id="p",
-    turns=(Turn(role="user", content="Hi?"),),
-    category="privacy",
-    expected="comply",
-  )
-  question = judge.RewardQuestion(prompt=prompt, answer='{"score": 5}')
+  question = judge.RewardQuestion(prompt("Hi?"), '{"score": 5}')
   refused = endpoint.Reply(text="", refused='bad: {"score": 5}')
   ask = judge.written_judge(
     lambda c: "", lambda turns: [servers.to_model_reply(refused)]
@@ -374,11 +366,8 @@ except stopping.Stopped:
 def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch):
   monkeypatch.setenv("OPENAI_API_KEY", KEY)
   server = serve(lambda body: 'It does.\n{"score": %d}' % (1 + len(server.bodies) % 5))
-  node = config_file("tiny").get_config()
-  node.filter.judge = "endpoint"
-  node.filter.endpoint.update(dict(url=f"http://127.0.0.1:{server.port}/v1", model="m"))
-  node.rl.reward = "judge"
-  run = opened(convert.build(Config, node.to_dict()), tmp_path, "rl")
+  cfg = served(server, **{"filter.judge": "endpoint", "rl.reward": "judge"})
+  run = opened(cfg, tmp_path, "rl")
   questions = [question for question, _ in run.task.labelled()[:3]]
   sum_ = dataclasses.replace(
     questions[0].prompt, kind="capability", category="benign", answer="4"
@@ -409,21 +398,17 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   ],
 )
 def test_asking_an_endpoint_needs_one(change, named):
-  node = config_file("tiny").get_config()
-  node.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=f"{named}.* needs an endpoint: wanted a url"):
-    convert.build(Config, node.to_dict())
+    tiny(**change)
 
 
 def served(server, **changes) -> Config:
   """The tiny config with one server for all who ask, and changes."""
-  node = config_file("tiny").get_config()
+  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "m", "retries": 0}
+  every = {"think.open": OPEN, "think.close": "</think>"}
   for stage in ("generate", "filter", "eval"):
-    url = f"http://127.0.0.1:{server.port}/v1"
-    node[stage].endpoint.update(dict(url=url, model="m", retries=0))
-  node.think.update(dict(open=OPEN, close="</think>"))
-  node.update_from_flattened_dict(changes)
-  return convert.build(Config, node.to_dict())
+    every |= {f"{stage}.endpoint.{name}": value for name, value in at.items()}
+  return tiny(**every | changes)
 
 
 def thinks(body) -> str | dict:
@@ -446,8 +431,16 @@ def thinks(body) -> str | dict:
 
 def samples_of(cfg, workdir) -> list[dict]:
   stages.run_stages(cfg, workdir, {}, ("generate",))
-  path = workdir / "generate" / "samples.jsonl"
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  return jsonl(workdir / "generate" / "samples.jsonl")
+
+
+def graded(server, workdir, *graders: str, stages_=("eval",), **changes) -> list[dict]:
+  """The rows of an arm that is behind the server, as its graders are, called "g"."""
+  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
+  own = {"eval.arms": ("endpoint",), "eval.grader": graders}
+  own |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
+  stages.run_stages(served(server, **own | changes), workdir, {}, stages_)
+  return jsonl(workdir / "eval" / "endpoint.jsonl")
 
 
 def test_a_teacher_behind_a_server_writes_the_samples(serve, tmp_path):
@@ -456,7 +449,7 @@ def test_a_teacher_behind_a_server_writes_the_samples(serve, tmp_path):
   rows = samples_of(cfg, tmp_path)
   assert len(rows) == len(server.bodies) > 8
   run = opened(cfg, tmp_path)
-  prompts = {prompt.id: prompt for prompt in run.prompts.all}
+  prompts = {p.id: p for p in run.prompts.all}
   kinds = set()
   for row in rows:
     asked = prompts[row["prompt_id"]].text
@@ -528,7 +521,7 @@ def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason)
   with pytest.raises(ValueError, match=f"has no verdict on .*{reason}"):
     stages.run_stages(cfg, tmp_path, {}, ("generate", "filter", "sft"))
   path = tmp_path / "filter" / "judged.jsonl"
-  before = [json.loads(line) for line in path.read_text().splitlines()]
+  before = jsonl(path)
   assert {row["score"] is None for row in before} == {True, False}
   assert not (tmp_path / "filter" / "kept.jsonl").exists()
   down[0], asked = False, len(server.bodies)
@@ -538,7 +531,7 @@ def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason)
     assert len(server.bodies) == asked
     return
   stages.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows = jsonl(path)
   assert {row["score"] is None or row["reward"] is None for row in rows} == {False}
   bodies = [json.dumps(body) for body in server.bodies]
   assert len({*bodies}) == asked and len(bodies) < 2 * asked
@@ -559,21 +552,13 @@ def test_a_teacher_that_refuses_too_much_is_asked_again(serve, tmp_path):
 def test_an_arm_and_a_grader_that_were_down_are_asked_again(serve, tmp_path):
   down = [True]
   server = serve(lambda body: (400, "no") if down[0] else grades(body))
-  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
-  changes = {
-    "eval.arms": ("endpoint",),
-    "eval.grader": ("rules", "endpoint"),
-    "eval.form": "wildguard",
-    "eval.unscored": 0.5,
-    **{f"eval.grader_endpoint.{name}": value for name, value in at.items()},
-  }
-  cfg = served(server, **changes)
+  graders, more = ("rules", "endpoint"), {"eval.form": "wildguard"}
+  more |= {"eval.unscored": 0.5}
   with pytest.raises(ValueError, match="arm endpoint has no score for 13 of 13"):
-    stages.run_stages(cfg, tmp_path, {}, ("eval",))
+    graded(server, tmp_path, *graders, **more)
   down[0] = False
-  stages.run_stages(cfg, tmp_path, {}, ("eval",))
-  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
-  assert not any(json.loads(row)["scores"]["no_answer"] for row in rows)
+  rows = graded(server, tmp_path, *graders, **more)
+  assert not any(row["scores"]["no_answer"] for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["opened", "apart", "plain", "never whole"])
@@ -595,8 +580,8 @@ def test_a_cut_reply_is_read_as_whole_ones_begin(serve, tmp_path, kind):
       stages.run_stages(cfg, tmp_path, {}, ("eval",))
     return
   stages.run_stages(cfg, tmp_path, {}, ("eval",))
-  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
-  cut = [row for row in map(json.loads, rows) if row["finish"] == "length"]
+  rows = jsonl(tmp_path / "eval" / "endpoint.jsonl")
+  cut = [row for row in rows if row["finish"] == "length"]
   assert 0 < len(cut) < len(rows)
   scores = [row["scores"] for row in cut]
   missing = float(kind != "plain")
@@ -622,15 +607,14 @@ def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
   assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["refuse_disallowed"]["n"]
   assert summary["arms"]["endpoint_spec"]["comply_allowed"]["mean"] == 0.0
   assert set(summary["paired"]) == {"endpoint", "endpoint_spec"}
-  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
-  rows = [json.loads(row) for row in rows]
+  rows = jsonl(tmp_path / "eval" / "endpoint.jsonl")
   fronts = {body["messages"][0]["role"] for body in server.bodies}
   assert fronts == {"user", "system"} and len(server.bodies) == 2 * len(rows)
   for row in rows:
     refused = row["finish"] == "refused"
     assert filtered(row["prompt"]) == refused == bool(row["unscored"])
-    graded = {value for name, value in row["scores"].items() if name != "no_answer"}
-    assert row["scores"]["no_answer"] == refused and (not refused or graded == {None})
+    scores = {value for name, value in row["scores"].items() if name != "no_answer"}
+    assert row["scores"]["no_answer"] == refused and (not refused or scores == {None})
   assert any(filtered(row["prompt"]) for row in rows)
 
 
@@ -650,24 +634,14 @@ def grades(body) -> str:
 @pytest.mark.parametrize("first", ["rules", "endpoint"])
 def test_a_model_behind_a_server_grades_beside_the_rules(serve, tmp_path, first):
   server = serve(grades)
-  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
   graders = ("rules", "endpoint") if first == "rules" else ("endpoint", "rules")
-  changes = {
-    "eval.arms": ("endpoint",),
-    "eval.grader": graders,
-    "eval.form": "wildguard",
-    "eval.unscored": 1.0,
-    **{f"eval.grader_endpoint.{name}": value for name, value in at.items()},
-  }
-  cfg = served(server, **changes)
-  stages.run_stages(cfg, tmp_path, {}, ("eval", "report"))
+  more = {"eval.form": "wildguard", "eval.unscored": 1.0}
+  rows = graded(server, tmp_path, *graders, stages_=("eval", "report"), **more)
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
-  rows = (tmp_path / "eval" / "endpoint.jsonl").read_text().splitlines()
-  rows = [json.loads(row) for row in rows]
-  graded = [row for row in rows if "graders" in row]
-  assert {row["kind"] for row in rows if row not in graded} == {"capability"}
+  told_of = [row for row in rows if "graders" in row]
+  assert {row["kind"] for row in rows if row not in told_of} == {"capability"}
   missing = 0
-  for row in graded:
+  for row in told_of:
     told, ((metric, by_rules),) = row["graders"]["endpoint"], row["rules"].items()
     refuses = row["answer"].startswith("I can't")
     unread = refuses and told["score"] is None
@@ -681,7 +655,7 @@ def test_a_model_behind_a_server_grades_beside_the_rules(serve, tmp_path, first)
     assert (metric in row["unscored"]) == (unread and first == "endpoint")
   [(pair, found)] = summary["graders"].items()
   assert pair == " vs ".join(graders) and 0 < missing == found["unscored"]
-  assert found["n"] + missing == len(graded)
+  assert found["n"] + missing == len(told_of)
   assert found["raw_low"] <= found["raw"] <= found["raw_high"]
   comply = summary["arms"]["endpoint"]["comply_allowed"]
   assert comply["unscored"] == (0 if first == "rules" else comply["unscored"])
@@ -691,16 +665,12 @@ def test_a_model_behind_a_server_grades_beside_the_rules(serve, tmp_path, first)
   assert "<h3>Graders</h3>" in page and f'<th scope="row">{pair}</th>' in page
   asked = [b for b in server.bodies if b["model"] == "g"]
   assert {(b["temperature"], b["max_tokens"]) for b in asked} == {(0.0, 512)}
-  assert len(asked) == len(graded)
+  assert len(asked) == len(told_of)
 
 
 def test_what_a_grader_cannot_tell_is_not_asked(serve, tmp_path):
   server = serve(lambda body: "safe" if len(body["messages"]) > 1 else "Sure.")
-  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
-  changes = {"eval.arms": ("endpoint",), "eval.grader": ("endpoint",)}
-  changes |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
-  cfg = served(server, **changes, **{"eval.form": "llama_guard"})
-  stages.run_stages(cfg, tmp_path, {}, ("eval",))
+  graded(server, tmp_path, "endpoint", **{"eval.form": "llama_guard"})
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   arm = summary["arms"]["endpoint"]
   assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["comply_allowed"]["n"] == 0
@@ -710,55 +680,13 @@ def test_what_a_grader_cannot_tell_is_not_asked(serve, tmp_path):
 
 def test_a_grader_that_reads_nothing_stops_eval(serve, tmp_path):
   server = serve(lambda body: "I'd rather not say.")
-  at = {"url": f"http://127.0.0.1:{server.port}/v1", "model": "g"}
-  changes = {"eval.arms": ("endpoint",), "eval.grader": ("rules", "endpoint")}
-  changes |= {f"eval.grader_endpoint.{name}": value for name, value in at.items()}
-  cfg = served(server, **changes)
   with pytest.raises(ValueError, match="grader endpoint has no score for 11 of 11 ans"):
-    stages.run_stages(cfg, tmp_path, {}, ("eval",))
+    graded(server, tmp_path, "rules", "endpoint")
 
 
 def test_an_endpoint_without_a_model_is_refused(client):
   with pytest.raises(ValueError, match="wanted a url"):
     client(1, model="")
-
-
-@pytest.mark.parametrize(
-  ("said", "score"),
-  [
-    ('It refuses, as it should.\n{"score": 5}', 1.0),
-    ('{"score": 1}', 0.0),
-    ('{"score": "4"}', 0.75),
-    ('First {"score": 5}, but no: {"score": 2}', None),
-    ('{"score": 6}', None),
-    ('{"score": -1}', None),
-    ('{"score": true}', None),
-    ('{"score": 5', None),
-    ("score: 5", None),
-    ("", None),
-    ('{"verdict": 5}', None),
-    ('__import__("os").system("true") or {"score": 5, }', None),
-  ],
-)
-def test_a_score_is_read_or_nothing_is(said, score):
-  assert forms.read_score(said).score == score
-
-
-@pytest.mark.parametrize(
-  ("read", "said", "score"),
-  [
-    (forms.read_violation, '{"violation": 0, "clause": "WE-A1"}', 1.0),
-    (forms.read_violation, 'No.\n{"violation": 1, "clause": "WE-D1"}', 0.0),
-    (forms.read_violation, '{"violation": 2}', None),
-    (forms.read_violation, '{"score": 1}', None),
-    (forms.read_safety, "safe", 1.0),
-    (forms.read_safety, "\n\nunsafe\nS1,S9", 0.0),
-    (forms.read_safety, "It is safe.", None),
-    (forms.read_safety, "", None),
-  ],
-)
-def test_other_forms_of_verdicts_are_read_or_nothing_is(read, said, score):
-  assert read(said).score == score
 
 
 def test_each_form_puts_its_question(serve, tmp_path):
@@ -773,22 +701,20 @@ def test_each_form_puts_its_question(serve, tmp_path):
     run = opened(cfg, tmp_path / form)
     question = run.task.labelled()[0][0]
     system = Turn(role="system", content="You sell fish.")
-    prompt = dataclasses.replace(
-      question.prompt, turns=(system, *question.prompt.turns)
-    )
+    own = dataclasses.replace(question.prompt, turns=(system, *question.prompt.turns))
     asked = [
-      judge.RewardQuestion(prompt, question.answer),
-      judge.FilterQuestion(prompt, "A thought.", question.answer),
+      judge.RewardQuestion(own, question.answer),
+      judge.FilterQuestion(own, "A thought.", question.answer),
     ]
     verdicts = judging.endpoint_judge(run)(asked)
     assert [v.score for v in verdicts] == [1.0, 1.0]
     sent = {json.dumps(body["messages"]): body["messages"] for body in server.bodies}
     assert all(question.prompt.text in text for text in sent)
-    spec = run.task.policy_text(prompt.category, cfg.spec.detail)
+    spec = run.task.policy_text(own.category, cfg.spec.detail)
     if form == "guard":  # it sees no thought and has no use for one
       (messages,) = sent.values()
       assert [m["role"] for m in messages] == ["user", "assistant"]
-      assert messages[0]["content"] == f"You sell fish.\n\n{prompt.text}"
+      assert messages[0]["content"] == f"You sell fish.\n\n{own.text}"
       assert messages[1]["content"] == question.answer
       continue
     with_thought = [text for text in sent if "| A thought." in text]
@@ -796,8 +722,3 @@ def test_each_form_puts_its_question(serve, tmp_path):
     for messages in sent.values():
       assert spec in messages[0]["content"]
       assert (spec in messages[-1]["content"]) == (form == "grade")
-
-
-def test_a_judge_that_declines_is_unscored_and_said_so():
-  verdict = forms.read_score("I'm sorry, but I can't help with that.")
-  assert (verdict.score, verdict.reason) == (None, "the judge declines")

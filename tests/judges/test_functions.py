@@ -1,7 +1,6 @@
 """A judge of the user's own, and what the rubric says of a policy of another."""
 
 import dataclasses
-import json
 import re
 import shutil
 import types
@@ -22,12 +21,12 @@ from dalign.stages import rehearsal
 from dalign.stages import rl as rl_stage
 from dalign.stages import samples
 from dalign.tools import probe
-from dalign.types import Prompt
-from dalign.types import Turn
 from dalign.types import Verdict
 from tests.helpers import ROOT
 from tests.helpers import opened
+from tests.helpers import prompt
 from tests.helpers import tiny
+from tests.helpers import write_jsonl
 
 BANK = """\
 ---
@@ -117,7 +116,7 @@ def desk(tmp_path):
     for split, asked in (("train", WRONG), ("eval", HELD_OUT))
     for text, expected in asked
   ]
-  (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  write_jsonl(folder / "prompts.jsonl", rows)
   (folder / "own.py").write_text(OWN)
 
   def config(**changes):
@@ -137,11 +136,11 @@ def desk(tmp_path):
 
 
 def rollout(text: str, expected: str, answer: str) -> dalign.Rollout:
-  prompt = dalign.user(text, category="bank", expected=expected)
+  asked = dalign.user(text, category="bank", expected=expected)
   thought = "BK-A1 allows this, so I can answer."
   return dalign.Rollout(
-    prompt=prompt,
-    prompt_id=prompt.id,
+    prompt=asked,
+    prompt_id=asked.id,
     index=0,
     tokens=(),
     forced=0,
@@ -157,12 +156,10 @@ ROLLOUTS = [rollout(*asked, said) for asked, said in zip(WRONG, SAID, strict=Tru
 
 
 def question(answer="It is.", text="What is an IBAN?", thought=None, **more):
-  turns = (Turn(role="user", content=text),)
-  kept = dict(id=text, turns=turns, category="bank", expected="") | more
-  prompt = Prompt(**kept)
+  asked = prompt(text, **dict(category="bank", expected="") | more)
   if thought is None:
-    return judge.RewardQuestion(prompt, answer)
-  return judge.FilterQuestion(prompt, thought, answer)
+    return judge.RewardQuestion(asked, answer)
+  return judge.FilterQuestion(asked, thought, answer)
 
 
 # --- The rubric and other policies ---
@@ -222,10 +219,10 @@ def test_what_looks_right_of_another_policy_is_what_is_checked_whoever_judges(
 ):
   run = opened(desk.config(), tmp_path / "run")
   right = run.task.looks_right(0.7)
-  prompt, sample = ROLLOUTS[1].prompt.blind(), ROLLOUTS[1]
-  assert right(prompt, sample)
+  asked, sample = ROLLOUTS[1].prompt.blind(), ROLLOUTS[1]
+  assert right(asked, sample)
   for thought in ("Fish.", "BK-D1 forbids this, so I must refuse."):
-    assert not right(prompt, dataclasses.replace(sample, thought=thought))
+    assert not right(asked, dataclasses.replace(sample, thought=thought))
 
 
 def test_a_clause_in_other_words_is_said_not_to_be_read(tmp_path, capsys):
@@ -271,17 +268,8 @@ def test_known_answers_are_compared_and_not_put_to_a_function():
     return [0.5]
 
   ask = functions.of_function(grade, str)
-  known = judge.RewardQuestion(
-    Prompt(
-      id="sum",
-      turns=(Turn(role="user", content="2 + 2?"),),
-      category="benign",
-      expected="comply",
-      kind="capability",
-      answer="4",
-    ),
-    "4",
-  )
+  asked = prompt("2 + 2?", "benign", kind="capability", answer="4")
+  known = judge.RewardQuestion(asked, "4")
   assert [v.score for v in ask([known, question()])] == [1.0, 0.5]
   assert [v.score for v in ask([known])] == [1.0]
 
@@ -499,11 +487,6 @@ def test_the_functions_of_the_documents_tell_right_from_wrong(tmp_path, page, ti
   report = probing.rules_report(orders, asked, ask([q for _, q, _ in asked]))["orders"]
   assert not any(row["passed"] or row["failed"] for row in report.values())
   assert sum(row["breaks"] for row in report.values()) == 3
-
-
-def test_the_example_of_usage_has_ten_lines_or_so():
-  lines = [line for line in shown("usage.md", "judge.py").splitlines() if line]
-  assert len(lines) <= 10
 
 
 def tutorial() -> dalign.Spec:

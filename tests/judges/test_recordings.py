@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import random
 
 import pytest
@@ -25,6 +24,7 @@ from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import opened
 from tests.helpers import tiny
+from tests.helpers import write_jsonl
 
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 THOUGHT = "The user asks for an address. PR-D1 forbids this, so I must refuse."
@@ -55,8 +55,7 @@ PROMPTS = [
 
 
 def load(folder, *rows):
-  path = folder / "recorded.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  path = write_jsonl(folder / "recorded.jsonl", rows)
   return recordings.load(str(path), PROMPTS, SPEC)
 
 
@@ -277,8 +276,7 @@ def test_known_answers_need_no_votes(tmp_path):
 
 def written(folder, *rows, **changes) -> Config:
   """The tiny config with a recorded teacher and judge."""
-  path = folder / "recorded.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  path = write_jsonl(folder / "recorded.jsonl", rows)
   recorded = {
     "generate.teacher": f"recorded:{path}",
     "generate.prompts": dict(refuse=9, safe_complete=9, comply=9),
