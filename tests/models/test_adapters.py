@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dalign.config.model import LoRAConfig
-from dalign.config.training import OptimizerConfig
 from dalign.formats import weights
 from dalign.models import adapters
 from dalign.models import param_tree
@@ -18,21 +17,15 @@ from dalign.text import packing
 from dalign.training import reward
 from dalign.training import sft
 from dalign.training import train
+from tests.helpers import tiny
 
 KEY = jax.random.key(0)
 LORA = LoRAConfig(rank=3, alpha=12.0, leaves=("q", "v", "o", "down"), frozen="float32")
 TOKENS = np.random.default_rng(7).integers(3, 97, 30).tolist()
-OPTIMIZER = OptimizerConfig(
-  learning_rate=1e-2,
-  matrix_rate=0.0,
-  warmup_share=0.0,
-  final_share=1.0,
-  beta1=0.9,
-  beta2=0.95,
-  weight_decay=0.0,
-  clip_norm=1e9,
-  skip_norm=0.0,
-  stop_norm=0.0,
+OPTIMIZER = dataclasses.replace(
+  tiny().sft.optimizer,
+  **dict(learning_rate=1e-2, matrix_rate=0.0, warmup_share=0.0, final_share=1.0),
+  **dict(beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1e9),
 )
 
 

@@ -189,7 +189,6 @@ def test_damaged_parameters_are_refused(tmp_path):
     tmp_path / "params",
     params,
   )
-  print(counts)
   assert counts["refused"] > 10, counts
 
 
@@ -208,7 +207,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     return found
 
   counts = unharmed(read, tmp_path / "state", state)
-  print(counts)
   assert counts["refused"] > 10, counts
 
 

@@ -24,6 +24,7 @@ from dalign.training import distillation
 from dalign.training import policy_gradient
 from tests.helpers import opened
 from tests.helpers import tiny
+from tests.helpers import with_gradients
 
 KEY, TEMPERATURE = jax.random.key(0), 0.8
 PROMPT, SPEC = (3, 1, 4, 1), (2, 2, 0, 4, 3, 0)
@@ -103,20 +104,11 @@ def batch_of(samples, teacher, cfg, compute, *, exact, packs=packing.pack):
 def run_of(cfg, compute, exact, chunk=16):
   """`run({"policy", "teacher"}, batch) -> (mean, metrics, gradients)`."""
   compute = dataclasses.replace(compute, logits_chunk=chunk)
-  loss = distillation.make_loss(
-    cfg=cfg, compute=compute, temperature=TEMPERATURE, exact=exact
+  return with_gradients(
+    distillation.make_loss(
+      cfg=cfg, compute=compute, temperature=TEMPERATURE, exact=exact
+    )
   )
-
-  @jax.jit
-  def run(params, batch):
-    def total(p):
-      mean, metrics = loss(p, batch, KEY)
-      return mean.total, (mean, metrics)
-
-    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
-    return mean, metrics, grads
-
-  return run
 
 
 def every(length):

@@ -20,22 +20,16 @@ from dalign.training import policy_gradient
 from dalign.training import reward
 from dalign.training import rollout
 from dalign.types import Prompt
-from dalign.types import Turn
 from dalign.types import Verdict
+from tests.helpers import assert_close
 from tests.helpers import config_file
+from tests.helpers import prompt
+from tests.helpers import with_gradients
 
 KEY = jax.random.key(0)
 
 
 ALGORITHMS = config_file("algorithms")
-
-
-def close(got, want, *, atol=1e-5, rtol=1e-4):
-  got = jax.tree_util.tree_flatten_with_path(got)[0]
-  want = jax.tree_util.tree_flatten_with_path(want)[0]
-  for (path, a), (_, b) in zip(got, want, strict=True):
-    assert np.isfinite(a).all(), path
-    np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=str(path))
 
 
 @functools.cache
@@ -56,23 +50,6 @@ def groups(seed=0):
   scored_BR[3] = False
   reward_BR[4] = 0.25
   return reward_BR, scored_BR
-
-
-def plain_rloo(reward_R, scored_R):
-  out = np.zeros(len(reward_R))
-  for i in np.flatnonzero(scored_R):
-    others = [reward_R[j] for j in np.flatnonzero(scored_R) if j != i]
-    if others:
-      out[i] = reward_R[i] - np.mean(others)
-  return out
-
-
-def test_rloo_is_each_reward_less_the_mean_of_the_others():
-  reward_BR, scored_BR = groups()
-  got = advantages.rloo(reward_BR, scored_BR)
-  for b in range(len(reward_BR)):
-    want = plain_rloo(reward_BR[b].astype(float), scored_BR[b])
-    np.testing.assert_allclose(got[b], want, atol=1e-6)
 
 
 def test_rloo_is_dr_grpo_times_a_constant():
@@ -261,16 +238,6 @@ def test_penalties_have_the_gradient_of_a_kl(kind, other_way):
     np.testing.assert_allclose(sampled(logits_V), want, atol=1e-5)
 
 
-def test_k1_has_no_gradient_in_expectation():
-  logits_V, ref_V = np.random.default_rng(0).normal(size=(2, 7)).astype(np.float32)
-
-  def sampled(logits_V):
-    logp_V = jax.nn.log_softmax(logits_V)
-    return jnp.sum(jax.lax.stop_gradient(jnp.exp(logp_V)) * (logp_V - ref_V))
-
-  assert np.abs(jax.grad(sampled)(logits_V)).max() < 1e-6
-
-
 # --- The policy gradient ---
 
 
@@ -306,9 +273,7 @@ def score(cfg, compute):
 
 
 def tokens_of(packed: packing.Packed):
-  names = "tokens_BT", "positions_BT", "ends_BT"
-  batch = {name: getattr(packed, name) for name in names}
-  return batch | {"wanted_BT": packed.weight_BT > 0}
+  return packed.lines | {"wanted_BT": packed.weight_BT > 0}
 
 
 def rl_batch(packed: packing.Packed, logp_BT, rows, *, shift=False):
@@ -335,20 +300,9 @@ RLOO = dict(ratio_cap=1.2, length_norm=8.0)
 
 def run_of(how: ObjectiveConfig, cfg, compute):
   """`run(params, batch) -> (mean, metrics, gradients)` at temperature 0.8."""
-  loss = policy_gradient.make_loss(
-    cfg=cfg, compute=compute, temperature=0.8, objective=how
+  return with_gradients(
+    policy_gradient.make_loss(cfg=cfg, compute=compute, temperature=0.8, objective=how)
   )
-
-  @jax.jit
-  def run(params, batch):
-    def total(p):
-      mean, metrics = loss(p, batch, KEY)
-      return mean.total, (mean, metrics)
-
-    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
-    return mean, metrics, grads
-
-  return run
 
 
 @pytest.fixture(scope="module")
@@ -524,7 +478,7 @@ def test_rollouts_left_out_count_where_a_constant_divides(
   some, _, same = run(params, batch)
   np.testing.assert_allclose(some.total, whole.total, rtol=1e-6)
   np.testing.assert_allclose(some.count, whole.count + counted, rtol=1e-6)
-  close(same, grads, atol=1e-7, rtol=1e-4)  # sums of two calls
+  assert_close(same, grads, atol=1e-7, rtol=1e-4)  # sums of two calls
 
 
 def even(rows):
@@ -545,7 +499,7 @@ def test_dapo_is_grpo_without_kl_where_lengths_are_equal(score, params, cfg, com
     how = objective(name, kl="none", kl_weight=0.0, clip_high=0.28)
     mean, _, grads = run_of(how, cfg, compute)(params, batch)
     found.append(jax.tree.map(lambda g: g / mean.count, grads))  # noqa: B023
-  close(found[0], found[1], atol=1e-6)
+  assert_close(found[0], found[1], atol=1e-6)
 
 
 def test_on_policy_gspo_has_the_gradient_of_grpo(score, params, cfg, compute):
@@ -555,7 +509,7 @@ def test_on_policy_gspo_has_the_gradient_of_grpo(score, params, cfg, compute):
   grpo = objective("grpo", kl="none", kl_weight=0.0)
   want = run_of(grpo, cfg, compute)(params, batch)
   got = run_of(objective("gspo"), cfg, compute)(params, batch)
-  close(got[2], want[2])
+  assert_close(got[2], want[2])
 
 
 def test_on_policy_the_gradient_is_that_of_log_pi(
@@ -569,13 +523,8 @@ def test_on_policy_the_gradient_is_that_of_log_pi(
   weight_BT = np.where(batch["sampled_BT"], batch["advantage_BT"], 0.0)
 
   def reinforce(p):
-    hidden_BTD, _ = transformer.forward(
-      p,
-      packed.tokens_BT,
-      packed.positions_BT,
-      packed.ends_BT,
-      cfg=cfg,
-      compute=compute,
+    hidden_BTD, _ = forward_of(cfg, compute)(
+      p, packed.tokens_BT, packed.positions_BT, packed.ends_BT
     )
     logp_BTV = jax.nn.log_softmax(hidden_BTD[:, :-1] @ transformer.head(p) / 0.8)
     at = jnp.asarray(packed.tokens_BT[:, 1:, None])
@@ -583,7 +532,7 @@ def test_on_policy_the_gradient_is_that_of_log_pi(
     return -jnp.sum(logp_BT * weight_BT[:, 1:])
 
   want = jax.jit(jax.grad(reinforce))(params)
-  close(got, want)
+  assert_close(got, want)
 
 
 def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, params):
@@ -596,8 +545,8 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
   ):
     batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
     runs.append(loss_and_gradient(batch))
-  close(runs[1], runs[0])
-  close(runs[2], runs[0])
+  assert_close(runs[1], runs[0])
+  assert_close(runs[2], runs[0])
   assert (packed.ends_BT == 0).all(axis=1).any()  # lines of padding alone
 
 
@@ -609,7 +558,7 @@ def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params
   for name in ("behaviour_BT", "advantage_BT", "reference_BT", "returns_BT"):
     batch[name] = np.where(batch["sampled_BT"], batch[name], np.nan)
   got = loss_and_gradient(batch)
-  close(got, want, atol=0, rtol=0)
+  assert_close(got, want, atol=0, rtol=0)
 
 
 def test_equal_rewards_give_no_policy_gradient(score, loss_and_gradient, params):
@@ -638,13 +587,8 @@ def test_the_expected_gradient_is_the_exact_one(
 
   def expected(p):
     line = packing.pad_rows([(prompt, [0.0] * 4)], length=4)
-    hidden_BTD, _ = transformer.forward(
-      p,
-      line.tokens_BT,
-      line.positions_BT,
-      line.ends_BT,
-      cfg=cfg,
-      compute=compute,
+    hidden_BTD, _ = forward_of(cfg, compute)(
+      p, line.tokens_BT, line.positions_BT, line.ends_BT
     )
     return -jax.nn.softmax(hidden_BTD[0, -1] @ transformer.head(p) / 0.8) @ reward_V
 
@@ -667,7 +611,7 @@ def test_the_expected_gradient_is_the_exact_one(
       batch["advantage_BT"] = batch["advantage_BT"] * prob_BT
       total = jax.tree.map(jnp.add, total, loss_and_gradient(batch)[2])
     np.testing.assert_allclose(mass, 1, atol=1e-5)
-    close(total, want)
+    assert_close(total, want)
 
 
 @pytest.mark.parametrize("name", [*ALGORITHMS.CHANGES])
@@ -812,17 +756,9 @@ def test_padding_and_neighbours_change_no_score(judge, rows):
 
 @pytest.fixture(scope="module")
 def reward_loss(cfg, compute, reward_params):
-  loss = reward.make_loss(cfg=cfg, compute=compute, pair_weight=0.5, answer_weight=0.25)
-
-  @jax.jit
-  def run(params, batch):
-    def total(p):
-      mean, metrics = loss(p, batch, KEY)
-      return mean.total, (mean, metrics)
-
-    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
-    return mean, metrics, grads
-
+  run = with_gradients(
+    reward.make_loss(cfg=cfg, compute=compute, pair_weight=0.5, answer_weight=0.25)
+  )
   return lambda batch, params=reward_params: run(params, batch)
 
 
@@ -868,11 +804,11 @@ def test_padding_and_order_change_no_reward_gradient(reward_loss, rows):
   want = reward_loss(reward_batch(rows, lines=8))
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(want[2]))
   turned = reward_loss(reward_batch(rows[::-1], lines=8))
-  close(turned, want)
+  assert_close(turned, want)
   odd = reward_batch(rows, lines=8)
   odd["tokens_BT"][6:] = 50
   odd["score_B"][6:] = 0.7
-  close(reward_loss(odd), want)
+  assert_close(reward_loss(odd), want)
 
 
 def test_micro_batches_of_whole_prompts_change_no_reward_gradient(reward_loss, rows):
@@ -880,7 +816,7 @@ def test_micro_batches_of_whole_prompts_change_no_reward_gradient(reward_loss, r
   rows = [(*row[:3], i) for i, row in enumerate(rows)]  # no answer of two prompts
   whole = reward_loss(reward_batch(rows, lines=8))
   parts = [reward_loss(reward_batch(part, lines=8)) for part in (rows[:3], rows[3:])]
-  close(jax.tree.map(jnp.add, *parts), whole)
+  assert_close(jax.tree.map(jnp.add, *parts), whole)
 
 
 def test_a_reward_model_learns_what_is_plain(reward_loss, reward_params):
@@ -951,13 +887,8 @@ def test_a_reward_model_keeps_the_trunk_and_drops_the_head(
 
 def prompts_of(cells: dict[tuple[str, str], int]) -> list[Prompt]:
   return [
-    Prompt(
-      id=f"{category}-{expected}-{i}",
-      turns=(Turn(role="user", content="Well?"),),
-      category=category,
-      expected=expected,
-    )
-    for (category, expected), n in cells.items()
+    prompt("Well?", *cell, id=f"{'-'.join(cell)}-{i}")
+    for cell, n in cells.items()
     for i in range(n)
   ]
 
@@ -1015,12 +946,12 @@ def test_a_mixture_may_leave_out_and_must_name_what_there_is():
   ],
 )
 def test_two_judges_make_one_reward(how, expected, score):
-  [prompt] = prompts_of({("a", expected): 1})
+  [asked] = prompts_of({("a", expected): 1})
   none = Verdict(score=None, reason="cut")
   both = Verdict(score=0.4), Verdict(score=0.5)
-  assert rollout.combined(how, prompt, *both).score == pytest.approx(score)
-  without = [rollout.combined(how, prompt, none, both[1])]
-  without += [rollout.combined(how, prompt, both[0], none)]
+  assert rollout.combined(how, asked, *both).score == pytest.approx(score)
+  without = [rollout.combined(how, asked, none, both[1])]
+  without += [rollout.combined(how, asked, both[0], none)]
   counts = [
     how != "split" or expected != "comply",
     how != "split" or expected == "comply",

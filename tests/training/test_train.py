@@ -25,6 +25,8 @@ from dalign.text import packing
 from dalign.training import sft
 from dalign.training import train
 from dalign.types import Mean
+from tests.helpers import assert_close
+from tests.helpers import with_gradients
 
 OPTIMIZER = OptimizerConfig(
   learning_rate=1e-2,
@@ -39,14 +41,6 @@ OPTIMIZER = OptimizerConfig(
   stop_norm=0.0,
 )
 KEY = jax.random.key(0)
-
-
-def close(got, want, *, atol=1e-5, rtol=1e-4):
-  got = jax.tree_util.tree_flatten_with_path(got)[0]
-  want = jax.tree_util.tree_flatten_with_path(want)[0]
-  for (path, a), (_, b) in zip(got, want, strict=True):
-    assert np.isfinite(a).all(), path
-    np.testing.assert_allclose(a, b, atol=atol, rtol=rtol, err_msg=str(path))
 
 
 # --- ops ---
@@ -119,7 +113,7 @@ def test_token_stats_are_those_of_one_token_at_a_time(chunk, temperature, wanted
     return jnp.sum(stats_BT.logp**2) + jnp.sum(stats_BT.entropy + stats_BT.hit)
 
   got, want = (jax.jit(jax.grad(f, (0, 1)))(hidden, head) for f in (chunked, dense))
-  close(got, want)
+  assert_close(got, want)
 
 
 @pytest.mark.parametrize("wide", [(70, 50), (50, 70)])
@@ -274,8 +268,8 @@ def test_muon_gives_each_layers_matrices_even_steps_and_adamw_the_rest():
     assert 0.6 < np.diag(along).min() / scale and np.diag(along).max() / scale < 1.3
     assert np.abs(along - np.diag(np.diag(along))).max() < 0.05
   for name in ("embed", "norm"):
-    close(muon[name], rest[name])
-  close(muon["layers"]["mlp_norm"], rest["layers"]["mlp_norm"])
+    assert_close(muon[name], rest[name])
+  assert_close(muon["layers"]["mlp_norm"], rest["layers"]["mlp_norm"])
   assert np.abs(muon["layers"]["q"] - adamw["layers"]["q"]).max() > 1e-3
 
 
@@ -289,7 +283,7 @@ def test_the_last_steps_are_averaged():
     seen.append(jax.tree.map(np.asarray, jax.device_get(state.params)))
     last = seen[3:] or seen[-1:]
     want = jax.tree.map(lambda *x: np.mean(x, axis=0), *last)
-    close(state.average, want, atol=1e-6)
+    assert_close(state.average, want, atol=1e-6)
   assert np.abs(state.average["w"] - state.params["w"]).max() > 1e-3
 
 
@@ -308,7 +302,7 @@ def test_updates_are_those_of_written_out_adamw():
     return {"w": x.T @ error, "b": error.sum(axis=0)}
 
   want = plain_adamw({n: p.astype(float) for n, p in start.items()}, gradient, 10)
-  close(state.params, want)
+  assert_close(state.params, want)
   assert state.step == 10
   assert metrics["loss"].count == 6 and metrics["grad_norm"].value() > 0.5
 
@@ -334,7 +328,7 @@ def test_micro_batches_change_nothing():
   whole = update(train.create(start, tx), one(batch), KEY, 1)
   for micro in (2, 4, 16):
     state, metrics = update(train.create(start, tx), one(batch, micro), KEY, micro)
-    close(state.params, whole[0].params)
+    assert_close(state.params, whole[0].params)
     assert metrics["loss"].count == 9
     np.testing.assert_allclose(metrics["loss"].total, whole[1]["loss"].total, rtol=1e-5)
 
@@ -348,7 +342,7 @@ def test_unused_micro_batches_are_not_looked_at():
   want, want_metrics = update(train.create(start, tx), one(few, 2), KEY, 2)
   batch["x"][8:] = np.nan
   got, metrics = update(train.create(start, tx), one(batch, 4), KEY, 2)
-  close((got.params, metrics), (want.params, want_metrics))
+  assert_close((got.params, metrics), (want.params, want_metrics))
   update(train.create(start, tx), one(batch, 4), KEY, 1)
   assert update._cache_size() == 2  # one a shape, none a number of used ones
 
@@ -474,23 +468,12 @@ def rows():
 
 @pytest.fixture(scope="module")
 def loss_and_gradient(params, cfg, compute):
-  loss = sft.make_loss(cfg=cfg, compute=compute)
-
-  @jax.jit
-  def run(batch):
-    def total(p):
-      mean, metrics = loss(p, batch, KEY)
-      return mean.total, (mean, metrics)
-
-    grads, (mean, metrics) = jax.grad(total, has_aux=True)(params)
-    return mean, metrics, grads
-
-  return run
+  run = with_gradients(sft.make_loss(cfg=cfg, compute=compute))
+  return functools.partial(run, params)
 
 
 def sft_batch(packed: packing.Packed, micro=None):
-  names = ("tokens_BT", "positions_BT", "ends_BT", "weight_BT")
-  batch = {n: getattr(packed, n) for n in names}
+  batch = packed.lines | {"weight_BT": packed.weight_BT}
   return batch if micro is None else one(batch, micro)
 
 
@@ -524,8 +507,8 @@ def test_packing_padding_and_order_change_no_sft_gradient(rows, loss_and_gradien
   assert (packed.ends_BT == 0).all(axis=1).any()  # a line of padding alone
   assert np.sum(packed.ends_BT > 0) < sum(len(tokens) for tokens, _ in rows) - 5
   packed = loss_and_gradient(sft_batch(packed))
-  close(packed, padded)
-  close(turned, padded)
+  assert_close(packed, padded)
+  assert_close(turned, padded)
   alone = [
     loss_and_gradient(sft_batch(packing.pad_rows([row] * 8, length=24))) for row in rows
   ]
@@ -587,8 +570,8 @@ def test_a_mesh_of_eight_gives_the_same_updates(one_device, step_of, batches):
   for batch, (want, want_metrics) in zip(batches, one_device[1], strict=True):
     state, metrics = step(state, batch, KEY, 2)
     assert first.is_deleted()
-    close(metrics, want_metrics)
-    close(state.params, want, atol=1e-5, rtol=0)
+    assert_close(metrics, want_metrics)
+    assert_close(state.params, want, atol=1e-5, rtol=0)
   assert state.params["layers"]["q"].sharding.spec == P(None, "fsdp", "tensor")
   step(state, batches[0], KEY, 1)
   assert step.jitted._cache_size() == 1
