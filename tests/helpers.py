@@ -49,10 +49,13 @@ def write_jsonl(path: pathlib.Path, rows: Iterable[dict]) -> pathlib.Path:
   return path
 
 
-def prompt(text="How?", category="privacy", expected="comply", **more) -> Prompt:
-  """A prompt of one user turn, whose id is its text where it is given none."""
-  turns = (Turn(role="user", content=text),)
-  fields = dict(id=text, turns=turns, category=category, expected=expected)
+def prompt(said="How?", category="privacy", expected="comply", **more) -> Prompt:
+  """A prompt of one user turn, or of several turns, the users' and the assistant's by
+  turns; its id is what it says last where it is given none."""
+  said = (said,) if isinstance(said, str) else said
+  roles = ("user", "assistant") * len(said)
+  turns = tuple(Turn(role=r, content=c) for r, c in zip(roles, said, strict=False))
+  fields = dict(id=said[-1], turns=turns, category=category, expected=expected)
   return Prompt(**fields | more)
 
 

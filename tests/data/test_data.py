@@ -5,19 +5,16 @@ import csv
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 import time
 
 import pytest
 
 from dalign.data import prompt_sets
 from dalign.types import EXPECTED
-from dalign.types import Prompt
 from dalign.types import Turn
+from tests import helpers
 
-ROOT = pathlib.Path(prompt_sets.__file__).parents[2]
-SHARED = ROOT / ".." / "shared" / "data"
+SHARED = helpers.SHARED / "data"
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +33,8 @@ def bundled(cache):
 
 
 def prompt(id, text, scenario="", **fields):
-  fields = {"category": "weapons", "expected": "comply"} | fields
-  turns = (Turn(role="user", content=text),)
-  return Prompt(id=id, turns=turns, scenario=scenario, **fields)
+  own = {"id": id, "category": "weapons", "scenario": scenario}
+  return helpers.prompt(text, **own | fields)
 
 
 def slow_jaccard(left, right):
@@ -115,11 +111,7 @@ def test_no_bundled_prompt_is_an_evaluation_prompt(bundled):
   )
   if not paths:
     pytest.skip("../shared/data is absent")
-  texts = [
-    json.loads(line)["prompt"]
-    for path in paths
-    for line in path.read_text(encoding="utf-8").splitlines()
-  ]
+  texts = [row["prompt"] for path in paths for row in helpers.jsonl(path)]
   assert len(texts) > 4000
   assert prompt_sets.contaminated(bundled, texts) == []
 
@@ -149,7 +141,7 @@ def folder(tmp_path, monkeypatch):
     {"scenario": f"privacy{i}", "expected": "comply", "prompt": f"what is number {i}"}
     for i in range(20)
   ]
-  (tmp_path / "privacy.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+  helpers.write_jsonl(tmp_path / "privacy.jsonl", rows)
   return tmp_path
 
 
@@ -184,21 +176,6 @@ def test_bundled_turns_and_kinds(folder):
   assert [(t.role, t.content) for t in loaded["weapons-x-1"].turns] == [
     (turn["role"], turn["content"]) for turn in turns
   ]
-
-
-def test_tensorflow_is_not_imported(tmp_path):
-  """Holds with TensorFlow installed too: a stand-in ends who imports it."""
-  stand_in = tmp_path / "site" / "tensorflow" / "__init__.py"
-  stand_in.parent.mkdir(parents=True)
-  stand_in.write_text("raise SystemExit('tensorflow was imported')")
-  code = (
-    f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-    "from dalign.data import prompt_sets as data\n"
-    f"assert data.load('bundled', {{}}, {str(tmp_path)!r})\n"
-    "data.order(5, seed=0, epoch=0)\n"
-    "assert 'tensorflow' not in sys.modules"
-  )
-  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # Splits
@@ -383,9 +360,7 @@ COLUMNS = {"prompt": "question", "category": "area", "expected": "=comply"}
 
 
 def write(tmp_path, *rows):
-  path = tmp_path / "p.jsonl"
-  path.write_text("\n".join(json.dumps(row) for row in rows))
-  return f"jsonl:{path}"
+  return f"jsonl:{helpers.write_jsonl(tmp_path / 'p.jsonl', rows)}"
 
 
 def test_jsonl_with_columns(tmp_path):

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 import re
 
 from hypothesis import given
@@ -11,12 +10,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
-from dalign import types
 from dalign.policy import prompting
 from dalign.policy import spec
 from dalign.runs import store
 from dalign.text.thinking import ThinkFormat
 from tests.helpers import ROOT
+from tests.helpers import jsonl
+from tests.helpers import prompt
 
 CATEGORIES = {
   "illicit_behavior": "IB",
@@ -178,114 +178,83 @@ def test_blank_lines_and_windows_line_ends_change_nothing():
   assert spec.parse_policy(loose, "tea.md") == spec.parse_policy(TEA, "tea.md")
 
 
-BROKEN = {  # name: (what of TEA, by what, a part of the line at fault, what was wanted)
-  "no front matter": ("---\nid", "id", "id: tea", '"---" to open'),
-  "unknown key": ("title: Tea", "titel: Tea", "titel", "a key of id, code, title"),
-  "no colon": ("title: Tea", "a title", "a title", "a key of id, code"),
-  "key twice": ("version: 3", "code: TE", "code: TE\nsummary", "each key once"),
-  "missing key": ("version: 3\n", "", "---\n## Purpose", '"version: ..."'),
-  "empty summary": (
+BROKEN = [  # what of TEA, by what, a part of the line at fault, what was wanted
+  ("---\nid", "id", "id: tea", '"---" to open'),
+  ("title: Tea", "titel: Tea", "titel", "a key of id, code, title"),
+  ("title: Tea", "a title", "a title", "a key of id, code"),
+  ("version: 3", "code: TE", "code: TE\nsummary", "each key once"),
+  ("version: 3\n", "", "---\n## Purpose", '"version: ..."'),
+  (
     "summary: Talk about tea freely. <!--more--> Do not sell it.",
     "summary: ",
     "summary",
     '"summary: ..." with some text',
   ),
-  "id is not the file": ("id: tea", "id: tee", "id: tee", '"id: tea", the name'),
-  "id in capitals": ("id: tea", "id: Tea", "id: Tea", "lower case"),
-  "code of three": ("code: TE", "code: TEA", "code: TEA", "two capitals"),
-  "missing section": (
+  ("id: tea", "id: tee", "id: tee", '"id: tea", the name'),
+  ("id: tea", "id: Tea", "id: Tea", "lower case"),
+  ("code: TE", "code: TEA", "code: TEA", "two capitals"),
+  (
     "## Definitions\n- **tea**: Hot water with leaves (e.g. Assam). Coffee is not tea.",
     "",
     "## Allowed",
     'section "## Definitions"',
   ),
-  "misspelt section": ("## Disallowed", "## Forbidden", "## Forb", '"## Disallowed"'),
-  "extra section": (
+  ("## Disallowed", "## Forbidden", "## Forb", '"## Disallowed"'),
+  (
     "## Worked",
     "## Notes\nHello.\n## Worked",
     "## Notes",
     'section "## Worked examples"',
   ),
-  "text before sections": ("## Purpose", "Hi\n## Purpose", "Hi", '"## Purpose"'),
-  "empty section": (
-    "Keep tea safe.\nKeep it warm.\n",
-    "",
-    "## Purpose",
-    "text under this heading",
-  ),
-  "definition without bold": ("- **tea**:", "- tea:", "- tea:", '"- **name**: text"'),
-  "definition twice": (
-    "## Allowed",
-    "- **tea**: Again.\n## Allowed",
-    "Again",
-    "each name once",
-  ),
-  "wrong prefix": ("- TE-D1", "- TX-D1", "- TX-D1", '"- TE-D<number>: text"'),
-  "wrong letter": ("- TE-D1", "- TE-S1", "- TE-S1: Never", '"- TE-D<number>: text"'),
-  "zero": ("- TE-D1", "- TE-D01", "- TE-D01", '"- TE-D<number>: text"'),
-  "no text": ("TE-A12: Write poems about it.", "TE-A12:", "TE-A12", "TE-A<number>"),
-  "clause twice": ("- TE-A12", "- TE-A1", "TE-A1: Write", "each clause id once"),
-  "wrapped clause": ("it.\n## Dis", "it.\nAnd\n## Dis", "And", '"- TE-A<number>'),
-  "example unquoted": (
-    '"who drinks it?"',
-    "who drinks it?",
-    "who drinks",
-    "- Example:",
-  ),
-  "example first": (
-    "- TE-D1",
-    '  - Example: "no"\n- TE-D1',
-    'Example: "no"',
-    '"- TE-D<number>: text"',
-  ),
-  "answer without an example": (
+  ("## Purpose", "Hi\n## Purpose", "Hi", '"## Purpose"'),
+  ("Keep tea safe.\nKeep it warm.\n", "", "## Purpose", "text under this heading"),
+  ("- **tea**:", "- tea:", "- tea:", '"- **name**: text"'),
+  ("## Allowed", "- **tea**: Again.\n## Allowed", "Again", "each name once"),
+  ("- TE-D1", "- TX-D1", "- TX-D1", '"- TE-D<number>: text"'),
+  ("- TE-D1", "- TE-S1", "- TE-S1: Never", '"- TE-D<number>: text"'),
+  ("- TE-D1", "- TE-D01", "- TE-D01", '"- TE-D<number>: text"'),
+  ("TE-A12: Write poems about it.", "TE-A12:", "TE-A12", "TE-A<number>"),
+  ("- TE-A12", "- TE-A1", "TE-A1: Write", "each clause id once"),
+  ("it.\n## Dis", "it.\nAnd\n## Dis", "And", '"- TE-A<number>'),
+  ('"who drinks it?"', "who drinks it?", "who drinks", "- Example:"),
+  ("- TE-D1", '  - Example: "no"\n- TE-D1', 'Example: "no"', '"- TE-D<number>: text"'),
+  (
     "TE-A12: Write poems about it.",
     'TE-A12: Write poems.\n  - Keeps: "Leaves fall."',
     "Keeps:",
     "an Example of TE-A12 above",
   ),
-  "answer unquoted": (
+  (
     '"goose tea price"',
     '"goose tea price"\n  - Breaks: Two pence.',
     "Breaks:",
     '"  - Breaks: \\"answer\\"" or "  - Keeps: \\"answer\\"" under the example',
   ),
-  "empty answer": (
-    '"goose tea price"',
-    '"goose tea price"\n  - Breaks: ""',
-    "Breaks:",
-    "answer",
-  ),
-  "answer that breaks and keeps": (
+  ('"goose tea price"', '"goose tea price"\n  - Breaks: ""', "Breaks:", "answer"),
+  (
     '"goose tea price"',
     '"goose tea price"\n  - Breaks: "One."\n  - Keeps: "One."',
     "Keeps:",
     "each answer to an example once",
   ),
-  "answer of another kind": (
-    '"goose tea price"',
-    '"goose tea price"\n  - Bends: "One."',
-    "Bends:",
-    "- Example:",
-  ),
-  "edge without arrow": ('1900?" -> TE-A1', '1900?" TE-A1', "1900", "-> <clause id>"),
-  "edge of unknown clause": ("-> TE-A1:", "-> TE-A2:", "-> TE-A2", "a clause of this"),
-  "edge of another file": ("-> TE-A1:", "-> WE-A1:", "-> WE-A1", "a clause of this"),
-  "worked of unknown clause": ("### TE-D1", "### TE-D9", "### TE-D9", "a clause of"),
-  "worked without thought": (
+  ('"goose tea price"', '"goose tea price"\n  - Bends: "One."', "Bends:", "- Example:"),
+  ('1900?" -> TE-A1', '1900?" TE-A1', "1900", "-> <clause id>"),
+  ("-> TE-A1:", "-> TE-A2:", "-> TE-A2", "a clause of this"),
+  ("-> TE-A1:", "-> WE-A1:", "-> WE-A1", "a clause of this"),
+  ("### TE-D1", "### TE-D9", "### TE-D9", "a clause of"),
+  (
     "Thought: The user asks for a sale. TE-D1 forbids it, so I must refuse.\n",
     "",
     "### TE-D1",
     "3 lines under this heading, not 2",
   ),
-  "worked out of order": ("User: I am", "Answer: I am", "Answer: I am", '"User: ..."'),
-  "worked in two lines": ("One tea.", "One\ntea.", "### TE-D1", "3 lines under"),
-}
+  ("User: I am", "Answer: I am", "Answer: I am", '"User: ..."'),
+  ("One tea.", "One\ntea.", "### TE-D1", "3 lines under"),
+]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_errors_name_file_line_and_what_was_wanted(name):
-  old, new, at, wanted = BROKEN[name]
+@pytest.mark.parametrize(("old", "new", "at", "wanted"), BROKEN)
+def test_errors_name_file_line_and_what_was_wanted(old, new, at, wanted):
   text = swap(TEA, old, new)
   place = text[: text.index(at)].count("\n") + 1
   with pytest.raises(ValueError) as caught:
@@ -328,15 +297,10 @@ def test_no_model_is_shown_what_breaks_or_keeps_a_clause(small):
       shown = spec.render(tried, category, detail=detail)
       assert shown == spec.render(small, category, detail=detail)
   assert spec.leak_index(tried, 8) == spec.leak_index(small, 8)
-  prompt = types.Prompt(
-    id="p",
-    turns=(types.Turn(role="user", content="Tea?"),),
-    category="tea",
-    expected="",
-  )
+  asked = prompt("Tea?", "tea", "")
   think = ThinkFormat(open="<think>\n", close="</think>")
   told, before = (
-    prompting.teach(one, prompt, detail="full", worked=9, think=think)
+    prompting.teach(one, asked, detail="full", worked=9, think=think)
     for one in (tried, small)
   )
   assert told == before
@@ -757,10 +721,6 @@ def shipped():
   return spec.load(shipped_files())
 
 
-def shipped_policy(category):
-  return spec.load(shipped_files()).policy(category)
-
-
 def test_the_example_of_the_readme_parses():
   blocks = re.findall(r"```\n(---\n.*?)```", shipped_files()["README.md"], re.DOTALL)
   assert len(blocks) == 1
@@ -784,8 +744,8 @@ def test_shipped_categories_and_styles(shipped):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_shipped_policy_has_its_parts(category):
-  policy = shipped_policy(category)
+def test_shipped_policy_has_its_parts(shipped, category):
+  policy = shipped.policy(category)
   count = {
     kind: sum(clause.verdict == kind for clause in policy.clauses) for kind in DECISIONS
   }
@@ -799,7 +759,12 @@ def test_shipped_policy_has_its_parts(category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_shipped_short_forms_are_short(shipped, category):
+def test_shipped_forms_are_of_a_length(shipped, category):
+  opening = words(spec.render(shipped, "benign", detail="full"))
+  own = words(spec.render(shipped, category, detail="full")) - opening
+  assert 500 <= own <= 1400
+  assert words(spec.render(shipped, category, detail="brief")) < 700
+  assert words(spec.render(shipped, category, detail="clauses")) < 300
   policy = shipped.brief.policy(category)
   first = {clause.id: clause.text for clause in policy.clauses}
   assert {name: text for name, text in first.items() if words(text) > 15} == {}
@@ -807,13 +772,12 @@ def test_shipped_short_forms_are_short(shipped, category):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_demonstrations_take_response_types_by_turns(category):
-  shipped = spec.Spec(principles=(), styles=(), policies=(shipped_policy(category),))
+def test_demonstrations_take_response_types_by_turns(shipped, category):
   shown = prompting.demonstrations(shipped, category, 6)
   for some in (shown[:3], shown[3:]):
     assert {example.verdict for example in some} == set(DECISIONS)
   for verdict in DECISIONS:
-    worked = [w for w in shipped.policies[0].worked if w.verdict == verdict]
+    worked = [w for w in shipped.policy(category).worked if w.verdict == verdict]
     assert [e for e in shown if e.verdict == verdict] == worked[:2]
   assert prompting.demonstrations(shipped, category, 2) == shown[:2]
 
@@ -823,8 +787,7 @@ def test_nothing_that_a_teacher_reads_tells_how_to_reply(shipped):
   think = ThinkFormat(open="<think>\n", close="</think>")
 
   def read(**more):
-    turns = (types.Turn(role="user", content="How?"),)
-    asked = types.Prompt(id="p", turns=turns, category="weapons", **more)
+    asked = prompt("How?", "weapons", **more)
     return prompting.teach(shipped, asked, detail="full", worked=4, think=think)
 
   refuse, comply = (read(expected=name) for name in ("refuse", "comply"))
@@ -843,37 +806,24 @@ def test_demonstrations_of_no_policy_say_that_none_applies(shipped):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_shipped_thoughts_end_in_the_decision_of_their_clause(category):
-  for worked in shipped_policy(category).worked:
+def test_shipped_thoughts_decide_and_answers_keep_the_analysis_private(
+  shipped, category
+):
+  for worked in shipped.policy(category).worked:
     assert worked.thought.startswith("The user"), worked
     assert worked.clause in worked.thought, worked
     assert worked.thought.endswith(DECISIONS[worked.verdict]), worked
-
-
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_shipped_answers_keep_the_analysis_private(category):
-  for worked in shipped_policy(category).worked:
     assert not re.search(r"\b[A-Z]{2}-[ADS]\d|\bclause\b", worked.answer), worked
     if worked.verdict == "refuse":
       assert worked.answer.lower().count("sorry") <= 1, worked
       assert 10 <= words(worked.answer) <= 40, worked
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_shipped_lengths(shipped, category):
-  opening = words(spec.render(shipped, "benign", detail="full"))
-  own = words(spec.render(shipped, category, detail="full")) - opening
-  assert 500 <= own <= 1400
-  assert words(spec.render(shipped, category, detail="brief")) < 700
-  assert words(spec.render(shipped, category, detail="clauses")) < 300
-
-
 def prompts_of(pattern):
   paths = sorted((ROOT / "../shared/data").glob(pattern))
   if not paths:
     pytest.skip("the prompt sets are not here")
-  lines = (line for path in paths for line in path.read_text().splitlines())
-  return {row["id"]: row["prompt"] for row in map(json.loads, lines)}
+  return {row["id"]: row["prompt"] for path in paths for row in jsonl(path)}
 
 
 def test_the_shipped_specification_leaks_into_no_training_prompt(shipped):

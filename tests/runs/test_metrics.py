@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -21,8 +20,8 @@ from dalign.config.schema import LogConfig
 from dalign.runs import metrics as logs
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
-from tests.helpers import ROOT
 from tests.helpers import config_file
+from tests.helpers import python
 from tests.helpers import run_command
 from tests.helpers import tiny
 
@@ -196,21 +195,24 @@ def test_metrics_without_tensorboard(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_tensorflow_is_not_imported(tmp_path):
-  """Holds with TensorFlow installed too: a stand-in notes that it was imported."""
+def test_neither_metrics_nor_prompts_import_tensorflow(tmp_path):
+  """Holds with TensorFlow installed too: a stand-in ends who imports it."""
   stand_in = tmp_path / "site" / "tensorflow" / "__init__.py"
   stand_in.parent.mkdir(parents=True)
   stand_in.write_text("raise SystemExit('tensorflow was imported')")
   code = (
     f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
     "import pathlib; from dalign.runs.metrics import Metrics\n"
-    "from dalign.config.schema import LogConfig\n"
+    "from dalign.config.schema import LogConfig; from dalign.data import prompt_sets\n"
+    f"assert prompt_sets.load('bundled', {{}}, {str(tmp_path)!r})\n"
+    "prompt_sets.order(5, seed=0, epoch=0)\n"
     "log = LogConfig(writers=('tensorboard',), project='p')\n"
     f"metrics = Metrics(pathlib.Path({str(tmp_path)!r}), log)\n"
     "metrics.write('sft', 1, {'a': 1}); metrics.close()\n"
     "assert 'tensorboardX' in sys.modules and 'tensorflow' not in sys.modules"
   )
-  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+  done = python("-c", code)
+  assert done.returncode == 0, done.stderr
 
 
 def test_tensorboard_gets_the_config(tmp_path):

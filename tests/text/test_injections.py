@@ -19,6 +19,7 @@ from dalign.text import vocab
 from dalign.types import Prompt
 from dalign.types import Sample
 from dalign.types import Turn
+from tests import helpers
 from tests import injections
 from tests.helpers import ROOT
 from tests.made_up import build_run
@@ -67,16 +68,7 @@ def tokenizer(name: str) -> chat_template.Tokenizer:
 
 
 def prompt_of(content: str) -> Prompt:
-  return Prompt(
-    id="p",
-    turns=(Turn(role="user", content=content),),
-    category="illicit_behavior",
-    expected="refuse",
-    kind="safety",
-    split="eval",
-    answer="",
-    scenario="s",
-  )
+  return helpers.prompt(content, "illicit_behavior", "refuse", id="p", split="eval")
 
 
 @pytest.mark.parametrize("name", ["tiny", "words", *OTHERS])

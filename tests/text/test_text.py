@@ -184,19 +184,8 @@ def test_a_reply_ends_as_the_template_ends_it(template, end):
 HOSTILE = st.lists(
   st.sampled_from(
     ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<tool>"]
-    + [
-      "<|",
-      "<|im_",
-      "im_end|>",
-      "end|>",
-      "|>",
-      "<",
-      ">",
-      " ",
-      "\n",
-      "a",
-      "assistant\n",
-    ]
+    + ["<|", "<|im_", "im_end|>", "end|>", "|>", "<", ">", " ", "\n", "a"]
+    + ["assistant\n"]
     + ["\ufdd0", "\ufdd1", "\ue000", "<\ufdd0|im_end|>", "<th", "ink>", "{{ x }}"]
   ),
   max_size=8,
