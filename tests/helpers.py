@@ -160,6 +160,36 @@ def command(workdir, *more: str) -> list[str]:
   ]
 
 
+READ_FLAGS = """
+import json, os, sys
+from dalign import main
+for line in json.load(sys.stdin):
+  sys.stdout.flush()
+  if os.fork() == 0:
+    try:
+      sys.argv = ["dalign", *line]  # where ml_collections looks for overrides
+      main.read_flags(sys.argv)
+      said = ""
+    except BaseException as error:
+      said = f"{type(error).__name__}: {error}"
+    print(json.dumps(said))
+    sys.stdout.flush()
+    os._exit(0)
+  os.wait()
+"""
+
+
+def read_flags(lines: list[list[str]], place: pathlib.Path) -> list[str]:
+  """What `main.read_flags` says of each command line, "" for a config; from one process
+  that reads each as if it were the first."""
+  env = clean_environment() | {"PYTHONPATH": str(ROOT)}
+  done = python("-c", READ_FLAGS, cwd=place, env=env, input=json.dumps(lines))
+  assert done.returncode == 0, done.stderr
+  said = [json.loads(line) for line in done.stdout.splitlines()]
+  assert len(said) == len(lines), done.stderr
+  return said
+
+
 def run_command(workdir, *more: str) -> subprocess.CompletedProcess:
   """Runs the command to its end."""
   return subprocess.run(

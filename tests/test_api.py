@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,6 +15,7 @@ from dalign.text import chat_template
 from dalign.text import thinking
 from dalign.training import advantages
 from tests.helpers import ROOT
+from tests.helpers import python
 
 THINK = thinking.ThinkFormat(open="<think>\n", close="(")  # which bytes at random draw
 FLOAT = dataclasses.replace(api.COMPUTE, dtype="float32")
@@ -83,7 +82,8 @@ def test_importing_the_package_imports_no_arrays():
     "from jax._src import xla_bridge\n"
     "assert not xla_bridge.backends_are_initialized()\n"
   )
-  subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+  done = python("-c", program)
+  assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_is_there_and_no_other():

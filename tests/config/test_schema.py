@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import jsonschema
 import pytest
@@ -15,6 +14,8 @@ from dalign.config.schema import Config
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
+from tests.helpers import python
+from tests.helpers import read_flags
 
 SCHEMA = json.loads(json.dumps(explain.schema(Config)))
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
@@ -104,23 +105,8 @@ def test_what_is_no_config_fails(path, new):
   assert not CHECK.is_valid(changed(node, path, new))
 
 
-VALUES = [
-  None,
-  True,
-  0,
-  1,
-  -1,
-  0.5,
-  2.5,
-  2**40,
-  "",
-  "all",
-  [],
-  ["x"],
-  [1],
-  {},
-  {"a": 1},
-]
+VALUES = [None, True, 0, 1, -1, 0.5, 2.5, 2**40]
+VALUES += ["", "all", [], ["x"], [1], {}, {"a": 1}]
 
 
 def test_what_builds_passes():
@@ -147,14 +133,8 @@ def ran(file, *more: str) -> subprocess.CompletedProcess:
   """The listing of a run in JSON, from its folder."""
   place = ROOT / "configs" / "from_json.py"
   options = ["--mode=config", f"--config={place}:{file.name}", *more]
-  return subprocess.run(
-    [sys.executable, "-m", "dalign.main", *options],
-    cwd=file.parent,
-    env=clean_environment() | {"PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  env = clean_environment() | {"PYTHONPATH": str(ROOT)}
+  return python("-m", "dalign.main", *options, cwd=file.parent, env=env)
 
 
 RUN = """{
@@ -245,17 +225,21 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, name, wanted):
   assert done.stderr.startswith(wanted) and done.stderr.count("\n") == 1
 
 
-def test_errors_of_flags_are_as_they_were(tmp_path):
-  file = tmp_path / "mine.json"
-  file.write_text('{"recipe": "tiny"}')
-  for option, wanted in {
+@pytest.mark.parametrize("config", ["tiny.py", "from_json.py:mine.json"])
+def test_bad_flags_are_one_line(tmp_path, config):
+  (tmp_path / "mine.json").write_text('{"recipe": "tiny"}')
+  wanted = {
     "--config.sft.epoch=3": 'config.sft.epoch: no such field. Did you mean "epochs"',
-    "--nope=1": "nope",
+    "--config.stages=generat": "did you mean 'generate'",
     "--config.rl.samples=1": "at least 2",
-  }.items():
-    done = ran(file, option)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("dalign: ") and wanted in done.stderr
+    "--config.rl.expected=('refuse','answer')": "wanted one of refuse",
+    "--config.rl.reward=rubric": "without which the rubric is mute",
+    "--config.filter.metadata=noisy:2": "wanted a text of the form none|told|noisy:",
+    "--nope=1": "nope",
+  }
+  lines = [["--workdir=w", f"--config=configs/{config}", x] for x in wanted]
+  for said, part in zip(read_flags(lines, tmp_path), wanted.values(), strict=True):
+    assert said.startswith("ValueError: ") and part in said and "\n" not in said
 
 
 def test_columns_are_mapped_by_flags(tmp_path):
@@ -294,13 +278,7 @@ def test_several_names_are_given_with_commas(given, tmp_path):
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path):
   (tmp_path / "mine.py").write_text("")
-  done = subprocess.run(
-    [sys.executable, "-m", "dalign.main", f"--config={tmp_path}/mien.py"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  done = python("-m", "dalign.main", f"--config={tmp_path}/mien.py")
   assert done.returncode == 2 and done.stderr.count("\n") == 1
   wanted = (
     f"dalign: '{tmp_path}/mien.py': wanted a config file, found none; did you mean"
@@ -309,12 +287,6 @@ def test_a_config_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_the_mode_prints_the_schema_without_a_config():
-  done = subprocess.run(
-    [sys.executable, "-m", "dalign.main", "--mode=schema"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  done = python("-m", "dalign.main", "--mode=schema")
   assert (done.returncode, done.stderr) == (0, "")
   assert json.loads(done.stdout) == SCHEMA

@@ -433,38 +433,16 @@ def test_rotary_frequencies_are_those_of_transformers():
   """Of published settings, at their real sizes."""
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+  long = "original_max_position_embeddings"
   published = {
-    "llama": dict(
-      rope_theta=500000.0,
-      rope_type="llama3",
-      factor=8.0,
-      low_freq_factor=1.0,
-      high_freq_factor=4.0,
-      original_max_position_embeddings=8192,
-    ),
-    "qwen3": dict(
-      rope_theta=1e6,
-      rope_type="yarn",
-      factor=4.0,
-      original_max_position_embeddings=32768,
-    ),
-    "gpt_oss": dict(
-      rope_theta=150000.0,
-      rope_type="yarn",
-      factor=32.0,
-      beta_fast=32.0,
-      beta_slow=1.0,
-      truncate=False,
-      original_max_position_embeddings=4096,
-    ),
-    "olmo2": dict(
-      rope_theta=10000.0,
-      rope_type="yarn",
-      factor=40.0,
-      mscale=1.0,
-      mscale_all_dim=0.5,
-      original_max_position_embeddings=4096,
-    ),
+    "llama": LLAMA3 | {"rope_theta": 500000.0, long: 8192},
+    "qwen3": YARN | {"rope_theta": 1e6, long: 32768},
+    "gpt_oss": YARN
+    | dict(rope_theta=150000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0)
+    | {"truncate": False, long: 4096},
+    "olmo2": YARN
+    | dict(rope_theta=10000.0, factor=40.0, mscale=1.0, mscale_all_dim=0.5)
+    | {long: 4096},
     "mistral": dict(rope_theta=1e6, rope_type="linear", factor=8.0),
   }
   for name, rope in published.items():

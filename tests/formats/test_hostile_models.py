@@ -353,14 +353,8 @@ def test_broken_safetensors_files_are_read_or_refused(folder, tmp_path_factory, 
 
 @pytest.mark.parametrize(
   "file",
-  [
-    "../outside.safetensors",
-    "sub/../../outside.safetensors",
-    "{absolute}",
-    "..",
-    "",
-    ".",
-  ]
+  ["../outside.safetensors", "sub/../../outside.safetensors", "{absolute}"]
+  + ["..", "", "."]
   + ["../../../../../../../../etc/passwd", "x\0y", "x" * 5000, 5, None, ["a"], {}],
 )
 def test_an_index_names_files_of_its_folder_alone(broken, file):
@@ -581,61 +575,19 @@ def test_hostile_templates_are_refused(template):
   assert said and BAD_TEMPLATES[template] in said
 
 
-LEAVES = [
-  "''",
-  "'ab' ",
-  "9",
-  "0",
-  "-1",
-  "1.5",
-  "10**9",
-  "none",
-  "true",
-  "messages",
-  "x",
-]
+LEAVES = ["'ab' ", *"'' 9 0 -1 1.5 10**9 none true messages x".split()]
 LEAVES += ["messages[0]", "messages[0].content", "range(9)", "ns", "ns.s", "range"]
 LEAVES += ["[1, 'a']", "{'a': 1}", "cycler", "namespace(s='a')", "joiner(', ')", "loop"]
 LEAVES += ["'%9999d'", "'{:>9999}'", "'\\n'", "self", "caller", "dict", "f", "'é🙂'"]
-NAMES = [
-  "__class__",
-  "__globals__",
-  "content",
-  "format",
-  "join",
-  "replace",
-  "items",
-  "s",
-]
-NAMES += ["ljust", "expandtabs", "mro", "upper", "split", "append", "__dict__", "copy"]
+NAMES = "__class__ __globals__ content format join replace items s ljust expandtabs"
+NAMES = [*NAMES.split(), *"mro upper split append __dict__ copy".split()]
 LEAF = st.sampled_from(LEAVES)
-FILTER = st.sampled_from(
-  [
-    "center",
-    "indent",
-    "join",
-    "list",
-    "tojson",
-    "map",
-    "select",
-    "int",
-    "round",
-    "length",
-  ]
-  + [
-    "replace",
-    "format",
-    "batch",
-    "slice",
-    "sum",
-    "sort",
-    "unique",
-    "groupby",
-    "string",
-  ]
-  + ["attr", "dictsort", "items", "first", "last", "reverse", "min", "default", "trim"]
-  + ["selectattr", "title", "truncate", "urlencode", "wordcount", "float", "abs", "e"]
+FILTERS = (
+  "center indent join list tojson map select int round length replace format batch "
+  "slice sum sort unique groupby string attr dictsort items first last reverse min "
+  "default trim selectattr title truncate urlencode wordcount float abs e"
 )
+FILTER = st.sampled_from(FILTERS.split())
 OPERATOR = st.sampled_from(
   ["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "not in"]
 )

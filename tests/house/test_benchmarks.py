@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 
 import jax
@@ -21,6 +20,8 @@ from dalign.formats import weights
 from dalign.models import transformer
 from dalign.text import chat_template
 from dalign.text import vocab
+from tests.helpers import python
+from tests.helpers import write_jsonl
 
 SHAPE = roofline.Model(
   layers=2, width=8, heads=4, kv_heads=2, head_dim=2, ffw=16, vocab=32
@@ -95,13 +96,7 @@ def test_the_table_pairs_the_turns(tmp_path):
 
 
 def test_an_unknown_work_ends_with_what_there_is():
-  done = subprocess.run(
-    [sys.executable, "-m", "benchmarks.run", "--works", "W9"],
-    cwd=benchmark.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = python("-m", "benchmarks.run", "--works", "W9", cwd=benchmark.ROOT)
   assert done.returncode == 2 and "no work W9; there are W1, W2" in done.stderr
 
 
@@ -172,8 +167,7 @@ def letters(monkeypatch, tmp_path, cfg, make_params):
     for a, category in {"p": "privacy", "w": "weapons"}.items()
     for b, expected in {"r": "refuse", "c": "comply", "s": "safe_complete"}.items()
   ]
-  path = tmp_path / "letters.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  path = write_jsonl(tmp_path / "letters.jsonl", rows)
   return path, arch, params, tok
 
 

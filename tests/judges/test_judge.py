@@ -688,23 +688,6 @@ def test_the_question_marks_every_line_of_data():
 # Right answers, and any text at all.
 
 
-@pytest.mark.parametrize(
-  ("answer", "reference", "right"),
-  [
-    ("The answer is 1,234.", "1234", 1),
-    ("12 or 13", "12", 0),
-    ("It is PARIS, of course.", "Paris", 1),
-    ("Parisian", "Paris", 0),
-    ("The letter is N.", "n", 1),
-    ("I think (B).", "B", 1),
-    ("", "7", 0),
-    ("It costs $70000.00", "70000", 1),
-  ],
-)
-def test_right_answers(answer, reference, right):
-  assert words.correct(answer, reference) == right
-
-
 def test_capability_is_scored_by_the_reference():
   sums = prompt("What is 1 + 1?", "benign", "comply", kind="capability", answer="2")
   assert reward(sums, "It is 2.") == 1.0

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from dalign.models import kernels
 from dalign.models import param_tree
 from dalign.models import sharding
 from dalign.models import transformer
+from tests.helpers import python
 
 B, N, K, H = 2, 6, 2, 64
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
@@ -228,13 +227,6 @@ print("kernels", len(found))
 def test_a_training_step_with_splash_compiles_for_a_tpu_mesh():
   pytest.importorskip("libtpu", reason="no libtpu: pip install 'jax[tpu]'")
   quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-  done = subprocess.run(
-    [sys.executable, "-c", AOT],
-    env=os.environ | quiet,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-  )
+  done = python("-c", AOT, env=os.environ | quiet)
   assert done.returncode == 0, done.stderr[-3000:]
   assert int(done.stdout.split()[-1]) >= 3  # forward, and queries and keys backward

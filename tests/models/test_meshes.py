@@ -9,7 +9,6 @@ import pytest
 from dalign.config.model import MeshConfig
 from dalign.config.model import ModelConfig
 from dalign.config.model import SamplerConfig
-from dalign.config.training import OptimizerConfig
 from dalign.formats import weights
 from dalign.models import param_tree
 from dalign.models import sharding
@@ -19,6 +18,7 @@ from dalign.text import packing
 from dalign.training import policy_gradient
 from dalign.training import sft
 from dalign.training import train
+from tests.helpers import tiny
 
 DENSE = ModelConfig(
   vocab=96,
@@ -47,17 +47,10 @@ SPARSE = dataclasses.replace(
   experts_used=2,
 )
 MODELS = {"dense": DENSE, "sparse": SPARSE}
-OPTIMIZER = OptimizerConfig(
-  learning_rate=1e-3,
-  matrix_rate=0.0,
-  warmup_share=0.0,
-  final_share=1.0,
-  beta1=0.9,
-  beta2=0.95,
-  weight_decay=0.1,
-  clip_norm=1.0,
-  skip_norm=0.0,
-  stop_norm=0.0,
+OPTIMIZER = dataclasses.replace(
+  tiny().sft.optimizer,
+  **dict(learning_rate=1e-3, matrix_rate=0.0, warmup_share=0.0, final_share=1.0),
+  **dict(beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0),
 )
 SHAPES = SamplerConfig(
   slots=8, lanes=2, chunk=5, prefill=4, prompt_room=16, prompt_step=8, prefix_step=4

@@ -1,6 +1,5 @@
 """Two processes of four devices are one run: its numbers, one writer, no hanging."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -15,6 +14,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from tests.helpers import ROOT
+from tests.helpers import jsonl
 
 SMALL = (
   "--config.stages=generate,filter,sft,rl,export",
@@ -88,9 +88,8 @@ def end(processes, within: float) -> list[int]:
 
 def metrics(workdir) -> dict:
   """(stage, step) -> its numbers, but for times; every step is there once."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
   found = {}
-  for row in map(json.loads, lines):
+  for row in jsonl(workdir / "metrics.jsonl"):
     key = row.pop("stage"), row.pop("step")
     assert key not in found, f"{key} was written twice"
     found[key] = {k: v for k, v in row.items() if k != "time" and "step_s" not in k}
@@ -98,7 +97,7 @@ def metrics(workdir) -> dict:
 
 
 def tokens(workdir, name: str) -> list:
-  rows = map(json.loads, (workdir / name).read_text().splitlines())
+  rows = jsonl(workdir / name)
   return sorted([str(r["prompt_id"]), r.get("tokens") or r["answer"]] for r in rows)
 
 

@@ -20,13 +20,7 @@ from dalign.text import vocab
 from dalign.training import policy_gradient
 
 HEAD = (11, 12, 13, 14, 15, 16)
-TAILS = (
-  (3,),
-  (4, 5, 6, 7, 8),
-  (9, 10),
-  (20, 21, 22, 23, 24, 25, 26, 27, 28),
-  (5, 5, 5),
-)
+TAILS = ((3,), (4, 5, 6, 7, 8), (9, 10), tuple(range(20, 29)), (5, 5, 5))
 PROMPTS = tuple(HEAD + tail for tail in TAILS)
 LONG = tuple(tuple(range(40, 50)) + tail for tail in ((3, 4), (5,)))  # share 10 > 8
 APART = ((30, 31), (50, 51, 52, 53), (70,))
@@ -276,12 +270,7 @@ def test_the_trainer_gives_tokens_the_same_probability(
   score = jax.jit(
     policy_gradient.make_score(cfg=cfg, compute=compute, temperature=scored)
   )
-  batch = {
-    "tokens_BT": packed.tokens_BT,
-    "positions_BT": packed.positions_BT,
-    "ends_BT": packed.ends_BT,
-    "wanted_BT": packed.weight_BT > 0,
-  }
+  batch = packed.lines | {"wanted_BT": packed.weight_BT > 0}
   logp_BT = np.asarray(score(params, batch))
   for i, (b, start, size) in zip(sorted(done), packed.where, strict=True):
     got = logp_BT[b, start + size - len(done[i].tokens) : start + size]

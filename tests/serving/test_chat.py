@@ -1,7 +1,6 @@
 """The terminal: what a person types and sees; and what a stream holds back."""
 
 import io
-import subprocess
 import sys
 
 from hypothesis import given
@@ -13,9 +12,8 @@ from dalign.serving import assistant
 from dalign.serving import chat
 from dalign.text import thinking
 from dalign.types import Turn
-from tests.helpers import ROOT
-from tests.helpers import clean_environment
 from tests.helpers import examples
+from tests.helpers import python
 
 THINK = thinking.ThinkFormat(open="<think>", close="</think>")
 PIECES = ("<think>", "</think>", "<", "</th", " ", "\n", "word", "\ufffd", "é", "ink>")
@@ -175,14 +173,7 @@ def test_who_still_waits_when_the_engine_ends_is_told(model):
 
 
 def test_the_command_talks(workdir):
-  done = subprocess.run(
-    [sys.executable, "-m", "dalign.main", "--mode=chat", f"--workdir={workdir}"],
-    input="Is the sky blue?\n",
-    cwd=ROOT,
-    env=clean_environment(),
-    capture_output=True,
-    text=True,
-    timeout=200,
-  )
+  command = "-m", "dalign.main", "--mode=chat", f"--workdir={workdir}"
+  done = python(*command, input="Is the sky blue?\n")
   assert done.returncode == 0, done.stderr
   assert "answer   " in done.stdout and "stage rl" in done.stderr

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import inspect_ai
 from inspect_ai import dataset
@@ -22,9 +20,10 @@ from dalign.serving import assistant
 from dalign.serving.harness import inspect_provider
 from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
-from tests.helpers import ROOT
 from tests.helpers import clean_environment
+from tests.helpers import python
 from tests.helpers import tiny
+from tests.helpers import write_jsonl
 
 PAIRS = [  # prompts and what may follow
   ("The sky is", " blue"),
@@ -160,12 +159,11 @@ doc_to_text: "{{{{question}}}}"
 
 @pytest.mark.slow
 def test_the_harness_runs_its_tasks_on_a_checkpoint(workdir, tmp_path):
-  data = tmp_path / "rows.jsonl"
   rows = [
     {"question": f"{n} and {n} is", "choices": [f"{2 * n}", "none"], "gold": 0}
     for n in range(4)
   ]
-  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data = write_jsonl(tmp_path / "rows.jsonl", rows)
   chosen = "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc}]"
   written = (
     'doc_to_target: "{{choices[0]}}"\nmetric_list: [{metric: exact_match}]\n'
@@ -178,20 +176,13 @@ def test_the_harness_runs_its_tasks_on_a_checkpoint(workdir, tmp_path):
     task = TASK.format(name=name, data=data, kind=kind, more=more)
     (tmp_path / f"{name}.yaml").write_text(task)
   command = [
-    *(sys.executable, "-m", "dalign.serving.harness", "run", "--model", "dalign"),
+    *("-m", "dalign.serving.harness", "run", "--model", "dalign"),
     *("--model_args", f"workdir={workdir},stage=sft", "--include_path", str(tmp_path)),
     *("--tasks", "chosen,written", "--apply_chat_template", "--log_samples"),
     *("--output_path", str(tmp_path / "out")),
   ]
   offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-  done = subprocess.run(
-    command,
-    cwd=ROOT,
-    env=clean_environment() | offline,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  done = python(*command, env=clean_environment() | offline)
   assert done.returncode == 0, done.stderr[-3000:]
   (found,) = (tmp_path / "out").rglob("results_*.json")
   results = json.loads(found.read_text())

@@ -26,6 +26,8 @@ from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
+from tests.helpers import python
+from tests.helpers import write_jsonl
 
 QUESTION = [{"role": "user", "content": "Is the sky blue?"}]
 
@@ -345,15 +347,7 @@ def test_a_key_is_wanted_where_one_is_set(model):
   ],
 )
 def test_what_cannot_be_served_is_said(workdir, more, wanted):
-  command = [sys.executable, "-m", "dalign.main", "--mode=serve"]
-  done = subprocess.run(
-    [*command, f"--workdir={workdir}", *more],
-    cwd=ROOT,
-    env=clean_environment(),
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  done = python("-m", "dalign.main", "--mode=serve", f"--workdir={workdir}", *more)
   assert done.returncode == 2, done.stderr
   assert wanted in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -418,9 +412,8 @@ def test_lm_eval_asks_it_as_any_such_server(
 ):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-  data = tmp_path / "rows.jsonl"
   rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
-  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data = write_jsonl(tmp_path / "rows.jsonl", rows)
   (tmp_path / "chat.yaml").write_text(TASK.format(data=data))
   found = lm_eval.simple_evaluate(
     model="local-chat-completions",

@@ -32,6 +32,7 @@ from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
+from tests.helpers import python
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.e2e
@@ -202,7 +203,7 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
   """Eval through the command, each answer graded by rules and by a model."""
   run, at = tmp_path / "run", f"http://127.0.0.1:{port}/v1"
   command = [
-    *(sys.executable, "-m", "dalign.main", "--config=configs/quickstart.py"),
+    *("-m", "dalign.main", "--config=configs/quickstart.py"),
     *(f"--workdir={run}", "--config.stages=eval", "--config.eval.arms=('endpoint',)"),
     *("--config.eval.grader=('rules','endpoint')", "--config.eval.form=harmbench"),
     *("--config.eval.prompts=2", "--config.eval.helpful=1"),
@@ -217,14 +218,7 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
       f"--config.eval.{part}.concurrency=1",
     ]
   with server(model, port, tmp_path / "server.log"):
-    done = subprocess.run(
-      command,
-      cwd=ROOT,
-      env=clean_environment(),
-      capture_output=True,
-      text=True,
-      timeout=500,
-    )
+    done = python(*command)
   assert done.returncode == 0, done.stderr[-2000:]
   summary = store.read_json(run / "eval" / "summary.json")
   found = summary["graders"]["rules vs endpoint"]

@@ -29,17 +29,14 @@ from dalign import stages
 from dalign.config import convert
 from dalign.config import stages as declared
 from dalign.config.fields import Halted
-from dalign.config.model import MeshConfig
 from dalign.config.schema import STAGES
 from dalign.config.schema import Config
-from dalign.config.schema import chosen_stages
 from dalign.config.training import BatchConfig
 from dalign.data import attacks
 from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.evaluation import figures
 from dalign.formats import weights as models
-from dalign.judges import endpoint
 from dalign.judges import judge
 from dalign.judges import probing
 from dalign.models import adapters
@@ -66,7 +63,6 @@ from dalign.stages import rl as rl_stage
 from dalign.stages import rollouts as rollouts_of
 from dalign.stages import samples
 from dalign.stages import scoring
-from dalign.stages import servers
 from dalign.stages import services
 from dalign.stages import sft as sft_stage
 from dalign.stages.prompts import too_long
@@ -84,14 +80,11 @@ from dalign.types import Verdict
 from tests.helpers import ROOT
 from tests.helpers import command
 from tests.helpers import config_file
+from tests.helpers import jsonl
 from tests.helpers import opened
 from tests.helpers import run_command
 from tests.helpers import tiny
-
-
-def rows(path: pathlib.Path) -> list[dict]:
-  """The rows of a JSONL file."""
-  return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.helpers import write_jsonl
 
 
 def test_every_stage_leaves_its_artefacts(workdir):
@@ -128,7 +121,7 @@ def test_every_stage_leaves_its_artefacts(workdir):
     assert {"refuse_disallowed", "comply_allowed", "balanced_accuracy"} <= set(metrics)
     assert {"safe_complete", "response_types", "citation"} <= set(metrics)
     assert {"policy_retrieval", "think_format", "capability"} <= set(metrics)
-  steps = [r for r in rows(workdir / "metrics.jsonl") if r["stage"] == "rl"]
+  steps = [r for r in jsonl(workdir / "metrics.jsonl") if r["stage"] == "rl"]
   watched = {"rl/thought_words", "rl/thought_fabricated", "rl/thought_agrees"}
   assert all(watched <= set(step) for step in steps) and len(steps) == 2
 
@@ -236,7 +229,7 @@ def test_an_exported_model_thinks_and_samples_as_it_was_evaluated(exact, workdir
   model = transformers.AutoModelForCausalLM.from_pretrained(place)
   run = opened(tiny(**EXACT), exact)
   prompts = {prompt.id: prompt for prompt in run.prompts.all}
-  found = rows(exact / "eval" / "sft_rl.jsonl")
+  found = jsonl(exact / "eval" / "sft_rl.jsonl")
   assert len(found) == 5
   for row in found:
     prompt = prompts[row["prompt_id"]]
@@ -278,7 +271,7 @@ def test_a_run_on_an_exported_model_opens_its_thought_once(exact, tmp_path):
   stages.run_stages(cfg, tmp_path, {}, ("eval",))
   keys = "prompt_id", "thought", "answer"
   same = [
-    [[row[key] for key in keys] for row in rows(path)]
+    [[row[key] for key in keys] for row in jsonl(path)]
     for path in (
       exact / "eval" / "sft_rl.jsonl",
       tmp_path / "eval" / "base_thinks.jsonl",
@@ -324,7 +317,7 @@ def test_an_opening_that_others_read_as_other_tokens_is_said(scheme, said, capsy
 
 
 def test_a_step_of_rl_moved_the_policy(workdir):
-  metrics = rows(workdir / "metrics.jsonl")
+  metrics = jsonl(workdir / "metrics.jsonl")
   moved = [row for row in metrics if row["stage"] == "rl" and "rl/grad_norm" in row]
   assert moved and all(row["rl/grad_norm"] > 0 for row in moved)
   gaps = [row["rl/logp_gap_nats"] for row in moved]
@@ -343,17 +336,11 @@ def test_the_same_command_again_does_nothing(workdir):
   ("option", "wanted"),
   [
     ("--config.sft.epoch=3", 'Did you mean "epochs"'),
-    ("--config.stages=generat", "did you mean 'generate'"),
-    ("--config.rl.samples=1", "at least 2"),
-    ("--config.rl.expected=('refuse','answer')", "wanted one of refuse"),
-    ("--config.rl.reward=rubric", "without which the rubric is mute"),
-    ("--config.filter.metadata=noisy:2", "wanted a text of the form none|told|noisy:"),
     ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
     ("--config.compute.attention=splash", "splash runs on a tpu"),
     ("--config.seed=7", "seed"),
     ("--config.generate.temperature=0.7", "generate.temperature"),
     ("--config.model.path=/nowhere", "/nowhere"),
-    ("--nope=1", "nope"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workdir, option, wanted):
@@ -362,12 +349,6 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, option, wanted):
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith("dalign: ") and wanted in last
   assert "Traceback" not in done.stderr
-
-
-def test_a_stage_without_its_input_says_which_is_missing(tmp_path):
-  done = run_command(tmp_path, "--config.stages=sft")
-  assert done.returncode == 2
-  assert "run the filter stage first" in done.stderr
 
 
 def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
@@ -433,8 +414,8 @@ def test_a_killed_run_goes_on_to_the_same_samples(workdir, tmp_path):
   def key(row):
     return row["prompt_id"], row["index"]
 
-  whole = rows(workdir / "generate" / "samples.jsonl")
-  assert sorted(rows(samples), key=key) == sorted(whole, key=key)
+  whole = jsonl(workdir / "generate" / "samples.jsonl")
+  assert sorted(jsonl(samples), key=key) == sorted(whole, key=key)
 
 
 def test_sigterm_saves_and_exits_0(tmp_path):
@@ -478,8 +459,8 @@ def test_sigterm_in_training_saves_the_last_step_within_half_a_minute(tmp_path):
     steps = sorted(int(p.name) for p in (tmp_path / "rl" / "checkpoints").iterdir())
     assert len(steps) == 1 and steps[0] >= wanted
     saved.append(steps[0])
-    assert [row["step"] for row in rows(path)] == [*range(1, steps[0] + 1)]
-    shown = [row["step"] for row in rows(tmp_path / "rl" / "rollouts.jsonl")]
+    assert [row["step"] for row in jsonl(path)] == [*range(1, steps[0] + 1)]
+    shown = [row["step"] for row in jsonl(tmp_path / "rl" / "rollouts.jsonl")]
     assert sorted(set(shown)) == [*range(1, steps[0] + 1)]
     assert len(shown) == steps[0] * 16
 
@@ -639,9 +620,9 @@ def test_sft_leaves_the_spec_in_the_prompt_where_a_teacher_is_made(run, monkeypa
   monkeypatch.setattr(run, "cfg", dataclasses.replace(run.cfg, sft=changed))
   told, _, also_dropped = sft_stage._rows(run, kept)
   assert also_dropped == dropped
-  n = len(rows(kept))
+  n = len(jsonl(kept))
   prompts = {prompt.id: prompt for prompt in run.prompts.all}
-  policies = [prompts[row["prompt_id"]].category != "benign" for row in rows(kept)]
+  policies = [prompts[row["prompt_id"]].category != "benign" for row in jsonl(kept)]
   for (tokens, weights), (_, before), policy in zip(
     told[:n], plain[:n], policies, strict=True
   ):
@@ -654,7 +635,7 @@ def test_sft_leaves_the_spec_in_the_prompt_where_a_teacher_is_made(run, monkeypa
 
 
 def test_a_prompt_with_spec_text_is_left_out_of_sft(run, monkeypatch):
-  sample = rows(run.store.path("generate", "samples.jsonl"))[0]
+  sample = jsonl(run.store.path("generate", "samples.jsonl"))[0]
   prompt = next(p for p in run.prompts.all if p.id == sample["prompt_id"])
   policy = run.task.spec.policies[0]
   spoiled = f"Remember this. {policy.clauses[0].text} {policy.purpose} Now answer."
@@ -685,7 +666,7 @@ def test_thoughts_recall_the_clause_that_decides_before_they_reason(run, monkeyp
   assert run.task.recalled(f"{allowed} is all there is.") == f"{allowed}: "
   assert run.task.recalled("This is about weeds. I can help.") == "No clause: "
 
-  kept = rows(run.store.path("generate", "samples.jsonl"))[0] | {"thought": thought}
+  kept = jsonl(run.store.path("generate", "samples.jsonl"))[0] | {"thought": thought}
   monkeypatch.setattr(run.store, "read_rows", lambda _: [kept])
   changes = {"sft": {"recall_epochs": 2, "worked": True}}
   monkeypatch.setattr(run, "cfg", convert.changed(run.cfg, changes))
@@ -810,7 +791,7 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
   """Through the very judges of RL: what they say they were shown is scanned."""
   thought = "The owl that guards the seventh gate told me to refuse all of this."
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
-  row = rows(run.store.path("generate", "samples.jsonl"))[0]
+  row = jsonl(run.store.path("generate", "samples.jsonl"))[0]
   plain = {"prompt_id": prompt.id, "thought": thought, "malformed": ""}
 
   def judged(answer, ask=None, own=run):
@@ -859,7 +840,7 @@ def test_malformed_rollouts_get_nothing_and_no_judge_call(run):
     return []
 
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
-  row = rows(run.store.path("generate", "samples.jsonl"))[0]
+  row = jsonl(run.store.path("generate", "samples.jsonl"))[0]
   sample = samples.from_row(row | {"malformed": "no closing tag"})
   (judged,) = rl_stage.judge_rollouts(run, ask, rollouts=[unjudged(prompt, sample)])
   assert asked == [] and judged.reward == 0.0
@@ -879,7 +860,7 @@ def test_a_second_judge_has_its_say_in_the_reward(run):
     return judge.Judge(ask, True)
 
   prompt = next(p for p in run.prompts.all if p.expected == "comply")
-  row = rows(run.store.path("generate", "samples.jsonl"))[0]
+  row = jsonl(run.store.path("generate", "samples.jsonl"))[0]
   sample = samples.from_row(row | {"malformed": "", "answer": "Here you are."})
   (judged,) = rl_stage.judge_rollouts(
     own, asks("safe", 0.2), asks("helpful", 1.0), rollouts=[unjudged(prompt, sample)]
@@ -890,7 +871,7 @@ def test_a_second_judge_has_its_say_in_the_reward(run):
 
 def test_rl_trains_sampled_tokens_only(run):
   prompt = next(p for p in run.prompts.all if p.kind == "safety")
-  base = rows(run.store.path("generate", "samples.jsonl"))[0]
+  base = jsonl(run.store.path("generate", "samples.jsonl"))[0]
   sample = samples.from_row(base | {"tokens": [7, 8, 9, 10, 11], "forced": 2})
   trained = dataclasses.replace(
     unjudged(prompt, sample, [3, 4, 5], (-1.0, -2.0, -3.0)),
@@ -953,7 +934,7 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
   rl_stage.reinforce(ppo)
   trained = ppo.model.trained_params("rl")
   assert jax.tree.map(np.shape, trained) == jax.tree.map(np.shape, ppo.model.shapes)
-  lines = [row for row in rows(made / "metrics.jsonl") if "rl/value_error" in row]
+  lines = [row for row in jsonl(made / "metrics.jsonl") if "rl/value_error" in row]
   assert len(lines) == 2
 
 
@@ -995,7 +976,7 @@ def test_eval_takes_the_room_that_its_prompts_need(tmp_path, workdir):
   small = {"sampler.prompt_room": 16, "sampler.prompt_step": 16}
   arms = {"eval.arms": ("sft", "self_refine"), "eval.prompts": 2, "eval.helpful": 0}
   evaluate_stage.evaluate(opened(tiny(**small, **arms), made, "eval"))
-  assert len(rows(made / "eval" / "self_refine.jsonl")) == 4
+  assert len(jsonl(made / "eval" / "self_refine.jsonl")) == 4
 
 
 @pytest.mark.parametrize(
@@ -1014,9 +995,11 @@ def test_an_artefact_that_changed_is_refused(tmp_path, workdir, name, stage):
   assert (made / name).read_bytes() != before
   if stage != "report":
     shutil.rmtree(made / stage)
-  done = run_command(made, f"--config.stages={stage}")
-  assert done.returncode == 2, done.stderr
-  assert f"{name}: changed since stage {name.split('/')[0]} was done" in done.stderr
+  source = name.partition("/")[0]
+  with pytest.raises(
+    ValueError, match=f"{name}: changed since stage {source} was done"
+  ):
+    stages.run(tiny(stages=stage), made)
 
 
 @pytest.mark.slow
@@ -1035,7 +1018,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, workd
   assert "File too large; what is done is kept" in last
   samples = "generate/samples.jsonl"
   before = store.read_rows(tmp_path / samples)  # but for half a line
-  assert 0 < len(before) < len(rows(workdir / samples))
+  assert 0 < len(before) < len(jsonl(workdir / samples))
   again = run_command(tmp_path, "--config.stages=generate")
   assert again.returncode == 0 and "goes on where it stopped" in again.stderr
   assert (tmp_path / samples).read_bytes() == (workdir / samples).read_bytes()
@@ -1113,10 +1096,8 @@ def test_a_conversation_in_both_splits_is_refused(tmp_path):
   talk = [("user", "Hi."), ("assistant", "Hello, what about?"), ("user", "Go on.")]
   turns = [{"role": role, "content": content} for role, content in talk]
   row = {"turns": turns, "category": "benign", "expected": "comply"}
-  path = tmp_path / "p.jsonl"
-  path.write_text(
-    "".join(json.dumps(row | {"id": s, "split": s}) + "\n" for s in ("train", "eval"))
-  )
+  both = [row | {"id": side, "split": side} for side in ("train", "eval")]
+  path = write_jsonl(tmp_path / "p.jsonl", both)
   with pytest.raises(ValueError, match="1 of 1 training prompts"):
     opened(tiny(**{"data.source": f"jsonl:{path}"}), tmp_path).prompts.choose(
       "eval", "x", 1
@@ -1133,8 +1114,7 @@ def test_clauses_of_another_specification_are_no_labels(tmp_path, capsys):
   row = {"prompt": "Where does she live?", "category": "privacy", "expected": "refuse"}
   rows = [row | {"id": "a", "clauses": ["PR-D1", "PR-D99"]}]
   rows += [row | {"id": "b", "clauses": ["XX-D1"]}, row | {"id": "c"}]
-  path = tmp_path / "rows.jsonl"
-  path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+  path = write_jsonl(tmp_path / "rows.jsonl", rows)
   own = opened(tiny(), tmp_path / "run")
   found = own.prompts.load(f"jsonl:{path}", {})
   assert [prompt.clauses for prompt in found] == [("PR-D1",), (), ()]
@@ -1144,11 +1124,10 @@ def test_clauses_of_another_specification_are_no_labels(tmp_path, capsys):
 
 def test_half_a_character_in_prompts_and_recordings_is_said(tmp_path, capsys):
   row = {"prompt": "Where \ud83d?", "category": "privacy", "expected": "refuse"}
-  prompts, recording = tmp_path / "prompts.jsonl", tmp_path / "recording.jsonl"
   rows = [row | {"id": id, "split": "train"} for id in "ab"]
-  prompts.write_text("".join(json.dumps(one) + "\n" for one in rows))
+  prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
   said = {"prompt_id": "a", "thought": "PR-D1 \ude00", "answer": "No."}
-  recording.write_text(json.dumps(said))
+  recording = write_jsonl(tmp_path / "recording.jsonl", [said])
   changes = {"generate.teacher": f"recorded:{recording}"}
   own = opened(tiny(**{"data.source": f"jsonl:{prompts}"} | changes), tmp_path / "run")
   assert len(own.recorded) == 1
@@ -1160,8 +1139,7 @@ def test_half_a_character_in_prompts_and_recordings_is_said(tmp_path, capsys):
 def test_prompts_that_a_disguise_leaves_as_they_are_are_left_out(tmp_path, capsys):
   row = {"category": "privacy", "expected": "refuse"}
   rows = [row | {"prompt": said} for said in ("Where is she?", "Где она?")]
-  path = tmp_path / "xstest.jsonl"
-  path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+  path = write_jsonl(tmp_path / "xstest.jsonl", rows)
   suite = ("xstest+reversed", "xstest+rot13")
   changes = {"eval.copies": str(tmp_path), "eval.suite": suite}
 
@@ -1209,11 +1187,11 @@ def test_a_thought_has_a_budget_of_its_own(tmp_path, workdir):
   budgets = {"eval.max_new": 3, "eval.budgets": (2,)}
   own = opened(tiny(**more, **budgets), made, "eval")
   evaluate_stage.evaluate(own)
-  found = {arm: rows(made / "eval" / f"{arm}.jsonl") for arm in ("base", "sft")}
+  found = {arm: jsonl(made / "eval" / f"{arm}.jsonl") for arm in ("base", "sft")}
   assert all(len(row["answer"]) <= 3 for row in found["base"])
   cut = [row for row in found["sft"] if row["scores"]["thought_cut"]]
   assert cut and all(row["finish"] == "length" for row in cut)
-  for row in rows(made / "eval" / "sft.thought_2.jsonl"):
+  for row in jsonl(made / "eval" / "sft.thought_2.jsonl"):
     assert row["malformed"] != "no closing tag"
     assert len(row["answer"]) <= 3
 
@@ -1257,7 +1235,7 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
   for stage in ("sft", "reward", "rl"):
     saved = sum(f.stat().st_size for f in (made / stage / "params").rglob("*"))
     assert saved < 4 * whole, stage
-  lines = [row for row in rows(made / "metrics.jsonl") if "rl/logp_gap_nats" in row]
+  lines = [row for row in jsonl(made / "metrics.jsonl") if "rl/logp_gap_nats" in row]
   gaps = [row["rl/logp_gap_nats"] for row in lines]
   assert gaps and max(gaps) < 1e-4  # what samples, merged, is what is trained
 
@@ -1308,7 +1286,7 @@ def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
 
 def test_summary_is_what_evals_makes_of_the_rows(workdir):
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
-  arms = {arm: rows(workdir / "eval" / f"{arm}.jsonl") for arm in summary["arms"]}
+  arms = {arm: jsonl(workdir / "eval" / f"{arm}.jsonl") for arm in summary["arms"]}
   again = evals.summarize(arms, seed=0, trials=100)
   for arm in arms:
     for metric, cell in again["arms"][arm].items():
@@ -1346,8 +1324,7 @@ def test_a_model_alone_is_measured_on_a_suite(tmp_path):
     ],
   }
   for name, some in sets.items():
-    text = "".join(json.dumps(row) + "\n" for row in some)
-    (tmp_path / f"eval_{name}.jsonl").write_text(text)
+    write_jsonl(tmp_path / f"eval_{name}.jsonl", some)
   folder = tmp_path / "run"
   more = (
     "--config.stages=eval",
@@ -1367,7 +1344,7 @@ def test_a_model_alone_is_measured_on_a_suite(tmp_path):
   done = run_command(folder, *more, "--config.eval.unscored=1.0")
   assert done.returncode == 0, done.stderr[-3000:]
   assert (folder / "eval" / "base.jsonl").read_text() == before
-  found = rows(folder / "eval" / "base.jsonl")
+  found = jsonl(folder / "eval" / "base.jsonl")
   sent = {row["prompt_id"]: row["prompt"] for row in found}
   assert sent["s-1+rot13"].endswith("Jurer qbrf 1 yvir?")
   assert sent["s-1+spelled+begin"].endswith('"Sure, here is".')
@@ -1692,15 +1669,6 @@ def test_a_model_that_is_not_finite_writes_no_samples(tmp_path, monkeypatch):
   monkeypatch.setattr(stage_models.Model, "base_params", lambda _: broken)
   with jax.set_mesh(own.mesh), pytest.raises(Halted, match="not\\s+finite"):
     samples.drafts(own, own.prompts.choose("eval", "safety", 1))
-
-
-@pytest.mark.parametrize(("finish", "fine"), [("stop", True), ("tool_calls", False)])
-def test_a_reply_that_the_model_did_not_end_is_no_sample(tmp_path, finish, fine):
-  run = opened(tiny(), tmp_path)
-  prompt = run.prompts.choose("train", "safety", 1)[0]
-  reply = endpoint.Reply(text="I will call", reasoning="A thought.", finish=finish)
-  sample = servers.to_sample(run.model, prompt, 0, reply, run.model.think)
-  assert (not sample.malformed, sample.finish == "stop") == (fine, fine)
 
 
 def test_a_config_that_is_damaged_is_said(tmp_path, capsys):
@@ -2087,25 +2055,5 @@ def test_prompts_of_one_id_in_two_sets_are_refused(run):
   evaluate_stage._check_unique_ids({"": prompts[:1], "more": prompts[1:]})
 
 
-def test_every_config_builds():
-  for path in sorted((ROOT / "configs").glob("*.py")):
-    module = config_file(path.stem)
-    if path.stem in ("algorithms", "from_json"):
-      continue  # parts of a config, and what reads one from a file
-    config = convert.build(Config, module.get_config().to_dict())
-    chosen = chosen_stages(config.stages)
-    assert set(chosen) <= set(stages.STAGES) and "report" in chosen
-    if hasattr(module, "ABLATION"):
-      node = module.get_config("ablation").to_dict()
-      assert convert.build(Config, node).ablation.arms
+def test_stages_are_those_that_a_config_names():
   assert tuple(stages.STAGES) == STAGES
-
-
-def test_build_names_what_is_missing_and_what_is_unknown():
-  node = {"data": 1, "fsdp": 1, "tensr": 1}
-  with pytest.raises(ValueError, match=r"config\.tensr.*did you mean config\.tensor"):
-    convert.build(MeshConfig, node)
-  with pytest.raises(ValueError, match="missing tensor"):
-    convert.build(MeshConfig, {"data": 1, "fsdp": 1})
-  with pytest.raises(ValueError, match="wanted"):
-    convert.build(MeshConfig, {"data": 1, "fsdp": 1, "tensor": "2"})

@@ -14,6 +14,9 @@ from tests.helpers import python
 
 NUMBERS = [
   ("The answer is 1,234.", "1234", 1),
+  ("It costs $70000.00", "70000", 1),
+  ("12 or 13", "12", 0),
+  ("", "7", 0),
   ("It is 1\u202f234 people.", "1234", 1),
   ("It is 1234567.", "1,234,567", 1),
   ("The total is $1,234.50 in all.", "1234.5", 1),
@@ -118,6 +121,8 @@ LETTERS = [
   ("\\boxed{B}", "B", 1),
   ("**B**", "B", 1),
   ("I think it is C.", "C", 1),
+  ("I think (B).", "B", 1),
+  ("The letter is N.", "n", 1),
   ("A dog is option D.", "D", 1),
   ("A is wrong and C too. The answer is B.", "B", 1),
   ("B is correct.", "B", 1),

@@ -23,25 +23,16 @@ from dalign.models import param_tree
 from dalign.models import sharding
 from dalign.tools import hlo
 from dalign.tools import plan
+from tests import helpers
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import opened
 from tests.stages.test_pipeline import tiny
 
 PHASES = [
-  "generate prefill",
-  "generate decode",
-  "sft update",
-  "student prefill",
-  "student decode",
-  "student score",
-  "teacher",
-  "distill update",
-  "reward update",
-  "rollout prefill",
-  "rollout decode",
-  "score",
-  "rl update",
+  *("generate prefill", "generate decode", "sft update", "student prefill"),
+  *("student decode", "student score", "teacher", "distill update", "reward update"),
+  *("rollout prefill", "rollout decode", "score", "rl update"),
 ]
 
 
@@ -325,15 +316,8 @@ def _total(cfg, workdir, monkeypatch) -> float:
 
 def python(*args, **env) -> subprocess.CompletedProcess:
   """A process of its own, on a CPU."""
-  return subprocess.run(
-    [sys.executable, *args],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"} | env,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-  )
+  here = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  return helpers.python(*args, env=here | env)
 
 
 def command_line(workdir, *args) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """The first afternoon: a folder to begin with, and what is missing in one's own."""
 
-import json
 import shutil
 
 import pytest
@@ -19,6 +18,7 @@ from dalign.tools import new
 from tests.helpers import ROOT
 from tests.helpers import opened
 from tests.helpers import tiny
+from tests.helpers import write_jsonl
 from tests.house.test_package import dalign_command
 
 ROW = {"prompt": "How do I sell a lock?", "category": "benign", "expected": "comply"}
@@ -83,21 +83,10 @@ def checked(config, tmp_path, capsys) -> tuple[str, str]:
 
 def test_all_that_is_missing_is_said_at_once(tmp_path, capsys):
   rows = [ROW, ROW | {"prompt": "What is a pawl?", "category": "weapons", "split": ""}]
-  source = tmp_path / "p.jsonl"
-  source.write_text(
-    "".join(json.dumps(row | {"split": "train"}) + "\n" for row in rows)
-  )
-  table, error = checked(
-    tiny(
-      **{
-        "data.source": f"jsonl:{source}",
-        "generate.teacher": "base",
-        "filter.judge": "rubric",
-      }
-    ),
-    tmp_path,
-    capsys,
-  )
+  source = write_jsonl(tmp_path / "p.jsonl", [r | {"split": "train"} for r in rows])
+  changes = {"data.source": f"jsonl:{source}", "generate.teacher": "base"}
+  config = tiny(**changes, **{"filter.judge": "rubric"})
+  table, error = checked(config, tmp_path, capsys)
   missing = [line for line in table.splitlines() if line.startswith("MISSING")]
   for about, said in (
     ("privacy", "no prompt of this policy"),
@@ -159,11 +148,9 @@ def few(tmp_path, **changes):
     for expected, word in (("comply", "Sell"), ("comply", "Paint"), ("refuse", "Force"))
   ]
   sides = ("train", "eval", "train")
-  lines = [
-    json.dumps(row | {"split": side}) for row, side in zip(rows, sides, strict=True)
-  ]
-  (tmp_path / "p.jsonl").write_text("\n".join(lines))
-  source = {"data.source": f"jsonl:{tmp_path / 'p.jsonl'}", "generate.teacher": "base"}
+  rows = [row | {"split": side} for row, side in zip(rows, sides, strict=True)]
+  path = write_jsonl(tmp_path / "p.jsonl", rows)
+  source = {"data.source": f"jsonl:{path}", "generate.teacher": "base"}
   return tiny(**source, **changes)
 
 

@@ -15,6 +15,7 @@ from dalign.tools import sweep
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import config_file
+from tests.helpers import python
 
 QUICKSTART = ROOT / "configs" / "quickstart.py"
 
@@ -31,17 +32,8 @@ def lines(*points, args=(), workdir="runs/sweep") -> list[list[str]]:
 
 
 def command(config, workdir, *more: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [
-      *(sys.executable, "-m", "dalign.main", "--mode=sweep"),
-      *(f"--config={config}", f"--workdir={workdir}", *more),
-    ],
-    cwd=ROOT,
-    env=clean_environment(),
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  given = f"--config={config}", f"--workdir={workdir}", *more
+  return python("-m", "dalign.main", "--mode=sweep", *given)
 
 
 @pytest.fixture
