@@ -14,7 +14,6 @@ from dalign.stages import grading
 from dalign.types import Turn
 from tests.helpers import config_file
 from tests.helpers import opened
-from tests.helpers import run_command
 from tests.helpers import tiny
 
 
@@ -150,12 +149,12 @@ def guest(tmp_path_factory) -> str:
 
 def test_a_model_in_this_process_is_a_grader(guest, tmp_path):
   graders = {"eval.grader": ("rules", "model"), "eval.grader_model": guest}
-  flags = [f"--config.{k}={v}" for k, v in (SMALL | graders).items()]
-  done = run_command(tmp_path, "--config.stages=eval", *flags)
-  assert done.returncode == 2, done.stderr[-3000:]
-  assert "the grader model has no score for 4 of 4 answers of arm base" in done.stderr
-  assert "4 x the verdict is cut by the token budget; wanted" in done.stderr
-  assert "(config.eval.unscored)" in done.stderr.splitlines()[-1]
+  with pytest.raises(ValueError) as error:
+    evaluate_stage.evaluate(opened(tiny(**SMALL | graders), tmp_path, "eval"))
+  said = str(error.value)
+  assert "the grader model has no score for 4 of 4 answers of arm base" in said
+  assert "4 x the verdict is cut by the token budget; wanted" in said
+  assert "(config.eval.unscored)" in said and "\n" not in said
   rows = store.read_rows(tmp_path / "eval" / "base.jsonl")
   told = [one["graders"]["model"] for one in rows if one["kind"] != "capability"]
   assert len(told) == 4 and all(one["reason"] and one["said"] for one in told)

@@ -210,6 +210,12 @@ def copy(folder, tmp_path, **config) -> pathlib.Path:
   return place
 
 
+def rewrite(file: pathlib.Path, change) -> None:
+  """Puts what `change` makes of the tensors of a file in their place."""
+  tensors = safetensors.numpy.load_file(file)
+  safetensors.numpy.save_file(change(tensors), file)
+
+
 def shard(place: pathlib.Path) -> dict[str, str]:
   """Splits model.safetensors in two files with an index; gives the index."""
   tensors = safetensors.numpy.load_file(place / "model.safetensors")
@@ -281,11 +287,11 @@ def test_transformers_reads_what_is_saved(tmp_path, tied):
 
 def test_old_configs_half_precision_and_spare_tensors_are_read(folder, tmp_path):
   place = copy(folder, tmp_path, rope_parameters=None, rope_theta=77.0, tie=None)
-  file = place / "model.safetensors"
-  tensors = safetensors.numpy.load_file(file)
-  halves = {name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in tensors.items()}
-  halves["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
-  safetensors.numpy.save_file(halves, file)
+  spare = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+  rewrite(
+    place / "model.safetensors",
+    lambda own: {n: x.astype(ml_dtypes.bfloat16) for n, x in own.items()} | spare,
+  )
   cfg, params, _ = weights.load(str(place))
   want = weights.random_model(CFG, 1)["layers"]["down"].astype(ml_dtypes.bfloat16)
   assert cfg.rope_theta == 77.0
@@ -330,11 +336,11 @@ def test_stops_are_those_of_tokenizer_template_and_generation_config(folder, tmp
 def test_a_tied_model_may_hold_its_head_twice(folder, tmp_path, other):
   """Where the second is another, the config errs; as transformers 5 reads it."""
   place = copy(folder, tmp_path, tie_word_embeddings=True)
-  file = place / "model.safetensors"
-  tensors = safetensors.numpy.load_file(file)
   if not other:
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  safetensors.numpy.save_file(tensors, file)
+    rewrite(
+      place / "model.safetensors",
+      lambda own: own | {"lm_head.weight": own["model.embed_tokens.weight"]},
+    )
   cfg, params, _ = weights.load(str(place))
   assert cfg.tied == ("head" not in params) == (not other)
   torch = pytest.importorskip("torch")
@@ -368,14 +374,19 @@ def test_transformers_does_not_draw_ids_without_a_token_either(tmp_path):
   assert not drawn(tmp_path / "again") & {*range(259, 267)}
 
 
-def test_weights_of_whole_numbers_are_refused(folder, tmp_path):
+def test_weights_of_whole_numbers_are_refused(folder, peft_folder, tmp_path):
   place = copy(folder, tmp_path)
-  tensors = safetensors.numpy.load_file(place / "model.safetensors")
   name = "model.layers.1.mlp.up_proj.weight"
-  tensors[name] = np.ones(tensors[name].shape, np.int8)
-  safetensors.numpy.save_file(tensors, place / "model.safetensors")
+  whole = {name: np.ones((20, 12), np.int8)}
+  rewrite(place / "model.safetensors", lambda own: own | whole)
   with pytest.raises(ValueError, match=f"{name}: wanted floating point, got int8"):
     weights.load(str(place))
+  place = told(peft_folder[0], tmp_path, {})
+  file = pathlib.Path(place) / "adapter_model.safetensors"
+  rewrite(file, lambda own: {name: x.astype(np.int8) for name, x in own.items()})
+  wanted = "lora_A.weight: wanted floating point, got int8"
+  with pytest.raises(ValueError, match=wanted):
+    weights.load(place)
 
 
 def test_more_ids_than_embeddings_are_refused(tmp_path):
@@ -470,24 +481,9 @@ def test_adapters_are_scaled_as_their_config_says(
   np.testing.assert_allclose(got - base, scale * product, atol=1e-5)
 
 
-def test_adapters_of_another_rank_than_told_are_refused(peft_folder, tmp_path):
+def test_adapters_of_half_a_pair_or_another_rank_are_refused(peft_folder, tmp_path):
   with pytest.raises(ValueError, match="r=4"):
-    weights.find(told(peft_folder[0], tmp_path, {"r": 4}))
-
-
-def test_adapters_of_whole_numbers_are_refused(peft_folder, tmp_path):
-  place = told(peft_folder[0], tmp_path, {})
-  file = pathlib.Path(place) / "adapter_model.safetensors"
-  tensors = safetensors.numpy.load_file(file)
-  whole = {name: x.astype(np.int8) for name, x in tensors.items()}
-  safetensors.numpy.save_file(whole, file)
-  with pytest.raises(
-    ValueError, match="lora_A.weight: wanted floating point, got int8"
-  ):
-    weights.load(place)
-
-
-def test_adapters_of_half_a_pair_are_refused(peft_folder, tmp_path):
+    weights.find(told(peft_folder[0], tmp_path / "rank", {"r": 4}))
   place = told(peft_folder[0], tmp_path, {})
   file = pathlib.Path(place) / "adapter_model.safetensors"
   tensors = safetensors.numpy.load_file(file)

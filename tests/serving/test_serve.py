@@ -26,7 +26,7 @@ from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
-from tests.helpers import python
+from tests.helpers import read_flags
 from tests.helpers import write_jsonl
 
 QUESTION = [{"role": "user", "content": "Is the sky blue?"}]
@@ -337,19 +337,17 @@ def test_a_key_is_wanted_where_one_is_set(model):
     assert caught.value.status == 401
 
 
-@pytest.mark.parametrize(
-  "more, wanted",
-  [
-    (["--host=0.0.0.0"], "set DALIGN_API_KEY"),
-    (["--port=99999"], "--port=99999: "),
-    (["--stage=third"], "wanted one of base, sft, distill, rl"),
-    (["--workdir=nowhere"], "config.json is missing"),
-  ],
-)
-def test_what_cannot_be_served_is_said(workdir, more, wanted):
-  done = python("-m", "dalign.main", "--mode=serve", f"--workdir={workdir}", *more)
-  assert done.returncode == 2, done.stderr
-  assert wanted in done.stderr and len(done.stderr.splitlines()) == 1
+def test_what_cannot_be_served_is_said(workdir, tmp_path):
+  [said] = read_flags([["--mode=serve", "--workdir=w", "--port=99999"]], tmp_path)
+  assert said.startswith("ValueError: ") and "--port=99999: " in said
+  for place, stage, host, wanted in (
+    (workdir, "", "0.0.0.0", "set DALIGN_API_KEY"),
+    (workdir, "third", "127.0.0.1", "wanted one of base, sft, distill, rl"),
+    (tmp_path, "", "127.0.0.1", "config.json is missing"),
+  ):
+    with pytest.raises(ValueError, match=wanted) as error:
+      server.serve(None, place, stage, host, 0)
+    assert "\n" not in str(error.value)
 
 
 def test_inspect_asks_it_as_any_such_server(address, name, model, tmp_path):

@@ -336,11 +336,7 @@ def test_the_same_command_again_does_nothing(workdir):
   ("option", "wanted"),
   [
     ("--config.sft.epoch=3", 'Did you mean "epochs"'),
-    ("--config.compute.kv_dtype=bfloat16", "wanted float32 on a CPU"),
-    ("--config.compute.attention=splash", "splash runs on a tpu"),
     ("--config.seed=7", "seed"),
-    ("--config.generate.temperature=0.7", "generate.temperature"),
-    ("--config.model.path=/nowhere", "/nowhere"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workdir, option, wanted):
@@ -349,6 +345,21 @@ def test_bad_input_is_one_line_and_exit_code_2(workdir, option, wanted):
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith("dalign: ") and wanted in last
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("changes", "wanted"),
+  [
+    ({"compute.kv_dtype": "bfloat16"}, "wanted float32 on a CPU"),
+    ({"compute.attention": "splash"}, "splash runs on a tpu"),
+    ({"generate.temperature": 0.7}, "generate.temperature was .* is now 0.7"),
+    ({"model.path": "/nowhere"}, "/nowhere"),
+  ],
+)
+def test_a_config_that_does_not_fit_is_refused_in_one_line(workdir, changes, wanted):
+  with pytest.raises(ValueError, match=wanted) as error:
+    stages.run(tiny(**changes), workdir)
+  assert "\n" not in str(error.value)
 
 
 def test_prompts_that_changed_under_their_name_are_refused(tmp_path):
@@ -819,17 +830,6 @@ def test_a_reward_that_was_shown_a_thought_stops_rl(run, monkeypatch):
       judged("No.", own=opened(tiny(**of_it), run.store.workdir))
   judged("No.", own=opened(tiny(**{"rl.scan_words": 0}), run.store.workdir))
   where.unlink()
-
-
-def test_the_reward_model_says_what_it_was_shown(run):
-  ask = scoring.reward_model(
-    run, scoring.load_reward_model(run), renderer := scoring.Renderer(run)
-  )
-  prompt = next(p for p in run.prompts.all if p.kind == "safety")
-  question = judge.RewardQuestion(prompt, "Of 1 no more.")
-  shown = ask([question])[0].shown
-  assert shown == run.model.tok.decode(renderer.question_tokens(question))
-  assert shown.endswith("Of 1 no more.") or "Of 1 no more." in shown
 
 
 def test_malformed_rollouts_get_nothing_and_no_judge_call(run):

@@ -40,6 +40,15 @@ def make_state(step: int) -> State:
   return State(jnp.int32(step), params, opt_state, jax.random.key(step))
 
 
+def saved(folder: pathlib.Path, *steps: int, keep=1) -> list[str]:
+  """What lies in a folder once one run has saved states of some steps there."""
+  writer = Checkpoints(folder)
+  for step in steps:
+    writer.save(step, make_state(step), {}, keep=keep)
+  writer.close()
+  return sorted(path.name for path in folder.iterdir())
+
+
 def abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
@@ -89,17 +98,10 @@ def test_asking_for_the_latest_makes_no_folder(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-  checkpoints = Checkpoints(tmp_path)
-  for step in (1, 2, 3):
-    checkpoints.save(step, make_state(step), {}, keep=2)
-  checkpoints.close()
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
-  checkpoints.save(4, make_state(4), {})
-  checkpoints.close()
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["4"]
+  assert saved(tmp_path, 1, 2, 3, keep=2) == ["2", "3"]
+  assert saved(tmp_path, 4) == ["4"]
   with pytest.raises(ValueError, match=r"wanted the checkpoint of step 1, has \[4\]"):
-    checkpoints.restore(1, abstract(make_state(1)))
-  checkpoints.close()
+    Checkpoints(tmp_path).restore(1, abstract(make_state(1)))
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
@@ -127,28 +129,16 @@ def test_a_step_that_is_there_stays_and_an_older_one_is_refused(tmp_path):
 
 
 def test_the_leftovers_of_a_killed_save_are_no_step(tmp_path):
-  checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(1, make_state(1), {})
-  checkpoints.close()
-  half = tmp_path / "2.orbax-checkpoint-tmp"
-  half.mkdir()
-  again = Checkpoints(tmp_path)
-  assert again.latest() == 1
-  again.save(2, make_state(2), {})
-  again.close()
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+  saved(tmp_path, 1)
+  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+  assert Checkpoints(tmp_path).latest() == 1
+  assert saved(tmp_path, 2) == ["2"]
 
 
 def test_a_step_that_a_killed_run_did_not_drop_goes(tmp_path):
-  checkpoints = Checkpoints(tmp_path)
-  for step in (1, 2):
-    checkpoints.save(step, make_state(step), {}, keep=2)
-  checkpoints.close()
-  again = Checkpoints(tmp_path)
-  assert again.latest() == 2
-  again.save(2, make_state(2), {})
-  again.close()
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+  saved(tmp_path, 1, 2, keep=2)
+  assert Checkpoints(tmp_path).latest() == 2
+  assert saved(tmp_path, 2) == ["2"]
 
 
 def damaged(content: bytes) -> list[bytes]:
@@ -193,9 +183,9 @@ def test_damaged_parameters_are_refused(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-  saved, state = Checkpoints(tmp_path / "state"), make_state(1)
-  saved.save(1, state, {"at": 3})
-  saved.close()
+  writer, state = Checkpoints(tmp_path / "state"), make_state(1)
+  writer.save(1, state, {"at": 3})
+  writer.close()
 
   def read():
     again = Checkpoints(tmp_path / "state")
@@ -214,9 +204,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
   for version, wanted in ((2, "wanted checkpoints of format 1, got 2"), (1, "")):
     with monkeypatch.context() as patch:
       patch.setattr(checkpoints, "FORMAT_VERSION", version)
-      writer = Checkpoints(tmp_path / str(version))
-      writer.save(1, make_state(1), {})
-      writer.close()
+      saved(tmp_path / str(version), 1)
     reader = Checkpoints(tmp_path / str(version))
     if wanted:
       with pytest.raises(ValueError, match=wanted):
@@ -234,17 +222,14 @@ def test_sums_tell_values_and_places_apart():
 
 
 def test_arrays_that_do_not_fit_are_named(tmp_path):
-  state = make_state(1)
-  checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(1, state, {})
-  wanted = abstract(state)
+  saved(tmp_path, 1)
+  wanted = abstract(make_state(1))
   wanted.params["layers"] = {
     "w": jax.ShapeDtypeStruct((5, 4), jnp.float32),
     "new": jax.ShapeDtypeStruct((1,), jnp.float32),
   }
   with pytest.raises(ValueError) as caught:
-    checkpoints.restore(1, wanted)
-  checkpoints.close()
+    Checkpoints(tmp_path).restore(1, wanted)
   said = str(caught.value)
   assert "params.layers.w is float32[3, 4], wanted float32[5, 4]" in said
   assert "params.layers.new is absent, wanted float32[1]" in said
