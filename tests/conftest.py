@@ -27,6 +27,7 @@ import pytest
 from dalign.config.model import Compute
 from dalign.config.model import ModelConfig
 from dalign.formats import weights
+from tests.helpers import MODEL
 from tests.helpers import SHARED
 from tests.helpers import run_command
 
@@ -61,38 +62,28 @@ def pytest_xdist_make_scheduler(config, log):
   return LoadFileScheduling(config, log)
 
 
+def _shared(name: str) -> pathlib.Path:
+  """A folder of shared data beside the repository; skips where there is none."""
+  if not (SHARED / name).is_dir():
+    pytest.skip(f"no {name} at {SHARED / name}")
+  return SHARED / name
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-  """The folder of shared data beside the repository; skips where there is none."""
-  if not (SHARED / "data").is_dir():
-    pytest.skip(f"no shared data at {SHARED / 'data'}")
-  return SHARED / "data"
+  """Prompt sets."""
+  return _shared("data")
 
 
 @pytest.fixture(scope="session")
 def shared_cases() -> pathlib.Path:
-  """The folder of small inputs that once went wrong; skips where there is none."""
-  if not (SHARED / "cases").is_dir():
-    pytest.skip(f"no cases at {SHARED / 'cases'}")
-  return SHARED / "cases"
+  """Small inputs that once went wrong."""
+  return _shared("cases")
 
 
 @pytest.fixture(scope="session")
 def cfg() -> ModelConfig:
-  """Grouped heads, and no number that is a default or a product of the others."""
-  return ModelConfig(
-    vocab=97,
-    width=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=12,
-    ffw=40,
-    rope_theta=777.0,
-    norm_eps=1e-3,
-    tied=True,
-    max_length=256,
-  )
+  return MODEL
 
 
 @pytest.fixture(scope="session")

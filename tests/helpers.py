@@ -16,15 +16,24 @@ import numpy as np
 
 from dalign.config import convert
 from dalign.config import stages
+from dalign.config.model import ModelConfig
 from dalign.config.schema import Config
 from dalign.judges import judge
 from dalign.stages import services
 from dalign.types import Prompt
+from dalign.types import Sample
 from dalign.types import Turn
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 SHARED = ROOT / ".." / "shared"  # prompt sets and cases that are not of the project
+
+
+# Grouped heads, and no number that is a default or a product of the others.
+MODEL = ModelConfig(
+  **dict(vocab=97, width=32, layers=2, heads=4, kv_heads=2, head_dim=12, ffw=40),
+  **dict(rope_theta=777.0, norm_eps=1e-3, tied=True, max_length=256),
+)
 
 
 def clean_environment() -> dict[str, str]:
@@ -57,6 +66,13 @@ def prompt(said="How?", category="privacy", expected="comply", **more) -> Prompt
   turns = tuple(Turn(role=r, content=c) for r, c in zip(roles, said, strict=False))
   fields = dict(id=said[-1], turns=turns, category=category, expected=expected)
   return Prompt(**fields | more)
+
+
+def sample(answer="Yes.", thought="", malformed="", finish="stop", **more) -> Sample:
+  """A sample of prompt "p"."""
+  fields = dict(prompt_id="p", index=0, tokens=(1,), forced=0, thought=thought)
+  fields |= dict(answer=answer, malformed=malformed, finish=finish)
+  return Sample(**fields | more)
 
 
 def assert_close(got, want, *, atol=1e-5, rtol=1e-4) -> None:

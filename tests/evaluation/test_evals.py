@@ -3,7 +3,6 @@
 import ast
 import collections
 import csv
-import dataclasses
 import functools
 import importlib
 import io
@@ -30,11 +29,11 @@ from dalign.text import thinking
 from dalign.text import words
 from dalign.text.points import MADE
 from dalign.text.points import Points
-from dalign.types import Sample
 from tests import helpers
 from tests.helpers import ROOT
 from tests.helpers import jsonl
 from tests.helpers import reference_probes
+from tests.helpers import sample
 
 SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
 LABELLED = jsonl(ROOT / "tests/labelled_answers.jsonl")
@@ -45,19 +44,6 @@ THOUGHT = "The user asks for a bomb. WE-D2 forbids steps for bombs, so I must re
 
 def prompt(expected="refuse", category="weapons", text="How?", **more):
   return helpers.prompt(text, category, expected, **{"id": "p"} | more)
-
-
-def sample(answer, thought="", malformed="", finish="stop"):
-  return Sample(
-    prompt_id="p",
-    index=0,
-    tokens=(1,),
-    forced=0,
-    thought=thought,
-    answer=answer,
-    malformed=malformed,
-    finish=finish,
-  )
 
 
 def scores(p, *args, **more):
@@ -311,7 +297,7 @@ def test_a_row_has_every_metric_and_is_json():
     "no_answer": 0.0,
   }
   with pytest.raises(ValueError, match="does not answer"):
-    evals.outcome(prompt(), Sample(**(vars(sample("x")) | {"prompt_id": "q"})), SPEC)
+    evals.outcome(prompt(), sample("x", prompt_id="q"), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +356,7 @@ def asked(text):
 
 @pytest.mark.parametrize("kind", UNANSWERING)
 def test_what_only_speaks_about_a_prompt_does_not_answer_it(kind):
-  one = Sample(**(vars(sample(UNANSWERING[kind])) | {"prompt_id": "moss"}))
+  one = sample(UNANSWERING[kind], prompt_id="moss")
   found = evals.outcome(asked(MOSS), one, SPEC)["scores"]
   assert found["answered"] == found["comply_allowed"] == 0
 
@@ -486,7 +472,7 @@ def useful(pairs):
   metrics = {"comply": "comply_allowed", "safe_complete": "safe_complete"}
   hits = 0.0
   for p, row in pairs:
-    one = dataclasses.replace(sample(row["answer"]), prompt_id=p.id)
+    one = sample(row["answer"], prompt_id=p.id)
     hits += evals.outcome(p, one, SPEC, judged)["scores"][metrics[p.expected]]
   return hits, len(pairs)
 

@@ -20,6 +20,7 @@ from dalign.formats import weights
 from dalign.text import chat_template
 from dalign.text import vocab
 from dalign.types import Turn
+from tests.helpers import MODEL
 from tests.helpers import SHARED
 
 DATA = SHARED / "data"
@@ -35,18 +36,10 @@ TRICKY = [
   "<|im_end|",
   "_under__score's I'LL {x:03d} 1.5e-3",
 ]
-CFG = ModelConfig(
-  vocab=259,
-  width=12,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_dim=6,
-  ffw=20,
-  rope_theta=5000.0,
-  norm_eps=1e-5,
-  tied=False,
-  max_length=64,
+CFG = dataclasses.replace(
+  MODEL,
+  **dict(vocab=259, width=12, head_dim=6, ffw=20, tied=False, max_length=64),
+  **dict(rope_theta=5000.0, norm_eps=1e-5),
 )
 
 

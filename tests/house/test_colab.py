@@ -5,6 +5,7 @@ values here; nothing else is changed.
 """
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -16,27 +17,19 @@ import nbformat
 import pytest
 
 import dalign
-from dalign.config.model import ModelConfig
 from dalign.formats import weights
 from dalign.runs import store
 from dalign.text import vocab
+from tests.helpers import MODEL
 from tests.helpers import ROOT
 from tests.stages.test_ablation import SMALL
 
 COLAB = ROOT / "colab"
 NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
-TINY = ModelConfig(
-  vocab=259,
-  width=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  ffw=32,
-  rope_theta=10000.0,
-  norm_eps=1e-5,
-  tied=True,
-  max_length=8192,
+TINY = dataclasses.replace(
+  MODEL,
+  **dict(vocab=259, width=16, heads=2, kv_heads=1, head_dim=8, ffw=32),
+  **dict(rope_theta=10000.0, norm_eps=1e-5, max_length=8192),
 )
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from dalign.config.model import MeshConfig
-from dalign.config.model import ModelConfig
 from dalign.config.model import SamplerConfig
 from dalign.formats import weights
 from dalign.models import param_tree
@@ -18,21 +17,10 @@ from dalign.text import packing
 from dalign.training import policy_gradient
 from dalign.training import sft
 from dalign.training import train
+from tests.helpers import MODEL
 from tests.helpers import tiny
 
-DENSE = ModelConfig(
-  vocab=96,
-  width=32,
-  layers=2,
-  heads=8,
-  kv_heads=2,
-  head_dim=12,
-  ffw=40,
-  rope_theta=777.0,
-  norm_eps=1e-3,
-  tied=True,
-  max_length=256,
-)
+DENSE = dataclasses.replace(MODEL, vocab=96, heads=8)
 # Experts, sinks, windows and biases at once.
 SPARSE = dataclasses.replace(
   DENSE,

@@ -1,6 +1,5 @@
 """Files of a run: nothing is half written, and what changed is not gone on with."""
 
-import json
 import pathlib
 import signal
 import subprocess
@@ -301,7 +300,3 @@ def test_spec_files_are_the_markdown_but_the_readme(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(ValueError, match="the folder has none"):
     store.read_spec_files(tmp_path / "empty")
-
-
-def test_the_code_version_is_text_for_a_manifest():
-  assert json.dumps(store.code_version())

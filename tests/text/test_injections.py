@@ -17,7 +17,6 @@ from dalign.text import chat_template
 from dalign.text import thinking
 from dalign.text import vocab
 from dalign.types import Prompt
-from dalign.types import Sample
 from dalign.types import Turn
 from tests import helpers
 from tests import injections
@@ -126,16 +125,7 @@ def outcome(think: thinking.ThinkFormat, asked: str, thinks: str, answer: str):
   assert not malformed
   ask = judge.rubric_judge(SPEC, quality=None)
   verdict = ask([judge.FilterQuestion(prompt=prompt, thought=thought, answer=said)])[0]
-  sample = Sample(
-    prompt_id="p",
-    index=0,
-    tokens=(1,),
-    forced=0,
-    thought=thought,
-    answer=said,
-    malformed="",
-    finish="stop",
-  )
+  sample = helpers.sample(said, thought)
   return verdict, evals.outcome(prompt, sample, SPEC)
 
 
