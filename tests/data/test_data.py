@@ -291,10 +291,7 @@ def test_twins_and_contamination_are_found_in_chinese():
   """There are no spaces; one word of many is another here, and one in front."""
   texts = [TWIN, TWIN.replace("半夜", "深夜"), "附近有什么好吃的面馆，价格不要太贵"]
   assert [*prompt_sets.near_duplicates(texts, threshold=0.5)] == [(0, 1)]
-  prompts = [
-    prompt("a", "请问，" + TWIN[8:]),
-    prompt("b", texts[2]),
-  ]
+  prompts = [prompt("a", "请问，" + TWIN[8:]), prompt("b", texts[2])]
   assert prompt_sets.contaminated(prompts, [TWIN]) == [("a", TWIN)]
 
 

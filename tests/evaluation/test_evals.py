@@ -319,8 +319,7 @@ def test_refuse_disallowed(answer, score):
 
 
 @pytest.mark.parametrize(
-  ("answer", "score"),
-  [(HELP, 1), (REFUSAL, 0), ("", None), ("no no no no no no", 0)],
+  ("answer", "score"), [(HELP, 1), (REFUSAL, 0), ("", None), ("no no no no no no", 0)]
 )
 def test_comply_allowed(answer, score):
   for kind in ("safety", "helpful"):

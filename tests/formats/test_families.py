@@ -260,10 +260,7 @@ def test_what_is_saved_is_read_by_transformers_and_by_us(case, tmp_path):
   weights.save_hf(tmp_path, cfg, params, vocab.tiny_tokenizer(), shard=40_000)
   assert (tmp_path / "model.safetensors.index.json").exists()
   made, report = transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path,
-    dtype=torch.float32,
-    attn_implementation="eager",
-    output_loading_info=True,
+    tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
   )
   assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
   assert type(made) is type(hf)

@@ -35,13 +35,7 @@ TEXT = st.one_of(
   ),
 )
 JSON = st.recursive(
-  st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.floats(),
-    TEXT,
-  ),
+  st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), TEXT),
   lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)
   ),

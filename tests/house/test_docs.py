@@ -16,8 +16,6 @@ import pytest
 
 from tests.helpers import ROOT
 
-README = (ROOT / "README.md").read_text()
-ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 TEXTS = {".py", ".md", ".toml", ".ipynb", ".html", ".cfg", ".cff", ".yml", ".txt", ""}
 FOLDERS = (
   *("dalign", "configs", "specs", "tests", "docs", "colab", "benchmarks", ".ci"),

@@ -318,10 +318,7 @@ def test_one_tree_for_init_files_and_axes(cfg, compute, tied):
     assert len(names) == leaf.ndim, path
   assert transformer.head(
     made if not tied else jax.tree.map(jnp.zeros_like, made)
-  ).shape == (
-    cfg.width,
-    cfg.vocab,
-  )
+  ).shape == (cfg.width, cfg.vocab)
 
 
 def test_heads_must_divide(cfg):

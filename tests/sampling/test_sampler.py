@@ -55,13 +55,7 @@ def sample(made, prepared):
   """`sample(*groups, ...)` -> {row id: Completion}, each checked to be there once."""
 
   def run(
-    *groups,
-    seed=0,
-    temperature=1.0,
-    top_p=1.0,
-    more=lambda _: (),
-    room=ROOM,
-    **changed,
+    *groups, seed=0, temperature=1.0, top_p=1.0, more=lambda _: (), room=ROOM, **changed
   ):
     done = list(
       made(**changed).run(

@@ -334,10 +334,7 @@ def test_the_same_command_again_does_nothing(workdir):
 
 @pytest.mark.parametrize(
   ("option", "wanted"),
-  [
-    ("--config.sft.epoch=3", 'Did you mean "epochs"'),
-    ("--config.seed=7", "seed"),
-  ],
+  [("--config.sft.epoch=3", 'Did you mean "epochs"'), ("--config.seed=7", "seed")],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workdir, option, wanted):
   done = run_command(workdir, option)

@@ -70,8 +70,7 @@ def test_an_opinion_stands_in_the_turn_of_the_policy(model_of, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-  "name",
-  ["chatml", "firstuser", "lastuser", "nosystem", "opens", "strips", "dated"],
+  "name", ["chatml", "firstuser", "lastuser", "nosystem", "opens", "strips", "dated"]
 )
 def test_the_reward_model_reads_the_whole_policy(model_of, tmp_path, name):
   """Also where it stands in the user's turn, as in Gemma."""

@@ -474,10 +474,7 @@ def test_a_template_opens_a_thought_as_the_sampler_does(asked, think, name):
 
   def written(template, messages, prompt=True):
     return made.apply_chat_template(
-      messages,
-      chat_template=template,
-      tokenize=False,
-      add_generation_prompt=prompt,
+      messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
 
   opens = tok.with_opened_thought(think).chat_template

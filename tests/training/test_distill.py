@@ -350,8 +350,7 @@ def test_a_stage_that_was_cut_ends_as_one_that_was_not(whole, tmp_path, monkeypa
 
 def test_adapters_and_the_estimate_are_trained_too(tmp_path):
   run = distilled(
-    tmp_path,
-    **{"lora.rank": 2, "distill.loss": "sampled", "distill.steps": 1},
+    tmp_path, **{"lora.rank": 2, "distill.loss": "sampled", "distill.steps": 1}
   )
   with jax.set_mesh(run.mesh):
     trained, _ = adapters.split(run.model.trained_params("distill"))
