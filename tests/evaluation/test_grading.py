@@ -127,15 +127,9 @@ def test_only_rules_grade_the_policy_world():
     convert.build(Config, node.to_dict())
 
 
-SMALL = {
-  "eval.arms": ("base",),
-  "eval.prompts": 3,
-  "eval.helpful": 1,
-  "eval.capability": 1,
-  "eval.max_new": 8,
-  "eval.form": "harmbench",
-  "eval.grader_max_new": 4,
-}
+SMALL = dict(arms=("base",), prompts=3, helpful=1, capability=1, max_new=8)
+SMALL |= dict(form="harmbench", grader_max_new=4)
+SMALL = {f"eval.{name}": value for name, value in SMALL.items()}
 
 
 @pytest.fixture(scope="module")

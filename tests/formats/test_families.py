@@ -28,27 +28,14 @@ transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 BASE = dict(
-  vocab_size=259,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=4,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  head_dim=12,
-  max_position_embeddings=512,
-  rms_norm_eps=1e-3,
-  bos_token_id=1,
-  eos_token_id=2,
-  pad_token_id=2,
-  tie_word_embeddings=False,
+  **dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=4),
+  **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-3),
+  **dict(max_position_embeddings=512, tie_word_embeddings=False),
+  **dict(bos_token_id=1, eos_token_id=2, pad_token_id=2),
 )
 LLAMA3 = dict(
-  rope_type="llama3",
-  rope_theta=500.0,
-  factor=8.0,
-  low_freq_factor=1.0,
-  high_freq_factor=4.0,
-  original_max_position_embeddings=32,
+  **dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0),
+  **dict(high_freq_factor=4.0, original_max_position_embeddings=32),
 )
 YARN = dict(
   rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32
@@ -220,13 +207,8 @@ def test_greedy_tokens_through_the_cache_are_those_of_transformers(case, compute
     compute=compute,
     stop_ids=(),
     sampler=SamplerConfig(
-      slots=2,
-      lanes=1,
-      chunk=16,
-      prefill=2,
-      prompt_room=32,
-      prompt_step=8,
-      prefix_step=8,
+      **dict(slots=2, lanes=1, chunk=16, prefill=2, prompt_room=32),
+      **dict(prompt_step=8, prefix_step=8),
     ),
   )
   requests = [

@@ -104,17 +104,8 @@ def real_prompts(name: str, count: int) -> list[str]:
 
 def test_smollm2_config(smollm2):
   assert smollm2[1] == ModelConfig(
-    vocab=49152,
-    width=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    ffw=1536,
-    rope_theta=100000.0,
-    norm_eps=1e-5,
-    tied=True,
-    max_length=8192,
+    **dict(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64),
+    **dict(ffw=1536, rope_theta=100000.0, norm_eps=1e-5, tied=True, max_length=8192),
   )
 
 

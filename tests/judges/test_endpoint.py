@@ -109,17 +109,9 @@ def client(tmp_path, monkeypatch):
   monkeypatch.setenv("DALIGN_TEST_KEY", KEY)
 
   def make(port: int, **changes) -> endpoint.Endpoint:
-    cfg = EndpointConfig(
-      url=f"http://127.0.0.1:{port}/v1",
-      model="m",
-      key="DALIGN_TEST_KEY",
-      concurrency=3,
-      timeout=5.0,
-      retries=1,
-      price_in=2.0,
-      price_out=10.0,
-    )
-    cfg = dataclasses.replace(cfg, **changes)
+    own = dict(url=f"http://127.0.0.1:{port}/v1", model="m", key="DALIGN_TEST_KEY")
+    own |= dict(concurrency=3, timeout=5.0, retries=1, price_in=2.0, price_out=10.0)
+    cfg = EndpointConfig(**own | changes)
     return endpoint.Endpoint(cfg, tmp_path / "endpoint.jsonl")
 
   return make

@@ -30,16 +30,8 @@ from tests.helpers import opened
 SMALL = {
   "model": {
     "random": dict(
-      width=32,
-      layers=2,
-      heads=2,
-      kv_heads=2,
-      head_dim=16,
-      ffw=48,
-      rope_theta=100.0,
-      norm_eps=1e-5,
-      tied=True,
-      max_length=512,
+      **dict(width=32, layers=2, heads=2, kv_heads=2, head_dim=16, ffw=48),
+      **dict(rope_theta=100.0, norm_eps=1e-5, tied=True, max_length=512),
     )
   },
   "compute": {"dtype": "float32"},

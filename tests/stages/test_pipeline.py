@@ -83,6 +83,7 @@ from tests.helpers import config_file
 from tests.helpers import jsonl
 from tests.helpers import opened
 from tests.helpers import run_command
+from tests.helpers import sample
 from tests.helpers import tiny
 from tests.helpers import write_jsonl
 
@@ -198,16 +199,9 @@ def test_the_card_says_how_the_model_is_asked(exact, monkeypatch, capsys):
   assert said[:2] == (own.thought, own.answer) and own.thought
 
 
-EXACT = {
-  "export.dtype": "float32",
-  "eval.arms": ("sft_rl",),
-  "eval.temperature": 0.0,
-  "eval.max_new": 48,
-  "eval.prompts": 3,
-  "eval.helpful": 1,
-  "eval.capability": 1,
-  "eval.trials": 10,
-}
+EXACT = dict(arms=("sft_rl",), temperature=0.0, max_new=48, prompts=3, trials=10)
+EXACT |= dict(helpful=1, capability=1)
+EXACT = {"export.dtype": "float32"} | {f"eval.{n}": x for n, x in EXACT.items()}
 
 
 @pytest.fixture(scope="module")
@@ -772,23 +766,10 @@ def test_the_thought_cannot_reach_the_reward(run):
   assert fields == {"prompt", "answer"}
 
   def rewards(thought):
+    said = "I can't help with that."
     rollouts = [
-      unjudged(
-        prompt,
-        samples.from_row(
-          {
-            "prompt_id": prompt.id,
-            "index": 0,
-            "tokens": [1, 2],
-            "forced": 1,
-            "thought": thought,
-            "answer": "I can't help with that.",
-            "malformed": "",
-            "finish": "stop",
-          }
-        ),
-      )
-      for prompt in some
+      unjudged(p, sample(said, thought, prompt_id=p.id, tokens=(1, 2), forced=1))
+      for p in some
     ]
     return [r.score for r in rl_stage.judge_rollouts(run, ask, rollouts=rollouts)]
 
@@ -917,16 +898,9 @@ def test_ppo_keeps_the_policy_and_not_its_values(tmp_path, workdir):
   made = tmp_path / "run"
   shutil.copytree(workdir, made)
   shutil.rmtree(made / "rl")
-  cfg = tiny(
-    **{
-      "rl.steps": 2,
-      "rl.reward": "rubric",
-      "rl.metadata": "told",
-      "rl.objective.advantages": "gae",
-      "rl.objective.value_weight": 0.1,
-      "rl.objective.whiten": True,
-    }
-  )
+  changes = {"rl.steps": 2, "rl.reward": "rubric", "rl.metadata": "told"}
+  gae = {"advantages": "gae", "value_weight": 0.1, "whiten": True}
+  cfg = tiny(**changes, **{f"rl.objective.{n}": x for n, x in gae.items()})
   ppo = opened(cfg, made, "rl")
   rl_stage.reinforce(ppo)
   trained = ppo.model.trained_params("rl")
@@ -1200,14 +1174,8 @@ def test_adapters_alone_are_trained_and_saved(tmp_path, workdir):
   shutil.copytree(workdir, made)
   for stage in ("sft", "reward", "rl"):
     shutil.rmtree(made / stage)
-  cfg = tiny(
-    **{
-      "lora.rank": 2,
-      "lora.alpha": 8.0,
-      "rl.objective.advantages": "gae",
-      "rl.objective.value_weight": 0.1,
-    }
-  )
+  values = {"rl.objective.advantages": "gae", "rl.objective.value_weight": 0.1}
+  cfg = tiny(**values, **{"lora.rank": 2, "lora.alpha": 8.0})
   lora = opened(cfg, made)
   with jax.set_mesh(lora.mesh):
     sft_stage.finetune(opened(cfg, made, "sft"))

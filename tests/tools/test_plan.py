@@ -27,7 +27,7 @@ from tests import helpers
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import opened
-from tests.stages.test_pipeline import tiny
+from tests.helpers import tiny
 
 PHASES = [
   *("generate prefill", "generate decode", "sft update", "student prefill"),

@@ -272,17 +272,9 @@ def test_a_student_comes_to_say_what_its_teacher_does(
 
 # --- The stage ---
 
-SMALL = {
-  "distill.start": "base",
-  "distill.prompts": 3,
-  "distill.samples": 2,
-  "distill.max_new": 24,
-  "distill.batch.rows": 2,
-  "distill.batch.micro": 4,
-  "distill.teacher_rows": 1,
-  "distill.probed": 4,
-  "distill.show_every": 1,
-}
+SMALL = dict(start="base", prompts=3, samples=2, max_new=24, teacher_rows=1, probed=4)
+SMALL |= {"show_every": 1, "batch.rows": 2, "batch.micro": 4}
+SMALL = {f"distill.{name}": value for name, value in SMALL.items()}
 
 
 def distilled(folder, **changes) -> services.Services:

@@ -29,16 +29,9 @@ from tests.helpers import assert_close
 from tests.helpers import with_gradients
 
 OPTIMIZER = OptimizerConfig(
-  learning_rate=1e-2,
-  warmup_share=0.3,
-  final_share=0.1,
-  beta1=0.8,
-  beta2=0.95,
-  weight_decay=0.2,
-  matrix_rate=0.0,
-  clip_norm=0.5,
-  skip_norm=0.0,
-  stop_norm=0.0,
+  **dict(learning_rate=1e-2, warmup_share=0.3, final_share=0.1, matrix_rate=0.0),
+  **dict(beta1=0.8, beta2=0.95, weight_decay=0.2, clip_norm=0.5),
+  **dict(skip_norm=0.0, stop_norm=0.0),
 )
 KEY = jax.random.key(0)
 
