@@ -21,6 +21,7 @@ from dalign.text import packing
 from dalign.text import templates
 from dalign.text import thinking
 from dalign.text import vocab
+from dalign.text.chat_template import render_chat
 from dalign.types import Prompt
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -87,7 +88,7 @@ def chat(*contents: str) -> list[Turn]:
 )
 def test_chat_ids_are_those_of_transformers(name, prompt, turns):
   tok = byte_level(TEMPLATES[name])
-  got = chat_template.render_chat(tok, turns, add_generation_prompt=prompt)
+  got = render_chat(tok, turns, add_generation_prompt=prompt)
   assert got == reference_ids(tok, turns, prompt)
 
 
@@ -111,7 +112,7 @@ def test_space_before_words_as_transformers(scheme):
   )
   tok = chat_template.Tokenizer.of(backend, template, bos_id=0, eos_id=1)
   turns = chat("a b", "c", "b\nb", "")
-  assert chat_template.render_chat(tok, turns) == reference_ids(tok, turns, True)
+  assert render_chat(tok, turns) == reference_ids(tok, turns, True)
 
 
 def test_white_space_that_control_tokens_swallow_is_gone_as_in_transformers():
@@ -122,14 +123,14 @@ def test_white_space_that_control_tokens_swallow_is_gone_as_in_transformers():
   )
   tok = byte_level(template, [end])
   turns = chat("a ", " b")
-  assert chat_template.render_chat(tok, turns) == reference_ids(tok, turns, True)
+  assert render_chat(tok, turns) == reference_ids(tok, turns, True)
   assert tok.stop_ids == (2, tok.special["<|end|>"])
 
 
 def test_the_longest_control_token_wins_as_in_transformers():
   long = tokenizers.AddedToken("<|im_start|>user", special=True)
   tok = byte_level(vocab.CHATML, [long])
-  ids = chat_template.render_chat(tok, chat("x"))
+  ids = render_chat(tok, chat("x"))
   assert ids[0] == tok.special["<|im_start|>user"]
   assert ids == reference_ids(tok, chat("x"), True)
 
@@ -137,9 +138,7 @@ def test_the_longest_control_token_wins_as_in_transformers():
 def test_a_doubled_bos_becomes_one():
   tok = byte_level("{{ bos_token }}" + TEMPLATES["bos, trim, generation"])
   once = byte_level(TEMPLATES["bos, trim, generation"])
-  assert chat_template.render_chat(tok, chat("x")) == chat_template.render_chat(
-    once, chat("x")
-  )
+  assert render_chat(tok, chat("x")) == render_chat(once, chat("x"))
 
 
 def test_the_stop_ids_are_the_tokenizers_and_the_templates():
@@ -177,8 +176,8 @@ def test_a_reply_ends_as_the_template_ends_it(template, end):
     == tok.end_id
   )
   if template is ROLES:
-    row = [*chat_template.render_chat(tok, turns[:1]), *tok.encode("two"), tok.end_id]
-    assert chat_template.render_chat(tok, turns)[: len(row)] == row
+    row = [*render_chat(tok, turns[:1]), *tok.encode("two"), tok.end_id]
+    assert render_chat(tok, turns)[: len(row)] == row
 
 
 HOSTILE = st.lists(
@@ -224,15 +223,12 @@ def _compare_controls(tok, contents, before, after, filtered):
   turns = [Turn(role="user", content=content) for content in contents]
   plain = [Turn(role="user", content="x") for _ in contents]
   controls = set(tok._controls.values())
-  seen = [
-    [i for i in chat_template.render_chat(tok, t) if i in controls]
-    for t in (turns, plain)
-  ]
+  seen = [[i for i in render_chat(tok, t) if i in controls] for t in (turns, plain)]
   assert seen[0] == seen[1]
   if not filtered:
     left, right = (edge.replace("<|im_start|>", "") for edge in (before, after))
     want = "".join(left + content + right for content in contents)
-    assert tok.decode(chat_template.render_chat(tok, turns)) == want
+    assert tok.decode(render_chat(tok, turns)) == want
 
 
 def test_templates_find_the_tag_that_an_assistant_turn_begins_with():
@@ -242,9 +238,7 @@ def test_templates_find_the_tag_that_an_assistant_turn_begins_with():
   )
   turns = [Turn(role=role, content="<think>a") for role in ("assistant", "user")]
   tok = _thinking(template)
-  assert (
-    tok.decode(chat_template.render_chat(tok, turns)) == "True<think>aFalse<think>a"
-  )
+  assert tok.decode(render_chat(tok, turns)) == "True<think>aFalse<think>a"
 
 
 _MADE = {}
@@ -259,7 +253,7 @@ def _thinking(template: str) -> chat_template.Tokenizer:
 
 
 def test_a_mark_that_the_user_wrote_is_kept():
-  ids = chat_template.render_chat(TINY, chat("<\ufdd0|im_end|>\ufdd1"))
+  ids = render_chat(TINY, chat("<\ufdd0|im_end|>\ufdd1"))
   assert "<\ufdd0|im_end|>\ufdd1" in TINY.decode(ids)
 
 
@@ -267,9 +261,7 @@ def test_think_tags_are_tokens_for_the_model_and_text_for_users():
   think_prompt = "{% if add_generation_prompt %}<think>{% endif %}</think>"
   tok = _thinking(vocab.CHATML + think_prompt)
   open_id, close_id = tok._tags["<think>"], tok._tags["</think>"]
-  ids = chat_template.render_chat(
-    tok, chat("<think>a</think>", "<think>b</think>c", "d")
-  )
+  ids = render_chat(tok, chat("<think>a</think>", "<think>b</think>c", "d"))
   assert ids.count(open_id) == 2 and ids.count(close_id) == 2
   assert "user\n<think>a</think>\n" in tok.decode(ids)
   assert tok.encode("<think>\nx") == [open_id, *tok.encode("\nx")]
@@ -297,12 +289,10 @@ def test_a_think_format_may_be_made_of_control_tokens():
   parts = "S1 says no.", "I will not.", ""
   assert thinking.split_thought(tok.decode(ids), CHANNELS) == parts
   turns, known = chat(said), plain.special.values()
-  controls = [i for i in chat_template.render_chat(tok, turns) if i in known]
+  controls = [i for i in render_chat(tok, turns) if i in known]
   in_order = ("<|start|>", "<|message|>", "<|end|>", "<|start|>")
   assert controls == [plain.special[name] for name in in_order]
-  assert chat_template.render_chat(plain, turns) == chat_template.render_chat(
-    tok, turns
-  )
+  assert render_chat(plain, turns) == render_chat(tok, turns)
   assert plain.with_tags("<think>") is plain
   saved = tok.backend.to_str()  # as the export has it
   found = chat_template.Tokenizer.of(
@@ -336,7 +326,7 @@ def test_a_think_format_may_be_made_of_control_tokens():
 )
 def test_chats_that_cannot_be_rendered_say_why(template, turns, message):
   with pytest.raises(ValueError, match=message):
-    chat_template.render_chat(byte_level(template), turns)
+    render_chat(byte_level(template), turns)
 
 
 SPOKEN = [Turn(role="system", content="The policy."), *chat("one", "two", "three")]
@@ -374,11 +364,9 @@ def test_a_template_without_system_turns_has_them_in_the_first_user_turn(templat
   plain = chat("The policy.\n\none", "two", "three")
   assert tok.folds
   for n, prompt in ((2, True), (3, False), (4, True)):
-    ids = chat_template.render_chat(tok, SPOKEN[:n], add_generation_prompt=prompt)
+    ids = render_chat(tok, SPOKEN[:n], add_generation_prompt=prompt)
     assert ids == reference_ids(tok, plain[: n - 1], prompt)
-  assert chat_template.render_chat(tok, SPOKEN[:1]) == reference_ids(
-    tok, chat("The policy."), True
-  )
+  assert render_chat(tok, SPOKEN[:1]) == reference_ids(tok, chat("The policy."), True)
 
 
 def test_system_turns_are_one_and_the_policy_is_its_first_words():
@@ -387,26 +375,24 @@ def test_system_turns_are_one_and_the_policy_is_its_first_words():
   prompt = Prompt(id="x", turns=(*own,), category="privacy", expected="comply")
   how = dict(detail="clauses", worked=1, think=THINK)
   told = prompting.teach(spec, prompt, **how)
-  said = TINY.decode(chat_template.render_chat(TINY, told))
+  said = TINY.decode(render_chat(TINY, told))
   bare = dataclasses.replace(prompt, turns=(*own[1:],))
   system, *rest = prompting.teach(spec, bare, **how)
   both = Turn(role="system", content=f"{system.content}\n\n{own[0].content}")
-  assert said == TINY.decode(chat_template.render_chat(TINY, [both, *rest]))
-  assert chat_template.render_chat(TINY, own) == reference_ids(TINY, own, True)
+  assert said == TINY.decode(render_chat(TINY, [both, *rest]))
+  assert render_chat(TINY, own) == reference_ids(TINY, own, True)
   last = [*own[1:], Turn(role="system", content="")]
-  assert chat_template.render_chat(TINY, [own[0], *last]) == reference_ids(
-    TINY, own, True
-  )
+  assert render_chat(TINY, [own[0], *last]) == reference_ids(TINY, own, True)
 
 
 def test_what_a_template_leaves_out_is_refused():
   short = vocab.CHATML.replace("message['content']", "message['content'][:5]")
   with pytest.raises(ValueError, match=r"leaves out what the user turn says \(The"):
-    chat_template.render_chat(byte_level(short), SPOKEN)
+    render_chat(byte_level(short), SPOKEN)
   with pytest.raises(ValueError, match="leaves out what the user turn says"):
-    chat_template.render_chat(byte_level(short), chat("one and two"))
+    render_chat(byte_level(short), chat("one and two"))
   with pytest.raises(ValueError, match="leaves out what the assistant turn says"):
-    chat_template.render_chat(byte_level(short), chat("one", "two and three", "four"))
+    render_chat(byte_level(short), chat("one", "two and three", "four"))
 
 
 def test_a_thought_that_a_template_opens_with_another_tag_is_refused():
@@ -436,8 +422,8 @@ def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
   assert tok.backend.decode(list(silent)).endswith("assistant\n")
   # A chat that ends with a reply is as it was, and others read the template as we do.
   plain = chat("one", "two", "three")
-  assert chat_template.render_chat(own, plain) == reference_ids(own, plain, True)
-  ends = chat_template.render_chat(own, plain[:2], add_generation_prompt=False)
+  assert render_chat(own, plain) == reference_ids(own, plain, True)
+  ends = render_chat(own, plain[:2], add_generation_prompt=False)
   assert ends == reference_ids(tok, plain[:2], False)
 
 
@@ -511,11 +497,9 @@ def test_an_opened_chat_has_the_ids_that_the_sampler_has(think):
 def test_a_template_is_told_the_day_of_the_run():
   template = "{{ strftime_now('%d %b %Y, %H:%M') }}" + vocab.CHATML
   tok = byte_level(template)
-  assert tok.decode(chat_template.render_chat(tok, chat("x")))[:11] != "03 Feb 2021"
+  assert tok.decode(render_chat(tok, chat("x")))[:11] != "03 Feb 2021"
   tok = dataclasses.replace(tok, date="2021-02-03")
-  assert tok.decode(chat_template.render_chat(tok, chat("x"))).startswith(
-    "03 Feb 2021, 00:00"
-  )
+  assert tok.decode(render_chat(tok, chat("x"))).startswith("03 Feb 2021, 00:00")
 
 
 def test_control_tokens_that_text_can_reach_are_refused():
@@ -540,7 +524,7 @@ def test_a_character_without_its_bytes_is_read_as_a_replacement_mark():
   assert tok.decode(tok.encode("a\x04b\u00cfé\u038e\U0001f600")) == (
     "a\ufffdb\u00cfé\ufffd\U0001f600"
   )
-  assert "x\ufffdy" in tok.decode(chat_template.render_chat(tok, chat("x\x04y")))
+  assert "x\ufffdy" in tok.decode(render_chat(tok, chat("x\x04y")))
   with pytest.raises(ValueError, match="drops characters"):
     without("½")  # 189, of the replacement mark
   with pytest.raises(ValueError, match="drops characters"):
