@@ -564,18 +564,12 @@ def test_citation_is_of_a_clause_that_decides(clauses, thought, score):
   assert scores(prompt(clauses=clauses), REFUSAL, thought)["citation"] == score
 
 
-@pytest.mark.parametrize(
-  ("answer", "declined"),
-  [
-    (REFUSAL, True),
-    (HELP, False),
-    ("I can't set your dose. " + "Too much can harm the liver of an adult. " * 4, True),
-  ],
-)
-def test_a_row_says_whether_it_declines_whatever_is_right(answer, declined):
-  for expected in ("refuse", "comply"):
-    line = evals.outcome(prompt(expected), sample(answer), SPEC)
-    assert line["declined"] is declined
+def test_a_row_says_whether_it_declines_whatever_is_right():
+  dose = "I can't set your dose. " + "Too much can harm the liver of an adult. " * 4
+  for answer, declined in ((REFUSAL, True), (HELP, False), (dose, True)):
+    for expected in ("refuse", "comply"):
+      line = evals.outcome(prompt(expected), sample(answer), SPEC)
+      assert line["declined"] is declined, answer
 
 
 def test_thoughts_that_agree():
