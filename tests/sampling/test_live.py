@@ -104,26 +104,16 @@ def test_rows_that_come_and_go_draw_what_they_draw_in_one_go(engine, weights, mo
   assert max(len(s.tokens) for s in got.values()) > 2 * SHAPES.chunk
 
 
-def test_each_row_has_its_own_temperature(engine, weights):
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"top_p": 1e-9}])
+def test_each_row_has_its_own_temperature_and_nucleus(engine, weights, changes):
   hot, cold = in_one_go(engine, weights), in_one_go(engine, weights, 0.0)
   mixed = [
-    dataclasses.replace(ask, temperature=float(i % 2)) for i, ask in enumerate(asks())
+    dataclasses.replace(ask, **{} if i % 2 else changes) for i, ask in enumerate(asks())
   ]
   got = ended(run(engine, weights, arriving({0: mixed})))
   for i, said in got.items():
     assert said.tokens == (hot if i % 2 else cold)[i].tokens
   assert hot[0].tokens != cold[0].tokens
-
-
-def test_each_row_has_its_own_nucleus(engine, weights):
-  hot, cold = in_one_go(engine, weights), in_one_go(engine, weights, 0.0)
-  mixed = [
-    dataclasses.replace(ask, top_p=1.0 if i % 2 else 1e-9)
-    for i, ask in enumerate(asks())
-  ]
-  got = ended(run(engine, weights, arriving({0: mixed})))
-  for i, said in got.items():
-    assert said.tokens == (hot if i % 2 else cold)[i].tokens
 
 
 def test_one_who_leaves_frees_a_slot_and_changes_no_other(engine, weights):
