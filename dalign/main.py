@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
@@ -99,6 +100,7 @@ _JOINED = flags.DEFINE_bool(
 )
 
 
+GET_CONFIG = "wanted a function get_config() that returns the config"
 ASKED = ("chat", "serve")  # modes that read the config of a run where none is given
 
 
@@ -116,10 +118,15 @@ def read_flags(argv: list[str]) -> tuple[Config | None, pathlib.Path]:
     if mode in ("schema", "new") or mode in ASKED and _CONFIG.value is None:
       return None, place
     if _CONFIG.value is None:
-      raise ValueError("wanted --config=FILE; see README.md")
+      raise ValueError(_no_config())
     node = _node(_CONFIG.value, columns)
   except FLAG_ERRORS as error:
     raise ValueError(_one_line(error, argv)) from error
+  except Exception as error:  # of the config file, which may raise any
+    if not (line := _line_of_config(error)):
+      raise
+    said = getattr(error, "msg", None) or error  # a SyntaxError's has its line too
+    raise ValueError(f"{line}{type(error).__name__}: {said}") from error
   return convert.build(Config, node), place
 
 
@@ -208,6 +215,34 @@ def _sweep(argv: list[str]) -> str:
   return "\n".join(lines)
 
 
+def _config_files() -> list[str]:
+  """The config file that the arguments name, if they do."""
+  values = [given.removeprefix("--config=") for given in _ARGV[1:]]
+  return [file for value in values if (file := value.partition(":")[0]).endswith(".py")]
+
+
+def _no_config() -> str:
+  """What is said where there is no config: none was named, or its function makes
+  none."""
+  if files := _config_files():
+    return f"{files[-1]}: {GET_CONFIG}, got None of it"
+  return "wanted --config=FILE; see README.md"
+
+
+def _line_of_config(error: BaseException | None) -> str:
+  """The line of the config file that an error comes from, as "FILE:LINE: ", or ""."""
+  files = _config_files()
+  while error is not None:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [(frame.filename, frame.lineno) for frame in frames]
+    if isinstance(error, SyntaxError):
+      lines.append((error.filename or "", error.lineno))
+    if own := [line for line in lines if line[0] in files]:
+      return f"{own[-1][0]}:{own[-1][1]}: "
+    error = error.__context__
+  return ""
+
+
 def _one_line(error: BaseException, argv: list[str]) -> str:
   """An error of the flag libraries in one line; a KeyError inside is an unknown field,
   of which ml_collections names the nearest. Of an error in a config file it tells the
@@ -220,11 +255,17 @@ def _one_line(error: BaseException, argv: list[str]) -> str:
     told = told.__context__
   cause = told and told.__context__ or cause
   text = " ".join(str(cause.args[0] if cause.args else cause).split())
+  if text.endswith("has no attribute 'get_config'"):
+    return f"{', '.join(_config_files())}: {GET_CONFIG}, found none"
+  if flag := re.fullmatch(r"Unknown command line flag '(\w+\.[\w.]+)'", text):
+    return f"{text}; did you mean --config.{flag[1]}?"
+  line = _line_of_config(error) if isinstance(cause, (AttributeError, KeyError)) else ""
   if not isinstance(cause, KeyError):
-    return text
+    return line + text
   missing = text.split("'")[1] if "'" in text else text
   given = next((a.split("=")[0] for a in argv if f".{missing}=" in a), missing)
-  return f"{given.lstrip('-')}: no such field. {text.partition(' ')[2]}".strip()
+  said = f"{given.lstrip('-')}: no such field. {text.partition(' ')[2]}"
+  return f"{line}{said}".strip()
 
 
 def _join() -> None:
@@ -342,8 +383,6 @@ def main(argv: list[str] | None = None) -> int:
       )
       print(f"dalign: {error}; {advice}", file=sys.stderr)
       return 1
-    import traceback
-
     traceback.print_exc()
     print(f"dalign: {type(error).__name__}: {error}{_of_several()}", file=sys.stderr)
     return 1

@@ -37,9 +37,10 @@ class Bounds(typing.NamedTuple):
 
 
 class Form(typing.NamedTuple):
-  """What a text may look like, as a regular expression."""
+  """What a text may look like, as a regular expression, and perhaps in words."""
 
   pattern: str
+  said: str = ""
 
   def accepts(self, value: str) -> bool:
     """Whether all of the text has this form."""
@@ -48,7 +49,7 @@ class Form(typing.NamedTuple):
   @property
   def words(self) -> str:
     """What was wanted, for a message."""
-    return f"a text of the form {self.pattern}"
+    return self.said or f"a text of the form {self.pattern}"
 
 
 Count = Annotated[int, Bounds("more than 0", minimum=1)]
@@ -60,6 +61,14 @@ SomeShare = Annotated[
   float, Bounds("a share in (0, 1]", exclusiveMinimum=0.0, maximum=1.0)
 ]
 FUNCTION = "python:.+:[A-Za-z_][A-Za-z0-9_]*"  # `functions.of_file`
+
+
+def or_function(*names: str) -> Form:
+  """One of some names, or a function of the user's."""
+  said = f"one of {', '.join(names)}, or python:FILE:FUNCTION"
+  return Form("|".join([*names, FUNCTION]), said)
+
+
 Metadata = Annotated[
   str, Form("none|told|noisy:(0|1|0?\\.[0-9]+)")
 ]  # `prompt_sets.with_metadata`

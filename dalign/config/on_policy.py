@@ -4,11 +4,9 @@ import dataclasses
 import typing
 from typing import Annotated, Any, Literal, Mapping
 
-from dalign.config.fields import FUNCTION
 from dalign.config.fields import Bounds
 from dalign.config.fields import Checked
 from dalign.config.fields import Count
-from dalign.config.fields import Form
 from dalign.config.fields import Metadata
 from dalign.config.fields import Natural
 from dalign.config.fields import NotNegative
@@ -16,6 +14,7 @@ from dalign.config.fields import Positive
 from dalign.config.fields import Share
 from dalign.config.fields import SomeShare
 from dalign.config.fields import limit
+from dalign.config.fields import or_function
 from dalign.config.fields import refuse
 from dalign.config.training import BatchConfig
 from dalign.config.training import OptimizerConfig
@@ -202,9 +201,9 @@ class RLConfig(Checked):
   """
 
   start: Literal["base", "sft"]
-  reward: Annotated[str, Form(f"model|rubric|judge|{FUNCTION}")]
+  reward: Annotated[str, or_function("model", "rubric", "judge")]
   metadata: Metadata
-  helpful: Annotated[str, Form(f"none|model|rubric|judge|{FUNCTION}")]
+  helpful: Annotated[str, or_function("none", "model", "rubric", "judge")]
   combine: Literal["product", "mean", "split"]
   steps: Count
   prompts: Count

@@ -4,7 +4,6 @@ judged and evaluated."""
 import dataclasses
 from typing import Annotated, Any, Literal, Mapping
 
-from dalign.config.fields import FUNCTION
 from dalign.config.fields import Checked
 from dalign.config.fields import Count
 from dalign.config.fields import Form
@@ -15,6 +14,7 @@ from dalign.config.fields import Positive
 from dalign.config.fields import Share
 from dalign.config.fields import SomeShare
 from dalign.config.fields import limit
+from dalign.config.fields import or_function
 from dalign.config.fields import refuse
 
 JudgeForm = Literal[  # forms.FORMS
@@ -192,7 +192,9 @@ class FilterConfig(Checked):
     an answer is English and is likelier after its prompt than after none.
   """
 
-  judge: Annotated[str, Form(f"rubric|model|sampled|endpoint|recorded|{FUNCTION}")]
+  judge: Annotated[
+    str, or_function("rubric", "model", "sampled", "endpoint", "recorded")
+  ]
   metadata: Metadata
   endpoint: EndpointConfig
   form: JudgeForm
@@ -263,7 +265,7 @@ class EvalConfig(Checked):
 
   arms: tuple[Arm, ...]
   endpoint: EndpointConfig
-  grader: tuple[Annotated[str, Form(f"rules|model|endpoint|{FUNCTION}")], ...]
+  grader: tuple[Annotated[str, or_function("rules", "model", "endpoint")], ...]
   grader_model: str
   grader_endpoint: EndpointConfig
   form: JudgeForm

@@ -423,7 +423,11 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     try:
       row = json.loads(line, object_pairs_hook=convert.unique)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{path}:{number}: wanted JSON, got {error}") from None
+      array = line.strip() == b"[" or line.lstrip().startswith(b"[{")
+      got = (
+        ", an object a line, got the begin of an array" if array else f", got {error}"
+      )
+      raise ValueError(f"{path}:{number}: wanted JSON{got}") from None
     if not isinstance(row, dict):
       raise ValueError(f"{path}:{number}: wanted a JSON object, got {row!r:.60}")
     yield f"{path}:{number}", row
@@ -454,6 +458,8 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
   reader = csv.reader(io.StringIO(text, newline=""), strict=True)
   try:
     names = next(reader, [])
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+      raise ValueError(f"{path}:1: wanted commas between columns, got {names[0]!r:.80}")
     if twice := [name for name in names if names.count(name) > 1]:
       raise ValueError(f"{path}:1: wanted each column once, got {twice[0]!r} again")
     line = reader.line_num + 1
@@ -546,10 +552,12 @@ def parse_prompts(
   for where, row in rows:
     values = _rename_columns(row, columns)
     if labelled and "expected" not in values:
-      raise ValueError(
-        f"{where}: wanted expected, as one of {', '.join(EXPECTED)}, found none"
-        f"{_nearest('expected', row)}; the row has {[*row]!r:.200}"
-      )
+      wanted = f"expected, as one of {', '.join(EXPECTED)}"
+      advice = "; --mode=label proposes labels for prompts without"
+      raise ValueError(_absent(where, "expected", wanted, row, columns) + advice)
+    if values.keys().isdisjoint(_SAID):
+      wanted = "a prompt, or turns [{'role': ..., 'content': ...}, ...]"
+      raise ValueError(_absent(where, "prompt", wanted, row, columns))
     prompt, more = _prompt(where, values, columns, source, labelled=labelled)
     answered += [where] if more else []
     own = digest(prompt.turns)
@@ -582,6 +590,19 @@ def parse_prompts(
       f"{len(without)} of {len(prompts)} rows have none"
     )
   return prompts
+
+
+def _absent(
+  where: str, name: str, wanted: str, row: Row, columns: Mapping[str, str]
+) -> str:
+  """What is said of a row without a field: that its cell is empty, or how the column
+  that has it can be named."""
+  if columns.get(name, name) in row:
+    return f"{where}: wanted {wanted}, found an empty cell"
+  return (
+    f"{where}: wanted {wanted}, found none{_nearest(name, row)}; the row has "
+    f"{[*row]!r:.200}, of which --config.data.columns.{name}=COLUMN maps one"
+  )
 
 
 def _check_columns_used(
@@ -675,12 +696,7 @@ def _turns(
   after these, whatever it holds."""
   # A column that is mapped before one that only has the name.
   names = sorted(_SAID, key=lambda name: name not in columns)
-  name = next((name for name in names if name in values), "")
-  if not name:
-    raise ValueError(
-      f"{where}: wanted a prompt, or turns [{{'role': ..., 'content': ...}}, ...], "
-      f"found neither; the row has {[*values]!r:.200}"
-    )
+  name = next(name for name in names if name in values)
   column, found = columns.get(name, name), values[name]
   if name == "prompt" and isinstance(found, str):
     found = [{"role": "user", "content": found}]

@@ -55,7 +55,10 @@ def load(files: dict[str, str]) -> Spec:
   paths.pop("README.md", None)
   for name in ("principles.md", "style.md"):
     if name not in paths:
-      raise ValueError(f"wanted {name} in the specification, got {sorted(files)}")
+      raise ValueError(
+        f"wanted {name} in the specification, got {sorted(files)}; --mode=new writes "
+        "one that may stay"
+      )
   principles, style = paths.pop("principles.md"), paths.pop("style.md")
   policies = [parse_policy(files[paths[name]], paths[name]) for name in sorted(paths)]
   if not policies:

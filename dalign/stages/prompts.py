@@ -26,6 +26,8 @@ class Prompts:
 
   def __init__(self, task: base.Task, *, data: DataConfig, seed: int):
     self._task, self._data, self._seed = task, data, seed
+    # By source what is to be said of prompts whose clauses are none of the spec.
+    self.of_no_clause: dict[str, str] = {}
 
   @functools.cached_property
   def raw(self) -> list[Prompt]:
@@ -71,19 +73,21 @@ class Prompts:
     report_lone_surrogates(source, (turn.content for p in prompts for turn in p.turns))
     spec = self._task.spec
     known = {policy.id for policy in spec.policies} | {specs.BENIGN}
-    for prompt in prompts:
-      if prompt.category not in known:
-        raise ValueError(
-          f"{source}: prompt {prompt.id!r} has category {prompt.category!r}; the spec "
-          f"has {', '.join(sorted(known))}"
-        )
+    if odd := [prompt for prompt in prompts if prompt.category not in known]:
+      raise ValueError(
+        f"{source}: {len(odd)} prompts have a category without a policy, such as "
+        f"{odd[0].category!r} of {odd[0].id!r} ({odd[0].text!r:.60}); wanted one of "
+        f"{', '.join(sorted(known))}"
+      )
     there = specs.clause_ids(spec).keys()
     unknown = {p.id: [c for c in p.clauses if c not in there] for p in prompts}
-    if odd := [id for id, clauses in unknown.items() if clauses]:
+    if found := [p for p in prompts if unknown[p.id]]:
+      self.of_no_clause[source] = (
+        f"{len(found)} prompts name clauses that no policy has, such as "
+        f"{found[0].id!r} ({found[0].text!r:.60}) {', '.join(unknown[found[0].id])}"
+      )
       progress.say(
-        f"{source}: {len(odd)} prompts name clauses that the spec lacks, such as "
-        f"{odd[0]!r} {', '.join(unknown[odd[0]])}; they count as not labelled with "
-        "those"
+        f"{source}: {self.of_no_clause[source]}; they count as not labelled with those"
       )
     return [
       dataclasses.replace(p, clauses=tuple(c for c in p.clauses if c in there))

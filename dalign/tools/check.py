@@ -53,7 +53,9 @@ def check(cfg: Config, workdir: pathlib.Path) -> None:
   work = services.Workspace(cfg, workdir)
   begun = Begun(cfg, work, chosen_stages(cfg.stages))
   with jax.set_mesh(work.mesh):
-    lines = [line for part in PARTS for line in _guarded(part, begun)]
+    lines: list[Line] = []
+    for part in PARTS:
+      lines += _guarded(part, begun, [line.found for line in lines if not line.fine])
   if distributed.is_first_process():
     print("\n".join(table(lines)))
   if missing := [line for line in lines if not line.fine]:
@@ -72,14 +74,18 @@ def table(lines: list[Line]) -> list[str]:
   ]
 
 
-def _guarded(part: Callable[[Begun], Iterator[Line]], begun: Begun) -> list[Line]:
-  """The lines of a part; what is wrong with its input is one, and the others go on."""
+def _guarded(
+  part: Callable[[Begun], Iterator[Line]], begun: Begun, before: list[str]
+) -> list[Line]:
+  """The lines of a part; what is wrong with its input is one, unless an earlier part
+  has said it `before`, and the others go on."""
   found = []
   try:
     for line in part(begun):
       found.append(line)
   except ValueError as error:
-    found.append(Line(part.__name__.strip("_"), str(error), fine=False))
+    if not any(str(error).endswith(said) for said in before):
+      found.append(Line(part.__name__.strip("_"), str(error), fine=False))
   return found
 
 
@@ -114,6 +120,15 @@ def _prompts(begun: Begun) -> Iterator[Line]:
   for policy in run.task.spec.policies:
     if policy.id not in {p.category for p in prompts}:
       yield Line(policy.id, "no prompt of this policy", fine=False)
+      continue
+    there = {p.expected for p in prompts if p.category == policy.id}
+    clauses = {clause.verdict: clause for clause in policy.clauses[::-1]}
+    for clause in clauses.values():
+      if clause.verdict not in there and cfg.generate.prompts.get(clause.verdict, 1):
+        said = f"no prompt, and the policy has clauses for it, such as {clause.id}"
+        yield Line(f"{policy.id} to {clause.verdict}", said, fine=False)
+  if said := run.prompts.of_no_clause.get(run.cfg.data.source, ""):
+    yield Line("clauses", said, fine=False)
   if "eval" in stages:
     least = cfg.eval.least if cfg.thin == "stop" else 1
     own = services.of(declared.EvalStage, cfg, begun.work)

@@ -606,7 +606,10 @@ def test_csv(tmp_path):
     ('prompt,category,expected\n"p\nq",a,comply\np,a\n', r"p.csv:4: wanted 3 cells"),
     ("prompt,prompt\na,b\n", r"p.csv:1: wanted each column once, got 'prompt'"),
     ('prompt\n"a', r"p.csv:2: wanted CSV, got"),
-    ("prompt;category;expected\np;a;comply\n", r"the row has .'prompt;category"),
+    (
+      "prompt;category;expected\np;a;comply\n",
+      r"p.csv:1: wanted commas between columns",
+    ),
     ("", "wanted prompts, found no row"),
     (b"prompt\n\xff\n", r"p.csv: wanted CSV in UTF-8"),
   ],

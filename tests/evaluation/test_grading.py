@@ -95,7 +95,7 @@ def test_the_first_grader_is_in_the_scores_and_the_rules_beside():
   [
     ({"eval.grader": ()}, "EvalConfig.grader: wanted one name or more"),
     ({"eval.grader": ("rules", "rules")}, "each once"),
-    ({"eval.grader": ("judge",)}, "wanted a text of the form rules.model.endpoint"),
+    ({"eval.grader": ("judge",)}, "wanted one of rules, model, endpoint"),
     ({"eval.grader": ("model",)}, "EvalConfig.grader_model: wanted the path"),
     (
       {"eval.grader": ("model",), "eval.grader_model": "random"},

@@ -1090,7 +1090,7 @@ def test_clauses_of_another_specification_are_no_labels(tmp_path, capsys):
   found = own.prompts.load(f"jsonl:{path}", {})
   assert [prompt.clauses for prompt in found] == [("PR-D1",), (), ()]
   said = capsys.readouterr().err
-  assert "2 prompts name clauses that the spec lacks" in said and "PR-D99" in said
+  assert "2 prompts name clauses that no policy has" in said and "PR-D99" in said
 
 
 def test_half_a_character_in_prompts_and_recordings_is_said(tmp_path, capsys):
