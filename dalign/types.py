@@ -65,9 +65,10 @@ class Prompt:
   `expected` is noisy side information (the ideal response type), or "" in the sight of
   those who are not told it (`blind`). `clauses` are the ids of the clauses that decide
   it, () where nobody has labelled them. `scenario` names the family of near-twins that
-  must not straddle the splits, `answer` is the reference of a capability prompt and ""
-  elsewhere. `disguise` names what its last turn was put through (`attacks.py`), and
-  then its id is that of the `original`, a "+" and the names.
+  must not straddle the splits. `answer` is what a capability prompt is compared with,
+  of others a good answer to grade by, or "". `disguise` names what its last turn was
+  put through (`attacks.py`), and then its id is that of the `original`, a "+" and the
+  names.
   """
 
   id: str

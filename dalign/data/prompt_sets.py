@@ -160,11 +160,12 @@ def load(
   piece or in OpenAI's parts of text, or ShareGPT's from ("human", "gpt") and value; in
   CSV turns and clauses are JSON. Of a conversation that ends with the assistant's turn,
   what stands before it is the prompt, which is said. Wanted are prompt or turns,
-  category and expected, and an answer of kind capability; where no row has a split,
-  `split` decides. A row without an id has one that its turns make. What is null, NaN or
-  blank is not there. TFDS files are kept under `data_dir`. Where they need not be
-  `labelled`, category and expected are "" where a row has none, and no split is made.
-  Raises ValueError that names the row, what was wanted and what came.
+  category and expected, and an answer of kind capability; of other kinds that is one to
+  grade by. Where no row has a split, `split` decides. A row without an id has one that
+  its turns make. What is null, NaN or blank is not there. TFDS files are kept under
+  `data_dir`. Where they need not be `labelled`, category and expected are "" where a
+  row has none, and no split is made. Raises ValueError that names the row, what was
+  wanted and what came.
   """
   kind, _, rest = source.partition(":")
   _check_columns(columns)

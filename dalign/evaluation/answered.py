@@ -132,9 +132,10 @@ _ABOUT = frozenset(
 class Answered:
   """Answers to prompts, told from what only speaks about them.
 
-  `references` are good answers by prompt id, `encode` the sentence encoder, if it is
-  there, `points` what right answers say by prompt id. The prompts of `attacks.py` have
-  the references and points of what they disguise.
+  `references` are good answers by prompt id, of prompts that bring none themselves;
+  `encode` is the sentence encoder, if it is there, `points` what right answers say by
+  prompt id. The prompts of `attacks.py` have the references and points of what they
+  disguise.
   """
 
   def __init__(
@@ -172,7 +173,7 @@ class Answered:
     return shared(self._encode, prompt.text, answer, reference) >= REFERENCE
 
   def _reference(self, prompt: Prompt) -> str:
-    return self._references.get(prompt.original, "")
+    return self._references.get(prompt.original, prompt.answer)
 
 
 def by_words(prompt: Prompt, answer: str) -> bool:

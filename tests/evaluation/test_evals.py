@@ -3,6 +3,7 @@
 import ast
 import collections
 import csv
+import dataclasses
 import functools
 import importlib
 import io
@@ -394,6 +395,15 @@ def test_answers_are_compared_with_the_reference_or_the_prompt():
     for poor in (*UNANSWERING.values(), CATS, "", iron.split()[0]):
       assert not judged(asked(MOSS), poor), (way, poor)
   assert answered.Answered({"moss": iron}).method(asked(MOSS)) == "words"
+
+
+def test_a_prompt_brings_its_own_reference():
+  """One that is far from all that is near the prompt, so that it decides."""
+  encode = needs_encoder()
+  prompt = dataclasses.replace(asked(MOSS), answer=CATS)
+  judged = answered.Answered(encode=encode)
+  assert judged.way(prompt) == "reference"
+  assert judged(prompt, f"{CATS} Always.") and not judged(prompt, RAKE)
 
 
 def test_the_encoder_gives_the_vectors_that_transformers_gives():
