@@ -136,6 +136,16 @@ def test_links_lead_to_files(path):
     assert target in MADE or (path.parent / target).exists(), target
 
 
+def test_the_tutorial_shows_lines_of_the_files_that_it_has_copied():
+  text = (ROOT / "docs" / "tutorial.md").read_text()
+  shown = re.findall(r'^```\w+ title="mine/(\S+)"\n(.*?)^```', text, re.S | re.M)
+  assert {name for name, _ in shown} >= {"specs/orders.md", "judge.py", "config.py"}
+  for name, block in shown:
+    lines = iter((ROOT / "docs" / "bookshop" / name).read_text().splitlines())
+    for line in block.splitlines():
+      assert line in lines, f"{name}: {line}"  # in their order
+
+
 PINS = ("constraints.txt", "constraints-3.13.txt")
 
 

@@ -9,9 +9,11 @@ import pytest
 
 import dalign
 from dalign import stages
+from dalign.judges import behaviour
 from dalign.judges import functions
 from dalign.judges import judge
 from dalign.judges import probing
+from dalign.judges import recordings
 from dalign.judges import rubric
 from dalign.policy import spec as specs
 from dalign.runs import store
@@ -97,6 +99,8 @@ def bank() -> dalign.Spec:
 
 
 GENERAL = ("principles.md", "style.md")
+BOOKSHOP = ROOT / "docs" / "bookshop"
+ORDERS = BOOKSHOP / "specs" / "orders.md"
 
 
 def read(names) -> dict[str, str]:
@@ -463,12 +467,12 @@ def shown(page: str, title: str) -> str:
   return found
 
 
-@pytest.mark.parametrize(
-  ("page", "title"), [("usage.md", "judge.py"), ("tutorial.md", "mine/judge.py")]
-)
-def test_the_functions_of_the_documents_tell_right_from_wrong(tmp_path, page, title):
-  file = tmp_path / "judge.py"
-  file.write_text(shown(page, title))
+@pytest.mark.parametrize("where", ["usage", "bookshop"])
+def test_the_functions_of_the_documents_tell_right_from_wrong(tmp_path, where):
+  file = BOOKSHOP / "judge.py"
+  if where == "usage":
+    file = tmp_path / "judge.py"
+    file.write_text(shown("usage.md", "judge.py"))
   ask = functions.of_file(f"python:{file}:judge", str)
   told = [
     ("A refund of 20 euros is on its way to you.", "safe_complete", False),
@@ -482,18 +486,39 @@ def test_the_functions_of_the_documents_tell_right_from_wrong(tmp_path, page, ti
     asked = [question(said, expected=e, thought=thought) for said, e, _ in told]
     found = [v.score >= 0.5 for v in ask(asked)]
     assert found == [right for _, _, right in told]
-  orders = tutorial()
+  orders = specs.load(read(GENERAL) | {"orders.md": ORDERS.read_text()})
   asked = probing.of_rules(orders) + probing.of_worked(orders)
   report = probing.rules_report(orders, asked, ask([q for _, q, _ in asked]))["orders"]
   assert not any(row["passed"] or row["failed"] for row in report.values())
   assert sum(row["breaks"] for row in report.values()) == 3
 
 
-def tutorial() -> dalign.Spec:
-  """The policy of the tutorial."""
-  text = (ROOT / "docs" / "tutorial.md").read_text()
-  [orders] = re.findall(r'title="mine/specs/orders.md"\n(.*?)^```', text, re.S | re.M)
-  return specs.load(read(GENERAL) | {"orders.md": orders})
+def test_the_judge_of_the_bookshop_keeps_what_is_recorded(tmp_path):
+  """All of it, with the checks that hold whoever judges."""
+  (tmp_path / "specs").mkdir()
+  for path in (*(ROOT / "specs" / name for name in GENERAL), ORDERS):
+    shutil.copy(path, tmp_path / "specs")
+  source = f"jsonl:{BOOKSHOP / 'prompts.jsonl'}"
+  cfg = tiny(**{"spec.dir": str(tmp_path / "specs"), "data.source": source})
+  run = opened(cfg, tmp_path / "run", "filter")
+  prompts = {p.id: p for p in run.prompts.all}
+  held_out = [p for p in prompts.values() if p.split == "eval"]
+  assert {c for p in held_out for c in p.clauses} == {*specs.clause_ids(run.task.spec)}
+  recorded = recordings.load(
+    str(BOOKSHOP / "recording.jsonl"), [*prompts.values()], run.task.spec
+  )
+  ask = functions.of_file(f"python:{BOOKSHOP / 'judge.py'}:judge", str)
+  for row in recorded:
+    prompt = prompts[row.prompt_id]
+    sample = samples.written(run.model, prompt, 0, row.thought, row.answer, None)
+    assert {*run.task.checks(prompt, sample).values()} == {1.0}, row.thought
+    assert behaviour.verdict(row.thought) == prompt.expected, row.thought
+    own = judge.FilterQuestion(prompt=prompt, thought=row.thought, answer=row.answer)
+    assert [v.score for v in ask([own])] == [1.0], row.answer
+  assert {row.prompt_id for row in recorded} == {*prompts} - {p.id for p in held_out}
+  for prompt in held_out:
+    own = judge.RewardQuestion(prompt, prompt.answer)
+    assert prompt.expected == "refuse" or [v.score for v in ask([own])] == [1.0]
 
 
 # --- What the judge makes of the rules ---
