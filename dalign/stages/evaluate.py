@@ -104,9 +104,9 @@ def _summarize(
   """eval/summary.json, as of `evals.summarize`, with the metrics of other sets than the
   held-out prompts under names that begin with theirs."""
   cfg = run.cfg.eval
-  how = {"seed": run.cfg.seed, "trials": cfg.trials}
+  seed, trials = run.cfg.seed, cfg.trials
   summarize = functools.partial(
-    evals.summarize, definitions=grading.definitions(run), **how
+    evals.summarize, definitions=grading.definitions(run), seed=seed, trials=trials
   )
   summary = summarize(rows_by_set[""])
   for name in (f"thought_{budget}" for budget in cfg.budgets):
@@ -117,7 +117,7 @@ def _summarize(
     name or "held out": {
       arm: curve
       for arm, rows in rows_by_set[name].items()
-      if (curve := evals.operating_curve(rows, **how))
+      if (curve := evals.operating_curve(rows, seed=seed, trials=trials))
     }
     for name in sets
   }

@@ -233,7 +233,8 @@ def _select_kept(judged: list[_JudgedSample], cfg) -> list[_JudgedSample]:
 
 def _summary(judged: list[_JudgedSample], kept: list[_JudgedSample]) -> dict:
   """Keep-rates by category and ideal type, and why the others were not kept."""
-  ids, rates = {row.id for row in kept}, collections.defaultdict(dict)
+  ids = {row.id for row in kept}
+  rates: dict[str, dict] = collections.defaultdict(dict)
   by_type = collections.defaultdict(list)
   for row in judged:
     by_type[row.cell[0], row.cell[2]].append(row)

@@ -175,8 +175,8 @@ def _contrasting_replies(run: Run, replies: list[Reply], expected: dict) -> list
       if not row.thought and row.prompt_id in prompts
     ]
   by_category = collections.defaultdict(list)
-  for prompt, *said in replies:
-    by_category[prompt.category].append((expected[prompt.id], said))
+  for prompt, thought, answer in replies:
+    by_category[prompt.category].append((expected[prompt.id], (thought, answer)))
   draw, contrasts = random.Random(run.cfg.seed), list[Reply]()
   for id, prompt in prompts.items():
     others = [s for type_, s in by_category[prompt.category] if type_ != expected[id]]
