@@ -67,7 +67,11 @@ SMALL = {  # what is said, and what is run
 TO_BE_SAID = {  # what README's table says in words, beside a flag
   "--config.generate.teacher=endpoint": "--config.generate.endpoint.url=URL "
   "--config.generate.endpoint.model=NAME",
-  "--config.eval.grader=\"('rules','endpoint')\"": (
+  "--config.filter.judge=endpoint": (
+    JUDGE := "--config.filter.endpoint.url=URL --config.filter.endpoint.model=NAME"
+  ),
+  "--mode=label --config.filter.judge=endpoint": JUDGE,
+  "--config.eval.grader=rules,endpoint": (
     "--config.eval.grader_endpoint.url=URL --config.eval.grader_endpoint.model=NAME"
   ),
   "--config=configs/large.py:NAME": "--config=configs/large.py:qwen3_8b",
