@@ -402,7 +402,7 @@ def test_a_prompt_brings_its_own_reference():
   encode = needs_encoder()
   prompt = dataclasses.replace(asked(MOSS), answer=CATS)
   judged = answered.Answered(encode=encode)
-  assert judged.way(prompt) == "reference"
+  assert judged.method(prompt) == "reference"
   assert judged(prompt, f"{CATS} Always.") and not judged(prompt, RAKE)
 
 

@@ -370,10 +370,14 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   assert len(server.bodies) == 6  # a vote each, and none where the answer is known
   assert votes[0][3].score == 1.0
   assert {v.score for vote in votes for v in vote[:3]} <= {0.0, 0.25, 0.5, 0.75, 1.0}
-  sent = server.bodies[0]["messages"][0]["content"]
-  assert 'end with one line of JSON and nothing after it: {"score": N}' in sent
-  assert "The reply:" in sent and questions[0].prompt.text in sent
-  assert "The analysis:" not in sent  # RL's judge sees no thought
+  texts = [body["messages"][0]["content"] for body in server.bodies]
+  for text in texts:
+    assert 'end with one line of JSON and nothing after it: {"score": N}' in text
+    assert "The reply:" in text
+    assert "The analysis:" not in text  # RL's judge sees no thought
+  for question in questions[:3]:  # which come in any order
+    both = question.prompt.text, question.answer
+    assert any(all(part in text for part in both) for text in texts)
   again = judging.rl_judge(run)
   assert [again(questions), again(questions)] == votes
   assert len(server.bodies) == 6

@@ -510,7 +510,7 @@ def test_the_judge_of_the_bookshop_keeps_what_is_recorded(tmp_path):
   ask = functions.of_file(f"python:{BOOKSHOP / 'judge.py'}:judge", str)
   for row in recorded:
     prompt = prompts[row.prompt_id]
-    sample = samples.written(run.model, prompt, 0, row.thought, row.answer, None)
+    sample = samples.from_text(run.model, prompt, 0, row.thought, row.answer, None)
     assert {*run.task.checks(prompt, sample).values()} == {1.0}, row.thought
     assert behaviour.verdict(row.thought) == prompt.expected, row.thought
     own = judge.FilterQuestion(prompt=prompt, thought=row.thought, answer=row.answer)
