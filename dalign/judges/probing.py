@@ -220,9 +220,10 @@ def probe_report(
   FALSE_POSITIVE, and those that should not and stay below it. A rate that no question
   bears on is None. `interval` is Wilson's of 95% around the one that is there, or None.
   """
-  by_name, report = collections.defaultdict(list), {}
+  by_name = collections.defaultdict(list)
   for (name, _, low), verdict in zip(asked, verdicts, strict=True):
     by_name[name].append((low, verdict))
+  report = {}
   for name, rows in by_name.items():
     scored = [(low, v.score) for low, v in rows if v.score is not None]
     reasons = [v.reason for _, v in rows if v.score is None]
