@@ -33,7 +33,7 @@ LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)  # of files that are not ours 
 MODES = {
   "run": "the stages of config.stages, each done once",
   "new": "a new folder WORKDIR: a policy, prompts, a judge, a config",
-  "label": "labels for prompts without, by the filter's judge, to correct",
+  "label": "propose labels for prompts, by the filter's judge",
   "check": "what is there to begin with, and what is missing",
   "plan": "what they would take: memory, time, chips",
   "probe_judge": "whether the judge of RL can be trusted with it",
