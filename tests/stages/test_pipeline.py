@@ -82,6 +82,7 @@ from tests.helpers import command
 from tests.helpers import config_file
 from tests.helpers import jsonl
 from tests.helpers import opened
+from tests.helpers import reference_probes
 from tests.helpers import run_command
 from tests.helpers import sample
 from tests.helpers import tiny
@@ -149,11 +150,11 @@ def test_the_card_is_one_that_the_hub_reads(workdir):
   assert card.data.library_name == "transformers"
   assert card.data.pipeline_tag == "text-generation" and card.data.language == "en"
   assert card.data.license is None and "write it above" in card.text
-  summary = json.loads((workdir / "eval" / "summary.json").read_text())
+  arm = json.loads((workdir / "eval" / "summary.json").read_text())["arms"]["sft_rl"]
   shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
-  assert shown == {
-    name: round(summary["arms"]["sft_rl"][name]["mean"], 4)
-    for name in export_stage.METRICS
+  means = {name: arm[name]["mean"] for name in export_stage.METRICS}
+  assert shown and shown == {  # what this model writes may be nothing to grade
+    name: round(mean, 4) for name, mean in means.items() if mean is not None
   }
   for heading in ("Use", "Specification", "Data and training", "Evaluation", "Limits"):
     assert f"\n## {heading}\n" in card.text
@@ -600,13 +601,10 @@ def test_a_rubric_that_asks_the_base_tells_answers_to_other_prompts(tmp_path):
   run = opened(cfg, tmp_path)
   references = prompt_sets.references()
   held_out = [p for p in run.prompts.all if p.split == "eval" and p.id in references]
-  some = [x for x in probing.probes(held_out, references) if x[0] == "reference"]
-  ids = {question.prompt.id for _, question, _ in some[::24]}
-  asked = [
-    (name, question, low)
-    for name, question, low in probing.probes(held_out, references)
-    if question.prompt.id in ids and name in ("reference", "twin", "other")
-  ]
+  probes = [*reference_probes(held_out, references)]
+  some = [question.prompt.id for name, question, _ in probes if name == "reference"]
+  ids = {*some[::24]}
+  asked = [probe for probe in probes if probe[1].prompt.id in ids]
   report = probing.probe_report(
     asked, judging.answer_rubric(run)([question for _, question, _ in asked])
   )
