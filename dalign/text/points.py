@@ -15,7 +15,8 @@ from dalign.text import words
 # answers by another writer do (tests/other_answers.jsonl, other_safe_answers.jsonl),
 # and 2.5% of the references of other prompts. Of answers of SmolLM2-135M-Instruct,
 # trained or not (tests/read_answers.jsonl), 29 of the 356 do that two blind readers
-# found of no use, and 18 of the 36 that both found of use.
+# found of no use, and 18 of the 36 that both found of use. It was chosen with all of
+# them in sight.
 MADE = 0.5
 
 
