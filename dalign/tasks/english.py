@@ -66,9 +66,7 @@ class English(base.Task):
 
   @functools.cached_property
   def _answers(self) -> answered.Answered:
-    return answered.Answered(
-      prompt_sets.references(), encoder.installed(), prompt_sets.points()
-    )
+    return answered.Answered(encoder.installed(), prompt_sets.points())
 
   def prompts(
     self, source: str, columns: Mapping[str, str], data_dir: str

@@ -388,13 +388,14 @@ def test_words_alone(text, answer, said):
 def test_answers_are_compared_with_the_reference_or_the_prompt():
   encode = needs_encoder()
   iron = "Spread iron sulphate in spring, rake the dead moss out and let in more light."
-  for references, way in (({"moss": iron}, "reference"), ({}, "prompt")):
-    judged = answered.Answered(references, encode)
-    assert judged.method(asked(MOSS)) == way
-    assert judged(asked(MOSS), RAKE)
+  judged = answered.Answered(encode)
+  for reference, way in ((iron, "reference"), ("", "prompt")):
+    moss = dataclasses.replace(asked(MOSS), answer=reference)
+    assert judged.method(moss) == way
+    assert judged(moss, RAKE)
     for poor in (*UNANSWERING.values(), CATS, "", iron.split()[0]):
-      assert not judged(asked(MOSS), poor), (way, poor)
-  assert answered.Answered({"moss": iron}).method(asked(MOSS)) == "words"
+      assert not judged(moss, poor), (way, poor)
+    assert answered.Answered().method(moss) == "words"
 
 
 def test_a_prompt_brings_its_own_reference():
@@ -452,10 +453,13 @@ def test_of_held_out_probes_few_pass_and_of_good_answers_most():
   }
   encode(sorted(texts))  # together, which is faster
   limits = {"points": {}, "reference": {}, "prompt": {"twin": 0.15}, "words": {}}
+  near = answered.Answered(encode)
   ways = {
     "points": answered.Answered(points=prompt_sets.points()),
-    "reference": answered.Answered(references, encode),
-    "prompt": answered.Answered({}, encode),
+    "reference": lambda p, said: near(
+      dataclasses.replace(p, answer=references[p.id]), said
+    ),
+    "prompt": near,
     "words": answered.Answered(),
   }
   for way, judged in ways.items():
