@@ -207,8 +207,8 @@ def bad_turns(own: Case):
     ("content_parts", {}, [("user", "hi")]),
     ("developer", {}, [("system", "be nice"), ("user", "hi")]),
     ("prompt_is_messages", {}, [("user", "hi")]),
-    ("messages", {}, r":1: messages, turn 2 of 2 .assistant."),
-    ("messages", {"turns": "messages"}, r":1: messages, turn 2 of 2 .assistant."),
+    ("messages", {}, [("user", "hi")]),
+    ("messages", {"turns": "messages"}, [("user", "hi")]),
     ("system_last", {}, r":1: turns, turn 2 of 2 .system."),
     ("tool_calls", {}, r":1: turns, turn 2 of 4 .assistant."),
   ):
