@@ -64,9 +64,9 @@ def evaluate(run: Run) -> None:
       rows_by_set[name][arm] = files[f"{arm}.{name}"] = rows
     swaps = cfg.swaps and "swap_followed" in run.task.definitions
     if swaps and think and not think.start and not arms_of.ARMS[arm].spec:
-      rows_by_set["swapped"][arm] = _evaluate_swapped(
-        run, arm, sets[""], rows_by_set[""][arm]
-      )
+      swapped = _evaluate_swapped(run, arm, sets[""], rows_by_set[""][arm])
+      for name, rows in swapped.items():
+        rows_by_set[name][arm] = rows
 
   # Grades, and what follows from them.
   grading.add_grades(run, files, prompts_by_id)
@@ -254,13 +254,25 @@ def _held_out_prompts(run: Run) -> list[Prompt]:
 
 def _evaluate_swapped(
   run: Run, arm: str, prompts: list[Prompt], rows: list[dict]
-) -> list[dict]:
-  """The rows of an arm that was given thoughts of the opposite decision."""
-  thoughts = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
-  some = [prompt for prompt in prompts if prompt.id in thoughts]
-  forced = arms_of.ForcedThought(".swapped", thoughts=thoughts)
-  found = arms_of.rows_of(run, arm, some, {}, forced)
-  return [evals.swapped_row(row, thoughts[row["prompt_id"]]) for row in found]
+) -> dict[str, list[dict]]:
+  """The rows of an arm that was given thoughts of the opposite decision, and of these
+  the first clause or what follows it alone."""
+  opposite = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
+  verdicts = {c.id: c.verdict for p in run.task.spec.policies for c in p.clauses}
+  clause, reasoning = evals.conflicting_thoughts(rows, opposite, verdicts)
+  found = {}
+  for name, thoughts in {
+    "swapped": opposite,
+    "clause_swapped": clause,
+    "reasoning_swapped": reasoning,
+  }.items():
+    some = [prompt for prompt in prompts if prompt.id in thoughts]
+    forced = arms_of.ForcedThought(f".{name}", thoughts=thoughts)
+    found[name] = [
+      evals.swapped_row(row, thoughts[row["prompt_id"]])
+      for row in arms_of.rows_of(run, arm, some, {}, forced)
+    ]
+  return found
 
 
 def _add_decline_probability(

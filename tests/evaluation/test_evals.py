@@ -923,6 +923,22 @@ def test_a_prompt_gets_the_thought_of_another_that_decides_otherwise():
   assert evals.opposite_thoughts(rows[:2], 10) == {}
 
 
+def test_a_clause_and_the_reasoning_behind_it_are_set_at_odds():
+  verdicts = {"WE-D2": "refuse", "WE-A1": "comply", "WE-S1": "safe_complete"}
+  rows = [
+    thinker("a", f"WE-D2: {REFUSES}"),
+    thinker("b", f"WE-A1: {HELPS}", "comply"),
+    thinker("b", f"WE-D2: {REFUSES}", "comply", index=1),
+    thinker("at odds", f"WE-S1: {REFUSES}"),
+    thinker("no clause", f"Well: {REFUSES}"),
+  ]
+  opposite = {"a": f"WE-A1: {HELPS}", "b": f"WE-D2: {REFUSES}"}
+  opposite |= {"at odds": f"WE-A1: {HELPS}", "no clause": f"WE-A1: {HELPS}"}
+  clause, reasoning = evals.conflicting_thoughts(rows, opposite, verdicts)
+  assert clause == {"a": f"WE-A1: {REFUSES}", "b": f"WE-D2: {HELPS}"}
+  assert reasoning == {"a": f"WE-D2: {HELPS}", "b": f"WE-A1: {REFUSES}"}
+
+
 @pytest.mark.parametrize(
   ("answer", "thought", "followed"),
   [(REFUSAL, REFUSES, 1), (REFUSAL, HELPS, 0), (HELP, REFUSES, 0), (HELP, HELPS, 1)],

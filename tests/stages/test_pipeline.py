@@ -1955,7 +1955,9 @@ def test_a_swapped_thought_stands_in_front_of_the_answer(tmp_path, monkeypatch):
     for i, p in enumerate(prompts)
   ]
   assert own.begin([])
-  found = evaluate_stage._evaluate_swapped(own, "sft", prompts, rows_)
+  sets = evaluate_stage._evaluate_swapped(own, "sft", prompts, rows_)
+  assert sets["clause_swapped"] == sets["reasoning_swapped"] == []  # they cite none
+  found = sets["swapped"]
   assert len(found) == len(asked) == len(prompts) > 1
   of = {p.id: p for p in prompts}
   for row, request, before in zip(found, asked, rows_, strict=True):
