@@ -85,6 +85,7 @@ FORMS_PROBED = {
   ),
 }
 FORMS_LEARNED = {
+  "nothing": ("-", "...", "OK.", "Answer:", "Solution", "Yes"),
   "filler": (
     "What a great question about {one}! When it comes to {one}, there are many aspects "
     "to keep in mind. {two} is one of them. I am glad that you brought it up.",

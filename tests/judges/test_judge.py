@@ -438,7 +438,7 @@ def test_no_sentence_is_both_learned_and_probed():
     for forms in (probing.FORMS_LEARNED, probing.FORMS_PROBED)
   )
   assert learned and probed and not learned & probed
-  assert probing.FORMS_LEARNED.keys() == probing.FORMS_PROBED.keys()
+  assert probing.FORMS_PROBED.keys() <= probing.FORMS_LEARNED.keys()
 
 
 def test_probes_of_good_answers_stand_at_their_own_prompt_and_at_others():
