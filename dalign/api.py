@@ -45,6 +45,7 @@ from dalign.policy.spec import render as render
 from dalign.runs import store
 from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
+from dalign.sampling.programs import bucket_size
 from dalign.text import packing
 from dalign.text import vocab
 from dalign.text.chat_template import Tokenizer
@@ -169,7 +170,7 @@ class Model:
     fronts = [self._front(s.prompt, spec, detail, worked) for s in samples]
     rows = [[*front, *s.tokens] for front, s in zip(fronts, samples, strict=True)]
     starts = [len(f) + s.forced for f, s in zip(fronts, samples, strict=True)]
-    length = sampling.bucket_size(max(map(len, rows), default=1), STEP)
+    length = bucket_size(max(map(len, rows), default=1), STEP)
     shape = BatchConfig(micro=1, rows=max(1, SCORED // length), length=length)
     score = _scorer(self.arch, self.compute, shape, temperature=temperature)
     return score(self.params, rows, starts)
@@ -416,4 +417,4 @@ def _rows(model: Model, samples: Sequence[Rollout]) -> packing.Packed:
   ]
   longest = max(len(tokens) for tokens, _ in rows)
   model.arch.check_length(longest, "a prompt and its reply")
-  return packing.pad_rows(rows, length=sampling.bucket_size(longest, STEP))
+  return packing.pad_rows(rows, length=bucket_size(longest, STEP))

@@ -16,6 +16,9 @@ import jax
 import numpy as np
 
 from dalign.sampling import sampler as sampling
+from dalign.sampling.programs import Weights
+from dalign.sampling.programs import bucket_size
+from dalign.sampling.slots import Prefixes
 from dalign.types import Key
 
 MIN_ROOM = 64  # tokens: rooms for prompts and for new tokens are twice, four times ...
@@ -43,7 +46,7 @@ class PartialCompletion:
 
 def run(
   sampler: sampling.Sampler,
-  weights: sampling.Weights,
+  weights: Weights,
   next_requests: Callable[[bool], Iterable[LiveRequest] | None],
   *,
   key: Key,
@@ -72,7 +75,7 @@ class _LiveRows:
   def __init__(self, sampler, weights, key, max_rows: int, tokens: int):
     self._sampler, self._weights = sampler, weights
     self._most, self._tokens = max_rows, tokens
-    self._no_prefixes = sampling.Prefixes(kv=(), length_A=np.zeros(1, np.int32))
+    self._no_prefixes = Prefixes(kv=(), length_A=np.zeros(1, np.int32))
     self._shape: tuple[int, ...] = (0, 0, 0)
     self._slots: Any = None
     self._slot_requests: list[LiveRequest | None] = []
@@ -163,7 +166,7 @@ class _LiveRows:
       self._most
       if self._sampler.uses_mesh
       else min(_round_up_geometric(len(asks), 1, 4), self._most),
-      _round_up_geometric(sampling.bucket_size(longest, step), MIN_ROOM, 2),
+      _round_up_geometric(bucket_size(longest, step), MIN_ROOM, 2),
       _round_up_geometric(max((ask.max_new for ask in asks), default=0), MIN_ROOM, 2),
     )
     return tuple(map(max, wanted, self._shape)) if running else wanted

@@ -35,6 +35,8 @@ from dalign.runs import store
 from dalign.sampling import likelihood
 from dalign.sampling import live
 from dalign.sampling import sampler as sampling
+from dalign.sampling.programs import Weights
+from dalign.sampling.programs import bucket_size
 from dalign.stages import samples
 from dalign.stages import services
 from dalign.tasks import base
@@ -291,7 +293,7 @@ class Model:
     if not rows:
       return []
     shape = self._run.cfg.scoring
-    length = max(shape.length, sampling.bucket_size(max(map(len, rows)), LINE_MULTIPLE))
+    length = max(shape.length, bucket_size(max(map(len, rows)), LINE_MULTIPLE))
     if (make, length) not in self._scorers:
       self._scorers[make, length] = self._run.scorer(
         dataclasses.replace(shape, length=length), make=make
@@ -309,7 +311,7 @@ class Model:
       return self._run.model.trained_params(self.stage)
 
   @functools.cached_property
-  def weights(self) -> sampling.Weights:
+  def weights(self) -> Weights:
     with self.on_mesh():
       return self._run.sampler.prepare(self._params)
 

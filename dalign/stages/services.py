@@ -31,6 +31,7 @@ from dalign.runs import progress
 from dalign.runs import store as files
 from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
+from dalign.sampling.programs import Weights
 from dalign.stages import model as models
 from dalign.stages import prompts as prompt_choice
 from dalign.tasks import base
@@ -100,7 +101,7 @@ class Services(Generic[C]):
     self.cfg, self._work = cfg, work
     self.store, self.metrics, self.mesh = work.store, work.metrics, work.mesh
     self._cache: dict[Callable, Any] = {}
-    self._base: Callable[[], sampling.Weights | None] = lambda: None
+    self._base: Callable[[], Weights | None] = lambda: None
 
   def _once(self, make: Callable[..., T], *args, **parts) -> T:
     """As `Workspace.once`, and at once where the stage has asked before."""
@@ -134,7 +135,7 @@ class Services(Generic[C]):
     return self._work.once(model.sampler, compute=self.cfg.compute, shapes=shapes)
 
   @property
-  def base_weights(self: "Services[stages.Computing]") -> sampling.Weights:
+  def base_weights(self: "Services[stages.Computing]") -> Weights:
     """The base model as the sampler reads it, the same for all who hold it."""
     weights = self._base()
     if weights is None:

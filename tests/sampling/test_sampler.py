@@ -14,7 +14,11 @@ from dalign.config.model import SamplerConfig
 from dalign.formats import weights
 from dalign.models import transformer
 from dalign.sampling import sampler
+from dalign.sampling.programs import bucket_size
 from dalign.sampling.sampler import Request
+from dalign.sampling.slots import Prefixes
+from dalign.sampling.slots import nucleus
+from dalign.sampling.slots import sample_tokens
 from dalign.text import packing
 from dalign.text import vocab
 from dalign.training import policy_gradient
@@ -98,7 +102,7 @@ def same(got, want, *, atol=1e-5):
 
 # --- The draw of one token ---
 
-draw = jax.jit(sampler.sample_tokens)
+draw = jax.jit(sample_tokens)
 
 
 @pytest.mark.parametrize("vocab, temperature", [(97, 1.0), (700, 0.7)])
@@ -149,7 +153,7 @@ def test_draws_stay_in_the_nucleus(temperature):
   for top_p in np.unique(top_p_B):
     want_V, some = plain_nucleus(logits_V, temperature, top_p), top_p_B == top_p
     np.testing.assert_allclose(np.exp(logp_B[some]), want_V[token_B[some]], rtol=1e-4)
-    cut = sampler.nucleus(logits_V[None] / temperature, top_p)
+    cut = nucleus(logits_V[None] / temperature, top_p)
     np.testing.assert_array_equal(np.isfinite(cut[0]), want_V > 0)
     assert len({*token_B[some]}) > min(3, (want_V > 0).sum() - 1)
   whole = draw(logits_BV, keys, temperature)
@@ -161,15 +165,15 @@ def test_draws_stay_in_the_nucleus(temperature):
 
 
 def test_equally_likely_tokens_stay_together():
-  cut = sampler.nucleus(jnp.log(jnp.array([[0.3, 0.1, 0.3, 0.3]])), 0.5)
+  cut = nucleus(jnp.log(jnp.array([[0.3, 0.1, 0.3, 0.3]])), 0.5)
   np.testing.assert_array_equal(np.isfinite(cut), [[True, False, True, True]])
 
 
 def test_buckets_are_multiples_and_few():
-  assert [sampler.bucket_size(n, 64) for n in (0, 1, 64, 65, 512, 513, 1025)] == [
+  assert [bucket_size(n, 64) for n in (0, 1, 64, 65, 512, 513, 1025)] == [
     *(64, 64, 64, 128, 512, 640, 1280)
   ]
-  sizes = {sampler.bucket_size(n, 64) for n in range(1, 4097)}
+  sizes = {bucket_size(n, 64) for n in range(1, 4097)}
   assert len(sizes) == 8 + 3 * 4
 
 
@@ -485,7 +489,7 @@ def test_the_decode_loop_copies_no_cache(made, prepared, cfg):
   """A copy of a ring or of a prompt's cache at every token would cost more than it."""
   engine = made()
   slots = engine.empty(SHAPES.slots, 16, 64)
-  prefixes = sampler.Prefixes(kv=engine._cache(2, 8), length_A=jnp.full(2, 6))
+  prefixes = Prefixes(kv=engine._cache(2, 8), length_A=jnp.full(2, 6))
   lowered = engine.chunk.lower(prepared.decode, prefixes, slots, jnp.float32(1))
   program = lowered.compile().as_text()
   caches = r"= f32\[[24],2,(?:12,\d+|\d+,12)\]\S* "
