@@ -1,34 +1,33 @@
 """Prompt sets: where prompts come from, how they are split, and in which order.
 
-Reads the prompts that come with dalign (as a TFDS data set), any TFDS data set, CSV,
-JSONL, Parquet and what the library `datasets` saved into `Prompt`; splits by scenario
-so that near-twins never straddle; says which row is visited when. Needs no TensorFlow.
-
-Does not know specifications, chat templates, tokens, stages, or the other files of a
-run.
+Reads the prompts that come with dalign (as a TFDS data set) and those of other sources
+(readers.py, parsing.py); splits by scenario so that near-twins never straddle; says
+which row is visited when. Needs no TensorFlow.
 """
 
-import codecs
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-import contextlib
-import csv
 import dataclasses
-import difflib
 import hashlib
-import io
 import json
-import math
 import pathlib
-import re
 from typing import Any
 
 from etils import epath
 import grain
-import numpy as np
 import tensorflow_datasets as tfds
 
-from dalign.config import convert
+from dalign.data.parsing import FIELDS
+from dalign.data.parsing import SPLITS
+from dalign.data.parsing import check_columns
+from dalign.data.parsing import check_columns_used
+from dalign.data.parsing import parse_row
+from dalign.data.readers import READERS
+from dalign.data.readers import Row
+from dalign.data.readers import builder_rows
+from dalign.data.readers import json_lines
+from dalign.data.readers import prepare
+from dalign.data.readers import tfds_rows
 from dalign.runs import progress
 from dalign.text import words
 from dalign.text.points import Points
@@ -37,23 +36,12 @@ from dalign.types import KINDS
 from dalign.types import Prompt
 from dalign.types import Turn
 
-FIELDS = (
-  *("prompt", "turns", "category", "expected", "id"),
-  *("kind", "split", "answer", "scenario", "clauses"),
-)
-SPLITS = ("train", "eval")
-NEAR_DUPLICATE = 0.5  # word-trigram Jaccard from which two prompts are near-twins
 EVAL_SHARE = 0.2  # of the scenarios
 _FOLDER = pathlib.Path(__file__).parents[1] / "prompts"
 _REFERENCES = pathlib.Path(__file__).parents[1] / "recordings/references.jsonl"
 _SOURCES = (
   "'bundled', 'csv:PATH', 'jsonl:PATH', 'parquet:PATH', 'hf:DIR' or 'tfds:NAME:SPLIT'"
 )
-# Columns that may hold what is said, in the order in which they are looked for.
-_SAID = ("turns", "prompt", "messages", "conversations")
-_SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
-
-Row = dict[str, object]
 
 
 def bundled_rows() -> list[Row]:
@@ -67,7 +55,7 @@ def bundled_rows() -> list[Row]:
   counts: dict[str, int] = {}
   for path in _bundled_files():
     capability = path.stem == "capability"
-    for where, row in _json_lines(path):
+    for where, row in json_lines(path):
       row = {"category": "benign" if capability else path.stem} | row
       kind = "helpful" if row["category"] == "benign" else "safety"
       key = f"{row['category']}-{row['scenario']}"
@@ -98,18 +86,13 @@ def points() -> dict[str, Points]:
 
 
 def _reference_rows() -> Iterator[dict[str, Any]]:
-  return (row for _, row in _json_lines(_REFERENCES))
+  return (row for _, row in json_lines(_REFERENCES))
 
 
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):
   """`bundled_rows` as a TFDS data set with the splits "train" and "eval"."""
 
   VERSION = tfds.core.Version("1.2.0")
-  RELEASE_NOTES = {
-    "1.0.0": "The first prompts.",
-    "1.1.0": "Blunt questions with benign look-alikes.",
-    "1.2.0": "The clauses that decide each prompt.",
-  }
   # TFDS 4.9 would look for it with importlib_resources, which it does not install.
   code_path = epath.Path(__file__)
 
@@ -168,16 +151,16 @@ def load(
   wanted and what came.
   """
   kind, _, rest = source.partition(":")
-  _check_columns(columns)
+  check_columns(columns)
   if source == "bundled":
     return _load_bundled(columns, data_dir)
-  if kind in _READERS and rest:
-    rows = _READERS[kind](pathlib.Path(rest))
+  if kind in READERS and rest:
+    rows = READERS[kind](pathlib.Path(rest))
   elif kind == "tfds" and all(parts := rest.partition(":")):
-    rows = _tfds_rows(parts[0], parts[2], data_dir)
+    rows = tfds_rows(parts[0], parts[2], data_dir)
   else:
     kind = pathlib.Path(source).suffix.lstrip(".")
-    hint = f"; did you mean '{kind}:{source}'?" if kind in _READERS else ""
+    hint = f"; did you mean '{kind}:{source}'?" if kind in READERS else ""
     raise ValueError(f"wanted a prompt source, {_SOURCES}, got {source!r}{hint}")
   prompts = parse_prompts(rows, columns, source, labelled=labelled)
   if not prompts:
@@ -188,7 +171,7 @@ def load(
 def file_of(source: str) -> pathlib.Path | None:
   """The one file or folder that a source of `load` is, or None."""
   kind, _, rest = source.partition(":")
-  return pathlib.Path(rest) if kind in _READERS and rest else None
+  return pathlib.Path(rest) if kind in READERS and rest else None
 
 
 def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Prompt]:
@@ -228,34 +211,10 @@ def families(prompts: Sequence[Prompt]) -> list[str]:
       parent[name] = name = parent[parent[name]]
     return name
 
-  for i, j in near_duplicates([_users_text(prompt) for prompt in prompts]):
+  for i, j in words.near_duplicates([_users_text(prompt) for prompt in prompts]):
     first, second = sorted((root(scenarios[i]), root(scenarios[j])))
     parent[second] = first
   return [root(name) for name in scenarios]
-
-
-def near_duplicates(
-  texts: Sequence[str], *, threshold: float = NEAR_DUPLICATE
-) -> Iterator[tuple[int, int]]:
-  """Pairs i < j of texts whose word-trigram Jaccard is `threshold` or more.
-
-  Exact: two such sets share one of their rarest members (prefix filtering; Chaudhuri
-  et al. 2006), so only those are looked up.
-  """
-  grams = [_grams(text, 3) for text in texts]
-  counts: dict[str, int] = {}
-  for gram in (gram for some in grams for gram in some):
-    counts[gram] = counts.get(gram, 0) + 1
-  index: dict[str, list[int]] = {}
-  for j, some in enumerate(grams):
-    rarest = sorted(some, key=lambda gram: (counts[gram], gram))
-    prefix = rarest[: len(some) - math.ceil(threshold * len(some)) + 1]
-    for i in sorted({i for gram in prefix for i in index.get(gram, ())}):
-      both = len(grams[i] & some)
-      if both >= threshold * (len(grams[i]) + len(some) - both):
-        yield i, j
-    for gram in prefix:
-      index.setdefault(gram, []).append(j)
 
 
 def contaminated(
@@ -266,16 +225,16 @@ def contaminated(
   texts = [_users_text(prompt) for prompt in prompts]
   long: dict[str, list[int]] = {}
   for j, other in enumerate(others):
-    for gram in _grams(other, n):
+    for gram in words.word_runs(other, n):
       long.setdefault(gram, []).append(j)
   found = {
     (i, j)
     for i, text in enumerate(texts)
-    for gram in _grams(text, n)
+    for gram in words.word_runs(text, n)
     for j in long.get(gram, ())
   }
   size = len(texts)
-  for i, j in near_duplicates([*texts, *others]):
+  for i, j in words.near_duplicates([*texts, *others]):
     if i < size <= j:
       found.add((i, j - size))
   return [(prompts[i].id, others[j]) for i, j in sorted(found)]
@@ -356,181 +315,8 @@ def _load_bundled(columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
   return parse_prompts(rows, {}, "bundled")
 
 
-def prepare(builder: tfds.core.DatasetBuilder) -> None:
-  """Has TFDS download and write a data set, without what it prints."""
-  with (
-    contextlib.redirect_stdout(io.StringIO()),
-    contextlib.redirect_stderr(io.StringIO()),
-  ):
-    builder.download_and_prepare()
-
-
 def _bundled_files() -> list[pathlib.Path]:
   return sorted(_FOLDER.glob("*.jsonl"))
-
-
-def _tfds_rows(name: str, split_name: str, data_dir: str):
-  try:
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare(file_format="array_record")
-  except ModuleNotFoundError as error:
-    raise ValueError(f"tfds:{name} needs it: pip install {error.name}") from None
-  except (tfds.core.DatasetNotFoundError, ValueError) as error:
-    raise ValueError(f"tfds:{name}: wanted a TFDS data set, got {error}") from None
-  if split_name.partition("[")[0] not in builder.info.splits:
-    raise ValueError(
-      f"tfds:{name}: wanted one of its splits, {sorted(builder.info.splits)}, "
-      f"got {split_name!r}"
-    )
-  return builder_rows(builder, split_name, f"tfds:{name}:{split_name}")
-
-
-def builder_rows(builder, split_name: str, source: str) -> Iterator[tuple[str, Row]]:
-  """(where it is, row) of each row of a prepared TFDS data set, in plain Python."""
-  features = builder.info.features
-  data = builder.as_data_source(split=split_name)
-  for number in range(len(data)):
-    row = {name: _plain(value, features[name]) for name, value in data[number].items()}
-    yield f"{source} row {number}", row
-
-
-def _plain(value, feature):
-  """A TFDS value in plain Python: text for bytes and labels, lists for sequences."""
-  if isinstance(feature, tfds.features.ClassLabel):
-    return feature.int2str(int(value))
-  if isinstance(value, dict):
-    columns = {name: _plain(part, None) for name, part in value.items()}
-    return [
-      dict(zip(columns, parts, strict=True))
-      for parts in zip(*columns.values(), strict=True)
-    ]
-  if isinstance(value, bytes):
-    return value.decode("utf-8")
-  if isinstance(value, (list, np.ndarray)):
-    return [_plain(part, None) for part in value]
-  return value.item() if isinstance(value, np.generic) else value
-
-
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """(file:line, row) of each line that is not blank; ValueError for one that is not a
-  JSON object."""
-  try:
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-  except OSError as error:
-    raise ValueError(f"{path}: wanted a JSONL file, got {error.strerror}") from None
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line, object_pairs_hook=convert.unique)
-    except (ValueError, RecursionError) as error:
-      array = line.strip() == b"[" or line.lstrip().startswith(b"[{")
-      got = (
-        ", an object a line, got the begin of an array" if array else f", got {error}"
-      )
-      raise ValueError(f"{path}:{number}: wanted JSON{got}") from None
-    if not isinstance(row, dict):
-      raise ValueError(f"{path}:{number}: wanted a JSON object, got {row!r:.60}")
-    yield f"{path}:{number}", row
-
-
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  try:
-    import pyarrow.parquet  # large, and only some read Parquet
-  except ImportError:
-    raise ValueError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
-  try:
-    rows = pyarrow.parquet.read_table(path).to_pylist()
-  except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
-    said = " ".join(str(error).split())
-    raise ValueError(f"{path}: wanted a Parquet file, got {said}") from None
-  for number, row in enumerate(rows):
-    yield f"{path} row {number}", row
-
-
-def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """(file:line, row) of each row of a CSV file, whose first one names the columns."""
-  try:
-    text = path.read_bytes().decode("utf-8-sig")
-  except OSError as error:
-    raise ValueError(f"{path}: wanted a CSV file, got {error.strerror}") from None
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: wanted CSV in UTF-8, {error}") from None
-  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-  try:
-    names = next(reader, [])
-    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
-      raise ValueError(f"{path}:1: wanted commas between columns, got {names[0]!r:.80}")
-    if twice := [name for name in names if names.count(name) > 1]:
-      raise ValueError(f"{path}:1: wanted each column once, got {twice[0]!r} again")
-    line = reader.line_num + 1
-    for cells in reader:
-      if cells and len(cells) != len(names):
-        raise ValueError(
-          f"{path}:{line}: wanted {len(names)} cells, as there are columns "
-          f"({', '.join(names)}), got {len(cells)}: {cells!r:.80}"
-        )
-      if cells:
-        yield f"{path}:{line}", dict(zip(names, cells, strict=True))
-      line = reader.line_num + 1
-  except csv.Error as error:
-    raise ValueError(f"{path}:{reader.line_num}: wanted CSV, got {error}") from None
-
-
-def _hf_rows(folder: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """(folder row n, row) of each row of a Dataset of the library `datasets`, as its
-  save_to_disk leaves it: Arrow files, and two of JSON that name them and the labels."""
-  if splits := sorted(path.parent for path in folder.glob("*/state.json")):
-    some = ", ".join(f"hf:{split}" for split in splits)
-    raise ValueError(f"hf:{folder}: wanted one of its splits, {some}")
-  import pyarrow.ipc  # large, and only some read Arrow
-
-  tables = []
-  try:
-    state = json.loads((folder / "state.json").read_bytes())
-    info = json.loads((folder / "dataset_info.json").read_bytes())
-    for file in state["_data_files"]:
-      with pyarrow.memory_map(str(folder / file["filename"])) as source:
-        tables.append(pyarrow.ipc.open_stream(source).read_all())
-    labels = {
-      name: feature["names"]
-      for name, feature in info["features"].items()
-      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
-    rows = [row for table in tables for row in table.to_pylist()]
-    for row in rows:
-      for name, names in labels.items():
-        if row[name] is not None:
-          row[name] = names[row[name]] if row[name] >= 0 else None
-  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    raise ValueError(
-      f"hf:{folder}: wanted a folder that save_to_disk of `datasets` wrote, got {said}"
-    ) from None
-  for number, row in enumerate(rows):
-    yield f"{folder} row {number}", row
-
-
-_READERS = {
-  "csv": _csv_rows,
-  "jsonl": _json_lines,
-  "parquet": _parquet_rows,
-  "hf": _hf_rows,
-}
-
-
-def read_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """(where it is, row) of each row of a JSONL or a Parquet file, by its ending."""
-  return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
-
-
-def _check_columns(columns: Mapping[str, str]) -> None:
-  for name in columns:
-    if name not in FIELDS:
-      raise ValueError(
-        f"columns: {name!r} is no field of a prompt{_nearest(name, FIELDS)}; "
-        f"there are {', '.join(FIELDS)}"
-      )
 
 
 def parse_prompts(
@@ -543,7 +329,7 @@ def parse_prompts(
   """Prompts of (where it is, row), checked; `columns`, `labelled` and errors as of
   `load`. None has a split where no row has one."""
   rows = list(rows)
-  _check_columns_used(rows, columns)
+  check_columns_used(rows, columns)
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
   same: collections.Counter = collections.Counter()
@@ -551,15 +337,7 @@ def parse_prompts(
   odd: list[tuple[str, Prompt, Prompt]] = []
   answered: list[str] = []
   for where, row in rows:
-    values = _rename_columns(row, columns)
-    if labelled and "expected" not in values:
-      wanted = f"expected, as one of {', '.join(EXPECTED)}"
-      advice = "; --mode=label proposes labels for prompts without"
-      raise ValueError(_absent(where, "expected", wanted, row, columns) + advice)
-    if values.keys().isdisjoint(_SAID):
-      wanted = "a prompt, or turns [{'role': ..., 'content': ...}, ...]"
-      raise ValueError(_absent(where, "prompt", wanted, row, columns))
-    prompt, more = _prompt(where, values, columns, source, labelled=labelled)
+    prompt, more = parse_row(where, row, columns, source, labelled=labelled)
     answered += [where] if more else []
     own = digest(prompt.turns)
     if not prompt.id:
@@ -593,187 +371,6 @@ def parse_prompts(
   return prompts
 
 
-def _absent(
-  where: str, name: str, wanted: str, row: Row, columns: Mapping[str, str]
-) -> str:
-  """What is said of a row without a field: that its cell is empty, or how the column
-  that has it can be named."""
-  if columns.get(name, name) in row:
-    return f"{where}: wanted {wanted}, found an empty cell"
-  return (
-    f"{where}: wanted {wanted}, found none{_nearest(name, row)}; the row has "
-    f"{[*row]!r:.200}, of which --config.data.columns.{name}=COLUMN maps one"
-  )
-
-
-def _check_columns_used(
-  rows: list[tuple[str, Row]], columns: Mapping[str, str]
-) -> None:
-  """ValueError for a column that no row has, and one that seems to say the split."""
-  there = {name: None for _, row in rows for name in row}
-  if "split" not in there and "split" not in columns:
-    for name in there:
-      if name.strip().casefold() == "split":
-        raise ValueError(
-          f"{rows[0][0]}: column {name!r} is not read as split: rename it, or map it"
-        )
-  for name, column in columns.items() if rows else ():
-    if column not in there and not column.startswith("="):
-      raise ValueError(
-        f"{rows[0][0]}: wanted column {column!r} for {name}{_nearest(column, there)}; "
-        f"there are {', '.join(there)}"
-      )
-
-
-def is_empty(value: object) -> bool:
-  """Whether a cell is empty: null, not a number, or blank."""
-  if isinstance(value, str):
-    return not value.strip()
-  return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-  """The row's values by our field names, and its further columns of _SAID."""
-  values = {name: row.get(name) for name in (*FIELDS, *_SAID)}
-  for name, column in columns.items():
-    values[name] = column[1:] if column.startswith("=") else row.get(column)
-  return {name: value for name, value in values.items() if not is_empty(value)}
-
-
-def _prompt(
-  where: str, values: Row, columns: Mapping[str, str], source: str, *, labelled: bool
-) -> tuple[Prompt, bool]:
-  """The prompt of a row, and whether it has an answer, which is left out."""
-  texts: dict[str, Any] = {"kind": "safety"}
-  for name in ("id", "category", "expected", "kind", "split", "answer", "scenario"):
-    value = values.get(name, texts.get(name, ""))
-    if name in ("id", "answer") and isinstance(value, (int, float)):
-      # A column of whole numbers with an empty cell is one of floats.
-      whole = isinstance(value, float) and value.is_integer()
-      value = str(int(value) if whole else value)
-    if not isinstance(value, str):
-      said = _named(name, columns)
-      raise ValueError(f"{where}: wanted text as {said}, got {value!r:.60}")
-    texts[name] = value
-  if labelled and not texts["category"]:
-    raise ValueError(f"{where}: wanted a category; map a column, or '=benign' for all")
-  types = EXPECTED if labelled else ("", *EXPECTED)
-  known = {"expected": types, "kind": KINDS, "split": ("", *SPLITS)}
-  for name, some in known.items():
-    if texts[name] not in some:
-      wanted = ", ".join(filter(None, some))
-      raise ValueError(
-        f"{where}: wanted {_named(name, columns)} as one of {wanted}, "
-        f"got {texts[name]!r:.80}"
-      )
-  if texts["kind"] == "capability" and not texts["answer"]:
-    raise ValueError(
-      f"{where}: wanted an answer, which a prompt of kind capability is compared with, "
-      "found none"
-    )
-  turns, answered = _turns(where, values, columns)
-  clauses = _clauses(where, values)
-  return Prompt(turns=turns, clauses=clauses, source=source, **texts), answered
-
-
-def _named(name: str, columns: Mapping[str, str]) -> str:
-  """A field, and the column that it is read from where that has another name."""
-  column = columns.get(name, name)
-  return name if column == name else f"{name} (column {column!r})"
-
-
-def _clauses(where: str, values: Row) -> tuple[str, ...]:
-  """The ids of the clauses that decide a row's prompt."""
-  found: Any = _listed(values.get("clauses", []))
-  if not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
-    raise ValueError(f"{where}: wanted clauses as a list of ids, got {found!r:.60}")
-  return tuple(found)
-
-
-def _turns(
-  where: str, values: Row, columns: Mapping[str, str]
-) -> tuple[tuple[Turn, ...], bool]:
-  """The turns of a row, or its prompt as the one turn, and whether an assistant's came
-  after these, whatever it holds."""
-  # A column that is mapped before one that only has the name.
-  names = sorted(_SAID, key=lambda name: name not in columns)
-  name = next(name for name in names if name in values)
-  column, found = columns.get(name, name), values[name]
-  if name == "prompt" and isinstance(found, str):
-    found = [{"role": "user", "content": found}]
-  found = _listed(found)
-  if not isinstance(found, (list, tuple)) or not found:
-    raise ValueError(
-      f"{where}: {column}: wanted turns [{{'role': ..., 'content': ...}}, ...], "
-      f"got {found!r:.80}"
-    )
-  own = [
-    _of_openai(said) if isinstance(said, Mapping) else {"": said} for said in found
-  ]
-  while len(own) > 1 and own[-1].get("role") == "assistant":
-    own.pop()
-  turns = []
-  for number, said in enumerate(own, 1):
-    role, content = said.get("role"), text_of(said.get("content"))
-    at = (
-      f"{where}: {column}, turn {number} of {len(found)} ({role or 'no role'}): wanted"
-    )
-    role = "system" if role == "developer" else role  # another name for it
-    if role not in ("system", "user", "assistant"):
-      raise ValueError(
-        f"{at} a role of system, user or assistant, got {dict(said)!r:.80}"
-      )
-    if uses_tools(said):
-      raise ValueError(f"{at} text alone, got a call of a tool")
-    if content is None or is_empty(content):
-      raise ValueError(f"{at} text as content, got {said.get('content')!r:.80}")
-    turns.append(Turn(role=role, content=content))
-  if role != "user":
-    raise ValueError(f"{at} a user's turn as the last: take out what follows that")
-  return tuple(turns), len(own) < len(found)
-
-
-def _listed(value: Any) -> Any:
-  """A list that a source could not hold as one: JSON in a cell of text, or a list for
-  each name, as Arrow has sequences of objects."""
-  if isinstance(value, str) and value.lstrip().startswith("["):
-    with contextlib.suppress(ValueError, RecursionError):
-      return json.loads(value)
-  if isinstance(value, Mapping):
-    parts = [*value.values()]
-    if all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):
-      return [dict(zip(value, own, strict=True)) for own in zip(*parts, strict=True)]
-  return value
-
-
-def _of_openai(message: Mapping) -> Mapping:
-  """A message with OpenAI's names where it has ShareGPT's."""
-  if message.get("role") is not None or "from" not in message:
-    return message
-  role = message["from"]
-  role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
-  return {"role": role, "content": message.get("value")}
-
-
-def uses_tools(message: Mapping) -> bool:
-  """Whether a message calls a tool or says what one gave: nothing here knows tools."""
-  calls = message.get("tool_calls") or message.get("function_call")
-  return bool(calls) or message.get("role") in ("tool", "function")
-
-
-def text_of(content: object) -> str | None:
-  """The text of a turn's content, in one piece or in parts that are all text; None of
-  anything else."""
-  if not isinstance(content, list):
-    return content if isinstance(content, str) else None
-  texts: list[Any] = [part.get("text") for part in content if isinstance(part, Mapping)]
-  kinds = {part.get("type") for part in content if isinstance(part, Mapping)}
-  all_text = kinds == {"text"} and len(texts) == len(content)
-  return (
-    "\n".join(texts) if all_text and all(isinstance(t, str) for t in texts) else None
-  )
-
-
 def _row(prompt: Prompt) -> Row:
   row = dataclasses.asdict(prompt)
   row |= {"turns": list(row["turns"]), "clauses": list(row["clauses"])}
@@ -782,20 +379,9 @@ def _row(prompt: Prompt) -> Row:
   }
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-  return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _users_text(prompt: Prompt) -> str:
   """What the user says: a system turn that prompts share makes no twins of them."""
   return "\n".join(turn.content for turn in prompt.turns if turn.role == "user")
-
-
-def _grams(text: str, n: int) -> frozenset[str]:
-  """Runs of `n` words (`words.runs`); all of a text that has fewer, as one."""
-  found = re.findall(r"\w+", text.casefold())
-  return frozenset(map(" ".join, words.runs(found, n))) or frozenset([" ".join(found)])
 
 
 def digest(turns: Sequence[Turn]) -> str:

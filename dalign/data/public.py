@@ -17,6 +17,7 @@ from etils import epath
 import tensorflow_datasets as tfds
 
 from dalign.data import prompt_sets
+from dalign.data import readers
 from dalign.types import Prompt
 
 Row = dict[str, str]
@@ -330,13 +331,13 @@ def load(name: str, *, copies: str, data_dir: str) -> list[Prompt]:
     return prompt_sets.load(f"jsonl:{path}", {"kind": f"={some.kind}"}, data_dir)
   try:
     builder = PublicPrompts(config=name, data_dir=data_dir, file_format="array_record")
-    prompt_sets.prepare(builder)
+    readers.prepare(builder)
   except (OSError, *_FAILURES) as error:
     raise ValueError(
       f"public:{name}: {some.url} could not be had ({' '.join(str(error).split())}); "
       "put a copy in a folder and say --config.eval.copies=FOLDER"
     ) from None
-  rows = prompt_sets.builder_rows(builder, "eval", f"public:{name}")
+  rows = readers.builder_rows(builder, "eval", f"public:{name}")
   return prompt_sets.parse_prompts(rows, {}, f"public:{name}")
 
 

@@ -21,7 +21,8 @@ import hashlib
 import pathlib
 from typing import Any
 
-from dalign.data import prompt_sets
+from dalign.data import parsing
+from dalign.data import readers
 from dalign.judges import behaviour
 from dalign.judges import judge
 from dalign.policy import spec as specs
@@ -78,9 +79,9 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[RecordedReply
   said = {_normalized_text(turn.content for turn in p.turns): p.id for p in prompts}
   hashes: dict[str, str] = {}
   found = []
-  for where, row in prompt_sets.read_rows(path):
+  for where, row in readers.read_rows(path):
     row = {
-      name: "" if prompt_sets.is_empty(value) else value for name, value in row.items()
+      name: "" if parsing.is_empty(value) else value for name, value in row.items()
     }
     own = _parse_row(where, row, said)
     prompt = known.get(own.prompt_id)
@@ -182,10 +183,10 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
     if reply["role"] != "assistant":
       raise KeyError(reply["role"])
     thought = reply.get("reasoning_content") or reply.get("reasoning") or ""
-    asked: list[Any] = [prompt_sets.text_of(message["content"]) for message in before]
-    if None in asked or any(map(prompt_sets.uses_tools, [*before, reply])):
+    asked: list[Any] = [parsing.text_of(message["content"]) for message in before]
+    if None in asked or any(map(parsing.uses_tools, [*before, reply])):
       raise KeyError("content")
-    return asked, thought, prompt_sets.text_of(reply["content"]) or ""
+    return asked, thought, parsing.text_of(reply["content"]) or ""
   except (TypeError, KeyError, ValueError):
     raise ValueError(
       f"{where}: wanted messages that end with an assistant's, of text and without "
@@ -198,7 +199,7 @@ def _parse_votes(where: str, votes: Any) -> Iterator[Vote]:
   for vote in votes if isinstance(votes, (list, tuple)) else [votes]:
     own = vote if isinstance(vote, Mapping) else {}
     scores: list[Any] = [own.get("score"), own.get("answer_score")]
-    scores[1] = scores[0] if prompt_sets.is_empty(scores[1]) else scores[1]
+    scores[1] = scores[0] if parsing.is_empty(scores[1]) else scores[1]
     if not all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores):
       raise ValueError(f"{wanted}, got {vote!r:.80}")
     if vote.get("verdict") and vote["verdict"] not in EXPECTED:

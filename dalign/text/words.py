@@ -75,6 +75,7 @@ MAX_FORMULA_CHARS = 120  # which take algebra a moment at the most
 ALGEBRA_TIMEOUT_S = 5  # seconds after which it has failed
 UNCOMPARABLE = "a formula that algebra cannot compare"
 
+NEAR_DUPLICATE = 0.5  # word-trigram Jaccard from which two texts are near-twins
 TRIGRAMS_DISTINCT = 0.6  # below this share a text says the same again and again
 
 
@@ -106,6 +107,36 @@ def runs(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
       return
     yield tuple(match[0] for match in pieces[start:end])
     size -= own
+
+
+def near_duplicates(
+  texts: Sequence[str], *, threshold: float = NEAR_DUPLICATE
+) -> Iterator[tuple[int, int]]:
+  """Pairs i < j of texts whose word-trigram Jaccard is `threshold` or more.
+
+  Exact: two such sets share one of their rarest members (prefix filtering; Chaudhuri
+  et al. 2006), so only those are looked up.
+  """
+  grams = [word_runs(text, 3) for text in texts]
+  counts: dict[str, int] = {}
+  for gram in (gram for some in grams for gram in some):
+    counts[gram] = counts.get(gram, 0) + 1
+  index: dict[str, list[int]] = {}
+  for j, some in enumerate(grams):
+    rarest = sorted(some, key=lambda gram: (counts[gram], gram))
+    prefix = rarest[: len(some) - math.ceil(threshold * len(some)) + 1]
+    for i in sorted({i for gram in prefix for i in index.get(gram, ())}):
+      both = len(grams[i] & some)
+      if both >= threshold * (len(grams[i]) + len(some) - both):
+        yield i, j
+    for gram in prefix:
+      index.setdefault(gram, []).append(j)
+
+
+def word_runs(text: str, n: int) -> frozenset[str]:
+  """Runs of `n` words (`runs`); all of a text that has fewer, as one."""
+  found = re.findall(r"\w+", text.casefold())
+  return frozenset(map(" ".join, runs(found, n))) or frozenset([" ".join(found)])
 
 
 def sentences(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dalign.data import prompt_sets
+from dalign.data import readers
 
 ASKED = [
   {"role": "system", "content": "s"},
@@ -73,7 +74,7 @@ def of_hf(folder):
 
 def of_tfds(folder):
   builder = AnsweredChats(data_dir=str(folder), file_format="array_record")
-  prompt_sets.prepare(builder)
+  readers.prepare(builder)
   return "tfds:answered_chats:train", "tfds:answered_chats:train row 0"
 
 
