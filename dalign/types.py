@@ -22,6 +22,7 @@ PyTree = Any
 Key = jax.Array  # a typed key of `jax.random.key`
 
 EXPECTED = ("refuse", "safe_complete", "comply")  # the ideal response types
+BENIGN = "benign"  # the category of prompts that touch no policy
 KINDS = ("safety", "helpful", "capability")  # the parts of a prompt set
 
 

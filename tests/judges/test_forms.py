@@ -8,6 +8,7 @@ import pytest
 from dalign.config.replies import JudgeForm
 from dalign.judges import forms
 from dalign.judges import judge
+from dalign.judges import questions
 from dalign.text import thinking
 from tests.helpers import prompt
 
@@ -165,10 +166,10 @@ def read(form: str, reply: str, expected: str = ""):
   return forms.verdict(forms.FORMS[form], forms.ModelReply(reply), asked(expected))
 
 
-def asked(expected="", answer=ANSWER) -> forms.JudgedItem:
+def asked(expected="", answer=ANSWER) -> questions.JudgedItem:
   """What is judged: a reply to a prompt of that ideal response type."""
   prompt = dataclasses.replace(PROMPT, expected=expected)
-  return forms.JudgedItem(prompt, None, answer, "")
+  return questions.JudgedItem(prompt, None, answer, "")
 
 
 @pytest.mark.parametrize(("form", "reply", "score"), GOOD)
@@ -273,7 +274,7 @@ def test_what_is_good_depends_on_what_was_wanted(
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_each_form_shows_what_is_judged(form):
   own = forms.FORMS[form]
-  turns = own.put(forms.JudgedItem(PROMPT, None, ANSWER, "IB-D1: no locks"))
+  turns = own.put(questions.JudgedItem(PROMPT, None, ANSWER, "IB-D1: no locks"))
   shown = "\n".join(turn.content for turn in turns)
   assert ASKED in shown and "rake the pins" in shown
   if form in ("grade", "safeguard", "strongreject", "harmbench"):  # nobody's layout
@@ -282,7 +283,7 @@ def test_each_form_shows_what_is_judged(form):
   assert policy == (form in ("grade", "safeguard", "shieldgemma"))
   alone = [turn.role for turn in turns] == ["user", "assistant"]
   assert alone == (form in ("guard", "llama_guard", "qwen3guard", "granite_guardian"))
-  thought = own.put(forms.JudgedItem(PROMPT, "A thought.", ANSWER, "x"))
+  thought = own.put(questions.JudgedItem(PROMPT, "A thought.", ANSWER, "x"))
   assert ("A thought." in str(thought)) == (form in ("grade", "safeguard"))
 
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
+from dalign.policy import parsing
 from dalign.policy import prompting
 from dalign.policy import spec
 from dalign.runs import store
@@ -175,7 +176,7 @@ def test_parses_every_part(small):
 def test_blank_lines_and_windows_line_ends_change_nothing():
   front, body = TEA.split("## Purpose")
   loose = (front + "\n## Purpose" + body.replace("\n", " \n\n")).replace("\n", "\r\n")
-  assert spec.parse_policy(loose, "tea.md") == spec.parse_policy(TEA, "tea.md")
+  assert parsing.parse_policy(loose, "tea.md") == parsing.parse_policy(TEA, "tea.md")
 
 
 BROKEN = [  # what of TEA, by what, a part of the line at fault, what was wanted
@@ -258,7 +259,7 @@ def test_errors_name_file_line_and_what_was_wanted(old, new, at, wanted):
   text = swap(TEA, old, new)
   place = text[: text.index(at)].count("\n") + 1
   with pytest.raises(ValueError) as caught:
-    spec.parse_policy(text, "specs/tea.md")
+    parsing.parse_policy(text, "specs/tea.md")
   message = str(caught.value)
   assert message.startswith(f"specs/tea.md:{place}: wanted "), message
   assert wanted in message.split(", got ")[0], message
@@ -309,17 +310,17 @@ def test_no_model_is_shown_what_breaks_or_keeps_a_clause(small):
 def test_errors_at_the_end_say_so():
   cut = TEA[: TEA.index("## Worked")]
   with pytest.raises(ValueError, match="Worked examples.*got 'the end of the file'"):
-    spec.parse_policy(cut, "tea.md")
+    parsing.parse_policy(cut, "tea.md")
   with pytest.raises(ValueError, match='"---" to close'):
-    spec.parse_policy("---\nid: tea\n", "tea.md")
+    parsing.parse_policy("---\nid: tea\n", "tea.md")
   after = TEA + "## More\nHello.\n"
   with pytest.raises(ValueError, match='nothing after "## Worked examples"'):
-    spec.parse_policy(after, "tea.md")
+    parsing.parse_policy(after, "tea.md")
 
 
 def test_no_policy_may_be_called_benign():
   with pytest.raises(ValueError, match="not 'benign'"):
-    spec.parse_policy(swap(TEA, "id: tea", "id: benign"), "benign.md")
+    parsing.parse_policy(swap(TEA, "id: tea", "id: benign"), "benign.md")
 
 
 def test_principles(small):
@@ -343,7 +344,7 @@ def test_principles(small):
 )
 def test_bad_principles(text, wanted):
   with pytest.raises(ValueError, match=wanted):
-    spec.parse_principles(text, "p.md")
+    parsing.parse_principles(text, "p.md")
 
 
 def test_styles(small):
@@ -369,7 +370,7 @@ def test_styles(small):
 )
 def test_bad_styles(text, wanted):
   with pytest.raises(ValueError, match=wanted):
-    spec.parse_styles(text, "style.md")
+    parsing.parse_styles(text, "style.md")
 
 
 def test_load_orders_policies_by_id_whatever_the_order_of_files(small):
@@ -401,7 +402,7 @@ def test_load_refuses(change, wanted):
 
 
 def parse_or_value_error(text):
-  for parse in (spec.parse_policy, spec.parse_principles, spec.parse_styles):
+  for parse in (parsing.parse_policy, parsing.parse_principles, parsing.parse_styles):
     try:
       parse(text, "tea.md")
     except ValueError as error:
@@ -724,7 +725,7 @@ def shipped():
 def test_the_example_of_the_readme_parses():
   blocks = re.findall(r"```\n(---\n.*?)```", shipped_files()["README.md"], re.DOTALL)
   assert len(blocks) == 1
-  locks = spec.parse_policy(blocks[0], "locks.md")
+  locks = parsing.parse_policy(blocks[0], "locks.md")
   assert {clause.verdict for clause in locks.clauses} == set(DECISIONS)
 
 
