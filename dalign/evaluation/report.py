@@ -23,7 +23,10 @@ import jinja2
 import markupsafe
 
 from dalign.config.schema import chosen_stages
+from dalign.evaluation import browser
 from dalign.evaluation import figures
+from dalign.evaluation.browser import DECIDED
+from dalign.evaluation.browser import rows_of
 from dalign.runs import buckets
 from dalign.runs import store
 
@@ -42,12 +45,6 @@ CORE = {  # the columns of the first table in words, in this order; others follo
   "truncated": "cut by the token budget",
   "no_answer": "has no answer",
 }
-DECIDED = (  # of a row that has one of these, what was right
-  "refuse_disallowed",
-  "comply_allowed",
-  "safe_complete",
-  "capability",
-)
 AFTER = {  # the first of these arms that is there is what the first sentence is of
   "sft_rl": "After SFT and RL",
   "sft_distill": "After SFT and distillation",
@@ -67,10 +64,6 @@ LEFT_OUT = {  # counts and lists in the manifests of stages that are to be empty
 THOUGHTS = "rl/thought_", "distill/thought_"  # what metrics of thoughts begin with
 SAME = 0.02  # of decisions that differ: no more than nothing
 ERRORS = 0.1  # of a probe's answers: a judge that gets more of them wrong is named
-PROMPTS = 300  # in the sample browser; the same ones for every arm
-ROWS_A_PROMPT = 4  # of one arm
-ROLLOUT_STEPS, ROLLOUTS_A_STEP = 40, 8
-TEXT_LIMIT = 6000  # characters of one thought, answer or prompt
 UNREADABLE = ArithmeticError, AttributeError, LookupError, TypeError
 PAGE = pathlib.Path(__file__).with_name("page")
 
@@ -109,8 +102,8 @@ def view(workdir: pathlib.Path) -> dict[str, Any]:
   probe = _read_json(workdir / "probe.json") or {}
   manifests = _manifests(workdir, _requested_stages(config))
   curves = _curves(workdir / "metrics.jsonl")
-  samples = _samples(workdir, summary)
-  rollouts = [_rollouts(workdir, stage) for stage in ("distill", "rl")]
+  samples = browser.samples(workdir, summary)
+  rollouts = [browser.rollouts(workdir, stage) for stage in ("distill", "rl")]
   rollouts = [found for found in rollouts if found["steps"]]
   points = [curve.data for of_stage in curves.values() for curve in of_stage]
   return {
@@ -128,7 +121,7 @@ def view(workdir: pathlib.Path) -> dict[str, Any]:
     "samples": samples,
     "rollouts": rollouts,
     "data": {"samples": samples, "rollouts": rollouts, "curves": points},
-    "limits": {"rows": ROWS_A_PROMPT, "rollouts": ROLLOUTS_A_STEP},
+    "limits": {"rows": browser.ROWS_A_PROMPT, "rollouts": browser.ROLLOUTS_A_STEP},
   }
 
 
@@ -188,113 +181,12 @@ def _summary(manifests: dict, stage: str) -> dict:
   return (manifests.get(stage) or {}).get("summary") or {}
 
 
-def _rows(path: pathlib.Path) -> Iterator[dict]:
-  """The rows of a JSONL file; none where it is absent."""
-  return store.each_row(path) if path.is_file() else iter(())
-
-
-def _samples(workdir: pathlib.Path, summary: Json) -> Json:
-  """Rows for the sample browser: the same prompts for all arms, kept rows as an arm."""
-  files = {p.stem: p for p in sorted((workdir / "eval").glob("*.jsonl"))}
-  if summary:
-    files = {arm: files[arm] for arm in summary.get("arms", {}) if arm in files}
-  kept = {"kept by the filter": workdir / "filter" / "kept.jsonl"}
-  groups: dict[str, dict] = {}
-  total = 0
-  for arms in (files, kept):
-    strata = {}
-    for path in arms.values():
-      for row in _rows(path):
-        if "prompt_id" not in row:
-          raise ValueError(f"{path}: every row needs a prompt_id, got {sorted(row)}")
-        strata[row["prompt_id"]] = (row.get("category"), row.get("expected"))
-    total += len(strata)
-    chosen = _sample_strata(strata, PROMPTS)
-    for arm, path in arms.items():
-      for row in _rows(path):
-        if row["prompt_id"] in chosen:
-          _add_row(groups, arm, row)
-  arms = [
-    arm for arm in (files | kept) if any(arm in g["rows"] for g in groups.values())
-  ]
-  return {"arms": arms, "prompts": list(groups.values()), "total": total}
-
-
-def _sample_strata(strata: dict, limit: int) -> set:
-  """At most `limit` keys, taken in turn from each stratum, in file order."""
-  queues: dict[Any, collections.deque] = collections.defaultdict(collections.deque)
-  for key, stratum in strata.items():
-    queues[stratum].append(key)
-  chosen: set = set()
-  while len(chosen) < min(limit, len(strata)):
-    for queue in queues.values():
-      if queue and len(chosen) < limit:
-        chosen.add(queue.popleft())
-  return chosen
-
-
-def _add_row(groups: dict, arm: str, row: dict) -> None:
-  about = {name: str(row.get(name) or "") for name in ("category", "expected", "kind")}
-  new = _clip(row, "prompt") | {"id": str(row["prompt_id"])} | about | {"rows": {}}
-  group = groups.setdefault(str(row["prompt_id"]), new)
-  rows = group["rows"].setdefault(arm, [])
-  if len(rows) >= ROWS_A_PROMPT:
-    return
-  scores = {**(row.get("scores") or {})}
-  if "score" in row:
-    scores["score"] = row["score"]
-  marks = {name: list(map(str, row.get(name) or ())) for name in ("cited", "invented")}
-  ends = {name: str(row.get(name) or "") for name in ("malformed", "finish")}
-  unscored = {name: str(why) for name, why in (row.get("unscored") or {}).items()}
-  found = {"scores": scores, "unscored": unscored, "outcome": _right(row)}
-  rows.append(_clip(row, "thought", "answer") | marks | ends | found)
-
-
-def _right(row: dict) -> str:
-  """Whether a row did what was expected of it, as far as its artefact says."""
-  scores = row.get("scores") or {}
-  for name in DECIDED:
-    if figures.finite(scores.get(name)):
-      return "right" if scores[name] >= 0.5 else "wrong"
-  return "unscored" if row.get("unscored") else ""
-
-
-def _rollouts(workdir: pathlib.Path, stage: str) -> Json:
-  """The first few rollouts of steps spread evenly over a stage's training."""
-  path = workdir / stage / "rollouts.jsonl"
-  found = (row.get("step") for row in _rows(path))
-  steps = sorted({step for step in found if figures.finite(step)})
-  count = min(len(steps), ROLLOUT_STEPS)
-  chosen = {
-    steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)
-  }
-  kept: dict[Any, list[dict]] = {step: [] for step in sorted(chosen)}
-  for row in _rows(path):
-    rows = kept.get(row.get("step"))
-    if rows is None or len(rows) >= ROLLOUTS_A_STEP:
-      continue
-    numbers = {n: row[n] for n in ("reward", "advantage", "kl_nats") if n in row}
-    about = {name: str(row.get(name) or "") for name in ("category", "unscored")}
-    rows.append(_clip(row, "prompt", "thought", "answer") | numbers | about)
-  values = {"steps": list(kept), "rows": list(kept.values()), "total": len(steps)}
-  return {"stage": stage} | values
-
-
-def _clip(row: dict, *names: str) -> dict[str, Any]:
-  """Texts of a row of at most TEXT_LIMIT characters, and in "more" how many more each
-  of them had."""
-  texts = {name: row.get(name) for name in names}
-  texts = {n: t if isinstance(t, str) else figures.plain(t) for n, t in texts.items()}
-  more = {n: len(t) - TEXT_LIMIT for n, t in texts.items() if len(t) > TEXT_LIMIT}
-  return {n: t[:TEXT_LIMIT] for n, t in texts.items()} | {"more": more}
-
-
 def _curves(path: pathlib.Path) -> dict[str, list[figures.Curve]]:
   """heading -> curves; of a step that was run twice the later row counts."""
   series: dict[str, dict[str, dict]] = collections.defaultdict(
     lambda: collections.defaultdict(dict)
   )
-  for row in _rows(path):
+  for row in rows_of(path):
     stage = str(row.get("stage", ""))
     if not figures.finite(row.get("step")):
       continue

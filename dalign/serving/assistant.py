@@ -6,15 +6,12 @@ does in the eval stage: a trained one's think block is opened for it.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
 import os
 import pathlib
-import queue
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +27,6 @@ from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import buckets
 from dalign.runs import devices
-from dalign.runs import distributed
 from dalign.runs import store
 from dalign.sampling import likelihood
 from dalign.sampling import live
@@ -50,7 +46,6 @@ from dalign.types import Turn
 STAGES = ("base", "sft", "distill", "rl")
 LINE_MULTIPLE = 128  # scored rows are in lines of a multiple of so many tokens
 TOP_LOGPROBS = 5  # tokens known of each place of a row, as in OpenAI's protocol
-MAX_SCORED_ROWS = 256  # rows that are scored together at the most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,218 +348,10 @@ def _make_top_logprobs_scorer(*, cfg, compute):
   return score
 
 
-class Engine:
-  """Serves concurrent requests to a model, each as a stream of growing replies.
-
-  One thread decodes for all of them and one scores; use it `with`, which ends both.
-  """
-
-  def __init__(self, model: Model):
-    """Raises ValueError in a run of several processes."""
-    if distributed.is_multi_process():
-      raise ValueError("one process answers alone; start this on one host")
-    self.model = model
-    self._asked = 0
-    self._requests: queue.SimpleQueue[_PendingRequest | None] = queue.SimpleQueue()
-    self._rows_to_score: queue.SimpleQueue[
-      tuple[Sequence[int], futures.Future] | None
-    ] = queue.SimpleQueue()
-    self._threads = [
-      threading.Thread(target=work, name=name, daemon=True)
-      for name, work in (("decoder", self._work), ("scorer", self._score))
-    ]
-
-  def __enter__(self) -> "Engine":
-    _ = self.model.weights  # before anybody waits for them
-    for thread in self._threads:
-      thread.start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._requests.put(None)
-    self._rows_to_score.put(None)
-    for thread in self._threads:
-      thread.join()
-
-  def room(self, row: Sequence[int]) -> int:
-    """Tokens that may follow a row; ValueError where there is room for none."""
-    room = self.model.max_length - len(row)
-    if room < 1:
-      raise ValueError(
-        f"{len(row)} tokens were sent, and the model takes {self.model.max_length} "
-        "with its reply: send fewer"
-      )
-    return room
-
-  def ask(
-    self,
-    row: Sequence[int],
-    read: Callable[[live.PartialCompletion], Reply],
-    on_reply: Callable[[Reply | Exception], None],
-    *,
-    max_new: int,
-    temperature: float,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    draw: int = 0,
-    stops: Sequence[str] = (),
-  ) -> Callable[[], None]:
-    """Has a row continued; returns what gives it up.
-
-    `on_reply` is called on the engine's thread: with each Reply that `read` makes and
-    that is longer than the last, the last one with its `finish`, or with the error that
-    ended it. An answer ends before the first of `stops`. With a seed the same is said
-    to the same row and `draw`; without one each time something else. Raises ValueError
-    where row and reply do not fit the model.
-    """
-    if max_new > self.room(row):
-      raise ValueError(
-        f"{len(row)} tokens and {max_new} of a reply are more than the "
-        f"{self.model.max_length} that the model takes: ask for fewer"
-      )
-    self._asked += 1
-    drawn = [seed, draw] if seed is not None else ["", self._asked]
-    waiting = _PendingRequest(read, on_reply, tuple(stops))
-    waiting.ask = live.LiveRequest(
-      tokens=tuple(row),
-      row_id=(*drawn, *row),
-      max_new=max_new,
-      temperature=temperature,
-      top_p=top_p,
-      cancelled=waiting.cancelled.is_set,
-    )
-    self._requests.put(waiting)
-    return waiting.cancelled.set
-
-  def stream(
-    self, row: Sequence[int], read: Callable[[live.PartialCompletion], Reply], **how
-  ) -> Iterator[Reply]:
-    """The replies that `ask` would have heard; closing it gives the row up."""
-    replies: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
-    cancel = self.ask(row, read, replies.put, **how)
-    try:
-      while True:
-        reply = replies.get()
-        if isinstance(reply, Exception):
-          raise reply
-        yield reply
-        if reply.finish:
-          return
-    finally:
-      cancel()
-
-  def score(self, row: Sequence[int]) -> futures.Future[list[Scored]]:
-    """A future of the scores of a row's tokens but the first. Rows that arrive while
-    others are scored are scored together."""
-    future: futures.Future[list[Scored]] = futures.Future()
-    self._rows_to_score.put((row, future))
-    return future
-
-  def _score(self) -> None:
-    """The thread that scores, until it is told to end."""
-    ended = False
-    while not ended:
-      batch = [self._rows_to_score.get()]
-      while len(batch) < MAX_SCORED_ROWS and not self._rows_to_score.empty():
-        batch.append(self._rows_to_score.get())
-      ended = None in batch
-      running = [one for one in batch if one and one[1].set_running_or_notify_cancel()]
-      try:
-        found = self.model.top_logprobs([row for row, _ in running])
-      except Exception as error:
-        for _, future in running:
-          future.set_exception(error)
-        continue
-      for (_, future), scored in zip(running, found, strict=True):
-        future.set_result(scored)
-
-  def _work(self) -> None:
-    """The thread: decodes until it is told to end; an error ends those who wait."""
-    pending: dict[live.LiveRequest, _PendingRequest] = {}
-    ended = False
-    while not ended:
-      error: Exception = ConnectionError("nobody answers any more")
-      try:
-        self._decode(pending)
-        ended = True
-      except Exception as failed:
-        error = failed
-      for waiting in pending.values():
-        waiting.on_reply(error)
-      pending.clear()
-
-  def _decode(self, pending: dict[live.LiveRequest, "_PendingRequest"]) -> None:
-    """Decodes for those who come, until it is told to end."""
-
-    def next_requests(idle: bool) -> list[live.LiveRequest] | None:
-      new: list[live.LiveRequest] = []
-      while not self._requests.empty() or (idle and not new):
-        waiting = self._requests.get()
-        if waiting is None:
-          return None
-        pending[waiting.ask] = waiting
-        new.append(waiting.ask)
-      return new
-
-    slots = self.model.slots
-    with self.model.on_mesh():
-      chunks = live.run(
-        self._sampler,
-        self.model.weights,
-        next_requests,
-        key=self.model.key("asked"),
-        max_rows=slots,
-        tokens=slots * (self._sampler.sampler.prompt_room + self.model.budget),
-      )
-      for rows in chunks:
-        for partial in rows:
-          if pending[partial.ask].update(partial):
-            del pending[partial.ask]
-        for ask in [ask for ask in pending if ask.cancelled()]:
-          del pending[ask]
-
-  @functools.cached_property
-  def _sampler(self) -> sampling.Sampler:
-    """The model's sampler, which encodes prompts as they come, one by one."""
-    return self.model.sampler(prefill=1)
-
-
-class _PendingRequest:
-  """A request under way, and the last reply that its caller got."""
-
-  def __init__(self, read, on_reply, stops: tuple[str, ...]):
-    self._read, self.on_reply, self._stops = read, on_reply, stops
-    self.cancelled = threading.Event()
-    self.ask: live.LiveRequest
-    self._last: Reply | None = None
-
-  def update(self, partial: live.PartialCompletion) -> bool:
-    """Passes on what is new; True when the reply is complete."""
-    if self.cancelled.is_set():
-      return True
-    reply = self._read(partial)
-    answer = cut_at_stop(reply.answer, self._stops)
-    if len(answer) < len(reply.answer):
-      reply = dataclasses.replace(reply, answer=answer, finish="stop")
-      self.cancelled.set()
-    elif not reply.finish:
-      answer = thinking.stable_prefix(answer, self._stops)
-      reply = dataclasses.replace(reply, answer=answer)
-    last = self._last
-    if last is None or reply.finish or _visible_text(reply) != _visible_text(last):
-      self.on_reply(reply)
-    self._last = reply
-    return bool(reply.finish)
-
-
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
   """What stands before the first of `stops`; empty ones stop nothing."""
   found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
   return text[: min(found, default=len(text))]
-
-
-def _visible_text(reply: Reply) -> tuple[str, str]:
-  return reply.thought, reply.answer
 
 
 def _reply(partial: live.PartialCompletion, thought: str, answer: str) -> Reply:

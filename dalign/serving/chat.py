@@ -12,6 +12,7 @@ import sys
 from dalign.config.schema import Config
 from dalign.policy import spec as specs
 from dalign.serving import assistant
+from dalign.serving.engine import Engine
 from dalign.text import words
 from dalign.types import Turn
 
@@ -37,9 +38,7 @@ class Conversation:
       raise ValueError(f"no policy {policy!r}; there are: {', '.join(sorted(known))}")
     self._turns, self._policy = [], policy
 
-  def ask(
-    self, said: str, engine: assistant.Engine
-  ) -> Generator[assistant.Reply, None, None]:
+  def ask(self, said: str, engine: Engine) -> Generator[assistant.Reply, None, None]:
     """The reply to what a user says, as it is written; kept once it is whole. Raises
     ValueError where the conversation has become too long."""
     turns = (*self._turns, Turn(role="user", content=said))
@@ -71,7 +70,7 @@ class Conversation:
 class Terminal:
   """What a person sees and types."""
 
-  def __init__(self, talk: Conversation, engine: assistant.Engine):
+  def __init__(self, talk: Conversation, engine: Engine):
     self._talk, self._engine = talk, engine
     self._dim, self._plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
 
@@ -130,6 +129,6 @@ def chat(cfg: Config | None, workdir: pathlib.Path, stage: str) -> None:
   """Talks until the input ends. `cfg` and `stage` are as of `assistant.Model`."""
   model = assistant.Model(workdir, stage, cfg)
   name = f"{model.workdir.name}, stage {model.stage}"
-  with assistant.Engine(model) as engine:
+  with Engine(model) as engine:
     print(f"dalign: {name}; /help lists what can be done", file=sys.stderr)
     Terminal(Conversation(model), engine).run()

@@ -10,10 +10,8 @@ machine may ask; on another address only who sends the key in $DALIGN_API_KEY.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 import contextlib
-import dataclasses
-import difflib
 import functools
 import hmac
 import ipaddress
@@ -29,74 +27,25 @@ import uuid
 
 from dalign.config.schema import Config
 from dalign.runs import store
-from dalign.sampling import live
 from dalign.serving import assistant
+from dalign.serving.engine import Engine
+from dalign.serving.protocol import CheckedRequest
+from dalign.serving.protocol import RequestError
+from dalign.serving.protocol import error_body
+from dalign.serving.protocol import read_request
 from dalign.text import chat_template
-from dalign.types import Turn
 
 KEY = "DALIGN_API_KEY"
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 MAX_BODY_BYTES = 4 * 2**20  # of a request
 MAX_WAITING_PER_SLOT = 16  # choices that may wait, for each slot of the sampler
 GRACE = 5  # seconds that replies under way have left when the server ends
-COMPLETION_TOKENS = 16  # of /v1/completions where nothing is said, as in the protocol
-
-READ = {
-  *("model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed"),
-  *("n", "stop"),
-}
-OF_CHATS = READ | {"messages", "max_completion_tokens"}
-OF_TEXTS = READ | {"prompt", "logprobs", "echo"}
-# Of a message. An earlier reply's reasoning is not read again, as in vLLM and SGLang;
-# "type" is "text" in what lm-eval sends.
-OF_MESSAGES = {"role", "content", "reasoning_content", "reasoning", "type"}
-# What asks for no more than is done anyway.
-NEUTRAL_VALUES: Mapping[str, tuple] = {
-  "frequency_penalty": (0,),
-  "presence_penalty": (0,),
-  "logit_bias": ({},),
-  "logprobs": (False,),
-  "top_logprobs": (0,),
-  "echo": (False,),
-  "best_of": (1,),
-  "suffix": ("",),
-  "tools": ([],),
-  "tool_choice": ("none", "auto"),
-  "response_format": ({"type": "text"},),
-  "modalities": (["text"],),
-}
-IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier"}
-
-
-class RequestError(Exception):
-  """Why a request is not answered: a message, an HTTP status and a parameter."""
-
-  def __init__(self, message: str, status: int = 400, param: str | None = None):
-    super().__init__(message)
-    self.status, self.param = status, param
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckedRequest:
-  """A request, checked: the tokens to continue, how their reply is read, the text that
-  is said before it, how many likeliest tokens are told of each (None: no numbers), and
-  the settings of `assistant.Engine.ask`."""
-
-  row: tuple[int, ...]
-  read: Callable[[live.PartialCompletion], assistant.Reply]
-  chat: bool
-  n: int
-  stream: bool
-  usage: bool  # at the end of a stream
-  echo: str | None
-  logprobs: int | None
-  how: Mapping[str, Any]
 
 
 class Service:
   """OpenAI's protocol without its transport: requests in, JSON out."""
 
-  def __init__(self, engine: assistant.Engine, name: str, key: str = ""):
+  def __init__(self, engine: Engine, name: str, key: str = ""):
     self.engine, self.name, self._key = engine, name, key
     self._under_way = 0
     self._created = int(time.time())
@@ -118,92 +67,8 @@ class Service:
       raise RequestError("wanted a Host of this machine: a page elsewhere asks", 403)
 
   def read(self, body: bytes, *, chat: bool) -> CheckedRequest:
-    """A request's body, checked; raises Refused."""
-    try:
-      fields = json.loads(body)
-    except (ValueError, RecursionError):
-      raise RequestError("wanted a body of JSON") from None
-    if not isinstance(fields, dict):
-      raise RequestError("wanted a JSON object")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    self._check_fields(fields, OF_CHATS if chat else OF_TEXTS)
-    model = self.engine.model
-    if chat:
-      turns = _turns(fields.get("messages"))
-      row, read = model.read(turns), lambda heard: model.partial_reply(turns, heard)
-      default, echo, logprobs = model.budget, None, None
-    else:
-      row, written = self._row(fields.get("prompt"))
-      read, default = model.partial_text, None
-      echo, logprobs = written if _flag(fields, "echo") else None, _logprobs(fields)
-    try:
-      room = self.engine.room(row)
-    except ValueError as error:
-      raise RequestError(str(error), param="messages" if chat else "prompt") from None
-    longest = (
-      "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-    )
-    wanted = _number(
-      fields, longest, int, 1, room, min(default or COMPLETION_TOKENS, room)
-    )
-    stream = _flag(fields, "stream")
-    if stream and (echo is not None or logprobs is not None):
-      raise RequestError(
-        "echo and logprobs come whole: leave stream out", param="stream"
-      )
-    stops = _stops(fields.get("stop", []))
-    if stops and logprobs is not None:
-      raise RequestError("stop cannot be had with logprobs: leave it out", param="stop")
-    options = _object(
-      fields.get("stream_options", {}), {"include_usage"}, "stream_options"
-    )
-    return CheckedRequest(
-      row=row,
-      read=read,
-      chat=chat,
-      n=_number(fields, "n", int, 1, model.slots, 1),
-      stream=stream,
-      usage=_flag(options, "include_usage"),
-      echo=echo,
-      logprobs=logprobs,
-      how=dict(
-        max_new=wanted,
-        temperature=_number(fields, "temperature", float, 0, 2, model.temperature),
-        top_p=_number(fields, "top_p", float, 0, 1, model.top_p),
-        seed=_number(fields, "seed", int, -(2**63), 2**63, None),
-        stops=stops,
-      ),
-    )
-
-  def _check_fields(self, fields: dict, known: set[str]) -> None:
-    for name, value in fields.items():
-      if name in NEUTRAL_VALUES and name not in known:
-        if value not in NEUTRAL_VALUES[name]:
-          raise RequestError(f"{name} cannot be set here; leave it out", param=name)
-      elif name not in known | IGNORED_FIELDS:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise RequestError(f"{name} is not known here; leave it out{hint}", param=name)
-    if fields.get("model") != self.name:
-      raise RequestError(
-        f"wanted the model {self.name!r}, which is here, got {fields.get('model')!r}",
-        404,
-        "model",
-      )
-
-  def _row(self, prompt) -> tuple[tuple[int, ...], str]:
-    """The tokens and the text of a prompt that is either."""
-    tok = self.engine.model.tok
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-      prompt = prompt[0]
-    if isinstance(prompt, str):
-      row = tok.document(prompt) or [tok.stop_ids[0]]
-    else:
-      row = prompt
-    whole = isinstance(row, list) and row
-    if not whole or not all(type(i) is int for i in row) or {*row} - {*tok.ids}:
-      raise RequestError("wanted one text, or the ids of its tokens", param="prompt")
-    return tuple(row), prompt if isinstance(prompt, str) else tok.decode(row)
+    """As `protocol.read_request`."""
+    return read_request(body, self.engine, self.name, chat=chat)
 
   @contextlib.contextmanager
   def reserve(self, asked: CheckedRequest):
@@ -342,89 +207,11 @@ class Service:
     }
 
 
-def _turns(messages) -> tuple[Turn, ...]:
-  """The messages as turns; of an earlier reply the answer alone."""
-  if not isinstance(messages, list) or not messages:
-    raise RequestError("wanted a list of messages", param="messages")
-  turns = []
-  for i, message in enumerate(messages):
-    where = f"messages[{i}]"
-    role = _object(message, OF_MESSAGES, where).get("role")
-    role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-      raise RequestError(f"{where}: wanted no {role!r} messages", param="messages")
-    turns.append(Turn(role=role, content=_content(message.get("content"), where)))
-  if turns[-1].role != "user":
-    raise RequestError("wanted a user's message as the last", param="messages")
-  return tuple(turns)
-
-
-def _content(content, where: str) -> str:
-  """A message's text, whether in one piece or in parts."""
-  parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-  if not isinstance(parts, list):
-    raise RequestError(f"{where}: wanted a text as content", param="messages")
-  for part in parts:
-    kind = part.get("type") if isinstance(part, dict) else part
-    if kind != "text" or not isinstance(part.get("text"), str):
-      raise RequestError(
-        f"{where}: reads text alone, got {kind!r:.80}", param="messages"
-      )
-    _object(part, {"type", "text"}, where)
-  return "\n".join(part["text"] for part in parts)
-
-
-def _object(found, known: set[str], where: str) -> dict:
-  """An object inside a request; refuses keys that are not read and say something."""
-  if not isinstance(found, dict):
-    raise RequestError(f"{where}: wanted an object", param=where.partition("[")[0])
-  for name, value in found.items():
-    if name not in known and value not in (None, False, "", [], {}):
-      raise RequestError(
-        f"{where}: {name} is not known here; leave it out",
-        param=where.partition("[")[0],
-      )
-  return found
-
-
-def _number(said: dict, name: str, kind, low, high, default):
-  """A number of a request in [low, high]."""
-  value = said.get(name, default)
-  right = isinstance(value, int if kind is int else (int, float))
-  if value is default or right and type(value) is not bool and low <= value <= high:
-    return value
-  what = "a whole number" if kind is int else "a number"
-  raise RequestError(
-    f"{name}: wanted {what} in {low} to {high}, got {value!r:.80}", param=name
-  )
-
-
-def _flag(said: dict, name: str) -> bool:
-  value = said.get(name) or False
-  if not isinstance(value, bool):
-    raise RequestError(f"{name}: wanted true or false, got {value!r:.80}", param=name)
-  return value
-
-
 def _name(tok: chat_template.Tokenizer, i: int) -> str:
   """A token's text; of one that is none, a control token or a part of a character, the
   vocabulary's word."""
   said = tok.decode([i])
   return said if said and "\ufffd" not in said else tok.backend.id_to_token(i) or said
-
-
-def _logprobs(said: dict) -> int | None:
-  """How many likeliest tokens of each a request asks for, or None."""
-  if said.get("logprobs") is False:
-    return None
-  return _number(said, "logprobs", int, 0, assistant.TOP_LOGPROBS, None)
-
-
-def _stops(stop) -> tuple[str, ...]:
-  stops = [stop] if isinstance(stop, str) else stop
-  if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-    raise RequestError("stop: wanted a text or a list of texts", param="stop")
-  return tuple(stops)
 
 
 def _usage(last: Mapping[int, assistant.Reply]) -> dict:
@@ -439,13 +226,6 @@ def _usage(last: Mapping[int, assistant.Reply]) -> dict:
 
 def _event(value: dict) -> str:
   return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def error_body(error: RequestError) -> dict:
-  """An error as OpenAI's clients read it."""
-  kind = "server_error" if error.status >= 500 else "invalid_request_error"
-  inner = {"message": str(error), "type": kind, "param": error.param, "code": None}
-  return {"error": inner}
 
 
 def app(service: Service, *, local: bool):
@@ -545,7 +325,7 @@ def serve(
     listening = socket.create_server((host, port), family=family)
   except OSError as error:
     raise ValueError(f"--host={host} --port={port}: {error.strerror}") from None
-  with listening, assistant.Engine(model) as engine:
+  with listening, Engine(model) as engine:
     asgi = app(Service(engine, name, key), local=local)
     place = f"[{host}]" if ":" in host else host
     port = listening.getsockname()[1]

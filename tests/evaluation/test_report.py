@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from dalign.evaluation import browser
 from dalign.evaluation import figures
 from dalign.evaluation import report
 from tests import made_up
@@ -368,9 +369,9 @@ def test_hostile_text_stays_text(tmp_path, run):
     assert page.tags.count("script") == 2
     assert not any(name.startswith("on") for name, _ in page.attrs)
     row = page.data["samples"]["prompts"][0]["rows"]["sft"][0]
-    shown = text[: report.TEXT_LIMIT].replace("\ud800", "\ufffd")
+    shown = text[: browser.TEXT_LIMIT].replace("\ud800", "\ufffd")
     assert row["answer"] == row["thought"] == shown
-    assert row["more"].get("answer", 0) == max(0, len(text) - report.TEXT_LIMIT)
+    assert row["more"].get("answer", 0) == max(0, len(text) - browser.TEXT_LIMIT)
     assert "\x00" not in path.read_text(encoding="utf-8")
     assert path.stat().st_size < 20_000_000
 
@@ -399,27 +400,27 @@ def test_the_browser_keeps_a_spread_of_prompts_that_arms_share(tmp_path):
     rows += [made_up.row(rng, 1000 + n, 1) | {"category": "rare"} for n in range(5)]
     lines(tmp_path / "eval" / f"{arm}.jsonl", rows)
   samples = _write(tmp_path).data["samples"]
-  assert len(samples["prompts"]) == report.PROMPTS and samples["total"] == 1005
+  assert len(samples["prompts"]) == browser.PROMPTS and samples["total"] == 1005
   assert sum(p["category"] == "rare" for p in samples["prompts"]) == 5
   assert all(set(p["rows"]) == {"base", "sft"} for p in samples["prompts"])
 
 
 def test_the_browser_says_how_many_replies_to_a_prompt_it_has(tmp_path):
   row = made_up.row(random.Random(0), 1, 1) | {"scores": {"style": float("nan")}}
-  lines(tmp_path / "eval" / "base.jsonl", [row] * (report.ROWS_A_PROMPT + 2))
+  lines(tmp_path / "eval" / "base.jsonl", [row] * (browser.ROWS_A_PROMPT + 2))
   page = _write(tmp_path)
   (prompt,) = page.data["samples"]["prompts"]
   assert [one["scores"] for one in prompt["rows"]["base"]] == [{"style": None}] * 4
-  assert f"at most {report.ROWS_A_PROMPT} replies" in page.text
+  assert f"at most {browser.ROWS_A_PROMPT} replies" in page.text
 
 
 def test_rollouts_of_both_stages_are_spread_over_training(run):
   assert run[1].data["samples"]["arms"] == [*ARMS, "kept by the filter"]
   distill, rl = run[1].data["rollouts"]
   assert (distill["stage"], rl["stage"]) == ("distill", "rl")
-  assert len(rl["steps"]) == report.ROLLOUT_STEPS and rl["total"] == 100
+  assert len(rl["steps"]) == browser.ROLLOUT_STEPS and rl["total"] == 100
   assert (rl["steps"][0], rl["steps"][-1]) == (0, 495)
-  assert all(len(rows) == report.ROLLOUTS_A_STEP for rows in rl["rows"])
+  assert all(len(rows) == browser.ROLLOUTS_A_STEP for rows in rl["rows"])
   assert distill["steps"] == [*range(0, 50, 5)]
   assert distill["rows"][0][0]["kl_nats"] == 0.25
   assert "reward" in rl["rows"][0][0] and "reward" not in distill["rows"][0][0]

@@ -10,6 +10,7 @@ import pytest
 from dalign.sampling import live
 from dalign.serving import assistant
 from dalign.serving import chat
+from dalign.serving.engine import Engine
 from dalign.text import thinking
 from dalign.types import Turn
 from tests.helpers import examples
@@ -75,7 +76,7 @@ def model(workdir) -> assistant.Model:
 
 @pytest.fixture(scope="module")
 def engine(model):
-  with assistant.Engine(model) as engine:
+  with Engine(model) as engine:
     yield engine
 
 
@@ -155,7 +156,7 @@ def test_an_error_ends_those_who_wait_and_nobody_after_them(model, monkeypatch):
   monkeypatch.setattr(live, "run", run)
   row = model.read([Turn(role="user", content="Hi")])
   how = {"max_new": 4, "temperature": 0.0}
-  with assistant.Engine(model) as engine:
+  with Engine(model) as engine:
     with pytest.raises(MemoryError, match="no room"):
       next(engine.stream(row, model.partial_text, **how))
     *_, reply = engine.stream(row, model.partial_text, **how)
@@ -164,7 +165,7 @@ def test_an_error_ends_those_who_wait_and_nobody_after_them(model, monkeypatch):
 
 def test_who_still_waits_when_the_engine_ends_is_told(model):
   row = model.read([Turn(role="user", content="Hi")])
-  with assistant.Engine(model) as engine:
+  with Engine(model) as engine:
     said = engine.stream(row, model.partial_text, max_new=4000, temperature=1.0, seed=3)
     assert not next(said).finish
   with pytest.raises(ConnectionError, match="nobody answers"):

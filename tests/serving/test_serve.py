@@ -22,6 +22,7 @@ import pytest
 
 from dalign.serving import assistant
 from dalign.serving import server
+from dalign.serving.engine import Engine
 from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
@@ -314,7 +315,7 @@ def test_what_asks_for_no_more_than_is_done_is_answered(address, name):
 
 
 def test_too_many_who_wait_are_sent_away(model):
-  service = server.Service(assistant.Engine(model), "m")
+  service = server.Service(Engine(model), "m")
   body = {"model": "m", "messages": QUESTION, "n": 16}
   asked = service.read(json.dumps(body).encode(), chat=True)
   with contextlib.ExitStack() as waiting:
@@ -329,7 +330,7 @@ def test_too_many_who_wait_are_sent_away(model):
 
 
 def test_a_key_is_wanted_where_one_is_set(model):
-  service = server.Service(assistant.Engine(model), "m", key="secret")
+  service = server.Service(Engine(model), "m", key="secret")
   service.admit({"authorization": "Bearer secret"}, local=False)
   for sent in ({}, {"authorization": "Bearer no"}, {"authorization": "secre"}):
     with pytest.raises(server.RequestError, match="bearer token") as caught:
