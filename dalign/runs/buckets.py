@@ -26,12 +26,13 @@ import threading
 import time
 import uuid
 
-SCHEME = "gs://"
+from dalign.runs import gcs
+from dalign.runs.gcs import SCHEME
+
 MAX_UPLOAD_DELAY_S = 20.0  # until what was appended is in the bucket,
 UPLOAD_DELAY_FACTOR = 10  # or after so many times as many as the last upload took
 LEASE_RENEWAL_S = 10.0  # a lease is renewed every so many seconds,
 LEASE_EXPIRY_S = 60.0  # and whoever has not done so for as many has lost it
-_RESUME_HINT = "what is there is kept, and the same command goes on from it"
 
 
 def is_remote(path) -> bool:
@@ -50,7 +51,7 @@ def as_path(path):
     return pathlib.Path(path)
   if f"{scheme}://" != SCHEME or not rest.strip("/") or ".." in rest.split("/"):
     raise ValueError(f"wanted a folder or {SCHEME}BUCKET/FOLDER, got {text!r}")
-  _prepare()
+  gcs.prepare()
   from etils import epath
 
   return epath.Path(text)
@@ -66,7 +67,7 @@ def check_access(path) -> None:
   """ValueError where the bucket of a path is not there or not ours, ConnectionError
   where it does not answer."""
   if is_remote(path):
-    _bucket(_bucket_and_name(path)[0])
+    gcs.cached_bucket(gcs.bucket_and_name(path)[0])
 
 
 def write(path, parts: Iterable[bytes]) -> None:
@@ -107,8 +108,8 @@ def local_copy(path) -> Iterator[pathlib.Path]:
   _flush_pending(path)
   with tempfile.TemporaryDirectory(prefix="dalign-") as folder:
     copy = pathlib.Path(folder) / path.name
-    with _translate_errors(path):
-      _blob(path).download_to_filename(str(copy))
+    with gcs.translate_errors(path):
+      gcs.blob(path).download_to_filename(str(copy))
     yield copy
 
 
@@ -175,8 +176,9 @@ class Lease:
   def __init__(self, path):
     """Takes the lease of a folder; ValueError where another run holds it."""
     self._path = path
-    bucket, name = _bucket_and_name(path)
-    self._blob = _open(bucket).blob(name)  # with a client for the thread alone
+    bucket, name = gcs.bucket_and_name(path)
+    bucket = gcs.open_bucket(bucket)  # with a client for the thread alone
+    self._blob = bucket.blob(name)
     self._owner = {
       "run": uuid.uuid4().hex,
       "host": socket.gethostname(),
@@ -184,7 +186,7 @@ class Lease:
       "machine": _machine(),
     }
     self._lost, self._end, self._lock = False, threading.Event(), threading.Lock()
-    with _translate_errors(path):
+    with gcs.translate_errors(path):
       self._take()
     self._renewed = time.monotonic()
     _state.lease = self
@@ -196,7 +198,7 @@ class Lease:
   def check(self) -> None:
     """ConnectionError where the lease is no longer ours."""
     if not self._lost and time.monotonic() - self._renewed > 2 * LEASE_RENEWAL_S:
-      with _translate_errors(self._path):
+      with gcs.translate_errors(self._path):
         self._renew()
     if self._lost:
       raise ConnectionError(
@@ -218,8 +220,8 @@ class Lease:
       drop_staged(self._path.parent)
     if writes:
       with (
-        _translate_errors(self._path),
-        contextlib.suppress(_api().PreconditionFailed),
+        gcs.translate_errors(self._path),
+        contextlib.suppress(gcs.api().PreconditionFailed),
       ):
         self._blob.delete(if_generation_match=self._generation)
 
@@ -253,7 +255,7 @@ class Lease:
       return None, 0
     try:
       found = json.loads(blob.download_as_bytes())
-    except (_api().NotFound, ValueError):
+    except (gcs.api().NotFound, ValueError):
       found = {}
     return found if isinstance(found, dict) else {}, blob.generation
 
@@ -267,7 +269,7 @@ class Lease:
         if_generation_match=generation,
         retry=DEFAULT_RETRY.with_timeout(LEASE_RENEWAL_S),
       )
-    except _api().PreconditionFailed:
+    except gcs.api().PreconditionFailed:
       found, now = self._read()  # the request may have been sent twice, and done once
       if found is None or found.get("run") != self._owner["run"]:
         return False
@@ -284,7 +286,7 @@ class Lease:
 
   def _renew_periodically(self) -> None:
     while not self._end.wait(LEASE_RENEWAL_S) and not self._lost:
-      with contextlib.suppress(ConnectionError), _translate_errors(self._path):
+      with contextlib.suppress(ConnectionError), gcs.translate_errors(self._path):
         self._renew()
 
 
@@ -312,14 +314,8 @@ class _ProcessState:
 _state = _ProcessState()
 
 
-def _bucket_and_name(path) -> tuple[str, str]:
-  """The bucket, and the name in it."""
-  bucket, _, name = os.fspath(path).removeprefix(SCHEME).partition("/")
-  return bucket, name
-
-
 def _staging_path(path) -> pathlib.Path:
-  return _state.folder / "/".join(_bucket_and_name(path))
+  return _state.folder / "/".join(gcs.bucket_and_name(path))
 
 
 def _flush_pending(path) -> None:
@@ -339,94 +335,12 @@ def _upload(path, content) -> None:
     _state.lease.check()
   size = content.seek(0, os.SEEK_END)
   try:
-    with _translate_errors(path):
-      _blob(path).upload_from_file(content, rewind=True, size=size)
+    with gcs.translate_errors(path):
+      gcs.blob(path).upload_from_file(content, rewind=True, size=size)
   except ConnectionError:
     _state.unreachable = True
     raise
   _state.unreachable = False
-
-
-def _blob(path):
-  bucket, name = _bucket_and_name(path)
-  return _bucket(bucket).blob(name)
-
-
-def _open(name: str):
-  """A bucket, with a client of its own; errors as of `check_access`."""
-  from google.auth import exceptions as auth
-  from google.cloud import storage
-
-  try:
-    with _translate_errors(SCHEME + name):
-      return storage.Client().get_bucket(name)
-  except FileNotFoundError:
-    raise ValueError(f"{SCHEME}{name}: there is no such bucket") from None
-  except ConnectionError as error:
-    cause = error.__cause__
-    if isinstance(cause, auth.TransportError):
-      raise
-    if isinstance(cause, auth.GoogleAuthError):
-      raise ValueError(
-        f"{SCHEME}{name}: wanted credentials of Google Cloud, by `gcloud auth "
-        f"application-default login` or a service account: {_one_line_error(cause)}"
-      ) from error
-    if isinstance(cause, (_api().Forbidden, _api().Unauthorized)):
-      raise ValueError(
-        f"{SCHEME}{name}: these credentials may not use it; wanted storage.buckets.get "
-        f"and its objects: {_one_line_error(cause)}"
-      ) from error
-    raise
-
-
-_bucket = functools.cache(_open)
-
-
-@functools.cache
-def _prepare() -> None:
-  """Checks for the libraries, and has them ask the bucket itself: gcsfs would keep
-  lists of what was there, and etils take TensorFlow where that is installed."""
-  try:
-    import fsspec.config
-    import gcsfs  # noqa: F401
-    from google.cloud import storage  # noqa: F401
-  except ImportError:
-    raise ValueError(f'{SCHEME} needs more: pip install "dalign[gcs]"') from None
-  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-  os.environ["EPATH_USE_TF"] = "false"
-
-
-@contextlib.contextmanager
-def _translate_errors(path) -> Iterator[None]:
-  """Turns errors of Google's client into FileNotFoundError or ConnectionError."""
-  from google.auth import exceptions as auth
-  from google.cloud.storage import exceptions as storage
-  import requests
-
-  try:
-    yield
-  except _api().NotFound:
-    raise FileNotFoundError(f"{path}: there is no such object") from None
-  except (
-    _api().GoogleAPIError,
-    auth.GoogleAuthError,
-    requests.RequestException,
-    storage.DataCorruption,
-    storage.InvalidResponse,
-  ) as error:
-    raise ConnectionError(
-      f"{path}: {_one_line_error(error)}; {_RESUME_HINT}"
-    ) from error
-
-
-def _api():
-  from google.api_core import exceptions
-
-  return exceptions
-
-
-def _one_line_error(error: BaseException) -> str:
-  return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _machine() -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from dalign.runs import buckets
+from dalign.runs import gcs
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
 from dalign.training import checkpoints
@@ -103,7 +104,7 @@ def blobs(place) -> dict:
   """Name -> object of all objects of a folder, as another client sees them."""
   from google.cloud import storage
 
-  bucket, name = buckets._bucket_and_name(place)
+  bucket, name = gcs.bucket_and_name(place)
   found = storage.Client().list_blobs(bucket, prefix=f"{name}/")
   return {blob.name.removeprefix(f"{name}/"): blob for blob in found}
 
@@ -128,7 +129,7 @@ def test_what_is_no_bucket_is_refused(monkeypatch):
   assert buckets.as_path("runs/x") == pathlib.Path("runs/x")
   assert buckets.absolute("x") == pathlib.Path("x").absolute()
   monkeypatch.setitem(sys.modules, "gcsfs", None)
-  buckets._prepare.cache_clear()
+  gcs.prepare.cache_clear()
   with pytest.raises(ValueError, match=r'pip install "dalign\[gcs\]"'):
     buckets.as_path("gs://bucket/x")
 
