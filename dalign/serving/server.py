@@ -26,7 +26,7 @@ from typing import Any
 import uuid
 
 from dalign.config.schema import Config
-from dalign.runs import store
+from dalign.runs import manifests
 from dalign.serving import assistant
 from dalign.serving.engine import Engine
 from dalign.serving.protocol import CheckedRequest
@@ -49,7 +49,7 @@ class Service:
     self.engine, self.name, self._key = engine, name, key
     self._under_way = 0
     self._created = int(time.time())
-    self._fingerprint = f"dalign-{store.code_version()}"
+    self._fingerprint = f"dalign-{manifests.code_version()}"
 
   def models(self) -> dict:
     """The one model there is."""

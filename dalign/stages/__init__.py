@@ -20,6 +20,7 @@ from dalign.formats import hub
 from dalign.runs import distributed
 from dalign.runs import progress
 from dalign.runs import store
+from dalign.runs.workdir import Store
 from dalign.stages import ablate
 from dalign.stages import base
 from dalign.stages import distill
@@ -119,7 +120,7 @@ def _pinned(cfg: Config, workdir: pathlib.Path) -> Config:
   the commits that names on the Hub had then."""
   arms = cfg.ablation
   first = workdir / f"seed-{arms.seeds[0]}" / "shared" if arms else workdir
-  before = _read(store.Store(first), first / "config.json")
+  before = _read(Store(first), first / "config.json")
   before = before if isinstance(before, dict) else {}
   began = before.get("model.date")
   asked = cfg.model.date
@@ -141,7 +142,7 @@ def _pinned(cfg: Config, workdir: pathlib.Path) -> Config:
   return convert.changed(cfg, changes)
 
 
-def _read(kept: store.Store, path: pathlib.Path) -> dict | None:
+def _read(kept: Store, path: pathlib.Path) -> dict | None:
   """The config of the command before, or None."""
   try:
     return kept.read_json(path) if kept.has(path) else None

@@ -17,7 +17,7 @@ from dalign.config.schema import Config
 from dalign.evaluation import evals
 from dalign.evaluation import figures
 from dalign.runs import progress
-from dalign.runs import store
+from dalign.runs.workdir import Store
 
 RunStages = Callable[[Config, pathlib.Path, dict, tuple[str, ...]], None]
 
@@ -29,7 +29,7 @@ def ablate(cfg: Config, workdir: pathlib.Path, run_stages: RunStages) -> None:
     raise ValueError("wanted a config with an ablation")
   metrics_by_arm: dict[str, list[dict]] = {}  # arm -> of each seed, the metrics
   categories: dict[str, list[dict]] = {}
-  root_store = store.Store(workdir)
+  root_store = Store(workdir)
   for seed in plan.seeds:
     folder = workdir / f"seed-{seed}"
     seed_cfg = convert.changed(cfg, {"seed": seed, "ablation": None})

@@ -18,6 +18,7 @@ from dalign.models import adapters
 from dalign.models import param_tree
 from dalign.policy import prompting
 from dalign.runs import buckets
+from dalign.runs import manifests
 from dalign.runs import progress
 from dalign.runs import store
 from dalign.stages import services
@@ -141,7 +142,7 @@ def card(run: Run) -> str:
     metadata=_card_metadata(run, origin, arms),
     name=folder.workdir.name,
     stage=cfg.export.of,
-    version=store.code_version(),
+    version=manifests.code_version(),
     base=origin.get("base_model") or cfg.model.path,
     seed=cfg.seed,
     size=sum(map(math.prod, shapes)),

@@ -23,7 +23,7 @@ from dalign.models import ops
 from dalign.models import param_tree
 from dalign.models import sharding
 from dalign.runs import progress
-from dalign.runs import store as files
+from dalign.runs.workdir import Store
 from dalign.sampling import sampler as sampling
 from dalign.tasks import world
 from dalign.text import chat_template
@@ -44,7 +44,7 @@ class Model:
 
   def __init__(
     self,
-    store: files.Store,
+    store: Store,
     mesh: Mesh,
     *,
     source: ModelSource,

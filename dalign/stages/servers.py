@@ -14,7 +14,7 @@ from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.runs import distributed
 from dalign.runs import progress
-from dalign.runs import store as files
+from dalign.runs.workdir import Store
 from dalign.stages import model as models
 from dalign.stages import samples
 from dalign.text import packing
@@ -33,7 +33,7 @@ class Server:
   """The endpoint of a config, asked for `name`, which its lines of progress begin
   with."""
 
-  def __init__(self, store: files.Store, cfg: EndpointConfig, name: str):
+  def __init__(self, store: Store, cfg: EndpointConfig, name: str):
     self._endpoint = endpoint.Endpoint(cfg, store.workdir / "endpoint.jsonl")
     self._name = name
     self.round = REQUESTS_PER_CONNECTION * cfg.concurrency

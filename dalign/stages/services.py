@@ -26,9 +26,11 @@ from dalign.models import kernels
 from dalign.models import sharding
 from dalign.runs import buckets
 from dalign.runs import devices as machines
+from dalign.runs import manifests
 from dalign.runs import metrics
 from dalign.runs import progress
 from dalign.runs import store as files
+from dalign.runs.workdir import Store
 from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
 from dalign.sampling.programs import Weights
@@ -74,7 +76,7 @@ class Workspace:
         f"config.compute.attention: {cfg.compute.attention} runs on a {wanted}, this "
         f"is a {platform}; use xla"
       )
-    self.store = files.Store(workdir, shared)
+    self.store = Store(workdir, shared)
     self.metrics = metrics.Metrics(workdir, cfg.log, convert.flat(cfg))
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
     self.start_over = cfg.start_over
@@ -279,7 +281,7 @@ class Services(Generic[C]):
     own = self.prompts.files if isinstance(self.cfg, stages.OfTask) else []
     if path in map(buckets.absolute, own):
       return prompt_sets.fingerprint(self.prompts.raw)
-    return files.file_hash(path)
+    return manifests.file_hash(path)
 
   def finish(self: "Services[stages.OfModel]", summary: Mapping) -> None:
     """Marks the stage done; `summary` is as of `Store.finish`."""

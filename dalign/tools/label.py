@@ -20,8 +20,8 @@ from dalign.judges import functions
 from dalign.judges import labels
 from dalign.models import ops
 from dalign.policy import spec as specs
+from dalign.runs import manifests
 from dalign.runs import progress
-from dalign.runs import store as files
 from dalign.sampling import sampler as sampling
 from dalign.stages import judging
 from dalign.stages import servers
@@ -70,7 +70,7 @@ def _label(run: Run, *, start_over: bool) -> None:
   open_ = run.begin(
     [*run.sources, *judge],
     renewed=["data.columns", *run.prompts.files],  # votes know what was said
-    hash_of=files.file_hash,
+    hash_of=manifests.file_hash,
   )
   path = store.path("label", "votes.jsonl")
   rows = store.read_rows(path) if store.has(path) else []

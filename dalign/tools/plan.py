@@ -35,7 +35,7 @@ from dalign.models import sharding
 from dalign.policy import spec as specs
 from dalign.runs import distributed
 from dalign.runs import progress
-from dalign.runs import store
+from dalign.runs.workdir import Store
 from dalign.stages import scoring
 from dalign.stages import services
 from dalign.text import packing
@@ -138,7 +138,7 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
     "chip_hours": hours,
     "cost": None if hours is None else hours * cfg.plan.price,
   }
-  store.Store(workdir).write_json(workdir / "plan.json", found)
+  Store(workdir).write_json(workdir / "plan.json", found)
   lines = table(rows, chip)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if spread := indivisible_rows(cfg, parts):

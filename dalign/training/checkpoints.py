@@ -1,7 +1,7 @@
 """Arrays on disk: training states by step, and parameters alone, through Orbax.
 
 Knows trees of arrays and their shardings; does not know what is in them, configs, or
-the other files of a run (store.py does).
+the other files of a run (workdir.py does).
 """
 
 from collections.abc import Iterator, Mapping

@@ -23,6 +23,7 @@ from dalign.runs import distributed
 from dalign.runs import metrics as logs
 from dalign.runs import stopping
 from dalign.runs import store as files
+from dalign.runs.workdir import Store
 from dalign.training import checkpoints
 from dalign.training import train
 from dalign.types import Key
@@ -39,7 +40,7 @@ class Trainer:
   """
 
   stage: str
-  store: files.Store
+  store: Store
   metrics: logs.Metrics
   mesh: Mesh
   arch: ModelConfig
@@ -179,7 +180,7 @@ class Trainer:
 
 
 def halt(
-  kept: files.Store, stage: str, step: int, why: str, advice: str, batch: Mapping
+  kept: Store, stage: str, step: int, why: str, advice: str, batch: Mapping
 ) -> NoReturn:
   """Stops at a step, whose batch, a mapping of arrays, is kept. Raises Halted."""
   where, content = kept.path(stage, f"halted_step_{step}.npz"), io.BytesIO()

@@ -6,6 +6,7 @@ import pytest
 
 from dalign.config import explain
 from dalign.config.schema import Config
+from dalign.runs import manifests
 from dalign.runs import store
 from dalign.stages import evaluate as evaluate_stage
 from dalign.stages import rehearsal
@@ -58,7 +59,7 @@ def test_a_function_grades_beside_the_rules(own, tmp_path):
     assert found["reason"] == ("to be answered" if score is None else "")
   summary = json.loads((workdir / "eval" / "summary.json").read_text())
   assert [*summary["graders"]] == [f"rules vs {grader}"]
-  manifest = store.read_manifest(workdir / "eval" / "manifest.json")
+  manifest = manifests.read_manifest(workdir / "eval" / "manifest.json")
   assert [name for name in manifest["inputs"] if name.endswith("own.py")]
   own.write_text(OWN + "\n# changed")
   with pytest.raises(ValueError, match="own.py was"):

@@ -20,8 +20,10 @@ from dalign.config import convert
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.evaluation import report
+from dalign.runs import manifests
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
+from dalign.runs.workdir import Store
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import examples
@@ -280,7 +282,7 @@ def harmed(draw_from, data_of) -> st.SearchStrategy:
 
 def begin(folder: pathlib.Path, stage: str):
   """Opens a stage as the run itself would, with nothing changed."""
-  kept = store.Store(folder)
+  kept = Store(folder)
   old = json.loads((folder / "generate" / "manifest.json").read_text())
   inputs = [folder / "generate" / "manifest.json"]
   return kept.begin(stage, old["config"], inputs, old["seed"], "device")
@@ -294,9 +296,9 @@ def test_any_manifest_is_read_or_refused_by_name(artefacts, name, random):
   whole = path.read_bytes()
   try:
     path.write_bytes(random.draw(harmed(JSON, whole)))
-    found = sound(lambda: store.read_manifest(path))
+    found = sound(lambda: manifests.read_manifest(path))
     assert isinstance(found, dict) or str(path) in found
-    said = sound(lambda: store.check_outputs(path.parent))
+    said = sound(lambda: manifests.check_outputs(path.parent))
     assert said is None or str(path.parent) in said
     assert sound(lambda: begin(artefacts, path.parent.name))
     assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))

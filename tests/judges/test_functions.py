@@ -16,7 +16,7 @@ from dalign.judges import probing
 from dalign.judges import recordings
 from dalign.judges import rubric
 from dalign.policy import spec as specs
-from dalign.runs import store
+from dalign.runs import manifests
 from dalign.stages import filter as filter_stage
 from dalign.stages import judging
 from dalign.stages import rehearsal
@@ -455,7 +455,7 @@ def grade(replies):
   filter_stage.filter_(run)
   manifest = run.store.manifest("filter")
   assert manifest["finished"] and manifest["summary"]["samples"] == 3
-  assert manifest["inputs"]["desk/own.py"] == store.file_hash(desk.own)
+  assert manifest["inputs"]["desk/own.py"] == manifests.file_hash(desk.own)
 
 
 # --- What the documents show ---

@@ -25,6 +25,7 @@ from dalign.runs import buckets
 from dalign.runs import gcs
 from dalign.runs import store
 from dalign.runs.metrics import Metrics
+from dalign.runs.workdir import Store
 from dalign.training import checkpoints
 from tests import chaos
 from tests.helpers import ROOT
@@ -136,7 +137,7 @@ def test_what_is_no_bucket_is_refused(monkeypatch):
 
 def use(workdir) -> None:
   """What stages do with files."""
-  run = store.Store(workdir)
+  run = Store(workdir)
   with run.hold_workdir():
     run.write_json(run.workdir / "config.json", {"a": "é"})
     assert run.begin("generate", {"a": 1}, [], 0, "cpu") == "fresh"
@@ -184,7 +185,7 @@ def test_a_bucket_holds_what_a_disk_does(place, tmp_path):
   ]
   assert len(boards[0]) == len(boards[1]) == 2 and all(theirs[n] for n in boards[1])
   assert len(mine) == len(theirs)
-  run = store.Store(place)
+  run = Store(place)
   assert run.begin("generate", {"a": 1}, [], 0, "cpu") == "done"
   path = run.path("generate", "samples.jsonl")
   store.write_rows(path, ROWS[1:])
@@ -201,7 +202,7 @@ def test_a_bucket_holds_what_a_disk_does(place, tmp_path):
 
 def test_what_was_appended_is_there_before_what_is_written_next(place, monkeypatch):
   path, other = place / "rows.jsonl", place / "x.json"
-  run = store.Store(place)
+  run = Store(place)
   run.begin("sft", {}, [], 0, "cpu")
   buckets.flush()
   store.append_rows(path, ROWS[:1])
@@ -233,9 +234,9 @@ def test_a_row_that_was_torn_elsewhere_is_cut_off(place):
 def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(place, address):
   code = (
     "import itertools, os, sys\n"
-    "from dalign.runs import buckets; from dalign.runs import store\n"
+    "from dalign.runs import buckets; from dalign.runs.workdir import Store\n"
     "buckets.MAX_UPLOAD_DELAY_S = 0.2\n"
-    "run = store.Store(sys.argv[1])\n"
+    "run = Store(sys.argv[1])\n"
     "with run.hold_workdir():\n"
     "  for i in itertools.count():\n"
     "    run.append_rows(run.workdir / 'rows.jsonl', [{'i': i, 'x': 'y' * 50_000}])\n"
@@ -253,7 +254,7 @@ def test_a_killed_writer_leaves_whole_rows_and_the_next_goes_on(place, address):
   rows = store.read_rows(path)
   assert [row["i"] for row in rows] == list(range(len(rows)))
   assert json.loads(objects(place)[".lock"])["process"] == writer.pid
-  run, start = store.Store(place), time.monotonic()
+  run, start = Store(place), time.monotonic()
   with run.hold_workdir():
     assert time.monotonic() - start < buckets.LEASE_EXPIRY_S / 2  # seen to be dead
     run.append_rows(path, [{"i": len(rows)}])
@@ -270,13 +271,13 @@ def quick(monkeypatch):
 
 
 def test_a_second_run_is_refused_while_the_first_lives(place, quick):
-  with store.Store(place).hold_workdir():
+  with Store(place).hold_workdir():
     lease = buckets._state.lease
     with pytest.raises(ValueError, match="another run is at work here, process"):
       buckets.Lease(place / ".lock")
     assert buckets._state.lease is lease
     store.write_json(place / "x.json", {})
-  with store.Store(place).hold_workdir():
+  with Store(place).hold_workdir():
     pass
 
 
@@ -293,7 +294,7 @@ def test_a_silent_run_loses_its_workdir_and_writes_nothing_more(place, quick, ca
   for write in (
     lambda: store.write_json(place / "x.json", {}),
     lambda: checkpoints.Checkpoints(place / "c").save(1, {"x": jnp.ones(3)}, {}),
-    lambda: store.Store(place).begin("sft", {}, [], 0, "cpu", start_over=True),
+    lambda: Store(place).begin("sft", {}, [], 0, "cpu", start_over=True),
   ):
     with pytest.raises(ConnectionError, match="another run has taken this workdir"):
       write()

@@ -18,7 +18,7 @@ from dalign.config import convert
 from dalign.config.fields import Halted
 from dalign.judges import judge
 from dalign.runs import devices
-from dalign.runs import store
+from dalign.runs.workdir import Store
 from dalign.stages import generate as generate_stage
 from dalign.stages import judging
 from dalign.stages import model as models
@@ -247,7 +247,7 @@ def test_no_stage_reads_or_writes_more_than_the_model_takes(tmp_path):
 def test_a_workdir_that_cannot_be_made_is_bad_input(tmp_path):
   (tmp_path / "file").write_text("x")
   with pytest.raises(ValueError, match="--workdir: .*file/run .Not a directory"):
-    with store.Store(tmp_path / "file" / "run").hold_workdir():
+    with Store(tmp_path / "file" / "run").hold_workdir():
       pass
 
 

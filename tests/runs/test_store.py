@@ -10,8 +10,9 @@ import pytest
 
 from dalign.config import convert
 from dalign.runs import store
+from dalign.runs import workdir
 from dalign.runs.metrics import Metrics
-from dalign.runs.store import Store
+from dalign.runs.workdir import Store
 from tests.helpers import tiny
 
 ROWS = [{"id": "a", "text": "é\u2028"}, {"id": "b", "n": [1, 2]}, {"id": "c", "t": {}}]
@@ -82,7 +83,7 @@ def test_a_bad_row_is_named(tmp_path, bad):
 
 
 def test_outputs_of_a_finished_stage_are_watched(tmp_path, spec):
-  made = store.Store(tmp_path)
+  made = Store(tmp_path)
   path = tmp_path / "filter" / "kept.jsonl"
   made.begin("filter", {}, [spec], 0, "cpu")
   store.write_rows(path, ROWS)
@@ -103,7 +104,7 @@ def test_outputs_of_a_finished_stage_are_watched(tmp_path, spec):
 
 
 def test_what_a_killed_writer_left_is_no_hindrance(tmp_path, spec):
-  made = store.Store(tmp_path)
+  made = Store(tmp_path)
   (tmp_path / "generate").mkdir()
   (tmp_path / "generate" / ".manifest.json.1234.tmp").write_text("{")
   assert made.begin("generate", {}, [spec], 0, "cpu") == "fresh"
@@ -274,7 +275,9 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
   now = iter(range(10**9, 0, -3600))
   monkeypatch.setattr(time, "time", lambda: float(next(now)))
   monkeypatch.setattr(time, "time_ns", lambda: next(now) * 10**9)
-  monkeypatch.setattr(store, "_now", lambda: f"2001-01-{next(now) % 28:02d}T00:00:00Z")
+  monkeypatch.setattr(
+    workdir, "_now", lambda: f"2001-01-{next(now) % 28:02d}T00:00:00Z"
+  )
   args = ("sft", CONFIG, [], 7, "cpu")
   for state in ("fresh", "resume"):
     run, metrics = Store(tmp_path), Metrics(tmp_path, tiny().log)

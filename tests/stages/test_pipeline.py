@@ -44,6 +44,7 @@ from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import stopping
 from dalign.runs import store
+from dalign.runs.workdir import Store
 from dalign.sampling import likelihood
 from dalign.sampling import sampler as sampling
 from dalign.sampling.sampler import Completion
@@ -994,11 +995,11 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(tmp_path, workd
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-  with store.Store(tmp_path).hold_workdir():
+  with Store(tmp_path).hold_workdir():
     done = run_command(tmp_path, "--config.stages=report")
   assert done.returncode == 2 and "another run is at work here" in done.stderr
   assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-  with store.Store(tmp_path).hold_workdir():
+  with Store(tmp_path).hold_workdir():
     pass
 
 
@@ -1513,7 +1514,7 @@ def test_a_filter_that_is_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
     store.append_rows(path, found)
 
   monkeypatch.setattr(english.English, "grade", grade)
-  monkeypatch.setattr(store.Store, "append_rows", killed)
+  monkeypatch.setattr(Store, "append_rows", killed)
   changes = {"filter.judge": "sampled", "filter.votes": 2, "filter.max_new": 400}
   changes |= {"filter.threshold": 0.0, "filter.unscored": 1.0, "filter.at_once": 3}
   changes |= {"filter.readable": 0.5, "filter.temperature": 9.0}  # some are cut
@@ -1637,7 +1638,7 @@ def test_a_model_that_is_not_finite_writes_no_samples(tmp_path, monkeypatch):
 def test_a_config_that_is_damaged_is_said(tmp_path, capsys):
   path = tmp_path / "config.json"
   path.write_text("{")
-  assert stages._read(store.Store(tmp_path), path) is None
+  assert stages._read(Store(tmp_path), path) is None
   assert str(path) in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from dalign.formats import weights
 from dalign.judges import functions
 from dalign.judges import probing
 from dalign.policy import spec as specs
+from dalign.runs import manifests
 from dalign.runs import store
 from dalign.stages import evidence
 from dalign.tools import check
@@ -178,7 +179,7 @@ def test_a_filter_that_keeps_too_little_stops_or_says_so(tmp_path, workdir):
   wanted = "filter: kept fewer samples than 1000000 .*, [0-9]+ of weapons to refuse"
   with pytest.raises(ValueError, match=wanted):
     stages.run_stages(tiny(thin="stop", **asked), tmp_path, {}, ("filter",))
-  manifest = store.read_manifest(tmp_path / "filter" / "manifest.json")
+  manifest = manifests.read_manifest(tmp_path / "filter" / "manifest.json")
   assert manifest["finished"] is None  # or the next command would go on
   stages.run_stages(tiny(thin="say", **asked), tmp_path, {}, ("filter", "report"))
   summary = store.read_json(tmp_path / "filter" / "manifest.json")["summary"]
