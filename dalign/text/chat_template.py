@@ -17,25 +17,13 @@ from dalign.text import templates
 from dalign.text import thinking
 from dalign.types import Turn
 
-_CLOSED = re.compile(r"</[^\s<>]+>")  # the end of a thought, whatever its tag
-
-
 ROLES = ("system", "user", "assistant")
-
 
 # The symbol of each byte in vocabularies of bytes, as GPT-2 has them.
 _SHOWN = {*range(33, 127), *range(161, 173), *range(174, 256)}
-
-
 _HIDDEN = [b for b in range(256) if b not in _SHOWN]
-
-
 _BYTES = [chr(b if b in _SHOWN else 256 + _HIDDEN.index(b)) for b in range(256)]
-
-
 _SURROGATES = re.compile("[\ud800-\udfff]")
-
-
 # Noncharacters first: no text should hold them. Then the private use area.
 _MARKS = [chr(c) for c in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
 
@@ -375,7 +363,7 @@ def _render(
       kept = tuple(tok._tags)
       for tag, sign in unseen:  # else a template takes the thought out
         content = content.replace(tag, sign)
-    content = _break_controls(content, tuple(tok._controls), kept, mark)
+    content = templates.break_controls(content, tuple(tok._controls), kept, mark)
     messages.append({"role": turn.role, "content": content})
   text = templates.render(
     tok.chat_template,
@@ -384,54 +372,10 @@ def _render(
     add_generation_prompt=prompt,
     **tok._variables,
   )
-  _check_written(text, messages)
+  templates.check_written(text, messages)
   for tag, sign in unseen:
     text = text.replace(sign, tag)
   return text, mark
-
-
-def _check_written(text: str, messages: Sequence[Mapping[str, str]]) -> None:
-  """ValueError where a rendered chat lacks what one of its turns says, white space
-  apart; of an assistant's, what follows its thought."""
-  words = "".join(text.split())
-  for message in messages:
-    said = "".join(message["content"].split())
-    if message["role"] == "assistant" and said not in words:
-      said = _CLOSED.split(said)[-1]
-    if said not in words:
-      begins = " ".join(message["content"].split())[:60]
-      raise ValueError(
-        f"the chat template leaves out what the {message['role']} turn says "
-        f"({begins}...): wanted one that writes every turn; "
-        "use another model, or give its folder another chat_template"
-      )
-
-
-def _break_controls(
-  text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str
-) -> str:
-  """`text` with `mark` after each character that one of `names` begins with, but for
-  those of the tags `kept`; and in front, if it holds a name's first or last character.
-
-  So none of the names can come to stand there, whatever the template cuts out or puts
-  around it; and text that could never make one, or begins with a kept tag, begins as
-  the template expects it.
-  White space at the edges stays outside, because templates trim it.
-  """
-  if not {c for name in names for c in (name[0], name[-1])} & set(text):
-    return text
-  at = len(text) - len(text.lstrip())
-  marked = _starts(names, kept).sub(lambda match: match[0] + mark, text[at:])
-  front = "" if text[at:].startswith(kept) else mark
-  return text[:at] + front + marked
-
-
-@functools.lru_cache(maxsize=16)
-def _starts(names: tuple[str, ...], kept: tuple[str, ...]) -> re.Pattern[str]:
-  """A pattern of the first character of any of `names`, where none of `kept` begins."""
-  first = "".join(re.escape(c) for c in sorted({name[0] for name in names}))
-  other = "|".join(map(re.escape, kept)) or "(?!)"
-  return re.compile(f"(?!{other})[{first}]")
 
 
 _ASK, _REPLY = Turn(role="user", content="ask"), Turn(role="assistant", content="REPLY")

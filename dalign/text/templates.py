@@ -32,6 +32,7 @@ MOST = (
 )
 WIDEST = 100_000  # of a number that a function is given, and of all ranges together
 BITS = 1024  # of a product or power
+_CLOSED = re.compile(r"</[^\s<>]+>")  # the end of a thought, whatever its tag
 _WIDE = re.compile(r"%[^a-z%]*(\d{6}|\*)")  # a field of a format, as wide or wider
 
 
@@ -84,6 +85,50 @@ def render(
 
 # What is written from here on is also read by engines that know little of Jinja, such
 # as llama.cpp's own and minja: no removesuffix, no split without a separator, no "+%}".
+def check_written(text: str, messages: Sequence[Mapping[str, str]]) -> None:
+  """ValueError where a rendered chat lacks what one of its turns says, white space
+  apart; of an assistant's, what follows its thought."""
+  words = "".join(text.split())
+  for message in messages:
+    said = "".join(message["content"].split())
+    if message["role"] == "assistant" and said not in words:
+      said = _CLOSED.split(said)[-1]
+    if said not in words:
+      begins = " ".join(message["content"].split())[:60]
+      raise ValueError(
+        f"the chat template leaves out what the {message['role']} turn says "
+        f"({begins}...): wanted one that writes every turn; "
+        "use another model, or give its folder another chat_template"
+      )
+
+
+def break_controls(
+  text: str, names: tuple[str, ...], kept: tuple[str, ...], mark: str
+) -> str:
+  """`text` with `mark` after each character that one of `names` begins with, but for
+  those of the tags `kept`; and in front, if it holds a name's first or last character.
+
+  So none of the names can come to stand there, whatever the template cuts out or puts
+  around it; and text that could never make one, or begins with a kept tag, begins as
+  the template expects it.
+  White space at the edges stays outside, because templates trim it.
+  """
+  if not {c for name in names for c in (name[0], name[-1])} & set(text):
+    return text
+  at = len(text) - len(text.lstrip())
+  marked = _starts(names, kept).sub(lambda match: match[0] + mark, text[at:])
+  front = "" if text[at:].startswith(kept) else mark
+  return text[:at] + front + marked
+
+
+@functools.lru_cache(maxsize=16)
+def _starts(names: tuple[str, ...], kept: tuple[str, ...]) -> re.Pattern[str]:
+  """A pattern of the first character of any of `names`, where none of `kept` begins."""
+  first = "".join(re.escape(c) for c in sorted({name[0] for name in names}))
+  other = "|".join(map(re.escape, kept)) or "(?!)"
+  return re.compile(f"(?!{other})[{first}]")
+
+
 _HERE = "{{ '' }}"  # beside it white space stays, which a block would take
 _OPENS = _HERE + "{# a thought is opened #}"
 _SPACES = tuple(c for c in map(chr, range(0x3001)) if c.isspace())
