@@ -215,7 +215,7 @@ def test_content_never_makes_control_tokens(contents, before, after, filtered):
     f"{before}{{{{ m.content{filtered} }}}}{after}<|im_end|>"
     "{% if m.role == 'assistant' %}<think>{% endif %}{% endfor %}"
   )
-  with mock.patch.object(chat_template, "_check_written"):  # which refuses most filters
+  with mock.patch.object(templates, "check_written"):  # which refuses most filters
     _compare_controls(_thinking(template), contents, before, after, filtered)
 
 
