@@ -346,8 +346,10 @@ def test_forks_of_one_prompt_are_rows_like_others(sample, made):
 def test_forks_are_prefilled_once(made, prepared, monkeypatch):
   """Those of the beginning, and those that are asked for when one is done."""
   engine, calls = made(), []
-  real = engine._prefill
-  monkeypatch.setattr(engine, "_prefill", lambda *args: calls.append(1) or real(*args))
+  real = engine.encode_rows
+  monkeypatch.setattr(
+    engine, "encode_rows", lambda *args: calls.append(1) or real(*args)
+  )
   rows = requests([PROMPTS[1]] * 5 + [PROMPTS[3]] * 4, max_new=3)
 
   def more(done):
@@ -364,13 +366,13 @@ def test_forks_are_prefilled_once(made, prepared, monkeypatch):
 
 def test_prompts_of_like_length_are_prefilled_together(made, prepared, monkeypatch):
   engine, widths = made(), collections.Counter()
-  prefill = engine._prefill
+  prefill = engine.encode_rows
 
   def counted(params, prefix, tokens_BT):
     widths[tokens_BT.shape[1]] += 1
     return prefill(params, prefix, tokens_BT)
 
-  monkeypatch.setattr(engine, "_prefill", counted)
+  monkeypatch.setattr(engine, "encode_rows", counted)
   prompts = [HEAD + (i,) * n for i in range(20, 24) for n in (3, 13)]
   key = jax.random.key(0)
   group = requests(prompts, max_new=2)
@@ -388,13 +390,13 @@ def test_an_idle_lane_takes_half_of_a_queue(cfg, compute, prepared, monkeypatch)
   def counted(name, real):
     return lambda *args: calls.update([name]) or real(*args)
 
-  for name in ("_prefix", "chunk"):
+  for name in ("encode_prefix", "chunk"):
     monkeypatch.setattr(engine, name, counted(name, getattr(engine, name)))
   many = requests([(*HEAD, i) for i in range(20, 36)], max_new=10)
   one = requests(LONG[:1], ids=[99], max_new=10)
   run = functools.partial(engine.run, prepared, temperature=1.0, **ROOM)
   assert len(list(run([many, one], key=jax.random.key(0)))) == 17
-  assert calls["_prefix"] == 2
+  assert calls["encode_prefix"] == 2
   assert calls["chunk"] <= 60  # a lane alone takes 16 rows of 10 tokens in 80 steps
 
 
