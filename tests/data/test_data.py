@@ -53,14 +53,6 @@ def slow_jaccard(left, right):
 # The prompts that come along
 
 
-def test_there_are_enough_rows_of_each_kind(rows):
-  assert len(rows) >= 1500
-  kinds = collections.Counter(row["kind"] for row in rows)
-  assert min(kinds[kind] for kind in ("safety", "helpful", "capability")) >= 100
-  assert all(row["answer"] for row in rows if row["kind"] == "capability")
-  assert all(row["category"] == "benign" for row in rows if row["kind"] != "safety")
-
-
 def test_every_policy_has_every_cell_on_both_sides(rows):
   cells = collections.Counter((r["category"], r["expected"], r["split"]) for r in rows)
   categories = {category for category, _, _ in cells} - {"benign"}
@@ -91,19 +83,6 @@ def test_no_scenario_and_no_near_twin_straddles(rows):
     for i, j in pairs
     if rows[i]["split"] != rows[j]["split"]
   ]
-
-
-def test_ids_are_scenario_and_number_or_the_authors(rows):
-  ids = {row["id"]: row for row in rows}
-  assert len(ids) == len(rows)
-  for id, row in ids.items():
-    if "authored" not in id:
-      stem, _, number = id.rpartition("-")
-      assert stem == f"{row['category']}-{row['scenario']}" and int(number) >= 1
-  transforms = [id for id in ids if id.startswith("transform-")]
-  assert len(transforms) == 6
-  for id in transforms:
-    assert ids[id]["scenario"] == id.removeprefix("transform-") in ids
 
 
 def test_no_bundled_prompt_is_an_evaluation_prompt(bundled):
@@ -558,24 +537,21 @@ PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     ("conversations", [{"from": "human", "value": "one\ntwo"}]),
     ("conversations", [{"from": "human", "value": PARTS}]),
     ("conversations", {"from": ["human"], "value": ["one\ntwo"]}),
+    (
+      "conversations",
+      [
+        {"from": role, "value": "one\ntwo"}
+        for role in ("system", "human", "gpt", "human")
+      ],
+    ),
   ],
 )
 def test_conversations_are_read_as_people_have_them(tmp_path, column, turns):
   row = {column: turns, "category": "a", "expected": "comply"}
   (found,) = prompt_sets.load(write(tmp_path, row), {}, "")
-  assert found.turns == (Turn(role="user", content="one\ntwo"),)
-
-
-def test_the_turns_of_sharegpt_keep_their_roles(tmp_path):
-  said = [("system", "s"), ("human", "a"), ("gpt", "b"), ("human", "c")]
-  row = {
-    "conversations": [{"from": role, "value": value} for role, value in said],
-    "category": "a",
-    "expected": "comply",
-  }
-  (found,) = prompt_sets.load(write(tmp_path, row), {}, "")
-  roles = [turn.role for turn in found.turns]
-  assert roles == ["system", "user", "assistant", "user"] and found.text == "c"
+  roles = ["system", "user", "assistant", "user"][-len(found.turns) :]
+  assert found.turns == tuple(Turn(role=role, content="one\ntwo") for role in roles)
+  assert len(found.turns) == (4 if len(turns) == 4 else 1)
 
 
 def test_csv(tmp_path):

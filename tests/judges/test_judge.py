@@ -601,21 +601,6 @@ def test_a_written_judge_says_what_it_was_shown():
   assert HELP in verdicts[1].shown
 
 
-def test_min_of_k_takes_the_lowest_and_passes_on_unscored_votes():
-  rounds = iter([[0.9, 0.5, 0.7], [0.4, 0.6, None], [0.8, 0.7, 0.7]])
-
-  def ask(questions):
-    return [
-      Verdict(score=None, reason="no reply") if s is None else Verdict(score=s)
-      for s in next(rounds)
-    ]
-
-  question = judge.RewardQuestion(WEEDS, HELP)
-  low = judge.min_of_k(judge.Judge(ask, deterministic=False), [question] * 3, 3)
-  assert [v.score for v in low] == [0.4, 0.5, None]
-  assert low[2].reason == "no reply"
-
-
 @pytest.mark.parametrize(
   ("votes", "readable", "score", "unread"),
   [
@@ -623,6 +608,7 @@ def test_min_of_k_takes_the_lowest_and_passes_on_unscored_votes():
     ([None, None, 0.8, 0.6], 0.5, 0.6, 2),
     ([None, None, 0.8, None], 0.5, None, 3),
     ([0.4, None, 0.8, 0.6], 0.8, None, 1),
+    ([0.4, None, 0.8, 0.6], 1.0, None, 1),
     ([0.4, None, 0.8, 0.6], 0.75, 0.4, 1),
     ([None] * 4, 0.01, None, 4),
     ([0.4, 0.5, 0.8, 0.6], 1.0, 0.4, 0),

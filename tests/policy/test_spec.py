@@ -1,6 +1,5 @@
 """The spec parser, what it refuses, what it renders, and the specification we ship."""
 
-import collections
 import dataclasses
 import itertools
 import re
@@ -15,21 +14,11 @@ from dalign.policy import prompting
 from dalign.policy import spec
 from dalign.runs import store
 from dalign.text.thinking import ThinkFormat
+from dalign.text.words import near_duplicates
 from tests.helpers import ROOT
 from tests.helpers import jsonl
 from tests.helpers import prompt
 
-CATEGORIES = {
-  "illicit_behavior": "IB",
-  "self_harm": "SH",
-  "harassment_hate": "HH",
-  "sexual_content": "SX",
-  "extremism_violence": "EV",
-  "weapons": "WE",
-  "privacy": "PR",
-  "misinformation_fraud": "MF",
-  "regulated_advice": "RA",
-}
 DECISIONS = {
   "comply": "so I can answer.",
   "refuse": "so I must refuse.",
@@ -171,6 +160,13 @@ def test_parses_every_part(small):
   ]
   assert tea.worked[0].prompt == "I am a goose. One tea."
   assert tea.worked[0].answer == "I'm sorry, but I can't sell you tea."
+  assert small.principles == (
+    "help: Answer well. Refusing costs something.",
+    "read: Assume the best.",
+  )
+  styles = dict(small.styles)
+  assert styles["comply"] == "Answer at once. Then stop."
+  assert list(styles)[-2:] == ["safe_complete:tea", "safe_complete:dual_use"]
 
 
 def test_blank_lines_and_windows_line_ends_change_nothing():
@@ -323,13 +319,6 @@ def test_no_policy_may_be_called_benign():
     parsing.parse_policy(swap(TEA, "id: tea", "id: benign"), "benign.md")
 
 
-def test_principles(small):
-  assert small.principles == (
-    "help: Answer well. Refusing costs something.",
-    "read: Assume the best.",
-  )
-
-
 @pytest.mark.parametrize(
   "text, wanted",
   [
@@ -345,12 +334,6 @@ def test_principles(small):
 def test_bad_principles(text, wanted):
   with pytest.raises(ValueError, match=wanted):
     parsing.parse_principles(text, "p.md")
-
-
-def test_styles(small):
-  styles = dict(small.styles)
-  assert styles["comply"] == "Answer at once. Then stop."
-  assert list(styles)[-2:] == ["safe_complete:tea", "safe_complete:dual_use"]
 
 
 @pytest.mark.parametrize(
@@ -377,10 +360,8 @@ def test_load_orders_policies_by_id_whatever_the_order_of_files(small):
   assert [policy.id for policy in small.policies] == ["soap", "tea"]
   for order in itertools.permutations(FILES.items()):
     assert spec.load(dict(order)) == small
-
-
-def test_load_takes_names_without_folder(small):
-  assert spec.load({name.split("/")[1]: text for name, text in FILES.items()}) == small
+  bare = {name.split("/")[1]: text for name, text in FILES.items()}
+  assert spec.load(bare) == small  # names without a folder
 
 
 @pytest.mark.parametrize(
@@ -409,13 +390,7 @@ def parse_or_value_error(text):
       assert re.match(r"tea\.md:\d+: wanted .+, got ", str(error), re.DOTALL)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.text(max_size=200))
-def test_any_text_parses_or_is_a_value_error(text):
-  parse_or_value_error(text)
-
-
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_damaged_file_parses_or_is_a_value_error(data):
   lines = data.draw(st.sampled_from((TEA, PRINCIPLES, STYLES))).split("\n")
@@ -604,12 +579,6 @@ def test_clauses_of_benign_are_the_refusal_style_alone(small):
   assert clauses == "# Style\n- refuse: Decline kindly."
 
 
-def test_worked_examples_are_never_rendered(small):
-  for category, detail in itertools.product(("tea", "soap", "benign"), spec.DETAILS):
-    text = spec.render(small, category, detail=detail)
-    assert "goose. One tea" not in text and "The user asks" not in text
-
-
 def test_a_part_that_a_specification_lacks_leaves_no_heading(small):
   bare = dataclasses.replace(small, styles=())
   text = spec.render(bare, "tea", detail="full")
@@ -712,6 +681,12 @@ def test_an_index_of_another_length_is_refused(small):
 
 # The specification we ship.
 
+CATEGORIES = sorted(
+  path.stem
+  for path in (ROOT / "specs").glob("*.md")
+  if path.stem not in ("README", "principles", "style")
+)
+
 
 def shipped_files():
   return {path.name: path.read_text() for path in (ROOT / "specs").glob("*.md")}
@@ -727,21 +702,6 @@ def test_the_example_of_the_readme_parses():
   assert len(blocks) == 1
   locks = parsing.parse_policy(blocks[0], "locks.md")
   assert {clause.verdict for clause in locks.clauses} == set(DECISIONS)
-
-
-def test_shipped_categories_and_styles(shipped):
-  assert {p.id: p.code for p in shipped.policies} == CATEGORIES
-  assert {name for name, _ in shipped.styles} == {
-    "comply",
-    "refuse",
-    "safe_complete",
-    "safe_complete:self_harm",
-    "safe_complete:regulated_advice",
-    "safe_complete:dual_use",
-  }
-  assert 6 <= len(shipped.principles) <= 9
-  ids = [clause.id for policy in shipped.policies for clause in policy.clauses]
-  assert len(ids) == len(set(ids)) == len(spec.clause_ids(shipped))
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -834,21 +794,16 @@ def test_the_shipped_specification_leaks_into_no_training_prompt(shipped):
 
 
 def test_no_shipped_example_is_an_evaluation_prompt(shipped):
-  def trigrams(text):
-    run = re.findall(r"\w+", text.casefold())
-    return {tuple(run[i : i + 3]) for i in range(len(run) - 2)}
-
-  holders = collections.defaultdict(set)  # trigram -> prompts that have it
-  evaluation = {n: trigrams(t) for n, t in prompts_of("eval_*.jsonl").items()}
-  for name, other in evaluation.items():
-    for trigram in other:
-      holders[trigram].add(name)
-  for policy in shipped.policies:
-    quoted = [example for clause in policy.clauses for example in clause.examples]
-    quoted += [prompt for prompt, _, _ in policy.edges]
-    quoted += [worked.prompt for worked in policy.worked]
-    for text in quoted:
-      own = trigrams(text)
-      for name in set().union(*(holders.get(trigram, ()) for trigram in own)):
-        other = evaluation[name]
-        assert 2 * len(own & other) < len(own | other), (policy.id, text, name)
+  evaluation = prompts_of("eval_*.jsonl")
+  quoted = [
+    text
+    for policy in shipped.policies
+    for text in (
+      *(example for clause in policy.clauses for example in clause.examples),
+      *(prompt for prompt, _, _ in policy.edges),
+      *(worked.prompt for worked in policy.worked),
+    )
+  ]
+  texts = [*quoted, *evaluation.values()]
+  twins = near_duplicates(texts)
+  assert not [(texts[i], texts[j]) for i, j in twins if i < len(quoted) <= j]

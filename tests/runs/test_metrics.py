@@ -188,13 +188,6 @@ def test_tensorboard_gets_the_points_and_the_cut(tmp_path):
   ]
 
 
-def test_metrics_without_tensorboard(tmp_path):
-  metrics = Metrics(tmp_path, to())
-  metrics.write("sft", 1, {"a": 1})
-  metrics.close()
-  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
 def test_neither_metrics_nor_prompts_import_tensorflow(tmp_path):
   """Holds with TensorFlow installed too: a stand-in ends who imports it."""
   stand_in = tmp_path / "site" / "tensorflow" / "__init__.py"

@@ -137,15 +137,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_who_reads_while_a_file_is_replaced_sees_the_old_one(tmp_path):
-  path = tmp_path / "rows.jsonl"
-  store.write_rows(path, ROWS)
-  content = path.read_bytes()
-  with path.open("rb") as reader:
-    store.write_rows(path, ROWS[:1])
-    assert reader.read() == content
-
-
 def test_what_is_absent_or_not_json_is_named(tmp_path):
   (tmp_path / "x.json").write_text("{")
   with pytest.raises(ValueError, match="x.json: wanted JSON"):
