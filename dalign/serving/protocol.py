@@ -10,6 +10,7 @@ import difflib
 import json
 from typing import Any
 
+from dalign.data import parsing
 from dalign.sampling import live
 from dalign.serving import assistant
 from dalign.serving.engine import Engine
@@ -177,25 +178,13 @@ def _turns(messages) -> tuple[Turn, ...]:
     role = "system" if role == "developer" else role
     if role not in ("system", "user", "assistant"):
       raise RequestError(f"{where}: wanted no {role!r} messages", param="messages")
-    turns.append(Turn(role=role, content=_content(message.get("content"), where)))
+    content = parsing.text_of(message.get("content"))
+    if content is None:
+      raise RequestError(f"{where}: wanted text alone as content", param="messages")
+    turns.append(Turn(role=role, content=content))
   if turns[-1].role != "user":
     raise RequestError("wanted a user's message as the last", param="messages")
   return tuple(turns)
-
-
-def _content(content, where: str) -> str:
-  """A message's text, whether in one piece or in parts."""
-  parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-  if not isinstance(parts, list):
-    raise RequestError(f"{where}: wanted a text as content", param="messages")
-  for part in parts:
-    kind = part.get("type") if isinstance(part, dict) else part
-    if kind != "text" or not isinstance(part.get("text"), str):
-      raise RequestError(
-        f"{where}: reads text alone, got {kind!r:.80}", param="messages"
-      )
-    _object(part, {"type", "text"}, where)
-  return "\n".join(part["text"] for part in parts)
 
 
 def _object(found, known: set[str], where: str) -> dict:

@@ -232,7 +232,7 @@ BAD = [
   ({"messages": []}, 400, "a list of messages"),
   ({"messages": [*QUESTION, {"role": "tool", "content": "x"}]}, 400, "no 'tool'"),
   ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "a user's message"),
-  ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "reads"),
+  ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
   ({"messages": [{"role": "user", "content": "a " * 9000}]}, 400, "send fewer"),
   ({"temperature": 3}, 400, "a number in 0 to 2"),
   ({"temperature": True}, 400, "a number in 0 to 2"),
@@ -253,13 +253,6 @@ BAD = [
   ({"stream_options": True}, 400, "stream_options: wanted an object"),
   ({"messages": [QUESTION[0] | {"name": "Ann"}]}, 400, "name is not known here"),
   ({"messages": [QUESTION[0] | {"tool_calls": [{}]}]}, 400, "tool_calls is not known"),
-  (
-    {
-      "messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]
-    },
-    400,
-    "x is not known here",
-  ),
 ]
 
 
