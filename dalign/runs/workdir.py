@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import pathlib
 import shutil
 import time
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from dalign.runs import buckets
 from dalign.runs import distributed
@@ -25,6 +26,19 @@ try:
   import fcntl
 except ImportError:  # Windows has none, and there nobody is held off
   fcntl = None  # type: ignore[assignment]
+
+P = ParamSpec("P")
+
+
+def _on_first(do: Callable[Concatenate[pathlib.Path, P], None]):
+  """A method that has the first process `do` it to a path, while all others wait."""
+
+  def method(
+    self: "Store", path: pathlib.Path, *args: P.args, **more: P.kwargs
+  ) -> None:
+    distributed.run_on_first(str(path), functools.partial(do, path, *args, **more))
+
+  return method
 
 
 class Store:
@@ -92,26 +106,16 @@ class Store:
       if held:
         held.close()
 
-  def write_json(self, path: pathlib.Path, value) -> None:
-    """As the function."""
-    distributed.run_on_first(str(path), store.write_json, path, value)
-
-  def write_rows(self, path: pathlib.Path, rows: Iterable[Mapping]) -> None:
-    """As the function."""
-    distributed.run_on_first(str(path), store.write_rows, path, rows)
-
-  def write_bytes(self, path: pathlib.Path, content: bytes) -> None:
-    """As the function."""
-    distributed.run_on_first(str(path), store.write_bytes, path, content)
+  # As the functions of these names, by the first process.
+  write_json = _on_first(store.write_json)
+  write_rows = _on_first(store.write_rows)
+  write_bytes = _on_first(store.write_bytes)
+  sort_rows = _on_first(store.sort_rows)
 
   def append_rows(self, path: pathlib.Path, rows: Iterable[Mapping]) -> None:
     """As the function; the others do not wait for it."""
     if distributed.is_first_process():
       store.append_rows(path, rows)
-
-  def sort_rows(self, path: pathlib.Path, key: Callable[[dict], Any]) -> None:
-    """As the function."""
-    distributed.run_on_first(str(path), store.sort_rows, path, key)
 
   def read_json(self, path: pathlib.Path):
     """As the function."""
@@ -299,8 +303,6 @@ class Store:
       )
 
   def _manifest_with_elapsed(self, stage: str) -> dict:
-    if stage not in self._since:
-      raise ValueError(f"stage {stage} is not open: call begin first")
     now = time.monotonic()
     spent, self._since[stage] = now - self._since[stage], now
     manifest = self.manifest(stage) or {}

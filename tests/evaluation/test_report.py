@@ -431,10 +431,7 @@ def test_rollouts_of_both_stages_are_spread_over_training(run):
   [
     ("metrics.jsonl", '{"step": 1}\n{bad}\n{"step": 2}\n', "metrics.jsonl:2"),
     ("metrics.jsonl", "[1]\n", "metrics.jsonl:1"),
-    ("config.json", "[]", "JSON object"),
     ("eval/summary.json", "{", "wanted JSON"),
-    ("eval/summary.json", '{"arms": {"base": {"style": 0.5}}}', "base.style"),
-    ("eval/base.jsonl", '{"prompt": "x"}\n', "prompt_id"),
   ],
 )
 def test_broken_artefacts_are_named(tmp_path, name, content, wanted):
@@ -445,6 +442,21 @@ def test_broken_artefacts_are_named(tmp_path, name, content, wanted):
   assert name.split("/")[-1] in str(caught.value)
   with pytest.raises(ValueError, match="folder of a run"):
     report.write_report(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("config.json", "[1]"),
+    ("eval/summary.json", '{"arms": {"base": {"style": 0.5}}}'),
+    ("eval/base.jsonl", '{"prompt": "x"}\n'),
+  ],
+)
+def test_artefacts_of_another_make_are_refused(tmp_path, name, content):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match="does not hold what its stage writes"):
+    report.write_report(tmp_path)
 
 
 def test_chromium_shows_the_browsers_and_filters_by_the_address(run):
