@@ -1,11 +1,10 @@
-"""Tokens, chats, thoughts and packing: what must come out, and what never may."""
+"""Tokens and chats: what must come out, and what never may."""
 
 import dataclasses
 from unittest import mock
 
 import hypothesis
 from hypothesis import strategies as st
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders
@@ -17,7 +16,6 @@ from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import store
 from dalign.text import chat_template
-from dalign.text import packing
 from dalign.text import templates
 from dalign.text import thinking
 from dalign.text import vocab
@@ -536,97 +534,6 @@ def test_a_character_without_its_bytes_is_read_as_a_replacement_mark():
     )
 
 
-# --- thought and answer ---
-
-
-@pytest.mark.parametrize(
-  "completion, want",
-  [
-    ("<think>\nThe user asks.</think>\nNo.", ("The user asks.", "No.", "")),
-    (" <think>short</think>a ", ("short", "a", "")),
-    ("<think>\nThe user asks", ("", "The user asks", "no closing tag")),
-    ("<think>a<think>b", ("", "a<think>b", "no closing tag")),
-    ("The user</think>x", ("The user", "x", "no opening tag")),
-    ("x<think>a</think>b", ("x<think>a", "b", "no opening tag")),
-    ("</think><think>a", ("", "<think>a", "no opening tag")),
-    ("plain", ("", "plain", "no opening tag")),
-    ("", ("", "", "no opening tag")),
-    ("<think>a</think>b</think>c", ("a</think>b", "c", "repeated tag")),
-    ("<think>a<think>b</think>c", ("a<think>b", "c", "repeated tag")),
-    ("<think>a</think>b<think>c", ("a", "b<think>c", "repeated tag")),
-    ("<think> \n</think>b", ("", "b", "empty thought")),
-    ("<think>\nThe user </think>b", ("The user", "b", "empty thought")),
-    ("<think>a</think> \n", ("a", "", "empty answer")),
-    ("<think></think>", ("", "", "empty thought")),
-  ],
-)
-def test_split_thought(completion, want):
-  assert thinking.split_thought(completion, THINK) == want
-
-
-@hypothesis.given(
-  st.lists(
-    st.sampled_from(["<think>", "</think>", "a", " ", "The user", "\n"]), max_size=8
-  )
-)
-def test_a_well_formed_split_puts_together_again(parts):
-  completion = "".join(parts)
-  thought, answer, malformed = thinking.split_thought(completion, THINK)
-  if not malformed:
-    again = f"<think>{thought}</think>{answer}"
-    assert thinking.split_thought(again, THINK) == (thought, answer, "")
-    assert "think>" not in thought + answer and thought and answer
-
-
-@pytest.mark.parametrize(
-  "open_, close",
-  [("", "</t>"), ("<t>", ""), ("<t>", "a<t>"), ("<t>\n</u>", "</u>"), ("\nx", "</t>")],
-)
-def test_think_formats_that_cannot_be_parsed_are_refused(open_, close):
-  with pytest.raises(ValueError, match="tag"):
-    thinking.ThinkFormat(open=open_, close=close)
-
-
-def test_an_opening_quotes_its_prompt_on_one_line_without_tags():
-  think = thinking.ThinkFormat(open='<think>\nAsked: "{prompt}"', close="</think>")
-  prompt = 'Say "hi",\n\nthen </think> and\t<tool_call> {prompt}, as 1 < 2.'
-  own = think.of(prompt)
-  said = "Say 'hi', then and < tool_call> {prompt}, as 1 < 2."
-  assert own.open == f'<think>\nAsked: "{said}"'
-  assert (own.tag, own.close) == (think.tag, think.close)
-  assert think.of("<thi<think>nk> b").start == 'Asked: "< thi nk> b"'
-  assert THINK.of(prompt) is THINK
-
-
-def test_of_a_long_prompt_both_ends_are_quoted():
-  think = thinking.ThinkFormat(open="<think>\n{prompt}", close="</think>")
-  n = thinking.QUOTED
-  fits = [f"w{i}" for i in range(2 * n)]
-  assert think.of(" ".join(fits)).start.split() == fits
-  long = [*fits[:n], "left", "out", *fits[n:]]
-  assert think.of(" ".join(long)).start.split() == [*fits[:n], "...", *fits[n:]]
-
-
-def test_words_of_its_own_must_follow_a_quoted_prompt():
-  think = thinking.ThinkFormat(open='<think>\n"{prompt}"', close="</think>").of("Why?")
-  bare = f"{think.open} </think> Since."
-  assert thinking.split_thought(bare, think) == ('"Why?"', "Since.", "empty thought")
-  own = f"{think.open} I can.</think> Since."
-  assert thinking.split_thought(own, think) == ('"Why?" I can.', "Since.", "")
-
-
-@pytest.mark.parametrize(
-  "open_, gap",
-  [("<t>", "\n"), ("<t>\n", ""), ("<t>\nThe user", " "), ('<t>\n"{prompt}"', " ")],
-)
-def test_a_demonstrated_thought_follows_its_opening(open_, gap):
-  think = thinking.ThinkFormat(open=open_, close="</t>")
-  rest = prompting.format_completion(
-    "No policy touches this, so I can answer.", "17.", think
-  )
-  assert rest == f"{gap}No policy touches this, so I can answer.\n</t>\n\n17."
-
-
 @hypothesis.given(HOSTILE, st.sampled_from(["</think>", "=", "</t>"]))
 def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
   """<think> and </think> are tokens of this tokenizer, as in Qwen3."""
@@ -636,118 +543,3 @@ def test_a_quoted_prompt_makes_no_control_tokens_and_no_tags(content, close):
   ids = prompting.forced(tok, turns, think)
   assert [i for i in ids if i in tok._controls.values()] == [tok._tags["<think>"]]
   assert prompting.render_prompt(tok, turns, think)[-len(ids) :] == ids
-
-
-# --- packing ---
-
-ROWS = st.lists(st.integers(1, 9), max_size=20)
-KNOWN = st.lists(
-  st.tuples(st.lists(st.integers(1, 2), max_size=7), st.integers(1, 5)), max_size=20
-)
-
-
-def make_rows(sizes):
-  return [
-    ([2] * n, [float(i + 1)] * n, {"gain": float(-i)}) for i, n in enumerate(sizes)
-  ]
-
-
-@hypothesis.given(KNOWN, st.integers(1, 4))
-@hypothesis.example([([1, 2, 1], 2), ([1, 2, 2], 2), ([1, 2, 1], 3)], 1)
-def test_packing_loses_nothing_and_overlaps_nothing(known, multiple):
-  """Rows are known tokens and then targets, told apart by their ids."""
-  rows = [
-    (
-      [*front, *[10 + i] * n],
-      [0.0] * len(front) + [float(i + 1)] * n,
-      {"gain": float(-1 - i)},
-    )
-    for i, (front, n) in enumerate(known)
-  ]
-  packed = packing.pack(rows, length=12, rows_multiple=multiple)
-  assert packed.tokens_BT.shape[0] % multiple == 0 < packed.tokens_BT.shape[0]
-  assert packed.tokens_BT.shape[1] == 12
-  used = np.zeros(packed.tokens_BT.shape, int)
-  at_T = np.arange(12)
-  for (tokens, wanted, extras), (b, start, size) in zip(
-    rows, packed.where, strict=True
-  ):
-    last = start + size - 1
-    path = np.flatnonzero((at_T <= last) & (last < packed.ends_BT[b]))  # what it sees
-    assert packed.tokens_BT[b, path].tolist() == tokens
-    assert packed.positions_BT[b, path].tolist() == list(range(len(tokens)))
-    assert packed.weight_BT[b, path].tolist() == [0.0, *wanted[1:]]
-    own = path[-size:]
-    assert own.tolist() == list(range(start, start + size))
-    assert packed.extras["gain"][b, own].tolist() == [extras["gain"]] * size
-    targets = [t for t in range(1, len(tokens)) if wanted[t] > 0]
-    assert all(path[t] - 1 == path[t - 1] >= start for t in targets)
-    used[b, own] += 1
-  assert np.array_equal(used, packed.ends_BT > 0)  # each column by one row
-  padding = packed.ends_BT == 0
-  assert not packed.weight_BT[padding].any() and not packed.tokens_BT[padding].any()
-  assert packed.positions_BT[padding].sum() == 0
-
-
-@hypothesis.given(ROWS)
-def test_packing_takes_the_first_line_with_room(sizes):
-  space, want = [], []
-  for n in sizes:
-    b = next((b for b, room in enumerate(space) if room >= n), len(space))
-    if b == len(space):
-      space.append(9)
-    want.append((b, 9 - space[b], n))
-    space[b] -= n
-  assert packing.pack(make_rows(sizes), length=9).where == tuple(want)
-
-
-def test_rows_of_a_line_share_what_is_known_in_front():
-  """Two samples of a prompt, and a prompt that begins like it."""
-  a = [7, 7, 1, 2, 3], [0, 0, 0, 0, 1]
-  b = [7, 7, 1, 2, 4, 5], [0, 0, 0, 0, 1, 1]
-  c = [7, 7, 6, 8], [0, 0, 0, 1]
-  packed = packing.pack([a, c, b], length=12)
-  assert packed.tokens_BT.tolist() == [[7, 7, 6, 8, 1, 2, 3, 2, 4, 5, 0, 0]]
-  assert packed.positions_BT.tolist() == [[0, 1, 2, 3, 2, 3, 4, 3, 4, 5, 0, 0]]
-  assert packed.ends_BT.tolist() == [[10, 10, 4, 4, 10, 7, 7, 10, 10, 10, 0, 0]]
-  assert packed.weight_BT.tolist() == [[0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0]]
-  assert packed.where == ((0, 4, 3), (0, 0, 4), (0, 7, 3))
-
-
-def test_a_row_goes_where_it_adds_least():
-  rows = [([i, i, i, 9], [0, 0, 0, 1]) for i in (1, 2, 1)]
-  packed = packing.pack(rows, length=6)
-  assert [b for b, _, _ in packed.where] == [0, 1, 0]
-
-
-def test_a_line_with_room_is_found_behind_many_that_a_row_could_only_share_in():
-  """Two rows fill a line but for the two tokens that a row adds which shares all it
-  can; none shares anything."""
-  rows = [([i] * 10, [0] * 9 + [1]) for i in range(200)]
-  packed = packing.pack(rows, length=22)
-  assert [b for b, _, _ in packed.where] == [i // 2 for i in range(200)]
-
-
-def test_padded_rows_keep_their_line_and_masks_become_weights():
-  packed = packing.pad_rows([([5, 2, 2], [False, True, True]), ([2], [True])], length=4)
-  assert packed.tokens_BT.tolist() == [[5, 2, 2, 0], [2, 0, 0, 0]]
-  assert packed.ends_BT.tolist() == [[3, 3, 3, 0], [1, 0, 0, 0]]
-  assert packed.weight_BT.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
-  assert packed.tokens_BT.dtype == packed.ends_BT.dtype == np.int32
-  assert packed.weight_BT.dtype == np.float32 and packed.extras == {}
-
-
-@pytest.mark.parametrize(
-  "rows, message",
-  [
-    ([([1] * 5, [1.0] * 5)], "row 0 has 5 tokens, wanted 1 to 4"),
-    ([([1], [1.0]), ([], [])], "row 1 has 0 tokens"),
-    ([([1, 2], [1.0])], "2 tokens and 1 weights"),
-    ([([1], [float("nan")])], "not finite"),
-    ([([1], [1.0], {"a": 1.0}), ([1], [1.0])], "row 1 has extras"),
-  ],
-)
-@pytest.mark.parametrize("lay", [packing.pack, packing.pad_rows])
-def test_rows_that_do_not_fit_are_refused(lay, rows, message):
-  with pytest.raises(ValueError, match=message):
-    lay(rows, length=4)
