@@ -28,7 +28,9 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     builder.download_and_prepare()
 
 
-def tfds_rows(name: str, split_name: str, data_dir: str):
+def tfds_rows(name: str, split_name: str, data_dir: str) -> Iterator[tuple[str, Row]]:
+  """(where it is, row) of each row of a split of any TFDS data set, kept under
+  `data_dir`; ValueError where there is none."""
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare(file_format="array_record")

@@ -116,6 +116,7 @@ def _context(asked: JudgedItem) -> list[str]:
 
 
 def chat_text(prompt: Prompt) -> str:
+  """A prompt's turns as one text, each with its role in front."""
   return "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in prompt.turns)
 
 
@@ -166,5 +167,6 @@ def shieldgemma(asked: JudgedItem) -> list[Turn]:
 
 
 def about(task: str, asked: JudgedItem) -> list[Turn]:
+  """Request and reply as data, and a task (RUBRIC, EXHIBITS) after them."""
   talk = _data("The request", chat_text(asked.prompt))
   return _user("\n\n".join([talk, _data("The reply", asked.answer), task]))

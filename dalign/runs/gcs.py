@@ -90,6 +90,7 @@ def translate_errors(path) -> Iterator[None]:
 
 
 def api():
+  """The exceptions of Google's services, which take long to import."""
   from google.api_core import exceptions
 
   return exceptions
