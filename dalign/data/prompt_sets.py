@@ -279,11 +279,6 @@ def visits(n: int, start: int, count: int, *, seed: int) -> list[int]:
   Each n positions are one epoch, shuffled anew by Grain; any position is found at once,
   so a run goes on from one integer.
   """
-  if n <= 0 or start < 0 or count < 0 or not 0 <= seed < 2**32:
-    raise ValueError(
-      "wanted n > 0, start >= 0, count >= 0 and a seed of 32 bits, "
-      f"got {n}, {start}, {count}, {seed}"
-    )
   rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
   return [int(rows[i]) for i in range(start, start + count)]
 

@@ -30,7 +30,9 @@ except ImportError:  # Windows has none, and there nobody is held off
 P = ParamSpec("P")
 
 
-def _on_first(do: Callable[Concatenate[pathlib.Path, P], None]):
+def _on_first(
+  do: Callable[Concatenate[pathlib.Path, P], None],
+) -> Callable[Concatenate["Store", pathlib.Path, P], None]:
   """A method that has the first process `do` it to a path, while all others wait."""
 
   def method(
