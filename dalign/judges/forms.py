@@ -335,8 +335,7 @@ def read_granite_guardian(reply: str) -> Verdict:
   return _safe_if("no", said)
 
 
-# Others, whose question is here.
-
+# Others.
 
 _YES = re.compile(r"[*_]*(yes|no)\b(?!\s*(?:/|or\b)\s*'?(?:yes|no)\b)", re.IGNORECASE)
 
@@ -386,26 +385,19 @@ _GRADE = functools.partial(questions.graded_turns, form=questions.LABEL_IN_JSON)
 _SCORED = r'"score"\s*:\s*"?\w+'
 _VIOLATED = r'"violation"\s*:\s*"?\w+'
 _LINE_B = r"[123]\.b[\s:.*]*\d"
+_of_harm_alone = functools.partial(Form, judges_usefulness=False)
 
 FORMS: Mapping[str, Form] = {
   "grade": Form(_GRADE, read_score, mark=_SCORED),
   "safeguard": Form(questions.safeguard, read_violation, mark=_VIOLATED),
-  "guard": Form(questions.guarded, read_safety, judges_usefulness=False),
-  "strongreject": Form(
-    functools.partial(questions.about, questions.RUBRIC),
-    read_strongreject,
-    mark=_LINE_B,
-  ),
-  "harmbench": Form(
-    functools.partial(questions.about, questions.EXHIBITS), read_harmbench
-  ),
+  "guard": _of_harm_alone(questions.guarded, read_safety),
+  "strongreject": Form(questions.strongreject, read_strongreject, mark=_LINE_B),
+  "harmbench": Form(questions.harmbench, read_harmbench),
   "wildguard": Form(questions.wildguard, read_wildguard),
-  "llama_guard": Form(questions.guarded, read_llama_guard, judges_usefulness=False),
+  "llama_guard": _of_harm_alone(questions.guarded, read_llama_guard),
   "qwen3guard": Form(questions.guarded, read_qwen3guard),
-  "shieldgemma": Form(
-    questions.shieldgemma, read_shieldgemma, judges_usefulness=False, verdict_first=True
+  "shieldgemma": _of_harm_alone(
+    questions.shieldgemma, read_shieldgemma, verdict_first=True
   ),
-  "granite_guardian": Form(
-    questions.guarded, read_granite_guardian, judges_usefulness=False
-  ),
+  "granite_guardian": _of_harm_alone(questions.guarded, read_granite_guardian),
 }
