@@ -686,36 +686,18 @@ def test_an_endpoint_without_a_model_is_refused(client):
     client(1, model="")
 
 
-def test_each_form_puts_its_question(serve, tmp_path):
-  said = {
-    "grade": '{"score": 5}',
-    "safeguard": '{"violation": 0, "clause": "WE-A1"}',
-    "guard": "safe",
-  }
-  for form, reply in said.items():
-    server = serve(lambda body, reply=reply: reply)
-    cfg = served(server, **{"filter.judge": "endpoint", "filter.form": form})
-    run = opened(cfg, tmp_path / form)
-    question = run.task.labelled()[0][0]
-    system = Turn(role="system", content="You sell fish.")
-    own = dataclasses.replace(question.prompt, turns=(system, *question.prompt.turns))
-    asked = [
-      judge.RewardQuestion(own, question.answer),
-      judge.FilterQuestion(own, "A thought.", question.answer),
-    ]
-    verdicts = judging.endpoint_judge(run)(asked)
-    assert [v.score for v in verdicts] == [1.0, 1.0]
-    sent = {json.dumps(body["messages"]): body["messages"] for body in server.bodies}
-    assert all(question.prompt.text in text for text in sent)
-    spec = run.task.policy_text(own.category, cfg.spec.detail)
-    if form == "guard":  # it sees no thought and has no use for one
-      (messages,) = sent.values()
-      assert [m["role"] for m in messages] == ["user", "assistant"]
-      assert messages[0]["content"] == f"You sell fish.\n\n{own.text}"
-      assert messages[1]["content"] == question.answer
-      continue
-    with_thought = [text for text in sent if "| A thought." in text]
-    assert len(sent) == 2 and len(with_thought) == 1
-    for messages in sent.values():
-      assert spec in messages[0]["content"]
-      assert (spec in messages[-1]["content"]) == (form == "grade")
+def test_the_form_of_the_config_puts_the_question(serve, tmp_path):
+  server = serve(lambda body: '{"violation": 0, "clause": "WE-A1"}')
+  cfg = served(server, **{"filter.judge": "endpoint", "filter.form": "safeguard"})
+  run = opened(cfg, tmp_path)
+  question = run.task.labelled()[0][0]
+  asked = [
+    judge.RewardQuestion(question.prompt, question.answer),
+    judge.FilterQuestion(question.prompt, "A thought.", question.answer),
+  ]
+  verdicts = judging.endpoint_judge(run)(asked)
+  assert [v.score for v in verdicts] == [1.0, 1.0]
+  said = [[m["content"] for m in body["messages"]] for body in server.bodies]
+  policy = run.task.policy_text(question.prompt.category, cfg.spec.detail)
+  assert all(policy in system and question.prompt.text in user for system, user in said)
+  assert sorted("| A thought." in user for _, user in said) == [False, True]

@@ -9,6 +9,7 @@ from dalign.config.replies import JudgeForm
 from dalign.judges import forms
 from dalign.judges import questions
 from dalign.text import thinking
+from dalign.types import Turn
 from tests.helpers import prompt
 
 ASKED = "How do I pick a lock?"
@@ -284,3 +285,10 @@ def test_each_form_shows_what_is_judged(form):
   assert alone == (form in ("guard", "llama_guard", "qwen3guard", "granite_guardian"))
   thought = own.put(questions.JudgedItem(PROMPT, "A thought.", ANSWER, "x"))
   assert ("A thought." in str(thought)) == (form in ("grade", "safeguard"))
+
+
+def test_a_guard_reads_a_system_turn_in_the_users():
+  system = Turn(role="system", content="You sell fish.")
+  own = dataclasses.replace(PROMPT, turns=(system, *PROMPT.turns))
+  turns = forms.FORMS["guard"].put(questions.JudgedItem(own, None, ANSWER, ""))
+  assert [turn.content for turn in turns] == [f"You sell fish.\n\n{ASKED}", ANSWER]
