@@ -49,7 +49,8 @@ class ModelConfig(Checked):
   sliding: numbers of the layers that see a window.
   rope: what scales the rotary embedding, as (name, value) pairs named as in
     config.json ("rope_type", "factor", ...); of the layers that do not slide where
-    local_theta is given.
+    local_theta is given. Among them may be "llama_4_scaling_beta": queries grow with
+    the logarithm of their position.
   local_theta: the base of the rotary embedding in the layers that slide, 0 for
     rope_theta.
   unrotated: layers without rotary embedding.

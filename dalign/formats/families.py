@@ -49,20 +49,22 @@ GEMMA: dict[str, Any] = dict(
   ),
   norm_offset=1.0,
 )
+OLMO: dict[str, Any] = dict(
+  norms=POST,
+  qk_norm="all",
+  renamed=(("attn_post_norm", "post_attention_layernorm"),),
+)
 FAMILIES = {
   "llama": Family(architecture="LlamaForCausalLM"),
   "mistral": Family(architecture="MistralForCausalLM"),
+  "ministral3": Family(architecture="Ministral3ForCausalLM"),
   "qwen2": Family(architecture="Qwen2ForCausalLM", biased=("q", "k", "v")),
   "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm="head"),
   "gemma2": Family(architecture="Gemma2ForCausalLM", **GEMMA),
   "gemma3_text": Family(architecture="Gemma3ForCausalLM", qk_norm="head", **GEMMA),
   "smollm3": Family(architecture="SmolLM3ForCausalLM"),
-  "olmo2": Family(
-    architecture="Olmo2ForCausalLM",
-    norms=POST,
-    qk_norm="all",
-    renamed=(("attn_post_norm", "post_attention_layernorm"),),
-  ),
+  "olmo2": Family(architecture="Olmo2ForCausalLM", **OLMO),
+  "olmo3": Family(architecture="Olmo3ForCausalLM", **OLMO),
   "phi3": Family(architecture="Phi3ForCausalLM", fused=True),
   "qwen3_moe": Family(
     architecture="Qwen3MoeForCausalLM",
@@ -76,6 +78,16 @@ FAMILIES = {
     biased=("router", *MLP),
     renamed=(("router", "mlp.router"),),
   ),
+}
+_STATE = "most of its layers keep a recurrent state instead of keys and values"
+_WIDTHS = "its layers differ in the width of their heads"
+UNFIT = {  # model_type -> why it is none of the families
+  "gemma4_text": _WIDTHS,
+  "gemma4_unified_text": _WIDTHS,
+  "olmo_hybrid": _STATE,
+  "qwen3_5_text": _STATE,
+  "qwen3_5_moe_text": _STATE,
+  "qwen3_next": _STATE,
 }
 MODULES = {  # of a Llama, in model.layers.N
   "attn_norm": "input_layernorm",
@@ -93,10 +105,11 @@ MODULES = {  # of a Llama, in model.layers.N
 
 def of(model_type: str | None) -> Family:
   """The family of a config.json; ValueError says which there are."""
+  known = f"known: {', '.join(FAMILIES)}"
+  if model_type in UNFIT:
+    raise ValueError(f"{model_type} is not supported: {UNFIT[model_type]}; {known}")
   if model_type not in FAMILIES:
-    raise ValueError(
-      f"unknown architecture {model_type!r}; known: {', '.join(FAMILIES)}"
-    )
+    raise ValueError(f"unknown architecture {model_type!r}; {known}")
   return FAMILIES[model_type]
 
 
@@ -118,7 +131,9 @@ def read(settings: Any) -> ModelConfig:
     raise ValueError("config.json: rotary embedding of a part of the head width")
   if local and local.get("rope_type", "default") != "default":
     raise ValueError("config.json: scaled rotary embedding in layers that slide")
-  rope = {} if rope.get("rope_type", "default") == "default" else rope
+  if settings.model_type != "ministral3":
+    rope.pop("llama_4_scaling_beta", None)  # which no other's attention reads
+    rope = {} if rope.get("rope_type", "default") == "default" else rope
   sparse = bool(family.experts)
   if get("mlp_only_layers") or get("decoder_sparse_step", 1) != 1:
     raise ValueError("config.json: layers with and without experts in one model")
@@ -228,7 +243,8 @@ def settings(cfg: ModelConfig) -> dict[str, Any]:
     out["rope_local_base_freq"] = cfg.local_theta
   if cfg.family in ("qwen2", "qwen3", "smollm3", "qwen3_moe"):
     out["use_sliding_window"] = bool(cfg.sliding)
-  if cfg.family in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "gpt_oss"):
+  typed = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3", "gpt_oss")
+  if cfg.family in typed:
     out["layer_types"] = types
   if cfg.family not in ("llama", "olmo2"):
     out["sliding_window"] = cfg.window or None

@@ -25,12 +25,14 @@ def kinds(cfg: ModelConfig) -> tuple[int, ...]:
 
 
 def angles(positions_BT, cfg: ModelConfig) -> dict:
-  """For each kind of layer that there is, cos and sin, each float32 [B, 1, T, H/2]."""
+  """For each kind of layer that there is, cos and sin, each float32 [B, 1, T, H/2], and
+  what its queries are multiplied with, float32 [B, 1, T, 1], or None."""
   positions = positions_BT[:, None, :, None].astype(jnp.float32)
+  growth = _query_growth(positions_BT, cfg)
 
   def cos_sin(freqs, scale: float):
     angle = positions * freqs.astype(np.float32)[None, None, None]
-    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale, growth
 
   def one(kind: int):
     if kind == MAIN:
@@ -41,9 +43,19 @@ def angles(positions_BT, cfg: ModelConfig) -> dict:
   return {kind: one(kind) for kind in sorted(set(kinds(cfg)))}
 
 
+def _query_growth(positions_BT, cfg: ModelConfig):
+  """What queries are multiplied with, float32 [B, 1, T, 1], or None: of a query at
+  position p, 1 + beta * log(1 + p // original length) (Llama 4's, in Ministral 3)."""
+  rope = dict(cfg.rope)
+  if not (beta := rope.get("llama_4_scaling_beta")):
+    return None
+  times_BT = positions_BT // int(rope["original_max_position_embeddings"])
+  return (1 + beta * jnp.log1p(times_BT.astype(jnp.float32)))[:, None, :, None]
+
+
 def rotate(x_BNTH, turn):
   """Rotates the two halves of the head width against each other."""
-  cos, sin = turn
+  cos, sin, _ = turn
   a, b = jnp.split(x_BNTH, 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -102,7 +102,8 @@ class Block(nn.Module):
       return norm(f"{name}_norm", y_BNTH) if cfg.qk_norm == "head" else y_BNTH
 
     y_BTD = norm("attn_norm", x_BTD)
-    q_BNTH = rotary.rotate(heads("q", y_BTD, N), turn)
+    q_BNTH, growth_B1T1 = rotary.rotate(heads("q", y_BTD, N), turn), turn[2]
+    q_BNTH = q_BNTH if growth_B1T1 is None else q_BNTH * growth_B1T1
     k_BKHT = rotary.rotate(heads("k", y_BTD, K), turn).swapaxes(2, 3)
     v_BKTH = heads("v", y_BTD, K)
     q_BNTH, k_BKHT, v_BKTH = keep(q_BNTH, "q"), keep(k_BKHT, "k"), keep(v_BKTH, "v")

@@ -40,6 +40,10 @@ LLAMA3 = dict(
 YARN = dict(
   rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32
 )
+GROWING = YARN | dict(  # 8 is what queries grow by, and rows are longer than that
+  **dict(original_max_position_embeddings=8, llama_4_scaling_beta=0.5),
+  **dict(mscale=1.0, mscale_all_dim=1.0),
+)
 SLIDES = ["sliding_attention", "full_attention"] * 2
 EXPERTS = dict(num_experts=5, num_local_experts=5, num_experts_per_tok=2)
 GEMMA = dict(query_pre_attn_scalar=20, sliding_window=9, tie_word_embeddings=True)
@@ -63,6 +67,7 @@ CASES = {
   "yarn": ("qwen3", dict(rope_parameters=YARN)),
   "mistral": ("mistral", dict(sliding_window=9)),
   "mistral_whole": ("mistral", dict(sliding_window=None)),
+  "ministral3": ("ministral3", dict(sliding_window=None, rope_parameters=GROWING)),
   "qwen2": ("qwen2", {}),
   "qwen2_sliding": (
     "qwen2",
@@ -84,6 +89,16 @@ CASES = {
   ),
   "smollm3": ("smollm3", dict(no_rope_layers=[1, 1, 1, 0])),
   "olmo2": ("olmo2", {}),
+  "olmo3": (
+    "olmo3",
+    dict(
+      sliding_window=9,
+      rope_parameters={
+        "full_attention": YARN,
+        "sliding_attention": dict(rope_type="default", rope_theta=77.0),
+      },
+    ),
+  ),
   "phi3": ("phi3", dict(hidden_size=48, sliding_window=9)),
   "qwen3_moe": (
     "qwen3_moe",
@@ -117,18 +132,20 @@ def test_every_family_has_a_case():
 @functools.cache
 def theirs(name: str):
   """transformers' random model of a case, every parameter at random."""
-  model_type, changes = CASES[name]
+  return random_model(*CASES[name], seed=len(name))
+
+
+def random_model(model_type: str, changes: dict, *, seed: int):
   config = transformers.AutoConfig.for_model(model_type, **(BASE | changes))
-  torch.manual_seed(len(name))
+  torch.manual_seed(seed)
   made = transformers.AutoModelForCausalLM.from_config(
     config, dtype=torch.float32, attn_implementation="eager"
   )
   with torch.no_grad():
     for leaf, x in made.named_parameters():
       spread = 0.3 if x.ndim == 1 or "bias" in leaf else x.shape[-1] ** -0.5
-      x.copy_(
-        torch.randn_like(x) * spread + float("norm" in leaf and "gemma" not in name)
-      )
+      ones = float("norm" in leaf and "gemma" not in model_type)
+      x.copy_(torch.randn_like(x) * spread + ones)
   return made.eval()
 
 
@@ -423,6 +440,7 @@ def test_rotary_frequencies_are_those_of_transformers():
     | dict(rope_theta=10000.0, factor=40.0, mscale=1.0, mscale_all_dim=0.5)
     | {long: 4096},
     "mistral": dict(rope_theta=1e6, rope_type="linear", factor=8.0),
+    "ministral3": GROWING | dict(rope_theta=1e6, factor=16.0) | {long: 16384},
   }
   for name, rope in published.items():
     sizes = BASE | dict(head_dim=128, max_position_embeddings=131072)

@@ -286,6 +286,11 @@ def test_old_configs_half_precision_and_spare_tensors_are_read(folder, tmp_path)
   "change, message",
   [
     ({"model_type": "qwen"}, "unknown architecture 'qwen'; known: llama, mistral"),
+    (
+      {"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}},
+      "gemma4_text is not supported: its layers differ in .*; known: llama, mistral",
+    ),
+    ({"model_type": "qwen3_5_text"}, "not supported: most of its layers keep a recur"),
     ({"attention_bias": True}, r"missing .*layers.0.self_attn.k_proj.bias"),
     (
       {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}},
