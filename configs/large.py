@@ -129,7 +129,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   # over 128 took 99 GiB a chip in the reward update, 128 take 15.
   few = max(64, mesh.get("fsdp", 1)) if topology else 8
   c = quickstart.get_config()
-  c.recipe = f"large:{name}.v4"
+  c.recipe = f"large:{name}.v5"
   c.model = dict(path=f"~/models/{model}", date="", random=MODELS[model])
   c.compute = dict(
     dtype="bfloat16",
@@ -191,8 +191,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
       reward="model",
       expected=("refuse", "safe_complete", "comply"),
       steps=100,
-      # With the capability prompts, as many rollouts as slots.
-      prompts=rows // 2 - rows // 8,
+      prompts=rows // 2,  # as many rollouts as slots
       capability=rows // 8,
       samples=8,
       temperature=1.0,

@@ -426,7 +426,7 @@ def test_large_configs_use_all_chips_and_every_rollout(name):
   axes = dataclasses.asdict(cfg.mesh).values()
   assert math.prod(axes) == math.prod(int(n) for n in (shape or "1").split("x"))
   assert plan.indivisible_rows(cfg, cfg.mesh.data * cfg.mesh.fsdp) == []
-  rollouts = (cfg.rl.prompts + cfg.rl.capability) * cfg.rl.samples
+  rollouts = cfg.rl.prompts * cfg.rl.samples  # those of capability among them
   assert rollouts == cfg.sampler.slots == cfg.rl.batch.micro * cfg.rl.batch.rows
 
 
