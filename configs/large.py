@@ -1,4 +1,4 @@
-"""Open models of 8B to 70B parameters on slices of TPUs.
+"""Open models of 8B to 70B parameters on slices of TPUs, and on GPUs.
 
   python -m dalign.main --config=configs/large.py:qwen3_8b --workdir=runs/qwen3_8b \
     --distributed
@@ -116,6 +116,7 @@ PLACES = {
     128,
     0,
   ),
+  "qwen3_8b_8gpu": ("Qwen3-8B", "", dict(fsdp=8), 64, 0),  # of 80 GB
   "qwen3_8b_lora": ("Qwen3-8B", "", {}, 8, 64),  # one GPU of 80 GB or more
 }
 
@@ -127,7 +128,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   model, topology, mesh, rows, rank = PLACES[name]
   # Rows that fsdp cannot divide evenly lie whole on each of its devices: 64 of them
   # over 128 took 99 GiB a chip in the reward update, 128 take 15.
-  few = max(64, mesh.get("fsdp", 1)) if topology else 8
+  few = max(64, mesh.get("fsdp", 1)) if mesh else 8
   c = quickstart.get_config()
   c.recipe = f"large:{name}.v5"
   c.model = dict(path=f"~/models/{model}", date="", random=MODELS[model])
@@ -142,7 +143,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   c.lora = quickstart.lora(rank, frozen="bfloat16")  # as all of MODELS were saved
   c.sampler = dict(
     slots=4 * rows,
-    lanes=16 if topology else 4,
+    lanes=16 if mesh else 4,
     chunk=16,
     prefill=few,
     prompt_room=512,
@@ -208,5 +209,6 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   c.eval.update(
     dict(max_new=1024, prompts=135, helpful=15, capability=40, budgets=(0, 128, 512))
   )
-  c.plan.update(dict(topology=topology, chip="" if topology else "h200"))
+  chip = "" if topology else "h100" if mesh else "h200"
+  c.plan.update(dict(topology=topology, chip=chip))
   return c

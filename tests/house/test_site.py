@@ -48,6 +48,7 @@ OUTSIDE = (  # how lines begin that are not run
 SMALL = {  # what is said, and what is run
   "--mode=sweep --config=configs/q": "--mode=sweep --config=configs/./q",  # has one
   "configs/quickstart.py": "configs/tiny.py",
+  "configs/large.py:qwen3_8b_8gpu": "configs/tiny.py",
   "configs/large.py:qwen3_8b": "configs/tiny.py",
   "from configs import quickstart": "from configs import tiny as quickstart",
   "--config.filter.threshold=0.6": "--config.filter.threshold=0.0",

@@ -401,6 +401,7 @@ def test_a_program_too_large_for_a_tpu_does_not_fit():
 # --- configs/large.py ---
 
 LARGE = config_file("large")
+GPUS = {"qwen3_8b_8gpu": 8, "qwen3_8b_lora": 1}
 PARAMETERS = {  # as their publishers count them, Gemma's without its eyes
   "Qwen3-8B": 8_190_735_360,
   "Qwen3-32B": 32_762_123_264,
@@ -423,8 +424,8 @@ def test_sizes_of_large_models_are_the_published_ones(model):
 def test_large_configs_use_all_chips_and_every_rollout(name):
   cfg = convert.build(Config, LARGE.get_config(name))
   _, _, shape = cfg.plan.topology.partition(":")
-  axes = dataclasses.asdict(cfg.mesh).values()
-  assert math.prod(axes) == math.prod(int(n) for n in (shape or "1").split("x"))
+  chips = math.prod(map(int, shape.split("x"))) if shape else GPUS[name]
+  assert math.prod(dataclasses.asdict(cfg.mesh).values()) == chips
   assert plan.indivisible_rows(cfg, cfg.mesh.data * cfg.mesh.fsdp) == []
   rollouts = cfg.rl.prompts * cfg.rl.samples  # those of capability among them
   assert rollouts == cfg.sampler.slots == cfg.rl.batch.micro * cfg.rl.batch.rows
