@@ -132,8 +132,8 @@ def load_reward_model(run: Run) -> PyTree:
   )
 
 
-def reward_model(run: Run, params: PyTree, renderer: Renderer) -> judge.Judge:
-  """A judge whose verdicts are the reward model's sigmoid scores."""
+def make_scores(run: services.Services[stages.Computing]) -> Any:
+  """A reward model's program: parameters and a batch -> a score in [0, 1] a row."""
   compute = dataclasses.replace(run.cfg.compute, remat=False)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
@@ -141,6 +141,13 @@ def reward_model(run: Run, params: PyTree, renderer: Renderer) -> judge.Judge:
     return jax.nn.sigmoid(
       reward.logits(params, batch, cfg=run.model.arch, compute=compute)
     )
+
+  return scores
+
+
+def reward_model(run: Run, params: PyTree, renderer: Renderer) -> judge.Judge:
+  """A judge whose verdicts are the reward model's sigmoid scores."""
+  scores = make_scores(run)
 
   def ask(questions):
     indices_by_category = collections.defaultdict(list)

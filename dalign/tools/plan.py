@@ -1,11 +1,11 @@
 """What a run will take, before it runs: every phase is compiled, and none of it run.
 
-A phase is a program that a stage calls again and again; the filter and eval, which call
-programs like those of generation and RL, have none here. Its memory is what the
-compiler says; its work is read off the compiled program (`hlo.py`); its time is at
-least what the chip's arithmetic, memory or links need for that, whichever is slowest.
-How often it is called follows from the config, as if every sample used all the tokens
-it may and every one were kept.
+A phase is a program that a stage calls again and again; eval, which calls programs like
+those of generation, has none here. Its memory is what the compiler says; its work is
+read off the compiled program (`hlo.py`); its time is at least what the chip's
+arithmetic, memory or links need for that, whichever is slowest. How often it is called
+follows from the config, as if every sample used all the tokens it may and every one
+were kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -312,7 +312,7 @@ def phases(run: Run) -> Iterator[Phase]:
       loops=(),
     )
   if "rl" in stages:
-    yield from _rl(run, training, sampling, trunk)
+    yield from _rl(run, training, sampling, trunk, room)
 
 
 def _distill(
@@ -366,7 +366,7 @@ def _start(cfg, trunk: PyTree) -> PyTree:
   return trunk if not cfg.lora.rank else adapters.split(trunk)[0]
 
 
-def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
+def _rl(run: Run, training, sampling, trunk: PyTree, room: int) -> Iterator[Phase]:
   """Rollouts, scores of the start, and updates."""
   cfg, c, shape = run.cfg, run.cfg.rl, run.cfg.rl.batch
   policy, start = trunk, _start(cfg, trunk)
@@ -398,7 +398,29 @@ def _rl(run: Run, training, sampling, trunk: PyTree) -> Iterator[Phase]:
     beside=beside,
   )
   yield from _rollouts(run, c, ("rollout", "score"), sampling, trunk, update)
+  if "model" in (c.reward, c.helpful):
+    beside = start, start, update.held["optimizer"]
+    yield _reward_scores(run, trunk, room, beside)
   yield update
+
+
+def _reward_scores(run: Run, trunk: PyTree, room: int, beside: PyTree) -> Phase:
+  """Scores of a step's answers by the reward model, category by category."""
+  cfg, c = run.cfg.reward, run.cfg.rl
+  prompts = c.prompts - c.capability
+  categories = min(prompts, len(run.task.spec.policies))
+  answers = math.ceil(prompts / categories) * c.samples  # to prompts of a category
+  params = run.model.abstract_on_mesh(jax.eval_shape(reward.init_head, trunk, run.key))
+  batch = scoring.batch_after_prefix([], [], cfg=cfg, room=room)
+  return Phase(
+    "reward score",
+    lambda: scoring.make_scores(run).lower(params, batch),
+    c.steps * categories * math.ceil(answers / cfg.rows),
+    cfg.rows * cfg.length + room,
+    (),
+    {"parameters": params},
+    beside,
+  )
 
 
 def _rollouts(

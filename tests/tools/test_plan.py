@@ -32,7 +32,7 @@ from tests.helpers import tiny
 PHASES = [
   *("generate prefill", "generate decode", "sft update", "student prefill"),
   *("student decode", "student score", "teacher", "distill update", "reward update"),
-  *("rollout prefill", "rollout decode", "score", "rl update"),
+  *("rollout prefill", "rollout decode", "score", "reward score", "rl update"),
 ]
 
 
