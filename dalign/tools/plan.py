@@ -188,8 +188,9 @@ def _devices(cfg: PlanConfig):
 # --- The phases ---
 
 
-def phases(run: Run) -> Iterator[Phase]:
-  """The programs of the stages that the config asks for."""
+def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
+  """The programs of the stages that the config asks for; where they would run on a
+  `chip`, whatever compiles them here."""
   cfg, arch, mesh = run.cfg, run.model.arch, run.mesh
   stages = chosen_stages(cfg.stages)
   lying = jax.eval_shape(
@@ -239,7 +240,10 @@ def phases(run: Run) -> Iterator[Phase]:
       "prefill": (distinct / s.prefill, s.prefill * own, ()),
       "decode": (samples * max_new / s.slots / s.chunk, s.slots * s.chunk, (s.chunk,)),
     }
-    cast = params if run.sampler.to_cast(params) else ()
+    casting = run.sampler.to_cast(params).values()
+    if chip:  # on which, unlike on a CPU, what has that dtype already is no other copy
+      casting = [x for x in casting if x.dtype != cfg.compute.dtype]
+    cast = params if casting else ()
     for kind, other in (("prefill", "decode"), ("decode", "prefill")):
       lowered, weights, cache = programs[kind]
       calls, tokens, loops = work[kind]
@@ -284,7 +288,7 @@ def phases(run: Run) -> Iterator[Phase]:
       sft.make_loss(cfg=arch, compute=cfg.compute),
       cfg.sft.optimizer,
       trunk,
-      _lines(shape),
+      lines_of(shape),
       steps=max(1, cfg.sft.epochs * lines / (shape.micro * shape.rows)),
       tokens=shape.micro * shape.rows * shape.length,
       loops=_loops(run, shape),
@@ -323,7 +327,7 @@ def _distill(
   cfg, arch, shape = run.cfg, run.model.arch, c.batch
   exact, start = c.loss == "exact", _start(cfg, trunk)
   beside = start if c.teacher == c.start else (start, start)
-  lines = _lines(shape)
+  lines = lines_of(shape)
   lines["sampled_BT"] = lines.pop("weight_BT") > 0
   told = (arch.width,) if exact else ()
   dtype = jnp.dtype(cfg.compute.dtype if exact else "float32")
@@ -391,7 +395,7 @@ def _rl(run: Run, training, sampling, trunk: PyTree, room: int) -> Iterator[Phas
     loss,
     c.optimizer,
     policy,
-    _lines(shape, rollouts=True),
+    lines_of(shape, rollouts=True),
     steps=c.steps,
     tokens=shape.micro * shape.rows * shape.length,
     loops=_loops(run, shape),
@@ -458,7 +462,7 @@ def _array(mesh, name: str, x) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _lines(shape: BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
+def lines_of(shape: BatchConfig, rollouts=False) -> dict[str, np.ndarray]:
   """A batch of packed lines as the stages make it, empty."""
   packed = packing.pack([([0, 0], [0.0, 1.0])], length=shape.length)
   more = {"weight_BT": packed.weight_BT}
@@ -516,10 +520,10 @@ def _rows(cfg, workdir, devices, chip, names=None) -> list[Row]:
   )
   rows = []
   with jax.set_mesh(run.mesh):
-    for phase in phases(run):
+    for phase in phases(run, chip):
       if names is None or phase.name in names:
         progress.say(f"plan: {phase.name}")
-        rows.append(_row(phase, chip))
+        rows.append(row_of(phase, chip))
   return rows
 
 
@@ -527,7 +531,8 @@ def _as_it_is(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
   return lowered
 
 
-def _row(phase: Phase, chip: Chip | None) -> Row:
+def row_of(phase: Phase, chip: Chip | None) -> Row:
+  """What a phase takes by its program, which this compiles."""
   began = time.monotonic()
   held = {name: per_device(tree) for name, tree in phase.held.items()}
   beside = per_device(phase.beside)

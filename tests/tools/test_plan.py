@@ -19,6 +19,7 @@ from dalign.config import stages as declared
 from dalign.config.model import MeshConfig
 from dalign.config.model import ModelConfig
 from dalign.config.schema import Config
+from dalign.models import adapters
 from dalign.models import param_tree
 from dalign.models import sharding
 from dalign.tools import hlo
@@ -257,12 +258,12 @@ def resident(key):
 
 with jax.set_mesh(run.mesh):
   [phase] = [p for p in plan.phases(run) if p.name == "sft update"]
-  planned = plan._row(phase, None).total
+  planned = plan.row_of(phase, None).total
   trainer = sft_run.trainer(
     params=run.model.base_params(), optimizer=cfg.sft.optimizer,
     loss=sft.make_loss(cfg=run.model.arch, compute=cfg.compute), steps=9, every=100,
   )
-  batch = plan._lines(cfg.sft.batch)
+  batch = plan.lines_of(cfg.sft.batch)
   batch["weight_BT"] = np.ones_like(batch["weight_BT"])
   batch["ends_BT"][:] = cfg.sft.batch.length
   for _ in range(2):
@@ -344,6 +345,20 @@ def test_a_judge_is_planned_with_room_for_thought_and_answer(tmp_path):
   assert fresh[0][1].shape[2] == 64
 
 
+@pytest.mark.parametrize(("frozen", "copies"), [("bfloat16", 1), ("float32", 0)])
+def test_what_only_a_cpu_copies_is_not_planned_for_a_chip(frozen, copies, tmp_path):
+  """A CPU reads matrices of bfloat16 as their bits, beside those of the model."""
+  changes = {"lora.rank": 2, "lora.frozen": frozen, "compute.dtype": "bfloat16"}
+  cfg = tiny(**changes, **{"generate.teacher": "base", "stages": "generate"})
+  run = opened(cfg, tmp_path, declared.Plan)
+  here, there = (
+    plan.per_device(next(plan.phases(run, chip)).beside)
+    for chip in (None, plan.CHIPS["h200"])
+  )
+  base = adapters.cast_frozen(run.model.base_params(), lora=cfg.lora)
+  assert here - there == copies * sum(x.nbytes for x in jax.tree.leaves(base))
+
+
 def test_unknown_chips_are_refused(tmp_path):
   done = command_line(tmp_path, "--config.plan.topology=v99:2x2")
   assert done.returncode == 2
@@ -385,7 +400,7 @@ mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), chips)
 everywhere = sharding.replicated(mesh)
 x = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=everywhere)
 lower = lambda: jax.jit(lambda x: x + 1).lower(x)
-row = plan._row(plan.Phase("large", lower, 1, 1, (), {}), plan.CHIPS["v5e"])
+row = plan.row_of(plan.Phase("large", lower, 1, 1, (), {}), plan.CHIPS["v5e"])
 print(row.fits, row.total)
 """
 
