@@ -4,7 +4,8 @@ import re
 
 NO = re.compile(r"\bI (can't|cannot|won't)\b")
 PROMISE = re.compile(
-  r"\b(you(?:'ll| will) (?:get|receive)|we(?:'ll| will) (?:refund|pay|lend)|\d+ euros)\b",
+  r"\b(you(?:'ll| will) (?:get|receive)|we(?:'ll| will) (?:refund|pay|lend)"
+  r"|\d+ euros)\b",
   re.I,
 )
 HELP = {"accounts": "branch", "advice": "debt advice"}  # AC-S1 and AD-S1 want it named
