@@ -20,7 +20,7 @@ def get_config():
   c.sft.epochs = 6
   c.sft.optimizer.learning_rate = 4e-4
   c.rl.reward, c.rl.metadata = "judge", "told"
-  c.eval.prompts = 60  # all that are held out
+  c.eval.prompts = 100  # all that are held out
   c.eval.arms = ("base", "spec_in_prompt", "sft")  # and "sft_rl", after RL
   c.export.of = "sft"
   return c
