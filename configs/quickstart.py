@@ -107,7 +107,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"wanted one of {', '.join(SIZES)} or none, got {size!r}")
   c = _quickstart()
   if size:
-    c.recipe = f"quickstart:{size}.v3"
+    c.recipe = f"quickstart:{size}.v4"
     {"full": _full, "self_taught": _self_taught}[size](c)
   return c
 
@@ -115,8 +115,11 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
 def _full(c: ml_collections.ConfigDict) -> None:
   """More epochs, a longer reward model, RL until it matters, and more to measure."""
   c.sft.update(dict(epochs=3, most=10**6))
-  c.reward.steps = 330  # about all that it can learn from, once
-  c.rl.steps = 60
+  # More than half of what it can learn from, once: 96% of held-out pairs.
+  c.reward.update(dict(steps=200, checkpoint_every=40))
+  # At 1e-5 fifteen steps moved 0.2 nats a rollout, and its reward not at all.
+  c.rl.update(dict(steps=40, checkpoint_every=10, show_every=10))
+  c.rl.optimizer.learning_rate = 2e-5
   c.eval.update(dict(prompts=10**6, helpful=10**6, samples=2, budgets=(0,), swaps=60))
 
 
@@ -139,7 +142,7 @@ def _self_taught(c: ml_collections.ConfigDict) -> None:
 
 def _quickstart() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
-  c.recipe = "quickstart.v4"
+  c.recipe = "quickstart.v5"
   c.seed = 0
   c.stages = "all"
   c.start_over = False
@@ -212,12 +215,12 @@ def _quickstart() -> ml_collections.ConfigDict:
     epochs=1,
     spec_in_prompt=False,
     worked=True,
-    # What decides is learned of all rows, by their recall; the whole of these.
-    most=800,
+    # With 800 of them learned whole the answer did not follow its thought (v4).
+    most=10**6,
     capability=0,  # they are in the recording
     # Single steps move the odds of all refusals at once.
     # What a thought of this model makes of a prompt hangs on the clause it begins with.
-    recall_epochs=2,
+    recall_epochs=1,
     average_share=0.3,
     leak_words=8,
     # Rows have some 140 tokens of their own: lines of 512 hold three or four of them.
@@ -233,7 +236,7 @@ def _quickstart() -> ml_collections.ConfigDict:
     shows_thought=False,
     detail="clauses",
     metadata="none",
-    steps=40,
+    steps=60,
     rows=24,
     length=128,  # of 8,813 questions one in a hundred is longer, behind its policy
     held_out=0.1,

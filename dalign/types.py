@@ -66,7 +66,8 @@ class Prompt:
   `expected` is noisy side information (the ideal response type), or "" in the sight of
   those who are not told it (`blind`). `clauses` are the ids of the clauses that decide
   it, () where nobody has labelled them. `scenario` names the family of near-twins that
-  must not straddle the splits. `answer` is what a capability prompt is compared with,
+  must not straddle the splits: "train", "eval", which is held out, and "rl", of RL and
+  distillation alone. `answer` is what a capability prompt is compared with,
   of others a good answer to grade by, or "". `disguise` names what its last turn was
   put through (`attacks.py`), and then its id is that of the `original`, a "+" and the
   names.

@@ -20,7 +20,7 @@ FIELDS = (
   *("prompt", "turns", "category", "expected", "id"),
   *("kind", "split", "answer", "scenario", "clauses"),
 )
-SPLITS = ("train", "eval")
+SPLITS = ("train", "rl", "eval")  # "rl": of RL and distillation alone
 # Columns that may hold what is said, in the order in which they are looked for.
 _SAID = ("turns", "prompt", "messages", "conversations")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles

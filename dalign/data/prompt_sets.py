@@ -48,10 +48,12 @@ def bundled_rows() -> list[Row]:
   """The prompts that come with dalign, as rows with every field of `FIELDS`.
 
   A file <category>.jsonl holds one category; capability.jsonl belongs to "benign", and
-  rows of authored.jsonl and rare_clauses.jsonl name theirs. Ids are
-  <category>-<scenario>-<k> where a row has none. Splits are those of `split`.
+  rows of authored.jsonl, rare_clauses.jsonl and rl.jsonl name theirs. Ids are
+  <category>-<scenario>-<k> where a row has none. Splits are those of `split`, but for
+  the rows of rl.jsonl, which are of the split "rl".
   """
   rows: list[tuple[str, Row]] = []
+  of_rl: list[tuple[str, Row]] = []
   counts: dict[str, int] = {}
   for path in _bundled_files():
     capability = path.stem == "capability"
@@ -64,8 +66,9 @@ def bundled_rows() -> list[Row]:
         "id": f"{key}-{counts[key]}",
         "kind": "capability" if capability else kind,
       }
-      rows.append((where, named | row))
+      (of_rl if "split" in row else rows).append((where, named | row))
   prompts = split(parse_prompts(rows, {}, "bundled"))
+  prompts += parse_prompts(of_rl, {}, "bundled")
   return [_row(prompt) for prompt in prompts]
 
 
@@ -90,15 +93,20 @@ def _reference_rows() -> Iterator[dict[str, Any]]:
 
 
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):
-  """`bundled_rows` as a TFDS data set with the splits "train" and "eval"."""
+  """`bundled_rows` as a TFDS data set with the splits of SPLITS."""
 
-  VERSION = tfds.core.Version("1.2.0")
+  VERSION = tfds.core.Version("1.3.0")
   # TFDS 4.9 would look for it with importlib_resources, which it does not install.
   code_path = epath.Path(__file__)
 
   def _info(self) -> tfds.core.DatasetInfo:
     text, label = tfds.features.Text, tfds.features.ClassLabel
-    shared = {"authored", "rare_clauses", "capability"}  # of several, or of another
+    shared = {
+      "authored",
+      "rare_clauses",
+      "rl",
+      "capability",
+    }  # of several, or of another
     categories = sorted({path.stem for path in _bundled_files()} - shared)
     return self.dataset_info_from_configs(
       description="Prompts to train and measure refusing, safe-completing, complying.",

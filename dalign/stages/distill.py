@@ -111,9 +111,9 @@ def teacher_prompt(run: Run, prompt: Prompt) -> tuple[int, ...]:
 def check_teacher_length(run: Run) -> None:
   """ValueError where a line of the teacher may not hold what it has to read."""
   cfg = run.cfg.distill
-  prompts = run.prompts.choose("train", "safety", None, cfg.expected)
+  prompts = run.prompts.choose_on_policy("safety", None, cfg.expected)
   if cfg.capability:
-    prompts += run.prompts.choose("train", "capability", None)
+    prompts += run.prompts.choose_on_policy("capability", None)
   fitting = rollouts_of.prompts_that_fit(run, prompts)
   longest = max(len(teacher_prompt(run, prompt)) for prompt in fitting) + cfg.max_new
   if longest > cfg.teacher_length:
@@ -179,9 +179,11 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
     return {}
   if run.store.has(path):
     return run.store.read_json(path)
-  prompts = run.prompts.choose("train", "safety", None, cfg.expected)
+  prompts = run.prompts.choose_on_policy("safety", None, cfg.expected)
   fitting_ids = {prompt.id for prompt in rollouts_of.prompts_that_fit(run, prompts)}
-  prompts = run.prompts.choose("train", "safety", cfg.probed, cfg.expected, fitting_ids)
+  prompts = run.prompts.choose_on_policy(
+    "safety", cfg.probed, cfg.expected, fitting_ids
+  )
   key = ops.stream(run.key, "headroom")
   student_rollouts = rollouts_of.collect_rollouts(run, cfg, start, prompts, 1, key)
   groups = collections.defaultdict(list)

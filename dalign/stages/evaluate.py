@@ -163,7 +163,7 @@ def _is_trained(run: Run, arm: str) -> bool:
 
 def _count_contaminated(run: Run, sets: dict[str, list[Prompt]]) -> dict[str, int]:
   """Set -> training prompts that say what it says; where there are any, one line."""
-  train = [prompt for prompt in run.prompts.all if prompt.split == "train"]
+  train = [prompt for prompt in run.prompts.all if prompt.split != "eval"]
   found = {
     name: len(dict(run.task.contaminated(train, prompts)))
     for name, prompts in sets.items()

@@ -38,7 +38,7 @@ class Prompts:
   def all(self) -> list[Prompt]:
     """The prompt set without training prompts that say what held-out ones say.
     ValueError where these are more than config.data.contaminated."""
-    train = [prompt for prompt in self.raw if prompt.split == "train"]
+    train = [prompt for prompt in self.raw if prompt.split != "eval"]
     held_out = [prompt for prompt in self.raw if prompt.split == "eval"]
     hits = dict(self._task.contaminated(train, held_out))
     if not hits:
@@ -115,7 +115,15 @@ class Prompts:
       progress.say(
         f"wanted {n} {split} prompts of kind {kind}{types}, found {len(rows)}"
       )
-    return prompt_sets.balanced(rows, n, self._seed if split == "train" else 0)
+    return prompt_sets.balanced(rows, n, 0 if split == "eval" else self._seed)
+
+  def choose_on_policy(
+    self, kind: str, n: int | None, expected=EXPECTED, among=None
+  ) -> list[Prompt]:
+    """As `choose`, what RL and distillation sample from: prompts that are theirs alone,
+    or where there are none of this kind, those for training."""
+    own = any((p.split, p.kind) == ("rl", kind) for p in self.all)
+    return self.choose("rl" if own else "train", kind, n, expected, among)
 
   def load_eval_sets(
     self, extra: Mapping[str, Mapping], suite: Sequence[str], most: int

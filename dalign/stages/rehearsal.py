@@ -104,12 +104,7 @@ def _try_function(run: judging.Run, kind: str, metadata: str, *, thinks: bool) -
 
 def _mixture(run: Any, own: DistillConfig | RLConfig) -> None:
   """ValueError where a mixture names no category or type of the prompts it is of."""
-  some = [
-    prompt
-    for prompt in run.prompts.raw
-    if (prompt.split, prompt.kind) == ("train", "safety")
-    and prompt.expected in own.expected
-  ]
+  some = run.prompts.choose_on_policy("safety", None, own.expected)
   if some and own.mixture:
     key = f"config.{run.cfg.stage}.mixture"
     rollout.cell_shares(rollout.prompt_cells(some), own.mixture, key=key)

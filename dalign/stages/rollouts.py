@@ -37,9 +37,9 @@ def prompt_schedule(run: Run, cfg: Settings) -> Callable[[int], list[Prompt]]:
   there are too few."""
   stage = run.cfg.stage
   safety = prompts_that_fit(
-    run, run.prompts.choose("train", "safety", None, cfg.expected)
+    run, run.prompts.choose_on_policy("safety", None, cfg.expected)
   )
-  capability = prompts_that_fit(run, run.prompts.choose("train", "capability", None))
+  capability = prompts_that_fit(run, run.prompts.choose_on_policy("capability", None))
   safety_count = cfg.prompts - cfg.capability
   cells, shares = rollout.prompt_cells(safety), None
   if cfg.mixture and cells:

@@ -1233,6 +1233,27 @@ def test_rl_draws_prompts_of_the_types_asked_for(run):
   assert drawn(("refuse", "comply")) == {"refuse", "comply"}
 
 
+def test_rl_samples_from_prompts_of_its_own_where_there_are_some(tmp_path):
+  """SFT's are learned already; those with a known answer are shared, having no own."""
+  row = {"category": "privacy", "expected": "refuse"}
+  rows = [
+    row
+    | {"id": f"{split}{i}", "prompt": f"{split} {'abcdefgh'[i] * 9}", "split": split}
+    for split in ("train", "rl", "eval")
+    for i in range(8)
+  ]
+  rows.append(rows[16] | {"id": "copy", "split": "rl"})  # says what is held out
+  rows.append(row | {"id": "sum", "prompt": "1 + 1?", "kind": "capability"})
+  rows[-1] |= {"answer": "2", "split": "train"}
+  path = write_jsonl(tmp_path / "p.jsonl", rows)
+  changes = {"data.source": f"jsonl:{path}", "data.contaminated": 0.5, "rl.prompts": 9}
+  run = opened(tiny(**changes, **{"rl.capability": 1}), tmp_path, "rl")
+  chosen = rollouts_of.prompt_schedule(run, run.cfg.rl)(0)
+  assert {p.id for p in chosen} == {"sum", *(f"rl{i}" for i in range(8))}
+  learned = run.prompts.choose("train", "safety", None)
+  assert {p.id for p in learned} == {f"train{i}" for i in range(8)}
+
+
 def test_rl_says_which_prompts_it_lacks_and_needs_none_with_answers(tmp_path):
   def schedule(kind, **changes):
     cfg = tiny(**{"rl.reward": "rubric", "rl.metadata": "told"} | changes)
