@@ -114,7 +114,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
 
 def _full(c: ml_collections.ConfigDict) -> None:
   """More epochs, a longer reward model, RL until it matters, and more to measure."""
-  c.sft.update(dict(epochs=3, most=10**6))
+  c.sft.update(dict(epochs=3, recall_epochs=2))
   # More than half of what it can learn from, once: 96% of held-out pairs.
   c.reward.update(dict(steps=200, checkpoint_every=40))
   # At 1e-5 fifteen steps moved 0.2 nats a rollout, and its reward not at all.
