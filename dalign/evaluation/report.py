@@ -28,8 +28,9 @@ from dalign.evaluation import figures
 from dalign.evaluation.browser import DECIDED
 from dalign.evaluation.browser import rows_of
 from dalign.runs import buckets
-from dalign.runs import manifests
 from dalign.runs import store
+from dalign.runs.manifests import check_outputs
+from dalign.runs.manifests import read_manifest
 
 STAGES = ("base", "generate", "filter", "sft", "distill", "reward", "rl", "eval")
 CORE = {  # the columns of the first table in words, in this order; others follow it
@@ -83,7 +84,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
       f"the report needs the folder of a run, there is none at {workdir}"
     )
   for stage in STAGES:
-    manifests.check_outputs(workdir / stage)
+    check_outputs(workdir / stage)
   try:
     page = render(view(workdir))
   except (*UNREADABLE, jinja2.TemplateError) as error:
@@ -170,7 +171,7 @@ def _requested_stages(config: Json) -> tuple[str, ...]:
 
 def _manifests(workdir: pathlib.Path, asked: tuple[str, ...]) -> dict[str, Json]:
   """Manifests of the stages that were run, and None for others that are asked for."""
-  found = {s: manifests.read_manifest(workdir / s / "manifest.json") for s in STAGES}
+  found = {s: read_manifest(workdir / s / "manifest.json") for s in STAGES}
   return {stage: found[stage] for stage in STAGES if found[stage] or stage in asked}
 
 

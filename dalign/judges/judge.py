@@ -13,9 +13,9 @@ import math
 from typing import Any
 
 from dalign.data import bundled
+from dalign.judges import asking
 from dalign.judges import behaviour
 from dalign.judges import forms
-from dalign.judges import questions
 from dalign.judges import rubric
 from dalign.policy import spec as specs
 from dalign.text import languages
@@ -310,7 +310,7 @@ def model_judge(render: Callable[[str], str], score_logprobs: ScoreLogprobs) -> 
 
   `render` gives the policy text of a category. `score_logprobs` takes conversations and
   labels and gives the log-probability, in nats, of each label as the next token, or
-  None for a conversation that is longer than the model reads. Those of questions.LABELS
+  None for a conversation that is longer than the model reads. Those of asking.LABELS
   stand at even steps from 0 (the first) to 1 (the last), and their probabilities are
   scaled to sum to 1. Unscored: None, a value that is not a log-probability, and less
   than MIN_LABEL_MASS of the probability on all labels together.
@@ -318,7 +318,7 @@ def model_judge(render: Callable[[str], str], score_logprobs: ScoreLogprobs) -> 
 
   def ask(questions: Sequence[Question]) -> list[Verdict]:
     turns = [question_turns(question, render) for question in questions]
-    rows = score_logprobs(turns, questions.LABELS) if turns else []
+    rows = score_logprobs(turns, asking.LABELS) if turns else []
     return [*map(_expectation, rows)]
 
   return Judge(ask, deterministic=True)
@@ -327,15 +327,13 @@ def model_judge(render: Callable[[str], str], score_logprobs: ScoreLogprobs) -> 
 def question_turns(question: Question, render: Callable[[str], str]) -> list[Turn]:
   """A question for one label as a conversation; `render` gives the policy text of a
   category."""
-  return questions.graded_turns(_judged_item(question, render))
+  return asking.graded_turns(_judged_item(question, render))
 
 
-def _judged_item(
-  question: Question, render: Callable[[str], str]
-) -> questions.JudgedItem:
+def _judged_item(question: Question, render: Callable[[str], str]) -> asking.JudgedItem:
   thought = question.thought if isinstance(question, FilterQuestion) else None
   prompt = question.prompt
-  return questions.JudgedItem(prompt, thought, question.answer, render(prompt.category))
+  return asking.JudgedItem(prompt, thought, question.answer, render(prompt.category))
 
 
 def written_judge(

@@ -11,8 +11,8 @@ import dataclasses
 import re
 from typing import Any
 
+from dalign.judges import asking
 from dalign.judges import forms
-from dalign.judges import questions
 from dalign.policy import spec as specs
 from dalign.types import EXPECTED
 from dalign.types import Prompt
@@ -60,7 +60,7 @@ def question(spec: Spec, prompt: Prompt, *, detail: str) -> list[Turn]:
   """The question to a model, in one turn of a user. `detail` is how much it is shown of
   the policies, as of `spec.catalogue`."""
   policies = _TASK + specs.catalogue(spec, detail=detail)
-  parts = [policies, questions.conversation(prompt), _LABEL]
+  parts = [policies, asking.conversation(prompt), _LABEL]
   return [Turn(role="user", content="\n\n".join(parts))]
 
 
@@ -83,7 +83,7 @@ def read(said: forms.ModelReply, prompt: Prompt, spec: Spec) -> Vote:
   if len(votes) > 1:
     return Vote(reason="two labels that differ")
   [vote] = votes
-  if re.search(rf'"category"\W+{vote.category}\b', questions.conversation(prompt)):
+  if re.search(rf'"category"\W+{vote.category}\b', asking.conversation(prompt)):
     return Vote(reason="a label that stands in the prompt")
   return vote
 

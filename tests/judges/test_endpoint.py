@@ -14,10 +14,10 @@ import pytest
 from dalign import stages
 from dalign.config.replies import EndpointConfig
 from dalign.config.schema import Config
+from dalign.judges import asking
 from dalign.judges import endpoint
 from dalign.judges import forms
 from dalign.judges import judge
-from dalign.judges import questions
 from dalign.policy import prompting
 from dalign.stages import judging
 from dalign.stages import servers
@@ -203,7 +203,7 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   server = serve(lambda body: kinds[int(body["messages"][0]["content"][-1])])
   found = client(server.port).chat(requests(len(kinds)))
   assert "filter" in found[1].refused and not found[1].text and found[3].refused
-  asked = questions.JudgedItem(prompt("Hi?"), None, "Hello.", "")
+  asked = asking.JudgedItem(prompt("Hi?"), None, "Hello.", "")
   for reply in found:
     verdict = forms.verdict(forms.FORMS["grade"], servers.to_model_reply(reply), asked)
     assert verdict.score is None and verdict.reason

@@ -6,8 +6,8 @@ import typing
 import pytest
 
 from dalign.config.replies import JudgeForm
+from dalign.judges import asking
 from dalign.judges import forms
-from dalign.judges import questions
 from dalign.text import thinking
 from dalign.types import Turn
 from tests.helpers import prompt
@@ -166,10 +166,10 @@ def read(form: str, reply: str, expected: str = ""):
   return forms.verdict(forms.FORMS[form], forms.ModelReply(reply), asked(expected))
 
 
-def asked(expected="", answer=ANSWER) -> questions.JudgedItem:
+def asked(expected="", answer=ANSWER) -> asking.JudgedItem:
   """What is judged: a reply to a prompt of that ideal response type."""
   prompt = dataclasses.replace(PROMPT, expected=expected)
-  return questions.JudgedItem(prompt, None, answer, "")
+  return asking.JudgedItem(prompt, None, answer, "")
 
 
 @pytest.mark.parametrize(("form", "reply", "score"), GOOD)
@@ -274,7 +274,7 @@ def test_what_is_good_depends_on_what_was_wanted(
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_each_form_shows_what_is_judged(form):
   own = forms.FORMS[form]
-  turns = own.put(questions.JudgedItem(PROMPT, None, ANSWER, "IB-D1: no locks"))
+  turns = own.put(asking.JudgedItem(PROMPT, None, ANSWER, "IB-D1: no locks"))
   shown = "\n".join(turn.content for turn in turns)
   assert ASKED in shown and "rake the pins" in shown
   if form in ("grade", "safeguard", "strongreject", "harmbench"):  # nobody's layout
@@ -283,12 +283,12 @@ def test_each_form_shows_what_is_judged(form):
   assert policy == (form in ("grade", "safeguard", "shieldgemma"))
   alone = [turn.role for turn in turns] == ["user", "assistant"]
   assert alone == (form in ("guard", "llama_guard", "qwen3guard", "granite_guardian"))
-  thought = own.put(questions.JudgedItem(PROMPT, "A thought.", ANSWER, "x"))
+  thought = own.put(asking.JudgedItem(PROMPT, "A thought.", ANSWER, "x"))
   assert ("A thought." in str(thought)) == (form in ("grade", "safeguard"))
 
 
 def test_a_guard_reads_a_system_turn_in_the_users():
   system = Turn(role="system", content="You sell fish.")
   own = dataclasses.replace(PROMPT, turns=(system, *PROMPT.turns))
-  turns = forms.FORMS["guard"].put(questions.JudgedItem(own, None, ANSWER, ""))
+  turns = forms.FORMS["guard"].put(asking.JudgedItem(own, None, ANSWER, ""))
   assert [turn.content for turn in turns] == [f"You sell fish.\n\n{ASKED}", ANSWER]

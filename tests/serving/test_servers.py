@@ -21,9 +21,9 @@ import pytest
 from dalign import stages
 from dalign.config import convert
 from dalign.config.schema import Config
+from dalign.judges import asking
 from dalign.judges import endpoint
 from dalign.judges import forms
-from dalign.judges import questions
 from dalign.runs import store
 from dalign.serving import assistant
 from dalign.stages import servers
@@ -279,7 +279,7 @@ def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
   assert all(r.text and 0 < r.tokens_out <= 24 < r.tokens_in for r in replies)
   said = {r.text for r in replies}
   form = forms.FORMS["grade"]
-  asked = questions.JudgedItem(known[0][0].prompt, None, "", "")
+  asked = asking.JudgedItem(known[0][0].prompt, None, "", "")
   read = [
     forms.verdict(form, servers.to_model_reply(reply), asked) for reply in replies
   ]
