@@ -36,7 +36,7 @@ def _on_first(
   """A method that has the first process `do` it to a path, while all others wait."""
 
   def method(
-    self: "Store", path: pathlib.Path, *args: P.args, **more: P.kwargs
+    self: "Store", path: pathlib.Path, /, *args: P.args, **more: P.kwargs
   ) -> None:
     distributed.run_on_first(str(path), functools.partial(do, path, *args, **more))
 
