@@ -171,7 +171,7 @@ def get_config(name: str = "qwen3_8b") -> ml_collections.ConfigDict:
   )
   c.sft.update(
     dict(
-      most=10**6,
+      recall_epochs=0,  # thoughts as they are: it needs no clause put first
       epochs=3,
       batch=dict(micro=1, rows=rows, length=2048),
       optimizer=quickstart.optimizer(2e-4 if rank else 1e-5),

@@ -128,9 +128,13 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded
     rows = bundled_rows()
+    rows_by_split = {
+      name: [row for row in rows if row["split"] == name] for name in SPLITS
+    }
     return {
-      name: self._generate_examples([row for row in rows if row["split"] == name])
-      for name in SPLITS
+      name: self._generate_examples(some)
+      for name, some in rows_by_split.items()
+      if some
     }
 
   def _generate_examples(self, rows: list[Row]):
@@ -312,7 +316,7 @@ def _load_bundled(columns: Mapping[str, str], data_dir: str) -> list[Prompt]:
   builder = DalignPrompts(data_dir=str(folder), file_format="array_record")
   prepare(builder)
   rows = []
-  for name in SPLITS:
+  for name in builder.info.splits:
     for where, row in builder_rows(builder, name, "bundled"):
       rows.append((where, row | {"split": name}))
   return parse_prompts(rows, {}, "bundled")

@@ -171,7 +171,7 @@ def test_what_is_other_than_in_the_recipe_is_said():
   first, *lines = said(
     "--mode=config", "--config=configs/quickstart.py", "--config.rl.steps=3"
   )
-  assert first == "# recipe: quickstart.v4; changed: rl.steps"
+  assert first == "# recipe: quickstart.v5; changed: rl.steps"
   quickstart = convert.build(Config, config_file("quickstart").get_config())
   assert len(lines) == len([*explain.values(quickstart)])
   assert all(len(line) <= explain.WIDTH for line in lines)
@@ -201,7 +201,7 @@ def test_what_one_of_two_configs_has_alone_is_said():
 @pytest.mark.parametrize(
   ("recipe", "before"),
   [
-    ("quickstart.v4", "8"),  # what configs/ has of that name
+    ("quickstart.v5", "8"),  # what configs/ has of that name
     ("quickstart.v1", "5"),  # no longer there, so the file itself
     ("quickstart:mine.v1", "5"),
     ("mine.v1", "5"),

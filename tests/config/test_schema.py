@@ -158,7 +158,7 @@ def test_a_run_in_json_is_its_recipe_but_for_what_it_says(tmp_path):
   done = ran(file, "--config.rl.temperature=0.5", "--config.seed=4")
   assert (done.returncode, done.stderr) == (0, "")
   first, *lines = done.stdout.splitlines()
-  assert first == "# recipe: quickstart.v4; changed: 8 values"
+  assert first == "# recipe: quickstart.v5; changed: 8 values"
   found = dict(line.split("=", 1) for line in lines)
   assert found["rl.steps"] == "3  # recipe: 8"
   assert found["rl.temperature"] == "0.5  # recipe: 0.8"

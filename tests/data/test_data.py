@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import pathlib
 import time
 
 import pytest
@@ -63,7 +64,8 @@ def test_every_policy_has_every_cell_on_both_sides(rows):
     if not cells[category, expected, split]
   ]
   assert not missing
-  share = sum(row["split"] == "eval" for row in rows) / len(rows)
+  n = collections.Counter(row["split"] for row in rows)
+  share = n["eval"] / (n["eval"] + n["train"])
   assert 0.15 < share < 0.25
 
 
@@ -109,6 +111,22 @@ def test_tfds_gives_the_bundled_rows_in_order(rows, bundled, cache):
   assert again == bundled and again[0].source == "bundled"
   with pytest.raises(ValueError, match="'bundled' takes no columns"):
     prompt_sets.load("bundled", {"prompt": "text"}, cache)
+
+
+def test_tfds_by_name(bundled, cache):
+  (folder,) = [path for path in pathlib.Path(cache).iterdir() if path.is_dir()]
+  want = [prompt for prompt in bundled if prompt.split == "eval"]
+  columns = {"split": "=eval"}
+  got = prompt_sets.load("tfds:dalign_prompts:eval", columns, str(folder))
+  assert [(p.id, p.turns, p.expected) for p in got] == [
+    (p.id, p.turns, p.expected) for p in want
+  ]
+  part = prompt_sets.load("tfds:dalign_prompts:eval[:3]", columns, str(folder))
+  assert [p.id for p in part] == [p.id for p in want[:3]]
+  with pytest.raises(
+    ValueError, match=r"wanted one of its splits, \['eval', 'rl', 'train'\]"
+  ):
+    prompt_sets.load("tfds:dalign_prompts:test", columns, str(folder))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import pathlib
 
 import pytest
 
@@ -91,7 +90,7 @@ GOOD = {"prompt": "p", "category": "a", "expected": "comply"}
       r":1: wanted expected, .* found none .did you mean 'expcted'..; the row has",
     ),
     ({}, [GOOD | {"kind": "odd"}], r":1: wanted kind as one of .* got 'odd'"),
-    ({}, [GOOD | {"split": "test"}], r":1: wanted split as one of train, eval"),
+    ({}, [GOOD | {"split": "test"}], r":1: wanted split as one of train, rl, eval"),
     ({}, [GOOD | {"clauses": "A-D1"}], r":1: wanted clauses as a list of ids"),
     ({}, [GOOD | {"clauses": ["A-D1", 2]}], r":1: wanted clauses as a list of ids"),
     ({}, [GOOD | {"category": ["a"]}], r":1: wanted text as category, got \['a'\]"),
@@ -324,19 +323,3 @@ def test_parquet_with_turns(tmp_path):
   first, second = prompt_sets.load(f"parquet:{tmp_path}/p.parquet", columns, "")
   assert [turn.role for turn in first.turns] == ["system", "user"]
   assert second.text == "u" and second.category == "b" and second.expected == "refuse"
-
-
-def test_tfds_by_name(bundled, cache):
-  (folder,) = [path for path in pathlib.Path(cache).iterdir() if path.is_dir()]
-  want = [prompt for prompt in bundled if prompt.split == "eval"]
-  columns = {"split": "=eval"}
-  got = prompt_sets.load("tfds:dalign_prompts:eval", columns, str(folder))
-  assert [(p.id, p.turns, p.expected) for p in got] == [
-    (p.id, p.turns, p.expected) for p in want
-  ]
-  part = prompt_sets.load("tfds:dalign_prompts:eval[:3]", columns, str(folder))
-  assert [p.id for p in part] == [p.id for p in want[:3]]
-  with pytest.raises(
-    ValueError, match=r"wanted one of its splits, \['eval', 'train'\]"
-  ):
-    prompt_sets.load("tfds:dalign_prompts:test", columns, str(folder))
