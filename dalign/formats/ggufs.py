@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import tokenizers
+from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 
 from dalign.config.model import ModelConfig
@@ -22,7 +23,14 @@ from dalign.text import templates
 from dalign.text import vocab
 from dalign.text.chat_template import Tokenizer
 
-NAMES = {  # leaf -> block, in blk.N
+ARCHITECTURES = {  # of files -> family
+  "llama": "llama",
+  "gemma3": "gemma3_text",
+  "qwen2": "qwen2",
+  "qwen3": "qwen3",
+  "qwen3moe": "qwen3_moe",
+}
+NAMES = {  # leaf -> block, in blk.N, where that of experts ends with "_exps"
   "attn_norm": "attn_norm",
   "q": "attn_q",
   "k": "attn_k",
@@ -36,6 +44,7 @@ NAMES = {  # leaf -> block, in blk.N
   "up": "ffn_up",
   "down": "ffn_down",
   "mlp_post_norm": "post_ffw_norm",
+  "router": "ffn_gate_inp",
 }
 HEAD = "output.weight"
 MAX_COUNT = {"keys": 2**16, "tensors": 2**16, "items": 2**22}  # of a file
@@ -60,6 +69,22 @@ READ = {
   },
 }
 READ["gemma3"] = READ["llama"] | {"attention.sliding_window", "rope.freq_base_swa"}
+READ["qwen2"] = READ["qwen3"] = READ["llama"]
+READ["qwen3moe"] = READ["llama"] | {
+  *("expert_count", "expert_used_count", "expert_feed_forward_length"),
+}
+# How Qwen's tokenizers split a text: words, digits, signs, and white space.
+QWEN_SPLITS = "|".join(
+  [
+    r"(?i:'(?:s|t|re|ve|m|ll|d))",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"\p{N}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+  ]
+)
 _SELF = "general."
 
 
@@ -177,9 +202,12 @@ class File:
     if not self.cfg.tied:
       out.append(param_tree.Stored(name=HEAD, leaves=("head",)))
     for leaf in param_tree.layer_leaves(self.cfg):
-      out.append(
-        param_tree.Stored(name=f"blk.{{layer}}.{NAMES[leaf]}.weight", leaves=(leaf,))
-      )
+      block = NAMES[leaf.removesuffix("_bias")]
+      if self.cfg.experts and leaf in param_tree.OF_EXPERTS:
+        block += "_exps"
+      kind = "bias" if leaf.endswith("_bias") else "weight"
+      name = f"blk.{{layer}}.{block}.{kind}"
+      out.append(param_tree.Stored(name=name, leaves=(leaf,)))
     return tuple(out)
 
   def read(self, name: str, index: param_tree.Index) -> np.ndarray:
@@ -220,14 +248,17 @@ class File:
         raise ValueError(f"{name} = {field.contents()!r:.60} is not supported")
 
   def _config(self) -> ModelConfig:
-    family = self._field("general.architecture")
-    if family not in ("llama", "gemma3"):
-      raise ValueError(f"unknown architecture {family!r}; known: llama, gemma3")
-    self._check_read(family)
+    architecture = self._field("general.architecture")
+    if architecture not in ARCHITECTURES:
+      raise ValueError(
+        f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}"
+      )
+    self._check_read(architecture)
     self._check_read("tokenizer.ggml")
+    family = families.of(ARCHITECTURES[architecture])
 
     def get(name, default=None):
-      return self._field(f"{family}.{name}", default)
+      return self._field(f"{architecture}.{name}", default)
 
     width, heads = get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", width // heads)
@@ -244,15 +275,14 @@ class File:
     if scaling == "linear":
       rope = (("factor", float(get("rope.scaling.factor"))), ("rope_type", "linear"))
     layers = get("block_count")
-    more = {}
-    if family == "gemma3":
+    more, ffw = {}, "feed_forward_length"
+    if family.experts:  # whose weights add up to one, as in llama.cpp
+      more = dict(experts=get("expert_count"), experts_used=get("expert_used_count"))
+      ffw = "expert_feed_forward_length"
+    if architecture == "gemma3":
       # As llama.cpp does: of six layers one sees all, and the others turn faster.
-      gemma = families.of("gemma3_text")
       more = dict(
-        family="gemma3_text",
         activation="gelu",
-        norms=gemma.norms,
-        qk_norm=gemma.qk_norm,
         embed_scale=width**0.5,
         query_scale=head_dim**-0.5,
         window=get("attention.sliding_window"),
@@ -263,13 +293,17 @@ class File:
         more["query_scale"] = (width / heads) ** -0.5
     eps = get("attention.layer_norm_rms_epsilon")
     return ModelConfig(
+      family=ARCHITECTURES[architecture],
+      norms=family.norms,
+      qk_norm=family.qk_norm,
+      biased=family.biased,
       vocab=len(self._symbols),
       width=width,
       layers=layers,
       heads=heads,
       kv_heads=get("attention.head_count_kv", heads),
       head_dim=head_dim,
-      ffw=get("feed_forward_length"),
+      ffw=get(ffw),
       rope_theta=float(get("rope.freq_base", 10000.0)),
       norm_eps=float(f"{eps:.6g}"),  # a float32: 1e-5 reads 9.99999974e-06
       tied=HEAD not in self.tensors,
@@ -282,10 +316,10 @@ class File:
     field = self._field
     kind = field("tokenizer.ggml.model")
     pre = field("tokenizer.ggml.pre", "default")
-    if kind != "llama" and (kind != "gpt2" or pre not in ("smollm", "gpt-2")):
+    if kind != "llama" and (kind != "gpt2" or pre not in ("smollm", "gpt-2", "qwen2")):
       raise ValueError(
         f"tokenizer {kind!r} with splitting {pre!r} is not supported, only llama, and "
-        "gpt2 with smollm or gpt-2; load the model from its Hugging Face folder"
+        "gpt2 with smollm, gpt-2 or qwen2; load the model from its Hugging Face folder"
       )
     types = field("tokenizer.ggml.token_type")
     longest = max(map(len, self._symbols), default=0)
@@ -319,6 +353,11 @@ class File:
       backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
       )
+    if pre == "qwen2":
+      backend.normalizer = normalizers.NFC()
+      split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLITS), behavior="isolated")
+      whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+      backend.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
     bos, pad, *ends = (
       found and found.contents()
       for found in (

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -425,6 +426,90 @@ def test_gemma_270m_is_that_of_transformers(compute, tmp_path, monkeypatch):
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
 
+PAIRS = ["1 2", "' L", "L L", "Ċ Ċ", "č Ċ", "Ġ Ġ", "Ġ a", "a Ġ", "Ġ Ċ", ", č", "Ã ¯"]
+LINES = (
+  "I'LL see 2026's  end,\r\n\n  naïve e\u0301 \t日本語 12345 🙂",
+  "'Re\n a b  c",
+  "",
+)
+
+
+@pytest.mark.parametrize(
+  "arch, model_type, changes",
+  [
+    ("qwen2", "qwen2", dict(head_dim=8)),
+    ("qwen3", "qwen3", dict(tie_word_embeddings=True)),
+    ("qwen3moe", *CASES["qwen3_moe"]),
+  ],
+)
+def test_ggufs_of_qwen_are_those_of_transformers(
+  arch, model_type, changes, compute, tmp_path
+):
+  more = dict(vocab_size=259 + len(PAIRS))
+  hf = random_model(model_type, changes | more, seed=0)
+  write_qwen(tmp_path / "m.gguf", hf, arch)
+  cfg, params, tok = weights.load(str(tmp_path / "m.gguf"))
+  assert cfg == dataclasses.replace(families.read(hf.config), absent=cfg.absent)
+  packed = packing.pad_rows(rows(*ROWS), length=40)
+  got = np.asarray(logits(params, lines(packed), cfg=cfg, compute=compute))
+  for i, row in enumerate(ROWS):
+    np.testing.assert_allclose(got[i, : len(row)], hf_logits(hf, [row])[0], atol=1e-4)
+  here = dict(pretrained_model_name_or_path=str(tmp_path), gguf_file="m.gguf")
+  reference = transformers.AutoTokenizer.from_pretrained(**here)
+  for line in LINES:
+    want = reference(line)["input_ids"]
+    assert tok.document(line) == want and tok.decode(want) == reference.decode(want)
+
+
+def write_qwen(path, hf, arch: str) -> None:
+  """A model as a GGUF file, with the names that the gguf package gives its tensors, and
+  bytes and some pairs of them as its tokens."""
+  cfg, writer = hf.config, gguf.GGUFWriter(path, arch)
+  writer.add_block_count(cfg.num_hidden_layers)
+  writer.add_context_length(cfg.max_position_embeddings)
+  writer.add_embedding_length(cfg.hidden_size)
+  writer.add_feed_forward_length(cfg.intermediate_size)
+  writer.add_head_count(cfg.num_attention_heads)
+  writer.add_head_count_kv(cfg.num_key_value_heads)
+  writer.add_rope_freq_base(cfg.rope_parameters["rope_theta"])
+  writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
+  if arch != "qwen2":
+    writer.add_key_length(cfg.head_dim)
+    writer.add_value_length(cfg.head_dim)
+  if arch == "qwen3moe":
+    writer.add_expert_count(cfg.num_experts)
+    writer.add_expert_used_count(cfg.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(cfg.moe_intermediate_size)
+  tok = vocab.tiny_tokenizer()
+  symbols = [tok.backend.id_to_token(i) for i in range(259)]
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("qwen2")
+  writer.add_token_list(symbols + [pair.replace(" ", "") for pair in PAIRS])
+  writer.add_token_types([3] * 3 + [1] * (256 + len(PAIRS)))
+  writer.add_token_merges(PAIRS)
+  writer.add_eos_token_id(2)
+  names = gguf.get_tensor_name_map(
+    next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch),
+    cfg.num_hidden_layers,
+  )
+  tensors = {}
+  for name, x in hf.state_dict().items():
+    if name.endswith("gate_up_proj"):  # of the experts in transformers' memory
+      gate, up = x.chunk(2, dim=1)
+      front = name.removesuffix("gate_up_proj")
+      tensors |= {f"{front}gate_proj": gate, f"{front}up_proj": up}
+    elif name != "lm_head.weight" or not cfg.tie_word_embeddings:
+      tensors[name] = x
+  for name, x in tensors.items():
+    module, _, kind = name.rpartition(".")
+    module, kind = (module, kind) if kind in ("weight", "bias") else (name, "weight")
+    writer.add_tensor(f"{names.get_name(module)}.{kind}", x.contiguous().numpy())
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
 def test_rotary_frequencies_are_those_of_transformers():
   """Of published settings, at their real sizes."""
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -490,22 +575,23 @@ def test_mxfp4_experts_are_read(tmp_path):
     weights.load(str(tmp_path))
 
 
-def test_the_language_model_of_one_that_sees_is_read(tmp_path):
-  """Gemma 3 from 4B on: its text part, whatever its tensors are called."""
-  hf = theirs("gemma3")
+@pytest.mark.parametrize("name, whole", [("gemma3",) * 2, ("ministral3", "mistral3")])
+def test_the_language_model_of_one_that_sees_is_read(tmp_path, name, whole):
+  """As Gemma 3 from 4B on: its text part, whatever its tensors are called."""
+  hf = theirs(name)
   hf.save_pretrained(tmp_path)
   write_tokenizer(tmp_path)
   want = weights.load(str(tmp_path))[1]
   file = tmp_path / "model.safetensors"
   tensors = safetensors.numpy.load_file(file)
   config = json.loads((tmp_path / "config.json").read_text())
-  whole = {"model_type": "gemma3", "text_config": config}
-  (tmp_path / "config.json").write_text(json.dumps(whole))
+  seeing = {"model_type": whole, "text_config": config}
+  (tmp_path / "config.json").write_text(json.dumps(seeing))
   for front in ("language_model.model.", "model.language_model."):
     renamed = {n.replace("model.", front, 1): x for n, x in tensors.items()}
     renamed["vision_tower.patches.weight"] = np.ones((2, 2), np.float32)
     safetensors.numpy.save_file(renamed, file)
     cfg, got, _ = weights.load(str(tmp_path))
-    assert cfg.family == "gemma3_text"
+    assert cfg.family == hf.config.model_type
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_array_equal(a, b)

@@ -609,7 +609,7 @@ def test_an_untied_gguf_file_is_read(tmp_path):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"arch": "qwen3"}, "unknown architecture 'qwen3'"),
+    ({"arch": "gpt2"}, "unknown architecture 'gpt2'; known: llama, gemma3"),
     ({"pre": "llama-bpe"}, "tokenizer 'gpt2' with splitting 'llama-bpe'"),
     ({"turned": 4}, "rotary embedding of 4 of 6"),
     ({"merges": ["a zz"]}, "merges that the vocabulary does not know"),
