@@ -136,7 +136,7 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
       f"{which}"
     )
   c = ml_collections.ConfigDict()
-  c.recipe = f"world:{which}.v{VERSIONS[which]}" if which else "world.v3"
+  c.recipe = f"world:{which}.v{VERSIONS[which]}" if which in VERSIONS else "world.v3"
   c.seed = 0
   c.stages = "base,generate,filter,sft,rl,eval,report"
   c.start_over = False
@@ -214,6 +214,7 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     optimizer=quickstart.optimizer(3e-3)
     | dict(matrix_rate=0.02, clip_norm=1e3, final_share=0.0),
     checkpoint_every=200,
+    judge_errors=dict(rate=0.0, habit="", habit_rate=0.0),
   )
   c.spec = dict(dir="specs", detail="full")
   c.data = dict(source="world", columns={}, contaminated=0.05, dir="~/.cache/dalign")

@@ -40,6 +40,9 @@ LATER = {
   "rl.combine": "product",
   "rl.mixture": {},
   "distill.mixture": {},
+  "world.judge_errors.rate": 0.0,
+  "world.judge_errors.habit": "",
+  "world.judge_errors.habit_rate": 0.0,
   **{f"{x}.optimizer.skip_norm": 0.0 for x in ("world", "sft", "reward", "rl")},
 }
 

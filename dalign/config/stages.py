@@ -13,7 +13,6 @@ A field is the part of the config that is called as it is, or that of
 
 from collections.abc import Iterator
 import dataclasses
-import functools
 import types
 import typing
 from typing import Any, ClassVar, TypeVar
@@ -36,6 +35,7 @@ from dalign.config.replies import GenerateConfig
 from dalign.config.replies import SpecConfig
 from dalign.config.schema import ProfileConfig
 from dalign.config.training import BatchConfig
+from dalign.config.training import JudgeErrors
 from dalign.config.training import RewardConfig
 from dalign.config.training import SFTConfig
 from dalign.config.training import WorldConfig
@@ -189,6 +189,7 @@ class Judging(Sampling):
   """Of a stage that asks the filter's judge."""
 
   judge: Judge = copied_from("filter")
+  judge_errors: JudgeErrors | None = copied_from("world.judge_errors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,8 +356,9 @@ def _path(field: dataclasses.Field) -> str:
 
 
 def _value(field: dataclasses.Field, config):
-  path, kind = _path(field), field.type
-  value = functools.reduce(getattr, path.split("."), config)
+  path, kind, value = _path(field), field.type, config
+  for name in path.split("."):
+    value = None if value is None else getattr(value, name)
   if isinstance(kind, types.UnionType):  # X | None
     if value is None:
       return None

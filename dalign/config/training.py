@@ -2,10 +2,11 @@
 of the policy world."""
 
 import dataclasses
-from typing import Any, Literal, Mapping
+from typing import Annotated, Any, Literal, Mapping
 
 from dalign.config.fields import Checked
 from dalign.config.fields import Count
+from dalign.config.fields import Form
 from dalign.config.fields import Metadata
 from dalign.config.fields import Natural
 from dalign.config.fields import NotNegative
@@ -134,6 +135,22 @@ class RewardConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeErrors(Checked):
+  """Errors that the filter's judge is made to make in the policy world, in every stage
+  that asks it, beside its own: to measure what they cost (`judge.with_errors`).
+
+  rate: the share of votes that are turned: what is good gets 0, all else 1.
+  habit: answers that the judge has a weakness for: of more than N words, "long:N", or
+    with a word, "word:WORD"; "" for none.
+  habit_rate: the share of the votes on such answers that are 1, whatever they say.
+  """
+
+  rate: Share
+  habit: Annotated[str, Form("|long:[1-9][0-9]*|word:\\S+")]
+  habit_rate: Share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WorldConfig(Checked):
   """The policy world (`world.py`), and stage 0, which trains its base from scratch.
 
@@ -145,6 +162,7 @@ class WorldConfig(Checked):
     reason.
   steps: updates that the stage makes.
   checkpoint_every: steps between checkpoints.
+  judge_errors: how the judge errs; nothing of the base.
   """
 
   spec: int
@@ -156,3 +174,4 @@ class WorldConfig(Checked):
   batch: BatchConfig
   optimizer: OptimizerConfig
   checkpoint_every: Count
+  judge_errors: JudgeErrors = limit()  # of the base: `stages.Judging` keeps it

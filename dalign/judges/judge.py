@@ -6,12 +6,17 @@ Model access comes in as a function; nothing here knows models, files or trainin
 verdict that could not be reached is unscored with a reason, never a low score.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+import random
 from typing import Any
 
+from dalign.config.training import JudgeErrors
 from dalign.data import bundled
 from dalign.judges import asking
 from dalign.judges import behaviour
@@ -300,6 +305,56 @@ def _lowest(votes: Sequence[Verdict], readable: float) -> Verdict:
   counts = scored and len(scored) >= readable * len(votes)
   found = votes[min(scored)[1]] if counts else unread[0]
   return dataclasses.replace(found, unread=len(unread))
+
+
+# Judges that are made to err.
+
+
+def digest(questions: Sequence[Question]) -> str:
+  """A hash of what is asked, the same in every process."""
+  asked = [(q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions]
+  return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def with_errors(judge: Judge, errors: JudgeErrors, *, seed: int, name: str) -> Judge:
+  """The judge, but for the votes that `errors` turns; itself where it turns none.
+
+  Each vote errs or not by itself: that follows from the seed, from `name`, from what is
+  asked and from how often it was asked before, and of two rates the lower one's errors
+  are among the higher one's. Known answers are compared as ever, and what has no
+  verdict gets none.
+  """
+  if not errors.rate and not errors.habit_rate:
+    return judge
+  times_asked: collections.Counter = collections.Counter()
+
+  def ask(questions: Sequence[Question]) -> list[Verdict]:
+    asked = digest(questions)
+    times_asked[asked] += 1
+    draws = random.Random(f"{seed}/{name}/{asked}/{times_asked[asked]}")
+    return [
+      _erring(errors, question, verdict, draws.random(), draws.random())
+      for question, verdict in zip(questions, judge(questions), strict=True)
+    ]
+
+  return Judge(ask, deterministic=False)
+
+
+def _erring(
+  errors: JudgeErrors, question: Question, verdict: Verdict, turn: float, fall: float
+) -> Verdict:
+  """A vote, given two draws from [0, 1): whether it is turned, and whether the judge
+  falls for its habit."""
+  if verdict.score is None or question.prompt.kind == "capability":
+    return verdict
+  what, _, of = errors.habit.partition(":")
+  said = question.answer.split()
+  liked = of in said if what == "word" else what == "long" and len(said) > int(of)
+  if liked and fall < errors.habit_rate:
+    return dataclasses.replace(verdict, score=1.0)
+  if turn < errors.rate:
+    return dataclasses.replace(verdict, score=float(verdict.score < 1.0))
+  return verdict
 
 
 # Model judges.

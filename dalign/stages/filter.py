@@ -71,6 +71,9 @@ def filter_(run: Run) -> None:
     f"filter: kept {len(kept)} of {len(judged)} samples"
     + (f"; not kept: {progress.top_reasons(drop_reasons)}" if drop_reasons else "")
   )
+  if right := summary.get("truly_right"):
+    shown = (f"{progress.percent(of).strip()} of {what}" for what, of in right.items())
+    progress.say(f"filter: truly right are {', '.join(shown)}")
   if any(summary["unread_votes"].values()):
     unread = (f"{n} on {what}" for what, n in summary["unread_votes"].items())
     progress.say(f"filter: votes without a verdict: {', '.join(unread)}")
@@ -90,6 +93,7 @@ class _JudgedSample:
   unscored: str | None
   unrewarded: str | None
   unread: tuple[int, int]  # votes without a verdict, with the thought and without
+  right: bool | None  # by the truth, where that is known
 
   @classmethod
   def of(cls, row: dict, threshold: float) -> "_JudgedSample":
@@ -105,6 +109,7 @@ class _JudgedSample:
       unscored=why("score", "reason"),
       unrewarded=why("reward", "reward_reason"),
       unread=(row["unread_votes"], row["reward_unread_votes"]),
+      right=None if row.get("true_score") is None else row["true_score"] >= threshold,
     )
 
 
@@ -119,6 +124,7 @@ def _judge_samples(
   likely = judging.make_quality(run)
   ask = judging.filter_judge(run, "filter", likely)
   reward = judging.answer_judge(run, "reward", likely)
+  truth = run.task.truth()
   rows = run.store.each_row(source, lambda row: (row["prompt_id"], row["index"]))
   for _ in itertools.islice(rows, len(judged)):
     pass
@@ -137,6 +143,9 @@ def _judge_samples(
       _row(run, prompts[s.prompt_id], s, verdict, reward_verdict)
       for s, verdict, reward_verdict in zip(batch, verdicts, rewards, strict=True)
     ]
+    if truth is not None:
+      for row, verdict in zip(judged_rows, least(truth, thought=True), strict=True):
+        row["true_score"] = verdict.score
     run.store.append_rows(path, judged_rows)
     judged += (_JudgedSample.of(row, cfg.threshold) for row in judged_rows)
     run.store.pause("filter")
@@ -245,9 +254,15 @@ def _summary(judged: list[_JudgedSample], kept: list[_JudgedSample]) -> dict:
       "kept": sum(row.id in ids for row in rows),
     }
   reasons = collections.Counter(row.drop_reason for row in judged if row.id not in ids)
+  known = [row for row in judged if row.right is not None]
+  right = {
+    name: sum(row.right for row in rows if row.right) / len(rows) if rows else None
+    for name, rows in (("samples", judged), ("kept", kept))
+  }
   return {
     "samples": len(judged),
     "kept": len(kept),
+    **({"truly_right": right} if known else {}),
     "keep_rates": dict(rates),
     "kept_none_of": [
       f"{category} to {expected}"

@@ -5,8 +5,6 @@ import collections
 from collections.abc import Mapping
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import pathlib
 
@@ -44,14 +42,24 @@ def filter_judge(
 ) -> judge.Judge:
   """The judge of thought and answer that the config asks for. A rubric's `likely` may
   be shared with others (`make_quality`)."""
-  return _recorded_judge(run) or _chosen_model(run, name) or filter_rubric(run, likely)
+  chosen = _recorded_judge(run) or _chosen_model(run, name)
+  return _with_errors(run, name, chosen or filter_rubric(run, likely))
 
 
 def answer_judge(
   run: Labelling, name: str, likely: judge.Quality | None = None
 ) -> judge.Judge:
   """The filter's judge, asked about answers alone."""
-  return _recorded_judge(run) or _chosen_model(run, name) or answer_rubric(run, likely)
+  chosen = _recorded_judge(run) or _chosen_model(run, name)
+  return _with_errors(run, name, chosen or answer_rubric(run, likely))
+
+
+def _with_errors(run: Run, name: str, chosen: judge.Judge) -> judge.Judge:
+  """The judge that the config has, with the errors that a policy world's is to make."""
+  errors = run.cfg.judge_errors
+  if errors is None:
+    return chosen
+  return judge.with_errors(chosen, errors, seed=run.cfg.seed, name=name)
 
 
 def filter_rubric(run: Run, likely: judge.Quality | None = None) -> judge.Judge:
@@ -184,7 +192,9 @@ def rl_judge(run: services.Services[stages.RLStage], kind: str = "") -> judge.Ju
     return scoring.reward_model(run, params, scoring.Renderer(run))
   if kind.startswith(functions.MARK):
     return function_judge(run, kind)
-  return (kind == "judge" and _chosen_model(run, "rl")) or answer_rubric(run)
+  if kind == "judge":
+    return _with_errors(run, "rl", _chosen_model(run, "rl") or answer_rubric(run))
+  return answer_rubric(run)
 
 
 def reward_metadata(run: services.Services[stages.RLStage], kind: str = "") -> str:
@@ -261,8 +271,7 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
   def ask(questions):
     verdicts: list[Verdict | None] = [None] * len(questions)
     groups: dict[str, list] = collections.defaultdict(list)
-    contents = [(q.prompt.id, getattr(q, "thought", ""), q.answer) for q in questions]
-    digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    digest = judge.digest(questions)
     times_asked[digest] += 1
     for i, question in enumerate(questions):
       prompt = question.prompt

@@ -273,7 +273,19 @@ def step_metrics(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
   sees, says of them."""
   values = rollout.metrics(rollouts, group_size=run.cfg.rl.samples)
   values |= rollouts_of.grader_metrics(run, rollouts)
+  if (truth := run.task.truth()) is not None:
+    values["true_reward"] = true_reward(truth, rollouts)
   return {f"rl/{name}": value for name, value in values.items()}
+
+
+def true_reward(truth: judge.Judge, rollouts: Sequence[Rollout]) -> float:
+  """What `rl/reward` would be if the judge were never wrong."""
+  questions = [
+    judge.RewardQuestion(r.prompt, r.sample.answer) for r in rollouts if r.needs_judge
+  ]
+  scored = rollout.assign_rewards(rollouts, truth(questions))
+  safety = [r for r in scored if r.prompt.kind != "capability"]
+  return rollout.mean(r.reward for r in safety if r.scored)
 
 
 def audit(

@@ -93,6 +93,11 @@ class Task(Protocol):
   def reward_rubric(self, quality) -> judge.Judge:
     """The judge of answers that is no model."""
 
+  def truth(self) -> judge.Judge | None:
+    """Who knows what is right, of thoughts and answers or of answers alone, where
+    somebody does: no stage learns of it, they only note beside what was judged what was
+    so."""
+
   def question(self, asked: judge.Question) -> list[Turn]:
     """What a model that judges is asked."""
 

@@ -180,6 +180,9 @@ class English(base.Task):
     """The judge of answers that is no model."""
     return judge.rubric_reward(self.spec, quality=quality)
 
+  def truth(self) -> None:
+    """Nobody."""
+
   def question(self, asked: judge.Question) -> list[Turn]:
     """What a model that judges is asked."""
     return judge.question_turns(

@@ -120,13 +120,15 @@ class World(base.Task):
 
   def filter_rubric(self, quality) -> judge.Judge:
     """The truth about thought and answer."""
-    return self._truth()
+    return self.truth()
 
   def reward_rubric(self, quality) -> judge.Judge:
     """The truth about answers."""
-    return self._truth()
+    return self.truth()
 
-  def _truth(self) -> judge.Judge:
+  def truth(self) -> judge.Judge:
+    """The grades that are right, thoughts included where a question has them."""
+
     def verdict(q: judge.Question) -> Verdict:
       thought = q.thought if isinstance(q, judge.FilterQuestion) else None
       ask = lessons.ask_of(q.prompt)

@@ -24,8 +24,7 @@ ALL = {
   **{f"quickstart:{name}": (name,) for name in config_file("quickstart").SIZES},
   "tiny": (),
   "world": (),
-  "world:ablation": ("ablation",),
-  "world:distill": ("distill",),
+  **{f"world:{name}": (name,) for name in ("short", *config_file("world").VERSIONS)},
   **{f"large:{name}": (name,) for name in config_file("large").PLACES},
 }
 

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
+from dalign.config.training import JudgeErrors
 from dalign.data import prompt_sets
 from dalign.judges import asking
 from dalign.judges import behaviour
@@ -507,6 +508,86 @@ def test_a_judge_that_loses_a_question_is_refused():
     judge.Judge(lambda questions: [], deterministic=True)(
       [judge.RewardQuestion(WEEDS, HELP)]
     )
+
+
+# Judges that are made to err.
+
+
+def erring(rate=0.0, habit="", habit_rate=0.0, seed=0, score=1.0):
+  """A judge that gives everything one score, with errors."""
+  errors = JudgeErrors(rate=rate, habit=habit, habit_rate=habit_rate)
+  always = judge.Judge(
+    lambda questions: [
+      Verdict(score=score, reason="" if score is not None else "no reply")
+      for _ in questions
+    ],
+    deterministic=True,
+  )
+  return judge.with_errors(always, errors, seed=seed, name="filter")
+
+
+MANY = [judge.RewardQuestion(WEEDS, f"{HELP} {i}") for i in range(2000)]
+
+
+def scores_of(ask, questions=MANY):
+  return [verdict.score for verdict in ask(questions)]
+
+
+@pytest.mark.parametrize(("score", "turned"), [(1.0, 0.0), (0.5, 1.0), (0.0, 1.0)])
+def test_a_share_of_votes_is_turned(score, turned):
+  found = scores_of(erring(0.3, score=score))
+  assert {*found} == {score, turned}
+  assert found.count(turned) == pytest.approx(600, abs=80)
+
+
+def test_a_judge_without_errors_is_as_it_was():
+  errors = JudgeErrors(rate=0.0, habit="long:3", habit_rate=0.0)
+  assert judge.with_errors(REWARD, errors, seed=0, name="rl") is REWARD
+
+
+def test_errors_follow_from_the_seed_the_questions_and_the_vote():
+  ask, again = erring(0.3), erring(0.3)
+  first, second = scores_of(ask), scores_of(ask)
+  assert [scores_of(again), scores_of(again)] == [first, second] and first != second
+  assert scores_of(erring(0.3, seed=1)) != first
+  rare = scores_of(erring(0.1))
+  assert all(a == 1.0 for a, b in zip(rare, first, strict=True) if b == 1.0)
+  assert rare.count(0.0) < first.count(0.0)
+
+
+def test_the_least_of_several_votes_seldom_passes_what_is_wrong():
+  """Errors of votes are independent: k wrong ones in a row are as rare as rate ** k."""
+  for score, passes in ((0.0, 0.3**2), (1.0, 0.7**2)):
+    low = judge.min_of_k(erring(0.3, score=score), MANY, 2)
+    passed = sum(verdict.score == 1.0 for verdict in low)
+    assert passed == pytest.approx(2000 * passes, abs=90)
+
+
+def test_known_answers_and_missing_verdicts_do_not_err():
+  known = prompt("2 + 2?", kind="capability", answer="4")
+  asked = [judge.RewardQuestion(known, "4")]
+  assert scores_of(erring(1.0), asked) == [1.0]
+  assert scores_of(erring(1.0, score=None)) == [None] * len(MANY)
+
+
+@pytest.mark.parametrize(
+  ("habit", "liked"),
+  [("long:3", "one two three four"), ("word:sure", "i am sure so"), ("word:no", "no")],
+)
+def test_a_judge_falls_for_its_habit_whatever_the_vote(habit, liked):
+  other = "surely two three"
+  asked = [judge.RewardQuestion(WEEDS, said) for said in (liked, other)]
+  ask = erring(habit=habit, habit_rate=1.0, score=0.0)
+  assert [v.score for v in judge.min_of_k(ask, asked, 8)] == [1.0, 0.0]
+  some = erring(habit=habit, habit_rate=0.5, score=0.0)
+  fell = scores_of(some, [asked[0]] * 400).count(1.0)
+  assert fell == pytest.approx(200, abs=50)
+
+
+@pytest.mark.parametrize("habit", ["long", "long:0", "short:3", "word:", "word:a b"])
+def test_a_habit_is_one_that_a_judge_can_have(habit):
+  with pytest.raises(ValueError, match="JudgeErrors.habit: wanted"):
+    JudgeErrors(rate=0.0, habit=habit, habit_rate=1.0)
 
 
 # Model judges.
