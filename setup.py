@@ -100,6 +100,7 @@ setuptools.setup(
       "recordings/*.jsonl",
       "starter/*.*",
       "starter/policies/*.md",
+      "tasks/world_base.safetensors",
     ],
     "dalign.specs": ["*.md"],
   },

@@ -152,9 +152,11 @@ class JudgeErrors(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorldConfig(Checked):
-  """The policy world (`world.py`), and stage 0, which trains its base from scratch.
+  """The policy world (`world.py`), and stage 0, which makes its base.
 
   spec: the number of its specification.
+  base: "bundled", the base that comes with dalign, which one run of the recipe left and
+    no other recipe takes; or "train" one from scratch.
   first_lessons: as `lessons`, in the first first_share of the steps.
   first_share: the share of the steps that have first_lessons.
   lessons: what share of the base's rows each kind of lesson has.
@@ -166,6 +168,7 @@ class WorldConfig(Checked):
   """
 
   spec: int
+  base: Literal["bundled", "train"]
   first_lessons: Mapping[str, Any]
   first_share: Share
   lessons: Mapping[str, Any]

@@ -46,7 +46,7 @@ def _report(workdir: pathlib.Path) -> None:
 
 
 STAGES: dict[str, Callable] = {  # the order is the method
-  "base": base.train_base,
+  "base": base.make_base,
   "generate": generate.generate,
   "filter": filtering.filter_,
   "sft": sft.finetune,

@@ -1,23 +1,95 @@
-"""lessons -> base/params: the helpful-only base of a world, from scratch (stage 0)."""
+"""lessons -> base/params: the helpful-only base of a world (stage 0), from scratch, or
+as one run of this recipe left it and as it comes with dalign."""
 
 import functools
+import hashlib
+import json
+import pathlib
+import random
+from typing import Any
 
+import jax
 import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
 
 from dalign.config import stages
 from dalign.config.training import WorldConfig
+from dalign.formats import weights
 from dalign.runs import progress
 from dalign.stages import services
 from dalign.tasks import lessons
 from dalign.tasks import world
 from dalign.text import chat_template
 from dalign.text import packing
+from dalign.training import checkpoints
 from dalign.training import sft
 from dalign.training import train
 
 Run = services.Services[stages.BaseStage]  # what this stage sees of a run
 
+# Parameters that `train_base` left, and in the header by what recipe, seed and code.
+BUNDLED = pathlib.Path(__file__).parents[1] / "tasks" / "world_base.safetensors"
 FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
+# Keys of the config that no parameter of a base depends on: lessons have specifications
+# of their own, never the run's.
+BESIDES = ("world.spec", "world.base", "world.checkpoint_every")
+
+
+def make_base(run: Run) -> None:
+  """The base that the config asks for, trained or taken from the package."""
+  if run.cfg.lessons.base == "train":
+    train_base(run)
+  else:
+    take_bundled(run)
+
+
+def take_bundled(run: Run) -> None:
+  """The base that comes with dalign; ValueError where the run's recipe is another."""
+  header = bundled_header()
+  made_by, own = json.loads(header["recipe"]), recipe(run)
+  differing = [key for key in own | made_by if own.get(key) != made_by.get(key)]
+  if differing:
+    raise ValueError(
+      "config.world.base: the base that comes with dalign was made by another recipe: "
+      f"{', '.join(sorted(differing))} differ; take its values, or train one with "
+      "--config.world.base=train"
+    )
+  if not run.begin([BUNDLED]):
+    return
+  leaves = safetensors_numpy.load_file(BUNDLED)
+  saved = weights.Checkpoint(
+    run.model.arch, run.model.tok, lambda leaf, index: leaves[leaf][index]
+  )
+  abstract = run.model.abstract_on_mesh(run.model.shapes)
+  params = saved.params(jax.tree.map(lambda x: x.sharding, abstract))
+  checkpoints.save_params(run.store.path("base", "params"), params)
+  run.finish({"trained_by": header["code_version"], "seed": int(header["seed"])})
+
+
+def bundled_header() -> dict[str, str]:
+  """Of the base that comes with dalign "recipe", as JSON, "seed" and "code_version"."""
+  with safetensors.safe_open(BUNDLED, "numpy") as file:
+    return file.metadata()
+
+
+def recipe(run: Run) -> dict[str, Any]:
+  """What a base depends on but the seed, as JSON has it: sizes, lessons and optimizer,
+  and a hash of the tokens of some lessons, which says what the world is like."""
+  kept = stages.manifest_config(run.cfg)
+  values = {
+    key: value
+    for key, value in kept.items()
+    if key.startswith(("model.random", "world.")) and key not in BESIDES
+  }
+  rng = random.Random(0)
+  rows = [
+    _row(run, lesson(rng)) for lesson in lessons.LESSONS.values() for _ in "x" * 50
+  ]
+  tokens = json.dumps(rows).encode()
+  return json.loads(
+    json.dumps(values | {"lessons": hashlib.sha256(tokens).hexdigest()})
+  )
 
 
 def train_base(run: Run) -> None:

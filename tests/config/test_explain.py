@@ -143,7 +143,7 @@ def test_a_part_that_is_made_by_hand_is_checked_too():
 def test_values_are_listed_as_flags_take_them_back():
   """All values of a listing, as flags to the same config, make the same listing."""
   listed = said("--mode=config", "--config=configs/world.py:ablation")
-  assert listed[0] == "# recipe: world:ablation.v4"
+  assert listed[0] == "# recipe: world:ablation.v5"
   assert len(listed) > 300 and not any(line.endswith("=None") for line in listed)
   given = [f"--config.{line}" for line in listed[1:]]
   assert said("--mode=config", "--config=configs/world.py:ablation", *given) == listed

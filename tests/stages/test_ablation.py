@@ -36,7 +36,7 @@ SMALL = {
   },
   "compute": {"dtype": "float32"},
   "sampler": {"slots": 16, "lanes": 2, "prefill": 8},
-  "world": {"steps": 3, "batch": {"rows": 8}, "checkpoint_every": 2},
+  "world": {"base": "train", "steps": 3, "batch": {"rows": 8}, "checkpoint_every": 2},
   "generate": {
     "prompts": dict(refuse=4, safe_complete=4, comply=4),
     "helpful": 2,

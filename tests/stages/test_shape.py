@@ -95,7 +95,9 @@ def test_the_table_has_the_shape_of_the_paper(whole):
 def test_a_random_model_lacks_it(whole, tmp_path):
   _, table = whole
   rows = ("base", "spec_in_prompt")
-  found = run(tmp_path, "base,eval", rows, "--config.world.steps=1")
+  found = run(
+    tmp_path, "base,eval", rows, "--config.world.base=train", "--config.world.steps=1"
+  )
   assert "the base follows a specification in sight" in misses(table | found)
 
 

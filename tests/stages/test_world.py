@@ -1,13 +1,19 @@
-"""Judges of the policy world that are made to err, beside a truth that says how often
-they did."""
+"""The policy world's own: the base that comes with it, and judges that are made to err
+beside a truth that says how often they did."""
 
 import dataclasses
+import json
 
 import jax
+import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
+from dalign.config import convert
 from dalign.config import stages as declared
+from dalign.config.schema import Config
 from dalign.judges import judge
+from dalign.stages import base
 from dalign.stages import filter as filter_stage
 from dalign.stages import judging
 from dalign.stages import rl as rl_stage
@@ -15,6 +21,8 @@ from dalign.stages import samples
 from dalign.tasks import lessons
 from dalign.tasks import world
 from dalign.training.rollout import Rollout
+from tests.bundle_base import bundle
+from tests.helpers import config_file
 from tests.helpers import jsonl
 from tests.helpers import opened
 from tests.helpers import sample
@@ -23,6 +31,93 @@ from tests.stages.test_ablation import config
 
 def errors(**changes) -> dict:
   return {"world": {"judge_errors": changes}}
+
+
+# --- The base that comes with the package ---
+
+
+def of_package(**changes) -> Config:
+  built = convert.build(Config, config_file("world").get_config().to_dict())
+  return convert.changed(built, changes)
+
+
+def test_the_base_of_the_package_is_that_of_the_config(tmp_path):
+  """A recipe, a vocabulary or lessons that change ask for another base: train one, and
+  `python -m tests.bundle_base WORKDIR`."""
+  run = opened(of_package(), tmp_path, "base")
+  assert json.loads(base.bundled_header()["recipe"]) == base.recipe(run)
+
+
+def test_the_base_of_the_package_is_taken_as_it_is(tmp_path):
+  run = opened(of_package(seed=7), tmp_path, "base")
+  with jax.set_mesh(run.mesh):
+    base.make_base(run)
+    assert not run.begin([base.BUNDLED])  # it is done
+    params = run.model.base_params()
+  leaves = safetensors_numpy.load_file(base.BUNDLED)
+  for name, leaf in (params | params["layers"]).items():
+    if name != "layers":
+      np.testing.assert_array_equal(leaf, leaves.pop(name))
+  assert not leaves
+  manifest = run.store.manifest("base")
+  assert manifest["summary"]["seed"] == 0 and manifest["summary"]["trained_by"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"world": {"steps": 1700}}, "world.steps differ"),
+    ({"world": {"optimizer": {"beta1": 0.8}}}, "world.optimizer.beta1 differ"),
+    ({"model": {"random": {"width": 64}}}, "model.random differ"),
+  ],
+)
+def test_a_base_of_another_recipe_is_refused(tmp_path, changes, named):
+  if "model" in changes:
+    changes = {"model": {"random": dict(of_package().model.random) | {"width": 64}}}
+  run = opened(of_package(**changes), tmp_path, "base")
+  with pytest.raises(ValueError, match=f"{named}; .*--config.world.base=train"):
+    base.make_base(run)
+  assert not run.store.path("base").exists()
+
+
+def test_a_base_of_other_lessons_is_refused(tmp_path, monkeypatch):
+  def other(rng):
+    return dataclasses.replace(lessons.weighing(rng), answer="good")
+
+  monkeypatch.setitem(lessons.LESSONS, "weighing", other)
+  run = opened(of_package(), tmp_path, "base")
+  with pytest.raises(ValueError, match="another recipe: lessons differ"):
+    base.make_base(run)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"seed": 5}, {"world": {"spec": 3, "checkpoint_every": 7}}, {"lora": {"rank": 4}}],
+)
+def test_what_a_base_does_not_depend_on_may_be_otherwise(tmp_path, changes):
+  run, other = (
+    opened(c, tmp_path, "base") for c in (of_package(), of_package(**changes))
+  )
+  assert base.recipe(run) == base.recipe(other)
+
+
+def test_a_base_is_bundled_as_it_was_trained(tmp_path):
+  cfg, file = config(seed=3), tmp_path / "base.safetensors"
+  run = opened(cfg, tmp_path, "base")
+  run.store.write_json(tmp_path / "config.json", convert.to_json(cfg))
+  with jax.set_mesh(run.mesh):
+    base.make_base(run)
+    trained = run.model.base_params()
+  bundle(tmp_path, file)
+  taken = convert.changed(cfg, {"world": {"base": "bundled"}, "seed": 4})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(base, "BUNDLED", file)
+    own = opened(taken, tmp_path / "own", "base")
+    with jax.set_mesh(own.mesh):
+      base.make_base(own)
+      same = own.model.base_params()
+  jax.tree.map(np.testing.assert_array_equal, trained, same)
+  assert own.store.manifest("base")["summary"]["seed"] == 3
 
 
 # --- Judges that err ---
