@@ -3,12 +3,15 @@
   python -m dalign.main --config=configs/world.py --workdir=runs/world
   python -m dalign.main --config=configs/world.py:ablation --workdir=runs/ablation
   python -m dalign.main --config=configs/world.py:distill --workdir=runs/distilled
+  python -m dalign.main --config=configs/world.py:noise --workdir=runs/noise
   python -m dalign.main --config=configs/world.py:headroom --workdir=runs/headroom
 
 The first trains one model by SFT and RL, the second all arms, of one seed or more
 (--config.ablation.seeds="(0,1,2)"), the third one by SFT on 300 rows and distillation.
-The last asks what RL and distillation add to SFT on 300 rows. All begin with the base
-that comes with dalign; with --config.world.base=train each seed trains its own.
+The last two ask a question each: what the least of k votes is worth with a judge that
+errs, and what RL and distillation add to SFT on 300 rows (docs/results.md). All begin
+with the base that comes with dalign; with --config.world.base=train each seed trains
+its own.
 
 At b39607a, in a fresh clone on two CPU cores, all arms that there were of seed 0 took
 26.8 minutes, of which the stages of the first command 12.6 (base 559 s, generate 8,
@@ -135,9 +138,47 @@ HEADROOM = ABLATION | dict(
 )
 
 
-ARMS = dict(ablation=ABLATION, short=ABLATION, headroom=HEADROOM)
-SIZES = ("distill", "headroom")
-VERSIONS = dict(ablation=5, distill=2, headroom=1)
+def _noise() -> dict:
+  """What the least of k votes is worth, by the share of votes that are wrong: SFT on
+  what a judge keeps that knows the truth and errs at that rate.
+
+  errs_R_votes_K: R% of its votes are turned, and the least of K counts; without errors,
+  "truth", K does not matter. ..._rows_300: SFT on 300 of the rows that are kept, since
+  more votes leave fewer rows (eight leave fewer than that). likes_long_votes_8: no vote
+  is turned, but all eight fall for answers of more than 8 words, which all safe
+  completions are. own_votes_K: the base judges, as in the other recipes.
+  """
+  grid = {
+    (rate, k): f"errs_{rate}_votes_{k}" for rate in (10, 30) for k in (1, 2, 4, 8)
+  }
+  equal = ["truth", *(grid[30, k] for k in (1, 2, 4))]
+  habit = dict(rate=0.0, habit="long:8", habit_rate=1.0)
+
+  def judged(votes: int, **changes) -> dict:
+    return _arm("sft", "filter sft", filter__votes=votes, **changes)
+
+  return dict(
+    seeds=(0, 1, 2),
+    shared=("base", "generate"),
+    arms={
+      "truth": judged(1),
+      **{
+        name: judged(k, world__judge_errors=dict(rate=rate / 100))
+        for (rate, k), name in grid.items()
+      },
+      **{
+        f"{name}_rows_300": _arm("sft", "sft", dict(filter=name), sft__most=300)
+        for name in equal
+      },
+      "likes_long_votes_8": judged(8, world__judge_errors=habit),
+      **{f"own_votes_{k}": judged(k, filter__judge="sampled") for k in (1, 8)},
+    },
+  )
+
+
+ARMS = dict(ablation=ABLATION, short=ABLATION, noise=_noise(), headroom=HEADROOM)
+SIZES = ("distill", "noise", "headroom")
+VERSIONS = dict(ablation=5, distill=2, noise=1, headroom=1)
 
 
 def get_config(which: str | None = None) -> ml_collections.ConfigDict:
@@ -371,6 +412,16 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     c.rl.steps = 20
     c.eval.update(dict(prompts=240, helpful=8, capability=48, budgets=()))
     c.eval.extra = {}
+  if which == "noise":
+    # So hot that some samples are wrong, which is what a judge is for: of 760 samples
+    # (190 prompts, seed 100) 100% were right at 1.0, 90% at 1.5 and 24% at 2.0.
+    c.generate.update(dict(batch=4, most=4, enough=4, temperature=1.65))
+    # Of the 1200 prompts of the other recipes SFT learns all that there is.
+    c.generate.prompts = dict(refuse=200, safe_complete=200, comply=200)
+    c.filter.judge = "rubric"  # the truth
+    c.sft.capability = 200
+    c.eval.budgets = ()
+    c.eval.extra = {name: c.eval.extra[name] for name in ("spelled", "begin")}
   if which == "distill":
     c.stages = "base,generate,filter,sft,distill,eval,report"
     c.sft.most = 300  # of all rows SFT learns all there is
