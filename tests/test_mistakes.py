@@ -214,7 +214,7 @@ MISTAKES = {
   ),
   "a split of another name": (
     lambda own: own.each(lambda row: row | {"split": "test"}),
-    "prompts.jsonl:1: wanted split as one of train, eval, got 'test'",
+    "prompts.jsonl:1: wanted split as one of train, rl, eval, got 'test'",
   ),
   "a split for one row": (
     lambda own: own.first(split="eval"),

@@ -76,6 +76,15 @@ TO_BE_SAID = {  # what README's table says in words, beside a flag
     "--config.eval.grader_endpoint.url=URL --config.eval.grader_endpoint.model=NAME"
   ),
   "--config=configs/large.py:NAME": "--config=configs/large.py:qwen3_8b",
+  **dict.fromkeys(
+    (
+      "--config.world.base=train",
+      "--config.world.judge_errors.rate=0.2",
+      "--config.world.judge_errors.habit=long:8 "
+      "--config.world.judge_errors.habit_rate=1.0",
+    ),
+    WORLD := "--config=configs/world.py",
+  ),
 }
 
 
@@ -114,6 +123,7 @@ def desk(tmp_path_factory) -> pathlib.Path:
   place.mkdir()
   for name in ("configs", "specs", "dalign", ".ci"):
     (place / name).symlink_to(ROOT / name)
+  (place / "bank").symlink_to(ROOT / "docs" / "bank")  # as the tutorial copies it
   for page in PAGES.values():
     for language in ("json", "markdown", "python", "yaml", "bash"):
       for title, content in blocks(page, language):
@@ -160,8 +170,8 @@ def test_every_flag_that_is_spoken_of_makes_a_config(desk):
       continue
     more = TO_BE_SAID.get(span, "")
     config = "" if "--config=" in span + more else "--config=configs/quickstart.py"
-    span = "" if "--config=" in more else span
-    lines.append(f"--workdir=runs/readme {config} {span} {more}")
+    span = "" if "--config=" in more and more != WORLD else span
+    lines.append(f"--workdir=runs/readme {config} {more} {span}")
   assert len(lines) > 30
   said = read_flags([shlex.split(line) for line in lines], desk)
   assert {line: error for line, error in zip(lines, said, strict=True) if error} == {}

@@ -196,9 +196,8 @@ def test_the_card_says_how_the_model_is_asked(exact, monkeypatch, capsys):
   [own] = model.replies([turns], max_new=model.budget, temperature=0.0)
   assert names["chat"].input_ids[0].tolist() == [*model.read(turns)]
   assert names["out"].tolist() == [*own.tokens[own.forced :]]
-  think = model.think.of(names["prompt"])
-  said = thinking.split_thought(think.open + names["text"], think)
-  assert said[:2] == (own.thought, own.answer) and own.thought
+  assert own.thought and own.thought in names["text"]
+  assert own.answer in names["text"]
 
 
 EXACT = dict(arms=("sft_rl",), temperature=0.0, max_new=48, prompts=3, trials=10)
@@ -1154,7 +1153,7 @@ def test_a_thought_has_a_budget_of_its_own(tmp_path, workdir):
   shutil.copytree(workdir, made)
   shutil.rmtree(made / "eval")
   more = {"eval.arms": ("base", "sft"), "eval.prompts": 4, "eval.max_think": 9}
-  budgets = {"eval.max_new": 3, "eval.budgets": (2,)}
+  budgets = {"eval.max_new": 3, "eval.budgets": (2,), "eval.unscored": 1.0}
   own = opened(tiny(**more, **budgets), made, "eval")
   evaluate_stage.evaluate(own)
   found = {arm: jsonl(made / "eval" / f"{arm}.jsonl") for arm in ("base", "sft")}

@@ -474,7 +474,10 @@ def test_rollouts_left_out_count_where_a_constant_divides(
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   run = run_of(how, cfg, compute)
   whole, _, grads = run(params, batch)
-  batch["left_out_B"][[0, 5]] = 1.0, 2.0
+  # A new array: a step that is still on its way may read the old one.
+  left_out_B = batch["left_out_B"].copy()
+  left_out_B[[0, 5]] = 1.0, 2.0
+  batch = batch | {"left_out_B": left_out_B}
   some, _, same = run(params, batch)
   np.testing.assert_allclose(some.total, whole.total, rtol=1e-6)
   np.testing.assert_allclose(some.count, whole.count + counted, rtol=1e-6)
