@@ -263,8 +263,8 @@ def _quickstart() -> ml_collections.ConfigDict:
     max_new=160,
     resample=0,
     unscored=0.5,  # of one step
-    # Bare refusals where they are due are wrong by its reward model, all of 9; those
-    # that the policy writes are not bare.
+    # Bare refusals where they are due are wrong by its reward model of 60 steps, all of
+    # 9 (3 of 9 after 200); those that the policy writes are not bare.
     judge_errors=1.0,
     scan_words=8,  # as sft.leak_words
     skip_kl=0.0,
