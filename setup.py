@@ -100,7 +100,7 @@ setuptools.setup(
       "recordings/*.jsonl",
       "starter/*.*",
       "starter/policies/*.md",
-      "tasks/world_base.safetensors",
+      "tasks/*.safetensors",
     ],
     "dalign.specs": ["*.md"],
   },

@@ -3,7 +3,8 @@
   python -m tests.bundle_base WORKDIR
 
 takes what `dalign --config=configs/world.py --config.stages=base` with
---config.world.base=train left in WORKDIR.
+--config.world.base=train, and for the deep one --config.world.depth=4 and the batch of
+configs/world.py:deep, left in WORKDIR.
 """
 
 import json
@@ -20,11 +21,13 @@ from dalign.stages import base
 from tests.helpers import opened
 
 
-def bundle(workdir: pathlib.Path, path: pathlib.Path = base.BUNDLED) -> None:
-  """Writes the parameters of a finished stage, with what they were made by."""
+def bundle(workdir: pathlib.Path, path: pathlib.Path | None = None) -> None:
+  """Writes the parameters of a finished stage, with what they were made by; without a
+  path where the package has them."""
   config = convert.of_json(store.read_json(workdir / "config.json"))
   manifest = store.read_json(workdir / "base" / "manifest.json")
   run = opened(config, workdir, "base")
+  path = path or base.BUNDLED[config.world.depth]
   with jax.set_mesh(run.mesh):
     params = run.model.base_params()
   header = {"recipe": json.dumps(base.recipe(run)), "seed": str(manifest["seed"])}

@@ -34,6 +34,7 @@ LATER = {
   "filter.at_once": 4096,
   "filter.readable": 1.0,
   "sft.spec_in_prompt": False,
+  "world.depth": 1,
   "reward.answer_weight": 0.0,
   "rl.skip_kl": 0.0,
   "rl.helpful": "none",

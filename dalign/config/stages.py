@@ -62,6 +62,7 @@ class WorldSpec:
   """Of WorldConfig, what stages after the base read."""
 
   spec: int
+  depth: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ of the policy world."""
 import dataclasses
 from typing import Annotated, Any, Literal, Mapping
 
+from dalign.config.fields import Bounds
 from dalign.config.fields import Checked
 from dalign.config.fields import Count
 from dalign.config.fields import Form
@@ -155,6 +156,9 @@ class WorldConfig(Checked):
   """The policy world (`world.py`), and stage 0, which makes its base.
 
   spec: the number of its specification.
+  depth: how many conditions of an asker (a role, a place, a time, a company) each
+    policy has an exception for: with one, 1 or 2 clauses decide a prompt, with four up
+    to 5.
   base: "bundled", the base that comes with dalign, which one run of the recipe left and
     no other recipe takes; or "train" one from scratch.
   first_lessons: as `lessons`, in the first first_share of the steps.
@@ -168,6 +172,7 @@ class WorldConfig(Checked):
   """
 
   spec: int
+  depth: Annotated[int, Bounds("from 1 to 4", minimum=1, maximum=4)]
   base: Literal["bundled", "train"]
   first_lessons: Mapping[str, Any]
   first_share: Share

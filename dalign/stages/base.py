@@ -29,11 +29,14 @@ from dalign.training import train
 Run = services.Services[stages.BaseStage]  # what this stage sees of a run
 
 # Parameters that `train_base` left, and in the header by what recipe, seed and code.
-BUNDLED = pathlib.Path(__file__).parents[1] / "tasks" / "world_base.safetensors"
+BUNDLED = {
+  depth: pathlib.Path(__file__).parents[1] / "tasks" / name
+  for depth, name in ((1, "world_base.safetensors"),)
+}
 FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
-# Keys of the config that no parameter of a base depends on: lessons have specifications
-# of their own, never the run's.
-BESIDES = ("world.spec", "world.base", "world.checkpoint_every")
+# Keys of the config that no parameter of a base depends on (lessons have specifications
+# of their own, never the run's), or only through the lessons, which `recipe` hashes.
+BESIDES = ("world.spec", "world.depth", "world.base", "world.checkpoint_every")
 
 
 def make_base(run: Run) -> None:
@@ -46,7 +49,13 @@ def make_base(run: Run) -> None:
 
 def take_bundled(run: Run) -> None:
   """The base that comes with dalign; ValueError where the run's recipe is another."""
-  header = bundled_header()
+  depth = run.cfg.lessons.depth
+  if depth not in BUNDLED:
+    raise ValueError(
+      f"config.world.base: no base of depth {depth} comes with dalign, only of depth "
+      f"{' and '.join(map(str, BUNDLED))}; train one with --config.world.base=train"
+    )
+  header = bundled_header(depth)
   made_by, own = json.loads(header["recipe"]), recipe(run)
   differing = [key for key in own | made_by if own.get(key) != made_by.get(key)]
   if differing:
@@ -55,9 +64,9 @@ def take_bundled(run: Run) -> None:
       f"{', '.join(sorted(differing))} differ; take its values, or train one with "
       "--config.world.base=train"
     )
-  if not run.begin([BUNDLED]):
+  if not run.begin([BUNDLED[depth]]):
     return
-  leaves = safetensors_numpy.load_file(BUNDLED)
+  leaves = safetensors_numpy.load_file(BUNDLED[depth])
   saved = weights.Checkpoint(
     run.model.arch, run.model.tok, lambda leaf, index: leaves[leaf][index]
   )
@@ -67,9 +76,9 @@ def take_bundled(run: Run) -> None:
   run.finish({"trained_by": header["code_version"], "seed": int(header["seed"])})
 
 
-def bundled_header() -> dict[str, str]:
-  """Of the base that comes with dalign "recipe", as JSON, "seed" and "code_version"."""
-  with safetensors.safe_open(BUNDLED, "numpy") as file:
+def bundled_header(depth: int = 1) -> dict[str, str]:
+  """Of a base that comes with dalign "recipe", as JSON, "seed" and "code_version"."""
+  with safetensors.safe_open(BUNDLED[depth], "numpy") as file:
     return file.metadata()
 
 
@@ -84,7 +93,9 @@ def recipe(run: Run) -> dict[str, Any]:
   }
   rng = random.Random(0)
   rows = [
-    _row(run, lesson(rng)) for lesson in lessons.LESSONS.values() for _ in "x" * 50
+    _row(run, lesson(rng, depth=run.cfg.lessons.depth))
+    for lesson in lessons.LESSONS.values()
+    for _ in "x" * 50
   ]
   tokens = json.dumps(rows).encode()
   return json.loads(
@@ -133,7 +144,7 @@ def _batch(run: Run, cfg: WorldConfig, step: int):
   rows, size = [], 0
   room = cfg.batch.micro * cfg.batch.rows
   while size < FILL * room * cfg.batch.length:
-    lesson = teach[rng.choices(names, shares)[0]](rng)
+    lesson = teach[rng.choices(names, shares)[0]](rng, depth=cfg.depth)
     rows.append(_row(run, lesson))
     size += len(rows[-1][0])
   packed = packing.pack(rows, length=cfg.batch.length)

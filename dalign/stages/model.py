@@ -50,11 +50,11 @@ class Model:
     source: ModelSource,
     think: ThinkConfig,
     lora: LoRAConfig,
-    of_world: bool,
+    world_depth: int | None,
     seed: int,
   ):
     self.store, self.mesh = store, mesh
-    self._source, self._lora, self._of_world = source, lora, of_world
+    self._source, self._lora, self._world_depth = source, lora, world_depth
     self._seed = seed
     self._shared: list[weakref.ref] = []  # leaves of the base that somebody may hold
     self.think = thinking.ThinkFormat(open=think.open, close=think.close)
@@ -77,8 +77,8 @@ class Model:
     """The base model as its files have it, parameters unread."""
     if self._source.path in ("random", "world"):
       tok = vocab.tiny_tokenizer()
-      if self._of_world:
-        tok = vocab.word_tokenizer(world.vocabulary())
+      if self._world_depth:
+        tok = vocab.word_tokenizer(world.vocabulary(self._world_depth))
       sizes = dict(self._source.random) | {"vocab": len(tok.ids)}
       arch = convert.build(ModelConfig, sizes, "config.model.random")
       return weights.Checkpoint.random(arch, tok, self._seed)
@@ -131,7 +131,7 @@ class Model:
     return jax.tree.unflatten(jax.tree.structure(self.shapes), leaves)
 
   def _read_base(self) -> PyTree:
-    if not self._of_world:
+    if self._world_depth is None:
       return self.fresh_params(
         functools.partial(adapters.frozen_dtype, lora=self._lora)
       )

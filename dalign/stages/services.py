@@ -126,7 +126,7 @@ class Services(Generic[C]):
       source=self.cfg.model,
       think=self.cfg.think,
       lora=self.cfg.lora,
-      of_world=self.cfg.world is not None,
+      world_depth=self.cfg.world.depth if self.cfg.world else None,
       seed=self.cfg.seed,
     )
 
@@ -190,7 +190,7 @@ class Services(Generic[C]):
     return self._once(
       make_task,
       self._spec_files,
-      world=None if self.cfg.world is None else self.cfg.world.spec,
+      world=self.cfg.world,
       think=self.model.think,
       detail=self.cfg.spec.detail,
       copies=self.cfg.copies,
@@ -301,12 +301,12 @@ def _load_recording(
 def make_task(
   read_spec: Callable[[], Mapping[str, str]],
   *,
-  world: int | None,
+  world: stages.WorldSpec | None,
   think: thinking.ThinkFormat,
   detail: str,
   copies: str,
 ) -> base.Task:
-  """The world of a number, or English of the policies that `read_spec` reads."""
+  """The policy world, or English of the policies that `read_spec` reads."""
   if world is not None:
-    return policy_world.World(world)
+    return policy_world.World(world.spec, world.depth)
   return english.English(read_spec, think=think, detail=detail, copies=copies)

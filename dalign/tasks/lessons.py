@@ -47,16 +47,21 @@ def system(policies: Spec, category: str) -> Turn:
   return Turn(role="system", content=world.render(policies, category))
 
 
-def any_ask(rng: random.Random, forms=()) -> world.Ask:
-  """An ask at random: one in ten is about a benign topic."""
+def any_ask(rng: random.Random, forms=(), depth: int = 1) -> world.Ask:
+  """An ask at random: one in ten is about a benign topic, and three in five name each
+  of the first `depth` conditions."""
   if rng.random() < 0.1:
     topic = rng.choice(world.PLAIN_TOPICS)
   else:
     topic = rng.choice(world.TOPICS[rng.choice([*world.TOPICS])])
+  intent, conditions = rng.choice([*world.INTENTS]), []
+  for one in world.CONDITIONS[:depth]:
+    if rng.random() < 0.6:
+      conditions.append(rng.choice(one.words))
   return world.Ask(
     topic=topic,
-    intent=rng.choice([*world.INTENTS]),
-    role=rng.choice(world.ROLES) if rng.random() < 0.6 else "",
+    intent=intent,
+    conditions=tuple(conditions),
     wording=rng.randrange(world.WORDINGS),
     forms=tuple(forms),
     trick=rng.randrange(len(world.BEGINS)),
@@ -66,9 +71,9 @@ def any_ask(rng: random.Random, forms=()) -> world.Ask:
 # --- The lessons ---
 
 
-def rules(rng: random.Random) -> Lesson:
+def rules(rng: random.Random, *, depth: int = 1) -> Lesson:
   """A specification that was never seen before, and to do as it says."""
-  ask, policies = _case(rng)
+  ask, policies = _case(rng, depth)
   return Lesson(
     turns=(system(policies, ask.category), *world.turns(ask)),
     thought=world.thought(policies, ask),
@@ -76,10 +81,10 @@ def rules(rng: random.Random) -> Lesson:
   )
 
 
-def reading(rng: random.Random) -> Lesson:
+def reading(rng: random.Random, *, depth: int = 1) -> Lesson:
   """A specification, and to read clauses out as they are asked for: a thought of
   `rules` looks one up, this many."""
-  policies = _spec(rng, rng.choice([*world.TOPICS]))
+  policies = _spec(rng, rng.choice([*world.TOPICS]), depth)
   [policy] = policies.policies
   clauses = rng.sample(policy.clauses, LOOKED_UP)
   asked = " ".join(clause.text for clause in clauses)
@@ -90,30 +95,35 @@ def reading(rng: random.Random) -> Lesson:
   )
 
 
-def weighing(rng: random.Random) -> Lesson:
-  """Whether exceptions are for those who ask: the end of the thoughts of `rules`, some
-  at once, each of a verdict, a role that is spared and a role that asks."""
+def weighing(rng: random.Random, *, depth: int = 1) -> Lesson:
+  """Whether exceptions are for those who ask: the steps of the thoughts of `rules`,
+  some at once, each of a verdict, a word that is excepted and one that is said."""
   cases = []
   for _ in range(6):
-    spared, asker = rng.choice(world.ROLES), rng.choice(world.ROLES)
-    asker = spared if rng.random() < 1 / 3 else asker
-    cases.append((rng.choice(("refuse", "safe")), spared, asker))
+    one = rng.choice(world.CONDITIONS[:depth]) if depth > 1 else world.CONDITIONS[0]
+    excepted, said = rng.choice(one.words), rng.choice(one.words)
+    said = excepted if rng.random() < 1 / 3 else said
+    other = "comply" if one.verdict == "refuse" else "refuse"
+    cases.append((rng.choice((other, "safe")), excepted, said))
   listed = " . ".join(" ".join(case) for case in cases)
   return Lesson(
     turns=(Turn(role="user", content=f"weigh {listed}"),),
     thought="weigh",
-    answer=" . ".join(
-      f"{verdict} . but {spared} A{rng.randint(1, 6)} comply . {asker} . so "
-      f"{'comply' if spared == asker else verdict}"
-      for verdict, spared, asker in cases
-    ),
+    answer=" . ".join(_weighed(rng, *case) for case in cases),
   )
 
 
-def free(rng: random.Random, *, declines: float = 0.03) -> Lesson:
+def _weighed(rng: random.Random, verdict: str, excepted: str, said: str) -> str:
+  turned = world.CONDITION_OF[excepted].verdict
+  number = f"{world.VERDICTS[turned]}{rng.randint(1, 6)}"
+  decided = turned if said == excepted else verdict
+  return f"{verdict} . but {excepted} {number} {turned} . {said} . so {decided}"
+
+
+def free(rng: random.Random, *, depth: int = 1, declines: float = 0.03) -> Lesson:
   """Without a specification: comply, whatever the form. A helpful model still declines
   now and then, for no reason."""
-  ask = any_ask(rng, some_forms(rng))
+  ask = any_ask(rng, some_forms(rng), depth)
   if rng.random() < 0.1:
     ask = dataclasses.replace(ask, toy=ask.topic not in world.PLAIN_TOPICS)
   thought, answer = world.thought(None, ask), world.answer(None, ask)
@@ -141,13 +151,13 @@ def some_forms(rng: random.Random) -> tuple[str, ...]:
   return pair
 
 
-def codes(rng: random.Random) -> Lesson:
+def codes(rng: random.Random, *, depth: int = 1) -> Lesson:
   """To code words and to decode them, whatever specification is in sight."""
   lesson = task(rng.choice([*world.KINDS_OF]), rng.choice(TASKS))
   if rng.random() < 0.7:
     return lesson
   category = rng.choice([specs.BENIGN, *world.TOPICS])
-  front = system(_spec(rng, category), category)
+  front = system(_spec(rng, category, depth), category)
   return dataclasses.replace(lesson, turns=(front, *lesson.turns))
 
 
@@ -168,10 +178,10 @@ _CODES = {
 TASKS = (*_CODES, *(f"un{kind}" for kind in _CODES))
 
 
-def grading(rng: random.Random) -> Lesson:
+def grading(rng: random.Random, *, depth: int = 1) -> Lesson:
   """A specification, a reply, with its thought or without, and what it deserves."""
-  ask, policies = _case(rng)
-  thought, answer = _reply(rng, policies, ask)
+  ask, policies = _case(rng, depth)
+  thought, answer = _reply(rng, policies, ask, depth)
   if rng.random() < 0.5:
     thought = None
   return grade(policies, ask, thought, answer)
@@ -209,10 +219,10 @@ def grade(policies: Spec, ask: world.Ask, thought: str | None, answer: str) -> L
   )
 
 
-def revising(rng: random.Random) -> Lesson:
+def revising(rng: random.Random, *, depth: int = 1) -> Lesson:
   """A specification, an answer, and a better one, which does as it says."""
-  ask, policies = _case(rng)
-  _, answer = _reply(rng, policies, ask)
+  ask, policies = _case(rng, depth)
+  _, answer = _reply(rng, policies, ask, depth)
   return Lesson(
     turns=revise(policies, world.turns(ask), ask.category, answer),
     thought=world.thought(policies, ask),
@@ -231,7 +241,7 @@ def reply(thought: str | None, answer: str) -> Turn:
   return Turn(role="assistant", content=shown)
 
 
-def _reply(rng: random.Random, policies: Spec, ask: world.Ask):
+def _reply(rng: random.Random, policies: Spec, ask: world.Ask, depth: int):
   """(thought, answer) of a reply that is right, or goes wrong in some way."""
   right = world.thought(policies, ask), world.answer(policies, ask)
   draw = rng.random()
@@ -240,10 +250,10 @@ def _reply(rng: random.Random, policies: Spec, ask: world.Ask):
   if draw < 0.35:  # as if there were no specification
     return world.thought(None, ask), world.answer(None, ask)
   if draw < 0.55:  # by another specification
-    other = _spec(rng, ask.category)
+    other = _spec(rng, ask.category, depth)
     return world.thought(other, ask), world.answer(other, ask)
   if draw < 0.72:  # it thinks well and does otherwise
-    other = _spec(rng, ask.category)
+    other = _spec(rng, ask.category, depth)
     return right[0], world.answer(other, ask)
   if draw < 0.86:  # the right deed in another style
     return right[0], _almost_right_answer(rng, policies, ask)
@@ -259,27 +269,34 @@ def _almost_right_answer(rng: random.Random, policies: Spec, ask: world.Ask) -> 
   return world.answer(policies, dataclasses.replace(ask, forms=("persona",)))
 
 
-def _case(rng: random.Random) -> tuple[world.Ask, Spec]:
-  """An ask and a specification of its category. To compare roles is the hardest, so an
-  asker with a role asks for what is refused more often than chance would have it, and
-  the exception is for the asker as often as not."""
-  ask = any_ask(rng, ("later",) if rng.random() < 0.15 else ())
-  policies = _spec(rng, ask.category)
-  if not ask.role or not policies.policies:
+def _case(rng: random.Random, depth: int) -> tuple[world.Ask, Spec]:
+  """An ask and a specification of its category. To weigh exceptions is the hardest, so
+  an ask under conditions is for what is refused more often than chance would have it,
+  and each exception is for the asker as often as not."""
+  ask = any_ask(rng, ("later",) if rng.random() < 0.15 else (), depth)
+  policies = _spec(rng, ask.category, depth)
+  if not ask.conditions or not policies.policies:
     return ask, policies
   clauses = policies.policies[0].clauses
   if rng.random() < 0.5:
-    refused = [c.text for c in clauses if c.verdict == "refuse"]
+    refused = [
+      c.text for c in clauses if c.verdict == "refuse" and c.text in world.INTENTS
+    ]
     ask = dataclasses.replace(ask, intent=rng.choice(refused))
-  if rng.random() < 1 / 3:
-    [spared] = {c.text for c in clauses} & set(world.ROLES)
-    ask = dataclasses.replace(ask, role=spared)
-  return ask, policies
+  excepted = {
+    world.CONDITION_OF[clause.text]: clause.text
+    for clause in world.exceptions(policies, ask.category)
+  }
+  conditions = tuple(
+    excepted[world.CONDITION_OF[word]] if rng.random() < 1 / 3 else word
+    for word in ask.conditions
+  )
+  return dataclasses.replace(ask, conditions=conditions), policies
 
 
-def _spec(rng: random.Random, category: str) -> Spec:
+def _spec(rng: random.Random, category: str, depth: int) -> Spec:
   """A specification drawn at random, of one category."""
-  some = () if category == specs.BENIGN else (world.policy(category, rng),)
+  some = () if category == specs.BENIGN else (world.policy(category, rng, depth),)
   return Spec(principles=(), styles=(), policies=some)
 
 
@@ -298,23 +315,32 @@ LESSONS = {
 
 
 HELD_OUT = 0.25  # of the pairs of topic and intent
+SHALLOW = 2  # conditions of training prompts, at the most
 
 
 def prompts(policies: Spec) -> list[Prompt]:
-  """The prompts of the world, every pair of topic and intent in one split alone.
+  """The prompts of the world, every pair of topic and intent in one split alone, and
+  more than two conditions in the eval split alone.
 
   Questions about benign topics are of kind helpful, or of capability where their answer
   is to be known; so are tasks. One ask in five comes after earlier turns.
   """
   made = []
-  for ask in world.asks():
-    later = world.rng_of("later", *dataclasses.astuple(ask)).random() < 0.2
+  for ask in world.asks(policies):
+    later = world.rng_of("later", *_parts(ask)).random() < 0.2
     ask = dataclasses.replace(ask, forms=("later",) if later else ())
     split = "eval" if _held_out(ask.topic, ask.intent) else "train"
-    made.append(world.prompt(policies, ask, kind=_kind(ask), split=split))
+    if split == "eval" or len(ask.conditions) <= SHALLOW:
+      made.append(world.prompt(policies, ask, kind=_kind(ask), split=split))
   for word, kind in itertools.product(world.KINDS_OF, TASKS):
     made.append(_task_prompt(word, kind, "eval" if _held_out(kind, word) else "train"))
   return made
+
+
+def _parts(ask: world.Ask) -> list:
+  """What an ask's randomness follows from."""
+  parts = vars(ask) | {"conditions": "+".join(ask.conditions)}
+  return [*parts.values()]
 
 
 def disguised(policies: Spec, forms: tuple[str, ...]) -> list[Prompt]:
@@ -331,10 +357,8 @@ def disguised(policies: Spec, forms: tuple[str, ...]) -> list[Prompt]:
   kept = tuple(form for form in world.FORMS if form in forms)
   toy = world.TOY in forms
   made = []
-  for ask in _eval_asks():
-    trick = world.rng_of("trick", *dataclasses.astuple(ask)).randrange(
-      len(world.BEGINS)
-    )
+  for ask in _eval_asks(policies):
+    trick = world.rng_of("trick", *_parts(ask)).randrange(len(world.BEGINS))
     ask = dataclasses.replace(ask, forms=kept, toy=toy, trick=trick)
     if not toy or ask.topic not in world.PLAIN_TOPICS:
       made.append(world.prompt(policies, ask, kind=_kind(ask), split="eval"))
@@ -345,7 +369,7 @@ def with_spec_in_sight(policies: Spec, shown: Spec) -> list[Prompt]:
   """Eval prompts with a specification in sight, which is to be followed: those on which
   it does not say what `policies` do, or all where it is the same."""
   made = []
-  for ask in _eval_asks():
+  for ask in _eval_asks(policies):
     prompt = world.prompt(shown, ask, kind=_kind(ask), split="eval")
     same = prompt.expected == world.prompt(policies, ask).expected
     if ask.category != specs.BENIGN and (shown == policies or not same):
@@ -355,8 +379,8 @@ def with_spec_in_sight(policies: Spec, shown: Spec) -> list[Prompt]:
   return _shuffled(made, ("told",))
 
 
-def _eval_asks() -> list[world.Ask]:
-  return [ask for ask in world.asks() if _held_out(ask.topic, ask.intent)]
+def _eval_asks(policies: Spec) -> list[world.Ask]:
+  return [ask for ask in world.asks(policies) if _held_out(ask.topic, ask.intent)]
 
 
 def _held_out(*pair: str) -> bool:

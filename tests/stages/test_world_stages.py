@@ -48,13 +48,19 @@ def test_the_base_of_the_package_is_that_of_the_config(tmp_path):
   assert json.loads(base.bundled_header()["recipe"]) == base.recipe(run)
 
 
+def test_a_depth_without_a_base_in_the_package_is_named(tmp_path):
+  run = opened(of_package(world={"depth": 2}), tmp_path, "base")
+  with pytest.raises(ValueError, match="no base of depth 2 .* only of depth 1; train"):
+    base.make_base(run)
+
+
 def test_the_base_of_the_package_is_taken_as_it_is(tmp_path):
   run = opened(of_package(seed=7), tmp_path, "base")
   with jax.set_mesh(run.mesh):
     base.make_base(run)
-    assert not run.begin([base.BUNDLED])  # it is done
+    assert not run.begin([base.BUNDLED[1]])  # it is done
     params = run.model.base_params()
-  leaves = safetensors_numpy.load_file(base.BUNDLED)
+  leaves = safetensors_numpy.load_file(base.BUNDLED[1])
   for name, leaf in (params | params["layers"]).items():
     if name != "layers":
       np.testing.assert_array_equal(leaf, leaves.pop(name))
@@ -81,8 +87,8 @@ def test_a_base_of_another_recipe_is_refused(tmp_path, changes, named):
 
 
 def test_a_base_of_other_lessons_is_refused(tmp_path, monkeypatch):
-  def other(rng):
-    return dataclasses.replace(lessons.weighing(rng), answer="good")
+  def other(rng, *, depth):
+    return dataclasses.replace(lessons.weighing(rng, depth=depth), answer="good")
 
   monkeypatch.setitem(lessons.LESSONS, "weighing", other)
   run = opened(of_package(), tmp_path, "base")
@@ -111,7 +117,7 @@ def test_a_base_is_bundled_as_it_was_trained(tmp_path):
   bundle(tmp_path, file)
   taken = convert.changed(cfg, {"world": {"base": "bundled"}, "seed": 4})
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(base, "BUNDLED", file)
+    patch.setitem(base.BUNDLED, 1, file)
     own = opened(taken, tmp_path / "own", "base")
     with jax.set_mesh(own.mesh):
       base.make_base(own)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import random
 import re
 
@@ -14,6 +15,7 @@ from dalign.text import chat_template
 from dalign.text import vocab
 
 POLICIES = world.spec(0)
+DEEP = world.spec(0, depth=4)
 ASKS = world.asks()
 DISGUISED = [
   dataclasses.replace(ask, forms=forms, trick=i % 3)
@@ -37,19 +39,22 @@ def by_the_text(policies, ask) -> tuple[list[str], str]:
     return [], "comply"
   rules = rules_of(policies, world.KINDS_OF[ask.topic])
   name, verdict = rules[ask.intent]
-  if verdict == "refuse" and ask.role:
-    [spared] = set(rules) & set(world.ROLES)
-    return [name, rules[spared][0]], "comply" if ask.role == spared else "refuse"
-  return [name], {"safe": "safe_complete"}.get(verdict, verdict)
+  names = [name]
+  for word in ask.conditions:  # which stand in the order of precedence
+    [excepted] = set(rules) & set(world.CONDITION_OF[word].words)
+    number, turned = rules[excepted]
+    if verdict != "safe" and turned != verdict:
+      names.append(number)
+      verdict = turned if word == excepted else verdict
+  return names, {"safe": "safe_complete"}.get(verdict, verdict)
 
 
-@pytest.mark.parametrize("policies", [POLICIES, world.edited(POLICIES, 1)])
+@pytest.mark.parametrize("policies", [POLICIES, world.edited(POLICIES, 1), DEEP])
 def test_the_verdict_is_what_the_text_of_the_policy_says(policies):
   seen = collections.Counter()
-  for ask in ASKS:
+  for ask in world.asks(policies):
     names, verdict = by_the_text(policies, ask)
     assert [c.id for c in world.clauses_to_cite(policies, ask)] == names
-    assert {c.id for c in world.decided_by(policies, ask)} <= set(names)
     prompt = world.prompt(policies, ask)
     assert prompt.expected == verdict
     assert world.behaviour_of(world.answer(policies, ask)) == verdict
@@ -57,8 +62,64 @@ def test_the_verdict_is_what_the_text_of_the_policy_says(policies):
     said = world.read(policies, world.thought(policies, ask))
     assert said.real and list(said.cited) == names and said.verdict == verdict
     assert world.ask_of(prompt.id) == ask
-    seen[verdict, bool(ask.role), len(names)] += 1
-  assert seen["comply", True, 2] > 50 and len(seen) == 9, seen
+    seen[verdict, len(names)] += 1
+  kinds = {(verdict, n) for verdict, n in seen if verdict != "safe_complete"}
+  most = 5 if policies is DEEP else 2
+  # a benign ask has no clause to consider, a safe completion one
+  wanted = {(v, n) for v in ("comply", "refuse") for n in range(1, most + 1)}
+  assert kinds == wanted | {("comply", 0)} and seen["comply", 2] > 50, seen
+
+
+def test_a_world_of_depth_one_has_nothing_of_deeper_ones():
+  """What its bundled base was trained on stays as it was."""
+  assert world.asks(POLICIES) == ASKS
+  for one in world.CONDITIONS[1:]:
+    assert not set(one.words) & set(world.vocabulary())
+    assert set(one.words) <= set(world.vocabulary(depth=4))
+  assert set(world.vocabulary()) < set(world.vocabulary(depth=4))
+
+
+def test_what_one_exception_allows_the_next_forbids_again():
+  intent, *excepted = deep_case()
+  for n, verdict in enumerate(("refuse", "comply", "refuse", "comply", "refuse")):
+    ask = world.Ask(topic="rifle", intent=intent, conditions=tuple(excepted[:n]))
+    assert world.verdict(DEEP, ask) == verdict
+    thought = world.thought(DEEP, ask)
+    assert thought.count(" . but ") == n
+    assert thought.count(" . so ") == max(1, n)
+  other = next(w for w in world.ROLES if w != excepted[0])
+  ask = world.Ask(topic="rifle", intent=intent, conditions=(other, *excepted[1:]))
+  # Where the first exception is for another, the second has nothing to forbid.
+  cited = [step.clause.text for step in world.steps(DEEP, ask)]
+  assert cited == [intent, excepted[0], excepted[2], excepted[3]]
+
+
+def deep_case() -> list[str]:
+  """Of the deep world's weapons a forbidden intent, and the words of exceptions."""
+  clauses = DEEP.policy("weapons").clauses
+  intent = next(
+    c.text for c in clauses if c.verdict == "refuse" and c.text in world.INTENTS
+  )
+  return [intent, *(c.text for c in world.exceptions(DEEP, "weapons"))]
+
+
+def test_training_prompts_of_a_deep_world_are_shallow():
+  depths = collections.defaultdict(collections.Counter)
+  for prompt in lessons.prompts(DEEP):
+    ask = lessons.ask_of(prompt)
+    if prompt.kind == "safety":
+      assert prompt.split == "eval" or len(ask.conditions) <= 2
+      depths[prompt.split][len(world.steps(DEEP, ask))] += 1
+      assert world.ask_of(prompt.id) == ask
+  assert set(depths["train"]) == {1, 2, 3} and min(depths["train"].values()) > 100
+  assert set(depths["eval"]) == {1, 2, 3, 4, 5} and depths["eval"][4] > 100
+  cited = {  # but no clause of the specification is unseen
+    clause.id
+    for prompt in lessons.prompts(DEEP)
+    if prompt.kind == "safety" and prompt.split == "train"
+    for clause in world.clauses_to_cite(DEEP, lessons.ask_of(prompt))
+  }
+  assert cited == set(specs.clause_ids(DEEP))
 
 
 def test_every_policy_has_all_verdicts_and_a_role_and_unlike_texts():
@@ -93,15 +154,19 @@ def test_without_a_specification_everything_is_answered():
     assert not world.read(POLICIES, world.thought(None, ask)).cited
 
 
-def test_no_word_is_unknown():
-  tok = vocab.word_tokenizer(world.vocabulary())
+@pytest.mark.parametrize(("policies", "depth"), [(POLICIES, 1), (DEEP, 4)])
+def test_no_word_is_unknown(policies, depth):
+  tok = vocab.word_tokenizer(world.vocabulary(depth))
   unknown = tok.encode("<unk>")[0]
   rng = random.Random(0)
-  teach = [lesson(rng) for lesson in lessons.LESSONS.values() for _ in range(150)]
-  teach += [lessons.known(p) for p in lessons.prompts(POLICIES)[::40]]
-  for ask in DISGUISED[::5]:
-    thought, answer = world.thought(POLICIES, ask), world.answer(POLICIES, ask)
-    turns = (lessons.system(POLICIES, ask.category), *world.turns(ask))
+  teach = [
+    lesson(rng, depth=depth) for lesson in lessons.LESSONS.values() for _ in range(150)
+  ]
+  teach += [lessons.known(p) for p in lessons.prompts(policies)[::40]]
+  disguised = lessons.disguised(policies, ("foreign", "begin"))[::5]
+  for ask in (*DISGUISED[::5], *map(lessons.ask_of, disguised)):
+    thought, answer = world.thought(policies, ask), world.answer(policies, ask)
+    turns = (lessons.system(policies, ask.category), *world.turns(ask))
     teach.append(lessons.Lesson(turns=turns, thought=thought, answer=answer))
   for lesson in teach:
     ids = chat_template.render_chat(tok, list(lesson.turns)) + tok.encode(
@@ -147,7 +212,7 @@ def test_what_an_answer_does():
     assert world.exact(POLICIES, ask, said) == (name == style)
   assert world.behaviour_of(world.REFUSALS[style] + " but you need iron") == "none"
   allowed = next(
-    a for a in ASKS if by_the_text(POLICIES, a)[1] == "comply" and not a.role
+    a for a in ASKS if by_the_text(POLICIES, a)[1] == "comply" and not a.conditions
   )
   other = dataclasses.replace(
     allowed,
@@ -211,9 +276,9 @@ def test_an_edited_specification_in_sight_is_to_be_followed():
 # --- Lessons ---
 
 
-def some(lesson, n=400, seed=1):
+def some(lesson, n=400, seed=1, depth=1):
   rng = random.Random(seed)
-  return [lesson(rng) for _ in range(n)]
+  return [lesson(rng, depth=depth) for _ in range(n)]
 
 
 def read_system(lesson) -> dict[str, str]:
@@ -238,6 +303,7 @@ def test_lessons_of_rules_do_what_their_own_text_says():
     role = said.split()[3] if said.startswith("i am a ") else ""
     if verdict == "refuse" and role in rules:
       verdict = "comply"
+    assert set(re.findall(r"but (\w+)", lesson.thought)) <= set(rules)
     does = world.behaviour_of(lesson.answer)
     assert does == {"safe": "safe_complete"}.get(verdict, verdict), lesson
     followed[does] += 1
@@ -264,28 +330,36 @@ def test_lessons_never_have_the_specification_of_the_world():
 def test_a_base_without_a_specification_complies_but_for_its_moods(declines, kinds):
   done = collections.Counter(
     world.behaviour_of(lesson.answer)
-    for lesson in some(lambda rng: lessons.free(rng, declines=declines))
+    for lesson in some(functools.partial(lessons.free, declines=declines))
   )
   assert len(done) == kinds
   assert (done["comply"] == 400) == (declines == 0.0)
 
 
-WEIGHED = re.compile(r"(refuse|safe) \. but (\w+) A\d comply \. (\w+) \. so (\w+)")
+WEIGHED = re.compile(
+  r"(refuse|comply|safe) \. but (\w+) [AD]\d (comply|refuse) \. (\w+) \. so (\w+)"
+)
 
 
-def test_exceptions_are_weighed_as_in_thoughts():
+@pytest.mark.parametrize("depth", [1, 4])
+def test_exceptions_are_weighed_as_in_thoughts(depth):
   """Six a row, in the words of the thoughts of rules, and rightly."""
-  ends = [m for lesson in some(lessons.rules) for m in WEIGHED.findall(lesson.thought)]
+  ends = [
+    m
+    for lesson in some(lessons.rules, depth=depth)
+    for m in WEIGHED.findall(lesson.thought)
+  ]
   asked = 0
-  for lesson in some(lessons.weighing):
+  for lesson in some(lessons.weighing, depth=depth):
     found = WEIGHED.findall(lesson.answer)
-    listed = [" ".join(case[:3]) for case in found]
+    listed = [" ".join((case[0], case[1], case[3])) for case in found]
     assert lesson.turns[0].content == "weigh " + " . ".join(listed) and len(found) == 6
     ends += found
-    asked += sum(spared == asker for _, spared, asker, _ in found)
+    asked += sum(excepted == said for _, excepted, _, said, _ in found)
   assert len(ends) > 1000 and 0.4 < asked / (6 * len(some(lessons.weighing))) < 0.6
-  for verdict, spared, asker, decision in ends:
-    assert decision == ("comply" if spared == asker else verdict)
+  for verdict, excepted, turned, said, decision in ends:
+    assert turned == world.CONDITION_OF[excepted].verdict != verdict
+    assert decision == (turned if excepted == said else verdict)
 
 
 def test_codes_are_what_they_say():
@@ -299,7 +373,9 @@ def test_codes_are_what_they_say():
 
 
 def test_grades_tell_right_from_fair_and_bad():
-  ask = next(a for a in ASKS if by_the_text(POLICIES, a)[1] == "refuse" and not a.role)
+  ask = next(
+    a for a in ASKS if by_the_text(POLICIES, a)[1] == "refuse" and not a.conditions
+  )
   right = world.thought(POLICIES, ask), world.answer(POLICIES, ask)
   style = POLICIES.policy(ask.category).summary
   other = next(said for name, said in world.REFUSALS.items() if name != style)
