@@ -448,7 +448,6 @@ def get_config(which: str | None = None) -> ml_collections.ConfigDict:
     # Four conditions with an exception each: up to five clauses to consider, of which
     # training prompts need three.
     c.world.depth = 4
-    c.world.base = "train"
     c.world.batch.update(dict(rows=24, length=272))  # what is graded is longer
     # With 1600 steps, a quarter of them of reading, the base did what the specification
     # in sight says for 72% of prompts: it looked up the wrong one of twelve clauses.

@@ -48,9 +48,15 @@ def test_the_base_of_the_package_is_that_of_the_config(tmp_path):
   assert json.loads(base.bundled_header()["recipe"]) == base.recipe(run)
 
 
+def test_the_deep_base_of_the_package_is_that_of_the_config(tmp_path):
+  node = config_file("world").get_config("deep")
+  run = opened(convert.build(Config, node.to_dict()), tmp_path, "base")
+  assert json.loads(base.bundled_header(depth=4)["recipe"]) == base.recipe(run)
+
+
 def test_a_depth_without_a_base_in_the_package_is_named(tmp_path):
   run = opened(of_package(world={"depth": 2}), tmp_path, "base")
-  with pytest.raises(ValueError, match="no base of depth 2 .* only of depth 1; train"):
+  with pytest.raises(ValueError, match="no base of depth 2 .* 1 and 4; train one"):
     base.make_base(run)
 
 
