@@ -136,6 +136,13 @@ HEADROOM = ABLATION | dict(
   arms={
     name: ABLATION["arms"][name]
     for name in ("sft_300", "sft_300_rl", "sft_300_distill")
+  }
+  # RL at three times the rate, and for three times as long.
+  | {
+    "sft_300_rl_fast": _arm(
+      "sft_rl", "rl", dict(sft="sft_300"), rl__optimizer=dict(learning_rate=1e-3)
+    ),
+    "sft_300_rl_long": _arm("sft_rl", "rl", dict(sft="sft_300"), rl__steps=180),
   },
 )
 
