@@ -242,8 +242,8 @@ class EvalConfig(Checked):
   grader_max_new: tokens of a grader's verdict, with its thought, at the most.
   swaps: prompts that are given, besides, another prompt's thought with the opposite
     decision: whether thoughts decide (`evals.opposite_thoughts`); and, of thoughts that
-    begin with a clause, that clause alone or what follows it alone: which of the two
-    decides (`evals.conflicting_thoughts`).
+    begin with a clause, that clause alone, what follows it alone or its last sentence
+    alone: which of them decides (`evals.conflicting_thoughts`).
   extra: further sets, name -> {"source", "columns"}, evaluated under that name.
   suite: public sets (`public.SETS`), each alone or with ATTACKS (`attacks.py`) that
     disguise it, the innermost first, as in ("xstest", "strongreject+rot13+begin").

@@ -256,16 +256,12 @@ def _evaluate_swapped(
   run: Run, arm: str, prompts: list[Prompt], rows: list[dict]
 ) -> dict[str, list[dict]]:
   """The rows of an arm that was given thoughts of the opposite decision, and of these
-  the first clause or what follows it alone."""
+  the first clause, what follows it or the last sentence alone."""
   opposite = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
   verdicts = {c.id: c.verdict for p in run.task.spec.policies for c in p.clauses}
-  clause, reasoning = evals.conflicting_thoughts(rows, opposite, verdicts)
+  conflicting = evals.conflicting_thoughts(rows, opposite, verdicts)
   found = {}
-  for name, thoughts in {
-    "swapped": opposite,
-    "clause_swapped": clause,
-    "reasoning_swapped": reasoning,
-  }.items():
+  for name, thoughts in ({"swapped": opposite} | conflicting).items():
     some = [prompt for prompt in prompts if prompt.id in thoughts]
     forced = arms_of.ForcedThought(f".{name}", thoughts=thoughts)
     found[name] = [
