@@ -56,11 +56,14 @@ def deep(workdir: pathlib.Path, path: pathlib.Path) -> None:
     metrics = [f"{budget}depth_{n}" for n in CLAUSES]
     draw(by_length, CLAUSES, [scores(workdir, "sft", m) for m in metrics], label)
   by_arm.set_ylabel("right verdicts, held out (%)")
-  by_arm.legend(fontsize=8)
-  by_length.legend(title="SFT, all rows; tokens of thought", fontsize=8)
+  by_arm.legend(fontsize=8, loc="lower left")
+  by_length.legend(
+    title="SFT, all rows; tokens of thought", fontsize=8, loc="lower left"
+  )
   for axes in (by_arm, by_length):
     axes.set_xlabel("clauses to consider (training prompts: 3 at most)")
     axes.set_xticks(CLAUSES)
+    axes.set_ylim(0, 102)
   _save(figure, path)
 
 

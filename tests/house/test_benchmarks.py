@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from benchmarks import classifier
 from benchmarks import roofline
 from benchmarks import run as benchmark
 from benchmarks import works
+from benchmarks import world_figures
 from benchmarks.peers import dalign as ours
 from dalign.data import prompt_sets
 from dalign.formats import weights
@@ -225,3 +227,34 @@ def test_a_verdict_is_summed_over_the_categories(letters, monkeypatch, compute):
     {"refuse": 0.55, "safe_complete": 0.15, "comply": 0.3}
   )
   assert found["curve"]["auc"] == 0.5
+
+
+# --- Figures of the policy world ---
+
+
+def a_seed(workdir, seed: int, arm: str, **means: float) -> None:
+  path = workdir / f"seed-{seed}" / arm / "eval" / "summary.json"
+  path.parent.mkdir(parents=True)
+  cells = {name: {"mean": mean} for name, mean in means.items()}
+  path.write_text(json.dumps({"arms": {arm: cells}}))
+
+
+def test_figures_are_drawn_of_all_seeds(tmp_path, monkeypatch):
+  matplotlib.use("svg")
+  for seed in (0, 1):
+    for arm in world_figures.ARMS:
+      depths = {
+        f"{budget}depth_{n}": (n + seed) / 10
+        for budget in world_figures.BUDGETS
+        for n in world_figures.CLAUSES
+      }
+      a_seed(tmp_path, seed, arm, **depths)
+  assert world_figures.scores(tmp_path, "sft", "depth_3") == pytest.approx([30, 40])
+  drawn = []
+  monkeypatch.setattr(
+    world_figures, "draw", lambda axes, xs, by_x, label: drawn.append((label, by_x))
+  )
+  world_figures.deep(tmp_path, tmp_path / "deep.svg")
+  lines = len(world_figures.ARMS) + len(world_figures.BUDGETS)
+  assert len(drawn) == lines and "<svg" in (tmp_path / "deep.svg").read_text()
+  assert drawn[0][1][0] == pytest.approx([10, 20])
