@@ -24,10 +24,7 @@ JudgeForm = Literal[  # forms.FORMS
   "strongreject",
   "harmbench",
   "wildguard",
-  "llama_guard",
   "qwen3guard",
-  "shieldgemma",
-  "granite_guardian",
 ]
 Arm = Literal[
   "base",
@@ -168,9 +165,9 @@ class FilterConfig(Checked):
   endpoint: the server of such a judge.
   form: how the model at an endpoint is asked (`forms.FORMS`): for a "grade" of 1 to 5
     with reasons, as a "safeguard" whether the policy in its system turn is violated, as
-    a "guard" with a policy of its own, the conversation alone, or as one of the models
-    and benchmarks that the other forms are named after. All but "grade" and "safeguard"
-    read the answer alone, and of a thought nothing.
+    a "guard" with a policy of its own (Llama Guard), the conversation alone, or as one
+    of the models and benchmarks that the other forms are named after. All but "grade"
+    and "safeguard" read the answer alone, and of a thought nothing.
   votes: verdicts a sample, of which the least counts.
   readable: the share of a sample's votes that need a verdict: then the least of these
     counts, and the others are counted in the manifest; with fewer it is unscored. With
@@ -236,9 +233,8 @@ class EvalConfig(Checked):
   grader_model: path of such a model, as `model.path`, of any family; another than the
     one that is evaluated.
   grader_endpoint: the server of a grader.
-  form: how a grader that is a model is asked, as `filter.form`. Of "guard",
-    "llama_guard", "shieldgemma" and "granite_guardian" prompts that are to be answered
-    have no grade, as those know harm alone.
+  form: how a grader that is a model is asked, as `filter.form`. By a "guard"
+    prompts that are to be answered have no grade, as it knows harm alone.
   grader_max_new: tokens of a grader's verdict, with its thought, at the most.
   swaps: prompts that are given, besides, another prompt's thought with the opposite
     decision: whether thoughts decide (`evals.opposite_thoughts`); and, of thoughts that

@@ -9,13 +9,12 @@ Does not know what is asked, or what a reply means.
 """
 
 from collections.abc import Iterator, Sequence
-import contextlib
 import dataclasses
 import hashlib
 import json
+from multiprocessing import pool
 import os
 import pathlib
-import queue
 import threading
 from typing import Any
 
@@ -79,11 +78,6 @@ class Endpoint:
   with half a character (a lone surrogate), in whose place U+FFFD is read."""
 
   def __init__(self, cfg: EndpointConfig, cache: pathlib.Path):
-    if not cfg.url or not cfg.model:
-      raise ValueError(
-        "endpoint: wanted a url, as http://127.0.0.1:8000/v1, and a model, got "
-        f"{cfg.url!r} and {cfg.model!r}"
-      )
     try:
       import openai  # an extra: only some runs ask a server
     except ImportError:
@@ -129,12 +123,11 @@ class Endpoint:
       k: r for k, r in zip(keys, requests, strict=True) if k not in self._known
     }
     self.cached += len(requests) - len(missing)
+    whole = chat_template.characters
     for key, raw in self._ask(missing):
-      said, thought = (
-        chat_template.characters(raw.text),
-        chat_template.characters(raw.reasoning),
+      reply = dataclasses.replace(
+        raw, text=whole(raw.text), reasoning=whole(raw.reasoning)
       )
-      reply = dataclasses.replace(raw, text=said, reasoning=thought)
       self._known[key] = reply
       self._record_thinking(reply)
       self.lone_surrogates += reply != raw
@@ -167,40 +160,29 @@ class Endpoint:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
   def _ask(self, missing: dict[str, Request]) -> Iterator[tuple[str, Reply]]:
-    """Replies as they come. Its threads are daemons: a run that is stopped waits for no
-    server."""
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    replies: queue.SimpleQueue = queue.SimpleQueue()
+    """Replies as they come. The pool's threads are daemons: a run that is stopped waits
+    for no server."""
+    if not missing:
+      return
     halt = threading.Event()
-    for item in missing.items():
-      waiting.put(item)
 
-    def work():
-      while not halt.is_set() and not waiting.empty():
-        with contextlib.suppress(queue.Empty):  # another thread took the last
-          key, request = waiting.get_nowait()
-          try:
-            replies.put((key, self._send(request)))
-          except Exception as error:  # for the thread that waits
-            halt.set()
-            replies.put((key, error))
-      replies.put(None)
+    def send(item: tuple[str, Request]) -> tuple[str, Reply | Exception] | None:
+      if halt.is_set():
+        return None
+      key, request = item
+      try:
+        return key, self._send(request)
+      except Exception as error:  # for the thread that waits
+        halt.set()
+        return key, error
 
-    working = min(self._cfg.concurrency, len(missing))
-    for _ in range(working):
-      threading.Thread(target=work, daemon=True).start()
     failures = []
-    try:
-      while working:
-        item = replies.get()
-        if item is None:
-          working -= 1
-        elif isinstance(item[1], Reply):
-          yield item
+    with pool.ThreadPool(min(self._cfg.concurrency, len(missing))) as threads:
+      for key, reply in filter(None, threads.imap_unordered(send, missing.items())):
+        if isinstance(reply, Reply):
+          yield key, reply
         else:
-          failures.append(item[1])
-    finally:
-      halt.set()
+          failures.append(reply)
     if failures:
       raise self._user_error(failures[0])
 

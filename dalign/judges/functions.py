@@ -32,25 +32,28 @@ UNLABELLED = "the function gave no label"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reply:
-  """What a function judges: an answer alone, as in RL. It has no field that could carry
-  the thought.
-
-  `turns` is the conversation up to the answer, `policy` the whole text of the policy of
-  its `category`, `expected` the ideal response type where the config's metadata tells
-  it, else "".
-  """
-
-  turns: tuple[Turn, ...]
-  category: str
-  policy: str
-  expected: str
-  answer: str
+class _Conversation:
+  turns: tuple[Turn, ...]  # up to the user's last
 
   @property
   def prompt(self) -> str:
     """The last turn, the user's."""
     return self.turns[-1].content
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply(_Conversation):
+  """What a function judges: an answer alone, as in RL. It has no field that could carry
+  the thought.
+
+  `policy` is the whole text of the policy of its `category`, `expected` the ideal
+  response type where the config's metadata tells it, else "".
+  """
+
+  category: str
+  policy: str
+  expected: str
+  answer: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,17 +64,11 @@ class ThoughtfulReply(Reply):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unlabelled:
-  """What a function proposes a label for: the conversation up to the user's last turn,
-  and the whole text of each policy, by its id."""
+class Unlabelled(_Conversation):
+  """What a function proposes a label for, with the whole text of each policy, by its
+  id."""
 
-  turns: tuple[Turn, ...]
   policies: Mapping[str, str]
-
-  @property
-  def prompt(self) -> str:
-    """The last turn, the user's."""
-    return self.turns[-1].content
 
 
 # A score in [0, 1], None for no verdict, or a pair of either and why.
@@ -111,20 +108,16 @@ def of_function(
 
   def told(question: judge.Question) -> Reply:
     prompt = question.prompt
-    shown: dict[str, Any] = dict(
-      turns=prompt.turns,
-      category=prompt.category,
-      policy=policy(prompt.category),
-      expected=prompt.expected,
-      answer=question.answer,
-    )
+    known = ("turns", "category", "expected")
+    shown: dict[str, Any] = {name: getattr(prompt, name) for name in known}
+    shown |= {"policy": policy(prompt.category), "answer": question.answer}
     if isinstance(question, judge.FilterQuestion):
       return ThoughtfulReply(thought=question.thought, **shown)
     return Reply(**shown)
 
   def ask(questions: Sequence[judge.Question]) -> list[Verdict]:
     ids = [q.prompt.id for q in questions]
-    rows = _once(function, [*map(told, questions)], ids, f"{name}: ", path, _row)
+    rows = _once(function, [*map(told, questions)], ids, name, path, _row)
     return [Verdict(score=score, reason=why) for score, why in rows]
 
   return judge.Judge(judge.beside_known(ask), deterministic=False)
@@ -155,7 +148,7 @@ def labeller(
   def ask(prompts: Sequence[Prompt]) -> list[labels.Vote]:
     told = [Unlabelled(turns=prompt.turns, policies=policies) for prompt in prompts]
     ids = [prompt.id for prompt in prompts]
-    rows = _once(function, told, ids, f"{path}: {name}: ", path, read)
+    rows = _once(function, told, ids, f"{path}: {name}", path, read)
     return [labels.Vote(**row | {"clauses": tuple(row["clauses"])}) for row in rows]
 
   return ask
@@ -176,10 +169,10 @@ def _once(
     try:
       rows = [read(i, said) for i, said in enumerate(_asked(function, told, path))]
     except _Wrong as error:
-      wrong = f"{where}{error}"
-      if error.row is not None:
-        row = f"row {error.row + 1} of {len(told)}, prompt {ids[error.row]!r}"
-        wrong = f"{where}{row}: {error}"
+      at, row = error.row, ""
+      if at is not None:
+        row = f"row {at + 1} of {len(told)}, prompt {ids[at]!r}: "
+      wrong = f"{where}: {row}{error}"
   wrong, rows = distributed.broadcast([wrong, rows])
   if wrong:
     raise ValueError(wrong)

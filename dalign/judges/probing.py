@@ -21,6 +21,7 @@ from dalign.types import Turn
 from dalign.types import Verdict
 
 FALSE_POSITIVE = 0.5  # a probe that should score low and reaches this got through
+TRIALS = 1000  # of the bootstrap
 
 Probe = tuple[str, RewardQuestion, bool]
 
@@ -160,11 +161,7 @@ def of_rules(spec: Spec) -> list[Probe]:
   """(clause id, question, should it score low) of the answers that the author of a
   policy says break or keep a clause."""
   return [
-    (
-      clause.id,
-      RewardQuestion(_asked(policy.id, clause.verdict, prompt), answer),
-      low,
-    )
+    (clause.id, _asked(policy.id, clause.verdict, prompt, answer), low)
     for policy in spec.policies
     for clause in policy.clauses
     for low, pairs in ((True, clause.breaks), (False, clause.keeps))
@@ -175,10 +172,21 @@ def of_rules(spec: Spec) -> list[Probe]:
 def of_worked(spec: Spec) -> list[Probe]:
   """The same of the worked examples, whose answers keep their clauses."""
   return [
-    (w.clause, RewardQuestion(_asked(policy.id, w.verdict, w.prompt), w.answer), False)
+    (w.clause, _asked(policy.id, w.verdict, w.prompt, w.answer), False)
     for policy in spec.policies
     for w in policy.worked
   ]
+
+
+def _asked(category: str, expected: str, text: str, answer: str) -> RewardQuestion:
+  digest = hashlib.sha256(f"{category} {text}".encode()).hexdigest()[:16]
+  prompt = Prompt(
+    id=f"rule-{digest}",
+    turns=(Turn(role="user", content=text),),
+    category=category,
+    expected=expected,
+  )
+  return RewardQuestion(prompt, answer)
 
 
 def rules_report(
@@ -203,12 +211,6 @@ def rules_report(
     else:
       row["failed"] += verdict.score < FALSE_POSITIVE
   return report
-
-
-def _asked(category: str, expected: str, text: str) -> Prompt:
-  turns = (Turn(role="user", content=text),)
-  digest = hashlib.sha256(f"{category} {text}".encode()).hexdigest()[:16]
-  return Prompt(id=f"rule-{digest}", turns=turns, category=category, expected=expected)
 
 
 def probe_report(
@@ -266,26 +268,18 @@ def labelled_examples(spec: Spec) -> list[tuple[RewardQuestion, bool]]:
   found = []
   for policy in spec.policies:
     for i, worked in enumerate(policy.worked):
-      prompt = Prompt(
-        id=f"worked-{policy.id}-{i}",
-        turns=(Turn(role="user", content=worked.prompt),),
-        category=policy.id,
-        expected=worked.verdict,
-      )
-      found.append((RewardQuestion(prompt, worked.answer), True))
       later = policy.worked[i + 1 :] + policy.worked[:i]
-      other = next((w for w in later if w.verdict != worked.verdict), None)
-      if other is not None:
-        found.append((RewardQuestion(prompt, other.answer), False))
+      others = [w.answer for w in later if w.verdict != worked.verdict]
+      known = [(worked.answer, True), *[(answer, False) for answer in others[:1]]]
+      found += [
+        (_asked(policy.id, worked.verdict, worked.prompt, answer), right)
+        for answer, right in known
+      ]
   return found
 
 
 def agreement(
-  labels: Sequence[bool],
-  verdicts: Sequence[Verdict],
-  *,
-  seed: int,
-  trials: int = 1000,
+  labels: Sequence[bool], verdicts: Sequence[Verdict], *, seed: int
 ) -> dict[str, float | list[float] | int | None]:
   """{"kappa", "interval", "accuracy", "n", "unscored"} of verdicts and labels: Cohen's
   kappa of what scores FALSE_POSITIVE or more and what is right, with its bootstrap 95%
@@ -302,11 +296,10 @@ def agreement(
     dtype=bool,
   ).reshape(-1, 2)
   n, rng = len(pairs), np.random.default_rng(seed)
-  draws = [_kappa(pairs[rng.integers(n, size=n)]) for _ in range(trials)] if n else []
-  known = [kappa for kappa in draws if kappa is not None]
-  kappa = _kappa(pairs) if n else None
-  interval = None
-  if kappa is not None and known:
+  kappa, interval = _kappa(pairs), None
+  if kappa is not None:
+    draws = (_kappa(pairs[rng.integers(n, size=n)]) for _ in range(TRIALS))
+    known = [draw for draw in draws if draw is not None]
     interval = [float(x) for x in np.quantile(known, [0.025, 0.975])]
   return {
     "kappa": kappa,
@@ -318,7 +311,9 @@ def agreement(
 
 
 def _kappa(pairs: np.ndarray) -> float | None:
-  """Cohen's kappa of [n, 2] labels."""
+  """Cohen's kappa of [n, 2] labels; None of none, and where chance agrees on all."""
+  if not len(pairs):
+    return None
   same = float((pairs[:, 0] == pairs[:, 1]).mean())
   yes = pairs.mean(axis=0)
   chance = float(np.prod(yes) + np.prod(1 - yes))

@@ -1,6 +1,5 @@
-"""The text of one file of a specification, parsed: policies, principles and styles.
-
-Knows the format of specs/README.md; says at which line a text is not in it.
+"""The text of one file of a specification, parsed: policies, principles and styles, in
+the format of specs/README.md. What is not in it is a ValueError that names the line.
 """
 
 from collections.abc import Iterator
@@ -35,11 +34,7 @@ MARK = re.compile(r"\s*<!--\s*more\s*-->\s*")  # where a text's short form ends
 
 def parse_policy(text: str, file: str) -> Policy:
   """The policy in `text`, marks of short forms included; `file` is named in errors, and
-  its stem must be the id.
-
-  Raises ValueError "<file>:<line>: wanted ..., got ..." at the first line that is not
-  in the format of specs/README.md.
-  """
+  its stem must be the id."""
   lines = _lines(text, file)
   front, body = _parse_front(lines)
   sections = _sections(body, _end(lines))
@@ -60,7 +55,7 @@ def parse_policy(text: str, file: str) -> Policy:
 
 
 def parse_principles(text: str, file: str) -> tuple[str, ...]:
-  """Each principle as "name: text"; ValueError names the line that is not one."""
+  """Each principle as "name: text"."""
   lines = _lines(text, file)
   blocks = _blocks(lines, "## ", '"## Principles"')
   if [heading.text for heading, _ in blocks] != ["## Principles"]:
@@ -70,7 +65,7 @@ def parse_principles(text: str, file: str) -> tuple[str, ...]:
 
 
 def parse_styles(text: str, file: str) -> tuple[tuple[str, str], ...]:
-  """(name, guide) of each style; ValueError names a wrong, repeated or missing one."""
+  """(name, guide) of each style."""
   lines = _lines(text, file)
   form = '"## comply", "## refuse", "## safe_complete" or "## safe_complete:<name>"'
   styles = {}
@@ -135,24 +130,19 @@ def _parse_front(lines: list[_Line]) -> tuple[dict[str, str], list[_Line]]:
       if missing:
         raise line.error(f'"{missing[0]}: ..." in the front matter')
       return fields, lines[i + 1 :]
-    key, value = _parse_field(line)
+    key, _, value = (part.strip() for part in line.text.partition(":"))
+    if key not in _FIELDS:
+      raise line.error(f'"<key>: ..." with a key of {", ".join(_FIELDS)}, or "---"')
+    pattern, wanted = _FIELDS[key]
+    if not re.fullmatch(pattern, value):
+      raise line.error(f'"{key}: ..." with {wanted}')
+    stem = line.file.rsplit("/", 1)[-1].removesuffix(".md")
+    if key == "id" and value != stem:
+      raise line.error(f'"id: {stem}", the name of the file')
     if key in fields:
       raise line.error(f"each key once, and {key!r} came before")
     fields[key] = value
   raise _end(lines).error('"---" to close the front matter')
-
-
-def _parse_field(line: _Line) -> tuple[str, str]:
-  key, _, value = (part.strip() for part in line.text.partition(":"))
-  if key not in _FIELDS:
-    raise line.error(f'"<key>: ..." with a key of {", ".join(_FIELDS)}, or "---"')
-  pattern, wanted = _FIELDS[key]
-  if not re.fullmatch(pattern, value):
-    raise line.error(f'"{key}: ..." with {wanted}')
-  stem = line.file.rsplit("/", 1)[-1].removesuffix(".md")
-  if key == "id" and value != stem:
-    raise line.error(f'"id: {stem}", the name of the file')
-  return key, value
 
 
 def _blocks(

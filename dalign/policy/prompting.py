@@ -4,7 +4,7 @@ Two functions are the method's context distillation: `teach` puts the spec in fr
 a prompt, `plain` cannot, since it takes none. Pure; knows no model.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from dalign.policy import spec as specs
 from dalign.text import chat_template
@@ -21,15 +21,11 @@ TASK = (
   "answer, to refuse or to give a safe completion. Keep this analysis out of the "
   "answer.\n\n"
 )
-
-
 REVISE = (
   "Think about where your answer goes against the policy, then write it anew as the "
   "policy asks. Write the answer alone, and nothing about the first one."
 )
-
 UNTOUCHED = "No policy touches this, so I can answer."
-
 # Demonstrations for prompts that no policy covers.
 HARMLESS = tuple(
   Worked(clause="", verdict="comply", prompt=prompt, thought=UNTOUCHED, answer=answer)
@@ -61,14 +57,18 @@ def teach(
   for all prompts of a category, whatever is known of how to reply to one, and in their
   short form: of longer ones a small model samples more that have no end.
   """
-  system = TASK + specs.render(spec, prompt.category, detail=detail)
-  turns = [Turn(role="system", content=system)]
+  turns = [_instructions(spec, prompt, detail)]
   for example in demonstrations(spec.brief, prompt.category, worked):
     own = format_completion(example.thought, example.answer, think)
     shown = think.of(example.prompt).open + own
     turns.append(Turn(role="user", content=example.prompt))
     turns.append(Turn(role="assistant", content=shown))
   return (*turns, *prompt.turns)
+
+
+def _instructions(spec: Spec, prompt: Prompt, detail: str) -> Turn:
+  system = TASK + specs.render(spec, prompt.category, detail=detail)
+  return Turn(role="system", content=system)
 
 
 def demonstrations(spec: Spec, category: str, n: int) -> list[Worked]:
@@ -88,23 +88,11 @@ def format_completion(thought: str, answer: str, think: thinking.ThinkFormat) ->
   return f"{gap}{thought}\n{think.close}\n\n{answer}"
 
 
-def reference(prompt: Prompt) -> Worked:
-  """A prompt with a known answer as an example: no clause, and the answer as it is."""
-  return Worked(
-    clause="",
-    verdict="comply",
-    prompt=prompt.text,
-    thought=UNTOUCHED,
-    answer=prompt.answer,
-  )
-
-
 def revise(spec: Spec, prompt: Prompt, answer: str, *, detail: str) -> tuple[Turn, ...]:
   """The conversation of critique and revision (2212.08073; 2303.17651): the spec, the
   prompt, an answer to it, and the request for a better one."""
-  system = TASK + specs.render(spec, prompt.category, detail=detail)
   return (
-    Turn(role="system", content=system),
+    _instructions(spec, prompt, detail),
     *prompt.turns,
     Turn(role="assistant", content=answer),
     Turn(role="user", content=REVISE),
@@ -175,9 +163,9 @@ def parse_completion(
   tokens marked. The thought was `opened` for the model, or not; where none is `needed`
   a completion without one is not malformed."""
   before = forced(tok, prompt.turns, think if opened else None)
-  think_format = think.of(prompt.text)
-  written = (think_format.open if opened else "") + tok.decode(tokens)
-  thought, answer, malformed = thinking.split_thought(written, think_format)
+  own = think.of(prompt.text)
+  written = (own.open if opened else "") + tok.decode(tokens)
+  thought, answer, malformed = thinking.split_thought(written, own)
   if not needed:
     malformed = "" if answer else "empty answer"
   if not malformed and finish == "length":
@@ -207,14 +195,10 @@ def encode_completion(
   """A thought and an answer that were written elsewhere as a Sample, with the tokens
   that this tokenizer has for them, behind the forced opening if the thought is
   `opened`."""
-  think_format = think.of(prompt.text)
-  rest = format_completion(
-    thought.removeprefix(think_format.start).strip(), answer, think_format
-  )
+  own = think.of(prompt.text)
+  rest = format_completion(thought.removeprefix(own.start).strip(), answer, own)
   before = forced(tok, prompt.turns, think if opened else None)
-  thought, answer, malformed = thinking.split_thought(
-    think_format.open + rest, think_format
-  )
+  thought, answer, malformed = thinking.split_thought(own.open + rest, own)
   return Sample(
     prompt_id=prompt.id,
     index=index,

@@ -1,7 +1,6 @@
 """Specifications: text of specs/*.md in, Spec out, and spec(category) as prompt text.
 
-Everything here is a pure function of text; parsing.py knows the format. Does not know
-files, tokens, chat templates, judges or models.
+Pure; parsing.py knows the format.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +48,13 @@ def load(files: dict[str, str]) -> Spec:
   ]
   if not policies:
     raise ValueError(f"wanted one <category>.md or more, got only {sorted(files)}")
-  _check_codes(policies)
+  first: dict[str, str] = {}
+  for policy in policies:
+    if (other := first.setdefault(policy.code, policy.id)) != policy.id:
+      raise ValueError(
+        f"wanted a code of its own in each policy, got {policy.code} in {other} and"
+        f" {policy.id}; change it in one, in its clause ids too"
+      )
   marked = Spec(
     principles=parsing.parse_principles(files[principles], principles),
     styles=parsing.parse_styles(files[style], style),
@@ -94,38 +99,34 @@ def render(spec: Spec, category: str, *, detail: str) -> str:
     raise ValueError(f"wanted a category of {(*known, BENIGN)}, got {category!r}")
   policy = known.get(category)
   if detail == "clauses":
-    blocks = [_style_block(spec, ("refuse",), "# Style")]
-    if policy:
-      blocks = [f"# {policy.title}", *_clause_blocks(policy, full), *blocks]
+    own = [f"# {policy.title}", *_clause_blocks(policy, full)] if policy else []
+    blocks = [*own, _style_block(spec, ("refuse",), "# Style")]
   else:
-    blocks = _shared_blocks(spec)
-    if policy:
-      blocks += _policy_blocks(spec, policy, full)
+    own = _policy_blocks(spec, policy, full) if policy else []
+    blocks = _shared_blocks(spec) + own
   return "\n\n".join(filter(None, blocks))
 
 
 def catalogue(spec: Spec, *, detail: str) -> str:
   """What one is shown of all policies who says which of them a prompt is about: id,
   summary and clauses of each; with the detail "full", definitions, examples and edge
-  cases besides, and else short forms. ValueError for an unknown detail."""
-  if detail not in DETAILS:
-    raise ValueError(f"detail is one of {DETAILS}, got {detail!r}")
+  cases besides, and else short forms."""
   full = detail == "full"
   blocks = []
   for policy in (spec if full else spec.brief).policies:
     blocks += [f"# {policy.id}: {policy.title}", policy.summary]
-    if full:
-      terms = (f"{term}: {text}" for term, text in policy.definitions)
-      blocks.append(_block("## Definitions", terms))
-    blocks += _clause_blocks(policy, full)
-    if full:
-      blocks.append(_edge_block(policy))
+    blocks += _rule_blocks(policy, full)
   return "\n\n".join(filter(None, blocks))
 
 
 def clause_ids(spec: Spec) -> dict[str, str]:
   """Clause id -> category, for every clause of the specification."""
   return {clause.id: policy.id for policy in spec.policies for clause in policy.clauses}
+
+
+def verdicts(spec: Spec) -> dict[str, str]:
+  """Clause id -> the response type that it calls for."""
+  return {c.id: c.verdict for policy in spec.policies for c in policy.clauses}
 
 
 def cited(text: str, spec: Spec) -> tuple[str, ...]:
@@ -139,43 +140,21 @@ def invented(text: str, spec: Spec) -> tuple[str, ...]:
   return _id_like(text, lambda name: name not in known)
 
 
-def leak_index(spec: Spec, n: int) -> frozenset[tuple[str, ...]]:
-  """All runs of `n` words of what the specification itself says, for `leaks`.
+def leak_check(spec: Spec, n: int) -> Callable[[str], bool]:
+  """Whether a text shares a run of `n` words with what the specification itself says.
 
-  Principles, guides, summaries, purposes, definitions, clauses, reasons and thoughts
-  count. Quoted prompts and answers do not: an innocent conversation may hold them.
+  Case and punctuation do not count. Principles, guides, summaries, purposes,
+  definitions, clauses, reasons and thoughts do; quoted prompts and answers do not: an
+  innocent conversation may hold them.
   """
-  if n < 1:
-    raise ValueError(f"a run has at least one word, got n = {n}")
-  return frozenset(run for text in _own_words(spec) for run in runs(text, n))
-
-
-def leaks(text: str, index: frozenset[tuple[str, ...]], n: int = 8) -> bool:
-  """Whether `text` shares a run of `n` words with the specification behind `index`.
-
-  Case and punctuation do not count. `n` must be the one that `index` was made with.
-  """
-  run = next(iter(index), ())
-  if run and (not any(words.runs(run, n)) or any(words.runs(run, n + 1))):
-    raise ValueError(f"the index has runs of {len(run)} words, got n={n}")
-  return not index.isdisjoint(runs(text, n))
+  own = frozenset(run for text in _own_words(spec) for run in runs(text, n))
+  return lambda text: not own.isdisjoint(runs(text, n))
 
 
 def runs(text: str, n: int) -> Iterator[tuple[str, ...]]:
   """All runs of `n` words of `text`, without case and punctuation (`words.runs`)."""
   found = _WORD.findall(text.casefold().replace("'", "").replace("’", ""))
   return words.runs(found, n)
-
-
-def _check_codes(policies: list[Policy]) -> None:
-  first: dict[str, str] = {}
-  for policy in policies:
-    other = first.setdefault(policy.code, policy.id)
-    if other != policy.id:
-      raise ValueError(
-        f"wanted a code of its own in each policy, got {policy.code} in {other} and"
-        f" {policy.id}; change it in one, in its clause ids too"
-      )
 
 
 # Composing.
@@ -203,23 +182,26 @@ def _shared_blocks(spec: Spec) -> list[str]:
 
 
 def _policy_blocks(spec: Spec, policy: Policy, full: bool) -> list[str]:
-  title = f"# Policy: {policy.title} ({policy.code})"
   own = f"safe_complete:{policy.id}"
   style = own if own in dict(spec.styles) else DEFAULT_STYLE
-  blocks = [title]
-  if full:
-    terms = (f"{term}: {text}" for term, text in policy.definitions)
-    blocks += [f"## Purpose\n{policy.purpose}", _block("## Definitions", terms)]
-  blocks += _clause_blocks(policy, full)
-  blocks.append(_style_block(spec, (style,), "## Style of safe completions here"))
-  if full:
-    blocks.append(_edge_block(policy))
-  return blocks
+  return [
+    f"# Policy: {policy.title} ({policy.code})",
+    f"## Purpose\n{policy.purpose}" if full else "",
+    *_rule_blocks(
+      policy, full, _style_block(spec, (style,), "## Style of safe completions here")
+    ),
+  ]
 
 
-def _edge_block(policy: Policy) -> str:
+def _rule_blocks(policy: Policy, full: bool, style: str = "") -> list[str]:
+  """Clauses and the style of safe completions; between definitions and edge cases where
+  all of the policy is shown."""
+  blocks = [*_clause_blocks(policy, full), style]
+  if not full:
+    return blocks
+  terms = (f"{term}: {text}" for term, text in policy.definitions)
   edges = (f'"{prompt}" -> {name}: {why}' for prompt, name, why in policy.edges)
-  return _block("## Edge cases", edges)
+  return [_block("## Definitions", terms), *blocks, _block("## Edge cases", edges)]
 
 
 def _clause_blocks(policy: Policy, full: bool) -> list[str]:

@@ -78,11 +78,11 @@ def _rows(run: Run, source) -> tuple[list, list, dict]:
   recalls; what leaks or is too long is left out. Raises ValueError where that leaves
   none."""
   cfg = run.cfg.sft
-  index = specs.leak_index(run.task.spec, cfg.leak_words)
+  has_spec_words = specs.leak_check(run.task.spec, cfg.leak_words)
   most = min(cfg.batch.length, run.model.arch.max_length)
 
   def leaks(row: _Row) -> bool:
-    return any(specs.leaks(t.content, index, cfg.leak_words) for t in row.turns)
+    return any(has_spec_words(turn.content) for turn in row.turns)
 
   def fits(row: _Row) -> bool:
     return len(row.tokens) <= most

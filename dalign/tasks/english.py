@@ -24,7 +24,6 @@ from dalign.types import Sample
 from dalign.types import Spec
 from dalign.types import Turn
 from dalign.types import Verdict
-from dalign.types import Worked
 
 
 class English(base.Task):
@@ -116,15 +115,15 @@ class English(base.Task):
 
   def known(self, prompt: Prompt) -> str:
     """The completion of a prompt with a known answer, after its forced opening."""
-    return self._written(prompting.reference(prompt))
+    return self._written(prompting.UNTOUCHED, prompt.answer)
 
   def worked(self) -> list[tuple[str, str]]:
     """The spec's worked examples: a prompt, and its completion after the opening."""
     all_worked = (w for policy in self.spec.policies for w in policy.worked)
-    return [(worked.prompt, self._written(worked)) for worked in all_worked]
+    return [(w.prompt, self._written(w.thought, w.answer)) for w in all_worked]
 
-  def _written(self, example: Worked) -> str:
-    return prompting.format_completion(example.thought, example.answer, self._think)
+  def _written(self, thought: str, answer: str) -> str:
+    return prompting.format_completion(thought, answer, self._think)
 
   def looks_right(self, threshold: float) -> Callable[[Prompt, Sample], bool]:
     """Whether a well-formed sample needs no further ones beside it: its score by the
@@ -163,7 +162,7 @@ class English(base.Task):
   def recalled(self, thought: str) -> str:
     """With what a thought begins that recalls first and reasons then: the id of the
     first clause it cites that calls for its verdict, or else of the first, if any."""
-    verdicts = {c.id: c.verdict for p in self.spec.policies for c in p.clauses}
+    verdicts = specs.verdicts(self.spec)
     cited, ends = specs.cited(thought, self.spec), behaviour.verdict(thought)
     deciding = [id for id in cited if verdicts[id] == ends] or cited
     return f"{[*deciding, 'No clause'][0]}: "

@@ -134,10 +134,10 @@ def echo(body) -> str:
 
 def test_replies_come_in_order_and_few_at_once(serve, client):
   server = serve(echo)
-  found = client(server.port).chat(requests(10))
-  assert [r.text for r in found] == [f"reply to question {i}" for i in range(10)]
+  found = client(server.port).chat(requests(10) + requests(1))  # alike, it is one
+  assert [r.text for r in found[:10]] == [f"reply to question {i}" for i in range(10)]
   assert {(r.finish, r.tokens_in, r.tokens_out) for r in found} == {("stop", 7, 3)}
-  assert 2 <= server.most <= 3
+  assert 2 <= server.most <= 3 and len(server.bodies) == 10 and found[10] == found[0]
   body = server.bodies[0]
   assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 9)
   assert set(server.keys) == {f"Bearer {KEY}"}
@@ -161,32 +161,21 @@ def test_what_was_asked_is_not_asked_again(serve, client):
   assert len(server.bodies) == 8
 
 
-def test_alike_requests_are_one(serve, client):
-  server = serve(echo)
-  found = client(server.port).chat(requests(1) * 3)
-  assert len(server.bodies) == 1 and len({r.text for r in found}) == 1
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again(serve, client, status):
-  fails = iter([(status, "later")])
-  server = serve(lambda body: next(fails, None) or echo(body))
-  assert client(server.port).chat(requests(1))[0].text == "reply to question 0"
-  assert len(server.bodies) == 2
-
-
 PAGE = b"<html><body>502 Bad Gateway</body></html>"
 
 
-@pytest.mark.parametrize("page", [PAGE, b'{"choices": [{"ind', b'{"error": "later"}'])
-def test_what_is_no_completion_is_an_outage(serve, client, page):
-  """As of a proxy, which sends it with status 200."""
-  fails = iter([page])
+@pytest.mark.parametrize(
+  "said", [(429, "later"), (503, "later"), PAGE, b'{"choices": [{"ind', b'{"error": 1}']
+)
+def test_a_busy_server_is_asked_again(serve, client, said):
+  """Also one whose proxy sends with status 200 what is no completion."""
+  fails = iter([said])
   server = serve(lambda body: next(fails, None) or echo(body))
   assert client(server.port).chat(requests(1))[0].text == "reply to question 0"
   assert len(server.bodies) == 2
-  dead = serve(lambda body: page)
-  with pytest.raises(ConnectionError, match="is no completion: .*goes on from them"):
+  dead = serve(lambda body: said)
+  wanted = "is no completion: " if isinstance(said, bytes) else "failed after 0 retries"
+  with pytest.raises(ConnectionError, match=f"{wanted}.*goes on from them"):
     client(dead.port, retries=0).chat(requests(1))
 
 
@@ -215,36 +204,28 @@ def test_only_a_whole_reply_is_kept(serve, client, tmp_path):
   assert len(server.bodies) == len(kinds) + 1
 
 
-def test_replies_without_a_count_of_tokens_are_counted(serve, client):
-  server = serve(lambda body: {"content": "Yes.", "uncounted": "1" in str(body)})
-  own = client(server.port)
-  own.chat(requests(3))
-  assert (own.asked, own.uncounted, own.tokens_out) == (3, 1, 6)
+def test_odd_replies_are_counted(serve, client):
+  """Those with half a character, and those of which the server does not say how many
+  tokens they have; a request with half a character is asked as a model here reads it.
+  """
+  kinds = [
+    {"content": "Yes \ud83d.", "reasoning_content": ["no", "text"]},
+    {"content": "Yes.", "reasoning_content": "a \ude00"},
+    {"content": "Yes.", "uncounted": True},
+  ]
 
+  def reply(body):
+    said = body["messages"][0]["content"]
+    return kinds[int(said[-1])] if said.startswith("question") else echo(body)
 
-def test_half_a_character_is_asked_as_a_model_here_reads_it(serve, client):
-  half = endpoint.Request(
-    turns=(Turn(role="user", content="bad \ud83d end"),), temperature=0.5, max_new=9
-  )
-  found = client(serve(echo).port).chat([half])
-  assert found[0].text == "reply to bad \ufffd end"
-
-
-def test_replies_with_half_a_character_are_counted(serve, client):
-  server = serve(
-    lambda body: (
-      {"content": "Yes \ud83d.", "reasoning_content": ["no", "text"]}
-      if "1" in body["messages"][0]["content"]
-      else {"content": "Yes.", "reasoning_content": "a \ude00"}
-    )
-  )
-  own = client(server.port)
-  odd, broken = sorted(own.chat(requests(2)), key=lambda reply: reply.reasoning)
-  assert (broken.text, broken.reasoning) == (
-    "Yes.",
-    "a \ufffd",
-  ) and own.lone_surrogates == 1
+  own = client(serve(reply).port)
+  odd, broken, _ = own.chat(requests(3))
   assert odd.refused == "a reply that is not text alone"
+  assert (broken.text, broken.reasoning) == ("Yes.", "a \ufffd")
+  assert (own.asked, own.uncounted, own.lone_surrogates) == (3, 1, 1)
+  half = (Turn(role="user", content="bad \ud83d end"),)
+  [found] = own.chat([dataclasses.replace(requests(1)[0], turns=half)])
+  assert found.text == "reply to bad \ufffd end"
 
 
 def test_a_server_that_dies_costs_only_what_was_missing(serve, client):
@@ -267,13 +248,6 @@ def test_a_server_that_dies_costs_only_what_was_missing(serve, client):
   assert len(again.bodies) == 26
 
 
-def test_no_server_is_one_error(serve, client):
-  server = serve(echo)
-  server.stop()
-  with pytest.raises(ConnectionError, match=f"127.0.0.1:{server.port}/v1 failed"):
-    client(server.port, retries=0).chat(requests(3))
-
-
 def test_a_slow_server_is_not_waited_for(serve, client):
   server = serve(lambda body: time.sleep(10.0) or echo(body))
   start = time.monotonic()
@@ -283,23 +257,22 @@ def test_a_slow_server_is_not_waited_for(serve, client):
 
 
 @pytest.mark.parametrize(
-  ("status", "wanted"),
-  [(401, "another key: .DALIGN_TEST_KEY is refused"), (404, "no model 'm'")],
+  ("status", "key", "wanted"),
+  [
+    (401, KEY, "another key: .DALIGN_TEST_KEY is refused"),
+    (401, "", "DALIGN_TEST_KEY is not set"),
+    (404, KEY, "no model 'm'"),
+  ],
 )
-def test_a_wrong_key_or_address_is_the_users_error(serve, client, status, wanted):
+def test_a_wrong_key_or_address_is_the_users_error(
+  serve, client, monkeypatch, status, key, wanted
+):
+  monkeypatch.setenv("DALIGN_TEST_KEY", key)
+  monkeypatch.setenv("OPENAI_API_KEY", "sk-of-something-else")
   server = serve(lambda body: (status, f"no, {KEY}"))
   with pytest.raises(ValueError, match=wanted) as caught:
     client(server.port).chat(requests(9))
   assert KEY not in str(caught.value)
-
-
-def test_a_key_that_is_not_set_is_said(serve, client, monkeypatch):
-  monkeypatch.delenv("DALIGN_TEST_KEY")
-  server = serve(lambda body: (401, "who are you?"))
-  monkeypatch.setenv("OPENAI_API_KEY", "sk-of-something-else")
-  made = client(server.port)
-  with pytest.raises(ValueError, match="DALIGN_TEST_KEY is not set"):
-    made.chat(requests(1))
   assert "sk-of-something-else" not in str(server.keys)
 
 
@@ -362,10 +335,8 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   cfg = served(server, **{"filter.judge": "endpoint", "rl.reward": "judge"})
   run = opened(cfg, tmp_path, "rl")
   questions = [question for question, _ in run.task.labelled()[:3]]
-  sum_ = dataclasses.replace(
-    questions[0].prompt, kind="capability", category="benign", answer="4"
-  )
-  questions.append(judge.RewardQuestion(prompt=sum_, answer="It is 4."))
+  known = prompt("2 + 2?", "benign", kind="capability", answer="4")
+  questions.append(judge.RewardQuestion(known, "It is 4."))
   first = judging.rl_judge(run)
   votes = [first(questions), first(questions)]
   assert len(server.bodies) == 6  # a vote each, and none where the answer is known
@@ -373,7 +344,6 @@ def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch)
   assert {v.score for vote in votes for v in vote[:3]} <= {0.0, 0.25, 0.5, 0.75, 1.0}
   texts = [body["messages"][0]["content"] for body in server.bodies]
   for text in texts:
-    assert 'end with one line of JSON and nothing after it: {"score": N}' in text
     assert "The reply:" in text
     assert "The analysis:" not in text  # RL's judge sees no thought
   for question in questions[:3]:  # which come in any order
@@ -536,25 +506,19 @@ def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason)
   assert manifest["summary"]["kept"] > 0
 
 
-def test_a_teacher_that_refuses_too_much_is_asked_again(serve, tmp_path):
+def test_a_teacher_and_a_grader_that_refused_too_much_are_asked_again(serve, tmp_path):
   down = [True]
   server = serve(lambda body: (400, "no such parameter") if down[0] else thinks(body))
   cfg = served(server, **{"generate.teacher": "endpoint"})
   with pytest.raises(ValueError, match="sent nothing for .*no such parameter"):
     samples_of(cfg, tmp_path)
+  graded_by = serve(lambda body: (400, "no") if down[0] else grades(body))
+  more = {"eval.form": "wildguard", "eval.unscored": 0.5}
+  with pytest.raises(ValueError, match="arm endpoint has no score for 13 of 13"):
+    graded(graded_by, tmp_path / "eval", "rules", "endpoint", **more)
   down[0] = False
   assert all(row["finish"] != "refused" for row in samples_of(cfg, tmp_path))
-
-
-def test_an_arm_and_a_grader_that_were_down_are_asked_again(serve, tmp_path):
-  down = [True]
-  server = serve(lambda body: (400, "no") if down[0] else grades(body))
-  graders, more = ("rules", "endpoint"), {"eval.form": "wildguard"}
-  more |= {"eval.unscored": 0.5}
-  with pytest.raises(ValueError, match="arm endpoint has no score for 13 of 13"):
-    graded(server, tmp_path, *graders, **more)
-  down[0] = False
-  rows = graded(server, tmp_path, *graders, **more)
+  rows = graded(graded_by, tmp_path / "eval", "rules", "endpoint", **more)
   assert not any(row["scores"]["no_answer"] for row in rows)
 
 
@@ -597,8 +561,7 @@ def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
 
   server = serve(reply)
   arms = {"eval.arms": ("base", "endpoint", "endpoint_spec"), "eval.unscored": 1.0}
-  cfg = served(server, **arms)
-  stages.run_stages(cfg, tmp_path, {}, ("eval",))
+  stages.run_stages(served(server, **arms), tmp_path, {}, ("eval",))
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   arm = summary["arms"]["endpoint"]
   assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["refuse_disallowed"]["n"]
@@ -610,8 +573,8 @@ def test_a_model_behind_a_server_is_an_arm(serve, tmp_path):
   for row in rows:
     refused = row["finish"] == "refused"
     assert filtered(row["prompt"]) == refused == bool(row["unscored"])
-    scores = {value for name, value in row["scores"].items() if name != "no_answer"}
-    assert row["scores"]["no_answer"] == refused and (not refused or scores == {None})
+    assert row["scores"].pop("no_answer") == refused
+    assert not refused or {*row["scores"].values()} == {None}
   assert any(filtered(row["prompt"]) for row in rows)
 
 
@@ -667,7 +630,7 @@ def test_a_model_behind_a_server_grades_beside_the_rules(serve, tmp_path, first)
 
 def test_what_a_grader_cannot_tell_is_not_asked(serve, tmp_path):
   server = serve(lambda body: "safe" if len(body["messages"]) > 1 else "Sure.")
-  graded(server, tmp_path, "endpoint", **{"eval.form": "llama_guard"})
+  graded(server, tmp_path, "endpoint", **{"eval.form": "guard"})
   summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
   arm = summary["arms"]["endpoint"]
   assert arm["refuse_disallowed"]["mean"] == 1.0 and arm["comply_allowed"]["n"] == 0
@@ -679,11 +642,6 @@ def test_a_grader_that_reads_nothing_stops_eval(serve, tmp_path):
   server = serve(lambda body: "I'd rather not say.")
   with pytest.raises(ValueError, match="grader endpoint has no score for 11 of 11 ans"):
     graded(server, tmp_path, "rules", "endpoint")
-
-
-def test_an_endpoint_without_a_model_is_refused(client):
-  with pytest.raises(ValueError, match="wanted a url"):
-    client(1, model="")
 
 
 def test_the_form_of_the_config_puts_the_question(serve, tmp_path):

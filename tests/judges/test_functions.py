@@ -14,7 +14,6 @@ from dalign.judges import functions
 from dalign.judges import judge
 from dalign.judges import probing
 from dalign.judges import recordings
-from dalign.judges import rubric
 from dalign.policy import spec as specs
 from dalign.runs import manifests
 from dalign.stages import filter as filter_stage
@@ -146,19 +145,10 @@ def desk(tmp_path):
 
 def rollout(text: str, expected: str, answer: str) -> dalign.Rollout:
   asked = dalign.user(text, category="bank", expected=expected)
+  fields = dict(prompt=asked, prompt_id=asked.id, index=0, tokens=(), forced=0, logp=())
   thought = "BK-A1 allows this, so I can answer."
-  return dalign.Rollout(
-    prompt=asked,
-    prompt_id=asked.id,
-    index=0,
-    tokens=(),
-    forced=0,
-    thought=thought,
-    answer=answer,
-    malformed="",
-    finish="stop",
-    logp=(),
-  )
+  said = dict(thought=thought, answer=answer, malformed="", finish="stop")
+  return dalign.Rollout(**fields | said)
 
 
 ROLLOUTS = [rollout(*asked, said) for asked, said in zip(WRONG, SAID, strict=True)]
@@ -175,17 +165,14 @@ def question(answer="It is.", text="What is an IBAN?", thought=None, **more):
 
 
 @pytest.mark.parametrize("thought", [True, False])
-@pytest.mark.parametrize("sample", ROLLOUTS, ids=lambda s: s.answer[:20])
-def test_the_rubric_says_nothing_of_a_policy_that_it_was_not_made_for(
-  bank, sample, thought
-):
+def test_the_rubric_says_nothing_of_a_policy_that_it_was_not_made_for(bank, thought):
   with pytest.raises(ValueError, match="BK-A1, BK-D1, BK-S1 .*python:FILE:FUNCTION"):
-    dalign.judge(bank, [sample], thought=thought)
+    dalign.judge(bank, ROLLOUTS, thought=thought)
 
 
 def test_a_policy_is_known_by_its_clauses_and_not_by_its_name(bank):
   own = dalign.load_spec(ROOT / "specs")
-  assert rubric.unknown(own, own) == () == judge.reworded(own)
+  assert judge.unknown_to_rubric(own) == () == judge.reworded(own)
   policy = own.policies[0]
   first = policy.clauses[0]
 
@@ -253,7 +240,7 @@ def test_a_function_judges_by_the_policy_and_is_told_no_thought_in_rl(bank):
 
   def grade(replies):
     asked.extend(replies)
-    return [(0.25, "a fish"), None, 1]
+    return [(0.25, "a fish"), None, 1][: len(replies)]
 
   found = dalign.judge(bank, ROLLOUTS, judge=grade)
   assert [v.score for v in found] == [0.25, None, 1.0]
@@ -267,20 +254,11 @@ def test_a_function_judges_by_the_policy_and_is_told_no_thought_in_rl(bank):
   dalign.judge(bank, ROLLOUTS, judge=grade, thought=False)
   assert {type(r) for r in asked} == {functions.Reply}
   assert "thought" not in {f.name for f in dataclasses.fields(functions.Reply)}
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    asked[0].answer = "other"
-
-
-def test_known_answers_are_compared_and_not_put_to_a_function():
-  def grade(replies):
-    assert [reply.category for reply in replies] == ["bank"]
-    return [0.5]
-
+  # Known answers are compared and not put to it.
+  known = prompt("2 + 2?", "benign", kind="capability", answer="4")
   ask = functions.of_function(grade, str)
-  asked = prompt("2 + 2?", "benign", kind="capability", answer="4")
-  known = judge.RewardQuestion(asked, "4")
-  assert [v.score for v in ask([known, question()])] == [1.0, 0.5]
-  assert [v.score for v in ask([known])] == [1.0]
+  verdicts = ask([judge.RewardQuestion(known, "4"), question()])
+  assert [v.score for v in verdicts] == [1.0, 0.25] and len(asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -348,13 +326,12 @@ def grade(replies):
 def verdicts(replies):
   return (Kept(x).row for x in (dalign.Verdict(score=None, reason="down"), True))
 """)
-  two = [question(), question()]
-  assert [v.score for v in functions.of_file(f"python:{file}:grade", str)(two)] == [
-    0,
-    1,
-  ]
-  found = functions.of_file(f"python:{file}:verdicts", str)(two)
-  assert found == [Verdict(score=None, reason="down"), Verdict(score=1.0)]
+  scores, verdicts = (
+    functions.of_file(f"python:{file}:{name}", str)([question(), question()])
+    for name in ("grade", "verdicts")
+  )
+  assert [v.score for v in scores] == [0, 1]
+  assert verdicts == [Verdict(score=None, reason="down"), Verdict(score=1.0)]
 
 
 # --- In the stages ---
@@ -586,30 +563,20 @@ def test_a_report_by_clause_counts_what_is_passed_and_what_is_failed(bank):
 NOTHING = {"n": 0, "unscored": 0, "kappa": None, "interval": None, "accuracy": None}
 
 
-def test_a_policy_without_answers_that_break_it_is_named():
-  own = dalign.load_spec(ROOT / "specs")
-  asked = probing.of_rules(own) + probing.of_worked(own)
-  report = probing.rules_report(own, asked, [Verdict(score=1.0)] * len(asked))
-  lines = probe.table({"probes": {}, "agreement": NOTHING, "rules": report})
-  [last] = lines[1:]
-  assert last.startswith(", ".join(p.id for p in own.policies))
-  assert "says nothing of whether the judge knows your rules" in last
-
-
 @pytest.mark.parametrize(
-  ("said", "refused"), [("by the rules", False), ("all", True), ("none", True)]
+  ("passes", "refused"),
+  [(lambda low: not low, False), (lambda low: True, True), (lambda low: False, True)],
+  ids=["by the rules", "all", "none"],
 )
-def test_rl_refuses_a_judge_that_does_not_know_the_rules(desk, tmp_path, said, refused):
+def test_rl_refuses_a_judge_that_does_not_know_the_rules(
+  desk, tmp_path, passes, refused
+):
   run = opened(desk.config(), tmp_path / "run", "rl")
   of_rules = {q.answer: low for _, q, low in probing.of_rules(run.task.spec)}
 
   def ask(questions):
-    known = {"by the rules": lambda a: not of_rules[a], "all": lambda a: True}
-    good = known.get(said, lambda a: False)
-    return [
-      Verdict(score=float(good(q.answer) if q.answer in of_rules else 0.0))
-      for q in questions
-    ]
+    known = [of_rules.get(q.answer) for q in questions]
+    return [Verdict(score=float(low is not None and passes(low))) for low in known]
 
   report = judging.probe(run, judge.Judge(ask, True), "told")
   named = {"breaks_a_rule", "keeps_a_rule"}

@@ -8,7 +8,7 @@ from dalign.judges import forms
 from dalign.judges import labels
 from dalign.policy import spec as specs
 from dalign.types import Prompt
-from dalign.types import Turn
+from tests import helpers
 from tests.judges.test_functions import BANK
 from tests.judges.test_functions import GENERAL
 from tests.judges.test_functions import read
@@ -18,8 +18,7 @@ REFUSED = {"category": "bank", "expected": "refuse", "clauses": ["BK-D1"]}
 
 
 def prompt(text="Which fund should I buy?", **known) -> Prompt:
-  turns = (Turn(role="user", content=text),)
-  return Prompt(id="p", turns=turns, **{"category": "", "expected": ""} | known)
+  return helpers.prompt(text, **{"id": "p", "category": "", "expected": ""} | known)
 
 
 def vote(category="bank", expected="refuse", clauses=(), reason="") -> labels.Vote:
@@ -46,7 +45,6 @@ def test_a_question_shows_all_policies_and_marks_the_conversation(detail):
 @pytest.mark.parametrize(
   "reply",
   [
-    json.dumps(REFUSED),
     f"It asks for advice.\n\n```json\n{json.dumps(REFUSED)}\n```",
     f"<think>\nAdvice?\n</think>\n{json.dumps(REFUSED)}",
     json.dumps(REFUSED | {"clauses": ["BK-D1", "BK-D9", "WE-D1"]}),
@@ -80,10 +78,9 @@ def test_what_is_no_label_has_a_reason_and_nothing_else(reply, why):
 
 
 def test_replies_that_were_cut_or_refused_are_not_read():
-  said = forms.ModelReply(json.dumps(REFUSED), cut=True)
-  assert labels.read(said, prompt(), SPEC) == labels.Vote(reason=forms.TRUNCATED)
-  said = forms.ModelReply(json.dumps(REFUSED), unread="the server refuses")
-  assert labels.read(said, prompt(), SPEC) == labels.Vote(reason="the server refuses")
+  for more, why in (({"cut": True}, forms.TRUNCATED), ({"unread": "down"}, "down")):
+    said = forms.ModelReply(json.dumps(REFUSED), **more)
+    assert labels.read(said, prompt(), SPEC) == labels.Vote(reason=why)
 
 
 def test_a_label_that_a_prompt_asks_to_be_repeated_is_not_read():
@@ -103,17 +100,10 @@ def test_votes_come_to_the_commonest_category_and_its_commonest_type():
     vote("benign", "comply"),
     vote("bank", "comply", ["BK-A1"]),
   ]
-  found = labels.tally(votes, prompt())
-  assert (found.category, found.expected, found.clauses) == (
-    "bank",
-    "refuse",
-    ("BK-D1",),
+  shares = {"category": 0.6, "expected": 0.4, "clauses": {"BK-D1": 0.4}}
+  assert labels.tally(votes, prompt()) == labels.Proposal(
+    category="bank", expected="refuse", clauses=("BK-D1",), confidence=shares
   )
-  assert found.confidence == {
-    "category": 0.6,
-    "expected": 0.4,
-    "clauses": {"BK-D1": 0.4},
-  }
 
 
 def test_votes_without_a_label_count_against_the_confidence():

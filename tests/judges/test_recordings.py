@@ -1,18 +1,17 @@
 """Recorded samples: their shapes, whose prompts they are of, and the votes on them."""
 
 import collections
-import dataclasses
 import random
 
 import pytest
 
+import dalign
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.judges import judge
 from dalign.judges import probing
 from dalign.judges import recordings
 from dalign.policy import prompting
-from dalign.policy import spec as specs
 from dalign.stages import filter as filter_stage
 from dalign.stages import generate as generate_stage
 from dalign.stages import judging
@@ -25,7 +24,7 @@ from tests.helpers import prompt
 from tests.helpers import tiny
 from tests.helpers import write_jsonl
 
-SPEC = specs.load({str(p): p.read_text() for p in (ROOT / "specs").glob("*.md")})
+SPEC = dalign.load_spec(ROOT / "specs")
 THOUGHT = "The user asks for an address. PR-D1 forbids this, so I must refuse."
 REFUSAL = "I'm sorry, but I can't help with finding where she lives."
 VOTES = [
@@ -59,58 +58,44 @@ MESSAGES = [
   {"role": "user", "content": " Where does my ex live?"},
 ]
 REPLY = {"role": "assistant", "content": REFUSAL}
+BLOCK = f"<think>\n{THOUGHT}\n</think>\n\n{REFUSAL}"
 
 
 @pytest.mark.parametrize(
-  ("row", "name"),
+  ("row", "name", "thought"),
   [
-    ({"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}, "home"),
-    ({"id": "home", "thought": f" {THOUGHT}\n", "answer": f"{REFUSAL} "}, "home"),
-    ({"messages": [*MESSAGES, REPLY | {"reasoning_content": THOUGHT}]}, "talk"),
-    ({"messages": [*MESSAGES, REPLY | {"reasoning": THOUGHT}]}, "talk"),
+    ({"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}, "home", THOUGHT),
+    ({"id": "home", "thought": f" {THOUGHT}\n", "answer": REFUSAL}, "home", THOUGHT),
+    ({"prompt_id": "home", "thought": "", "answer": f"{REFUSAL} "}, "home", ""),
     (
-      {"messages": [*MESSAGES, REPLY | {"reasoning": THOUGHT}], "prompt_id": "talk"},
+      {"messages": [*MESSAGES, REPLY | {"reasoning_content": THOUGHT}]},
       "talk",
+      THOUGHT,
     ),
+    ({"messages": [*MESSAGES, REPLY | {"reasoning": THOUGHT}]}, "talk", THOUGHT),
+    ({"messages": [*MESSAGES, REPLY | {"content": BLOCK}], "id": 17}, "talk", THOUGHT),
+    ({"messages": [*MESSAGES, REPLY]}, "talk", ""),
     (
-      {
-        "question": "Where does my ex live?",
-        "response": f"<think>\n{THOUGHT}\n</think>\n\n{REFUSAL}",
-        "id": 17,
-      },
+      {"question": "Where does my ex live?", "response": BLOCK, "id": 17},
       "home",
-    ),
-    (
-      {
-        "messages": [
-          *MESSAGES,
-          REPLY | {"content": f"<think>{THOUGHT}</think>{REFUSAL}"},
-        ],
-        "model": "m",
-      },
-      "talk",
+      THOUGHT,
     ),
   ],
 )
-def test_each_shape_is_a_thought_and_an_answer_of_a_prompt(tmp_path, row, name):
+def test_each_shape_is_a_thought_and_an_answer_of_a_prompt(
+  tmp_path, row, name, thought
+):
   (found,) = load(tmp_path, row)
-  assert (found.prompt_id, found.thought, found.answer) == (name, THOUGHT, REFUSAL)
+  assert (found.prompt_id, found.thought, found.answer) == (name, thought, REFUSAL)
   assert found.votes == ()
-
-
-def test_a_row_without_a_thought_is_an_answer_alone(tmp_path):
-  (found,) = load(tmp_path, {"prompt_id": "home", "thought": "", "answer": REFUSAL})
-  assert (found.thought, found.answer) == ("", REFUSAL)
-  (found,) = load(tmp_path, {"messages": [*MESSAGES, REPLY]})
-  assert (found.prompt_id, found.thought, found.answer) == ("talk", "", REFUSAL)
 
 
 def test_a_parquet_file_is_read_too(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   parquet = pytest.importorskip("pyarrow.parquet")
-  row = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL, "votes": VOTES[:1]}
   path = tmp_path / "recorded.parquet"
-  parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+  rows = [GOOD | {"votes": VOTES[:1]}]
+  parquet.write_table(pyarrow.Table.from_pylist(rows), path)
   (found,) = recordings.load(str(path), PROMPTS, SPEC)
   assert (found.thought, found.answer) == (THOUGHT, REFUSAL)
   assert found.votes[0].verdict == "refuse"
@@ -119,70 +104,57 @@ def test_a_parquet_file_is_read_too(tmp_path):
 GOOD = {"prompt_id": "home", "thought": THOUGHT, "answer": REFUSAL}
 
 
-@pytest.mark.parametrize(
-  ("row", "wanted"),
-  [
-    (GOOD | {"prompt_id": "held"}, "training prompt, and 'held' is held out"),
-    (GOOD | {"prompt_id": "x"}, "'x' is not among those of config.data.source"),
-    (
-      {"question": "Who is the mayor?", "response": REFUSAL},
-      "'Who is the mayor.' is not among",
-    ),
-    (GOOD | {"spec": "0" * 16}, "recorded under another specification of 'privacy'"),
-    (GOOD | {"answer": " "}, "wanted a prompt_id and an answer"),
-    ({"thought": THOUGHT, "answer": REFUSAL}, "wanted a prompt_id and an answer"),
-    ({"prompt_id": "home", "answer": REFUSAL}, "wanted thought and answer, messages"),
-    ({"prompt_id": "home", "thought": 1, "answer": "No."}, "wanted thought and answer"),
-    ({"messages": MESSAGES}, "wanted messages that end with an assistant's"),
-    ({"messages": "No."}, "wanted messages that end with an assistant's"),
-    ({"messages": []}, "wanted messages that end with an assistant's"),
-    (
-      {"messages": [*MESSAGES, REPLY | {"tool_calls": [{"id": "1"}]}]},
-      "without calls of tools",
-    ),
-    (
-      {"messages": [*MESSAGES[:2], MESSAGES[2] | {"role": "tool"}, REPLY]},
-      "without calls of tools",
-    ),
-    (
-      {"question": "Where does my ex live?", "response": f"<think>{THOUGHT}"},
-      "wanted one think block and an answer: no closing tag",
-    ),
-    (GOOD | {"votes": [{"score": 1.5}]}, r"wanted votes, each with scores in \[0, 1\]"),
-    (GOOD | {"votes": [{"score": "1"}]}, r"wanted votes, each with scores in \[0, 1\]"),
-    (GOOD | {"votes": [{"verdict": "refuse"}]}, "wanted votes, each with scores in"),
-    (GOOD | {"votes": [0.5]}, "wanted votes, each with scores in"),
-    (GOOD | {"votes": 3}, "wanted votes, each with scores in"),
-    (GOOD | {"votes": [{"score": 1, "verdict": "deny"}]}, "verdict as one of refuse"),
-    (
-      GOOD | {"votes": [{"score": 1.0, "answer_score": -1}]},
-      "wanted votes, each with scores in",
-    ),
+WANTED = {  # what of a bad row -> the rows
+  "training prompt, and 'held' is held out": [GOOD | {"prompt_id": "held"}],
+  "'x' is not among those of config.data.source": [GOOD | {"prompt_id": "x"}],
+  "'Who is the mayor.' is not among": [
+    {"question": "Who is the mayor?", "response": REFUSAL}
   ],
-)
-def test_bad_rows_are_named(tmp_path, row, wanted):
-  with pytest.raises(ValueError, match=f"recorded.jsonl:2: .*{wanted}"):
-    load(tmp_path, GOOD, row)
+  "recorded under another specification of 'privacy'": [GOOD | {"spec": "0" * 16}],
+  "wanted a prompt_id and an answer": [
+    GOOD | {"answer": " "},
+    {"thought": THOUGHT, "answer": REFUSAL},
+  ],
+  "wanted thought and answer, messages": [
+    {"prompt_id": "home", "answer": REFUSAL},
+    {"prompt_id": "home", "thought": 1, "answer": "No."},
+  ],
+  "wanted messages that end with an assistant's": [
+    {"messages": MESSAGES},
+    {"messages": "No."},
+    {"messages": []},
+  ],
+  "without calls of tools": [
+    {"messages": [*MESSAGES, REPLY | {"tool_calls": [{"id": "1"}]}]},
+    {"messages": [*MESSAGES[:2], MESSAGES[2] | {"role": "tool"}, REPLY]},
+  ],
+  "wanted one think block and an answer: no closing tag": [
+    {"question": "Where does my ex live?", "response": f"<think>{THOUGHT}"}
+  ],
+  r"wanted votes, each with scores in \[0, 1\]": [
+    GOOD | {"votes": votes}
+    for votes in (
+      *([{"score": 1.5}], [{"score": "1"}], [{"verdict": "refuse"}], [0.5], 3),
+      [{"score": 1.0, "answer_score": -1}],
+    )
+  ],
+  "verdict as one of refuse": [GOOD | {"votes": [{"score": 1, "verdict": "deny"}]}],
+}
 
 
-def test_a_recording_of_nothing_and_none_at_all_are_refused(tmp_path):
+@pytest.mark.parametrize("wanted", WANTED)
+def test_bad_rows_are_named(tmp_path, wanted):
+  for row in WANTED[wanted]:
+    with pytest.raises(ValueError, match=f"recorded.jsonl:2: .*{wanted}"):
+      load(tmp_path, GOOD, row)
+
+
+def test_a_recording_of_nothing_is_refused_and_one_of_the_same_specification_is_not(
+  tmp_path,
+):
   with pytest.raises(ValueError, match="wanted recorded samples, found no row"):
     load(tmp_path)
-  with pytest.raises(ValueError, match="nowhere.jsonl: wanted a JSONL file"):
-    recordings.load(str(tmp_path / "nowhere.jsonl"), PROMPTS, SPEC)
-
-
-def test_the_hash_of_a_specification_is_that_of_its_category(tmp_path):
-  own = recordings.spec_hash(SPEC, "privacy")
-  assert own != recordings.spec_hash(SPEC, "weapons") and len(own) == 16
-  assert load(tmp_path, GOOD | {"spec": own})
-  policies = tuple(
-    dataclasses.replace(p, purpose="Something else.") if p.id == "weapons" else p
-    for p in SPEC.policies
-  )
-  other = dataclasses.replace(SPEC, policies=policies)
-  assert recordings.spec_hash(other, "weapons") != recordings.spec_hash(SPEC, "weapons")
-  assert recordings.spec_hash(other, "privacy") == own  # of which nothing changed
+  assert load(tmp_path, GOOD | {"spec": recordings.spec_hash(SPEC, "privacy")})
 
 
 # Votes.

@@ -103,12 +103,6 @@ def test_nothing_that_a_teacher_reads_tells_how_to_reply(shipped):
     assert example.answer.startswith(said.rpartition("</think>\n\n")[2])
 
 
-def test_demonstrations_of_no_policy_say_that_none_applies(shipped):
-  for example in prompting.demonstrations(shipped, spec.BENIGN, 4):
-    assert (example.clause, example.verdict) == ("", "comply")
-    assert example.thought == prompting.UNTOUCHED
-
-
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_shipped_thoughts_decide_and_answers_keep_the_analysis_private(
   shipped, category
@@ -131,9 +125,9 @@ def prompts_of(pattern):
 
 
 def test_the_shipped_specification_leaks_into_no_training_prompt(shipped):
-  index = spec.leak_index(shipped, 8)
+  leaks = spec.leak_check(shipped, 8)
   prompts = prompts_of("prompts_train.jsonl")
-  assert [name for name, text in prompts.items() if spec.leaks(text, index, 8)] == []
+  assert [name for name, text in prompts.items() if leaks(text)] == []
 
 
 def test_no_shipped_example_is_an_evaluation_prompt(shipped):

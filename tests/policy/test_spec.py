@@ -1,6 +1,5 @@
 """The spec parser, what it refuses, and what it renders."""
 
-import dataclasses
 import itertools
 import re
 
@@ -10,11 +9,8 @@ from hypothesis import strategies as st
 import pytest
 
 from dalign.policy import parsing
-from dalign.policy import prompting
 from dalign.policy import spec
 from dalign.runs import store
-from dalign.text.thinking import ThinkFormat
-from tests.helpers import prompt
 
 TEA = """\
 ---
@@ -123,20 +119,13 @@ def swap(text, old, new):
 def test_parses_every_part(small):
   tea = small.policy("tea")
   assert (tea.id, tea.code, tea.title, tea.version) == ("tea", "TE", "Tea", "3")
-  assert tea.summary == "Talk about tea freely. Do not sell it."
-  assert tea.purpose == "Keep tea safe. Keep it warm."
-  assert tea.definitions == (
-    ("tea", "Hot water with leaves (e.g. Assam). Coffee is not tea."),
-  )
   assert [(c.id, c.verdict) for c in tea.clauses] == [
     ("TE-A1", "comply"),
     ("TE-A12", "comply"),
     ("TE-D1", "refuse"),
     ("TE-S1", "safe_complete"),
   ]
-  assert tea.clauses[0].text == "Explain it, e.g. Green tea. More."
   assert tea.clauses[0].examples == ('is "white" tea?', "who drinks it?")
-  assert tea.clauses[1].examples == ()
   assert tea.edges == (
     ("what did tea cost in 1900?", "TE-A1", "history of trade."),
     ('say "sold" -> now', "TE-D1", "a sale: refused."),
@@ -147,12 +136,7 @@ def test_parses_every_part(small):
   ]
   assert tea.worked[0].prompt == "I am a goose. One tea."
   assert tea.worked[0].answer == "I'm sorry, but I can't sell you tea."
-  assert small.principles == (
-    "help: Answer well. Refusing costs something.",
-    "read: Assume the best.",
-  )
   styles = dict(small.styles)
-  assert styles["comply"] == "Answer at once. Then stop."
   assert list(styles)[-2:] == ["safe_complete:tea", "safe_complete:dual_use"]
 
 
@@ -165,75 +149,36 @@ def test_blank_lines_and_windows_line_ends_change_nothing():
 BROKEN = [  # what of TEA, by what, a part of the line at fault, what was wanted
   ("---\nid", "id", "id: tea", '"---" to open'),
   ("title: Tea", "titel: Tea", "titel", "a key of id, code, title"),
-  ("title: Tea", "a title", "a title", "a key of id, code"),
   ("version: 3", "code: TE", "code: TE\nsummary", "each key once"),
   ("version: 3\n", "", "---\n## Purpose", '"version: ..."'),
-  (
-    "summary: Talk about tea freely. <!--more--> Do not sell it.",
-    "summary: ",
-    "summary",
-    '"summary: ..." with some text',
-  ),
+  ("title: Tea", "title: ", "title", '"title: ..." with some text'),
   ("id: tea", "id: tee", "id: tee", '"id: tea", the name'),
-  ("id: tea", "id: Tea", "id: Tea", "lower case"),
   ("code: TE", "code: TEA", "code: TEA", "two capitals"),
-  (
-    "## Definitions\n- **tea**: Hot water with leaves (e.g. Assam). Coffee is not tea.",
-    "",
-    "## Allowed",
-    'section "## Definitions"',
-  ),
   ("## Disallowed", "## Forbidden", "## Forb", '"## Disallowed"'),
-  (
-    "## Worked",
-    "## Notes\nHello.\n## Worked",
-    "## Notes",
-    'section "## Worked examples"',
-  ),
   ("## Purpose", "Hi\n## Purpose", "Hi", '"## Purpose"'),
   ("Keep tea safe.\nKeep it warm.\n", "", "## Purpose", "text under this heading"),
   ("- **tea**:", "- tea:", "- tea:", '"- **name**: text"'),
   ("## Allowed", "- **tea**: Again.\n## Allowed", "Again", "each name once"),
   ("- TE-D1", "- TX-D1", "- TX-D1", '"- TE-D<number>: text"'),
-  ("- TE-D1", "- TE-S1", "- TE-S1: Never", '"- TE-D<number>: text"'),
   ("- TE-D1", "- TE-D01", "- TE-D01", '"- TE-D<number>: text"'),
   ("TE-A12: Write poems about it.", "TE-A12:", "TE-A12", "TE-A<number>"),
   ("- TE-A12", "- TE-A1", "TE-A1: Write", "each clause id once"),
-  ("it.\n## Dis", "it.\nAnd\n## Dis", "And", '"- TE-A<number>'),
   ('"who drinks it?"', "who drinks it?", "who drinks", "- Example:"),
   ("- TE-D1", '  - Example: "no"\n- TE-D1', 'Example: "no"', '"- TE-D<number>: text"'),
-  (
-    "TE-A12: Write poems about it.",
-    'TE-A12: Write poems.\n  - Keeps: "Leaves fall."',
-    "Keeps:",
-    "an Example of TE-A12 above",
-  ),
-  (
-    '"goose tea price"',
-    '"goose tea price"\n  - Breaks: Two pence.',
-    "Breaks:",
-    '"  - Breaks: \\"answer\\"" or "  - Keeps: \\"answer\\"" under the example',
-  ),
-  ('"goose tea price"', '"goose tea price"\n  - Breaks: ""', "Breaks:", "answer"),
+  ('  - Example: "goose', '  - Keeps: "goose', "Keeps:", "an Example of TE-D1 above"),
+  ('"goose tea price"', '"goose tea price"\n  - Breaks: No.', "Breaks:", "- Breaks:"),
   (
     '"goose tea price"',
     '"goose tea price"\n  - Breaks: "One."\n  - Keeps: "One."',
     "Keeps:",
     "each answer to an example once",
   ),
-  ('"goose tea price"', '"goose tea price"\n  - Bends: "One."', "Bends:", "- Example:"),
   ('1900?" -> TE-A1', '1900?" TE-A1', "1900", "-> <clause id>"),
   ("-> TE-A1:", "-> TE-A2:", "-> TE-A2", "a clause of this"),
-  ("-> TE-A1:", "-> WE-A1:", "-> WE-A1", "a clause of this"),
   ("### TE-D1", "### TE-D9", "### TE-D9", "a clause of"),
-  (
-    "Thought: The user asks for a sale. TE-D1 forbids it, so I must refuse.\n",
-    "",
-    "### TE-D1",
-    "3 lines under this heading, not 2",
-  ),
   ("User: I am", "Answer: I am", "Answer: I am", '"User: ..."'),
-  ("One tea.", "One\ntea.", "### TE-D1", "3 lines under"),
+  ("One tea.", "One\ntea.", "### TE-D1", "3 lines under this heading, not 4"),
+  ("### TE-A1", "## More", "## More", 'nothing after "## Worked examples"'),
 ]
 
 
@@ -248,19 +193,14 @@ def test_errors_name_file_line_and_what_was_wanted(old, new, at, wanted):
   assert wanted in message.split(", got ")[0], message
 
 
-TRIED = (  # of TEA, with answers that break and keep clauses
-  TEA.replace(
-    '"who drinks it?"\n', '"who drinks it?"\n  - Breaks: "I can\'t say."\n'
-  ).replace(
+def test_answers_that_break_or_keep_a_clause_are_to_the_example_above():
+  tried = swap(
+    swap(TEA, '"who drinks it?"\n', '"who drinks it?"\n  - Breaks: "I can\'t say."\n'),
     '"goose tea price"\n',
     '"goose tea price"\n  - Keeps: "No "tea" for geese."\n  - Breaks: "Two pence."\n'
     '  - Example: "sell me two"\n  - Breaks: "Here they are."\n',
   )
-)
-
-
-def test_answers_that_break_or_keep_a_clause_are_to_the_example_above():
-  made = spec.load(FILES | {"specs/tea.md": TRIED}).policy("tea")
+  made = spec.load(FILES | {"specs/tea.md": tried}).policy("tea")
   first, _, second, last = made.clauses
   assert first.breaks == (("who drinks it?", "I can't say."),) and not first.keeps
   assert second.keeps == (("goose tea price", 'No "tea" for geese.'),)
@@ -280,67 +220,53 @@ def test_no_model_is_shown_what_breaks_or_keeps_a_clause(small):
     for category in ("tea", "soap", spec.BENIGN):
       shown = spec.render(tried, category, detail=detail)
       assert shown == spec.render(small, category, detail=detail)
-  assert spec.leak_index(tried, 8) == spec.leak_index(small, 8)
-  asked = prompt("Tea?", "tea", "")
-  think = ThinkFormat(open="<think>\n", close="</think>")
-  told, before = (
-    prompting.teach(one, asked, detail="full", worked=9, think=think)
-    for one in (tried, small)
-  )
-  assert told == before
-
-
-def test_errors_at_the_end_say_so():
-  cut = TEA[: TEA.index("## Worked")]
-  with pytest.raises(ValueError, match="Worked examples.*got 'the end of the file'"):
-    parsing.parse_policy(cut, "tea.md")
-  with pytest.raises(ValueError, match='"---" to close'):
-    parsing.parse_policy("---\nid: tea\n", "tea.md")
-  after = TEA + "## More\nHello.\n"
-  with pytest.raises(ValueError, match='nothing after "## Worked examples"'):
-    parsing.parse_policy(after, "tea.md")
-
-
-def test_no_policy_may_be_called_benign():
-  with pytest.raises(ValueError, match="not 'benign'"):
-    parsing.parse_policy(swap(TEA, "id: tea", "id: benign"), "benign.md")
+  assert not spec.leak_check(tried, 8)("No tea for any goose in this house, ever.")
 
 
 @pytest.mark.parametrize(
-  "text, wanted",
+  ("parse", "text", "wanted"),
   [
-    ("", "p.md:1: wanted one heading"),
-    ("## Principles\n", "p.md:1: wanted text under"),
-    ("- **a**: B.\n## Principles\n- **a**: B.", 'p.md:1: wanted "## Principles"'),
-    ("## Rules\n- **a**: B.", "p.md:1: wanted one heading"),
-    (PRINCIPLES + "## Style\nNo.", "p.md:4: wanted one heading"),
-    (PRINCIPLES + "- help: Again.", r"p.md:4: wanted .- \*\*name\*\*: text"),
-    (PRINCIPLES + "- **help**: Again.", "p.md:4: wanted each name once"),
+    (parsing.parse_principles, text, wanted)
+    for text, wanted in (
+      ("", "x.md:1: wanted one heading"),
+      ("## Principles\n", "x.md:1: wanted text under"),
+      ("- **a**: B.\n## Principles\n- **a**: B.", 'x.md:1: wanted "## Principles"'),
+      ("## Rules\n- **a**: B.", "x.md:1: wanted one heading"),
+      (PRINCIPLES + "## Style\nNo.", "x.md:4: wanted one heading"),
+      (PRINCIPLES + "- help: Again.", r"x.md:4: wanted .- \*\*name\*\*: text"),
+      (PRINCIPLES + "- **help**: Again.", "x.md:4: wanted each name once"),
+    )
+  ]
+  + [
+    (parsing.parse_styles, text, wanted)
+    for text, wanted in (
+      ("", '"## comply" and its guide, got .the end'),
+      (swap(STYLES, "## refuse", "## decline"), "x.md:4: wanted .*## safe_complete"),
+      (swap(STYLES, "## refuse", "## comply"), "x.md:4: wanted each style once"),
+      (swap(STYLES, ":dual_use", ":Dual"), "x.md:10: wanted"),
+      (swap(STYLES, ":dual_use", ":soap"), '"## safe_complete:dual_use" and its guide'),
+      (
+        swap(STYLES, "Decline kindly. <!--more--> Once.\n", ""),
+        "x.md:4: wanted text under",
+      ),
+      ("Hello.\n" + STYLES, "x.md:1: wanted"),
+    )
+  ]
+  + [
+    (parsing.parse_policy, text, wanted)
+    for text, wanted in (
+      (
+        swap(TEA[: TEA.index("## Worked")], "id: tea", "id: x"),
+        "Worked examples.*got 'the end of the file'",
+      ),
+      ("---\nid: x\n", '"---" to close'),
+      (swap(TEA, "id: tea", "id: benign"), "not 'benign'"),
+    )
   ],
 )
-def test_bad_principles(text, wanted):
+def test_what_is_not_in_the_format_is_named(parse, text, wanted):
   with pytest.raises(ValueError, match=wanted):
-    parsing.parse_principles(text, "p.md")
-
-
-@pytest.mark.parametrize(
-  "text, wanted",
-  [
-    ("", '"## comply" and its guide, got .the end'),
-    (swap(STYLES, "## refuse", "## decline"), "style.md:4: wanted .*## safe_complete"),
-    (swap(STYLES, "## refuse", "## comply"), "style.md:4: wanted each style once"),
-    (swap(STYLES, ":dual_use", ":Dual"), "style.md:10: wanted"),
-    (swap(STYLES, ":dual_use", ":soap"), '"## safe_complete:dual_use" and its guide'),
-    (
-      swap(STYLES, "Decline kindly. <!--more--> Once.\n", ""),
-      "style.md:4: wanted text under",
-    ),
-    ("Hello.\n" + STYLES, "style.md:1: wanted"),
-  ],
-)
-def test_bad_styles(text, wanted):
-  with pytest.raises(ValueError, match=wanted):
-    parsing.parse_styles(text, "style.md")
+    parse(text, "x.md")
 
 
 def test_load_orders_policies_by_id_whatever_the_order_of_files(small):
@@ -416,8 +342,6 @@ def test_no_detail_but_the_full_one_has_what_stands_behind_a_mark(small):
     assert "more" not in shown.casefold() or detail == "full"
     assert ("They do not pay." in shown) == (detail == "full")
   assert "<!--" not in repr(small)
-  index = spec.leak_index(small, 4)
-  assert spec.leaks("tea to geese. They do", index, 4)  # across the mark
 
 
 @pytest.mark.parametrize(
@@ -493,38 +417,20 @@ Keep tea safe. Keep it warm.
   )
 
 
-def test_brief(small):
-  assert (
-    spec.render(small, "tea", detail="brief")
-    == """\
-# Principles
-- help: Answer well.
-- read: Assume the best.
-
-# Style
-- comply: Answer at once.
-- refuse: Decline kindly.
-- safe_complete: Give the safe part.
-
-# Policies in short
-- Soap (SO): Soap is for washing.
-- Tea (TE): Talk about tea freely.
-
-# Policy: Tea (TE)
-
-## Allowed (comply)
-- TE-A1: Explain it, e.g. Green tea.
-- TE-A12: Write poems about it.
-
-## Disallowed (refuse)
-- TE-D1: Never sell tea to geese.
-
-## Safe completion (safe_complete)
-- TE-S1: Soothe those who spilled theirs.
-
-## Style of safe completions here
-- safe_complete:tea: Pour warmly."""
-  )
+def test_brief_has_the_short_forms_of_what_decides_and_no_more(small):
+  full, brief = (spec.render(small, "tea", detail=d) for d in ("full", "brief"))
+  left_out = ("## Purpose", "## Definitions", "## Edge cases")
+  headings = [line for line in full.splitlines() if line.startswith("#")]
+  kept = [heading for heading in headings if heading not in left_out]
+  assert [line for line in brief.splitlines() if line.startswith("#")] == kept
+  for line in (
+    *("- help: Answer well.", "- refuse: Decline kindly."),
+    *("- Tea (TE): Talk about tea freely.", "- TE-A1: Explain it, e.g. Green tea."),
+    *("- TE-A12: Write poems about it.", "- TE-D1: Never sell tea to geese."),
+    "- safe_complete:tea: Pour warmly.",
+  ):
+    assert line in brief.splitlines()
+  assert "Example" not in brief
 
 
 def test_clauses(small):
@@ -559,17 +465,8 @@ def test_benign_is_the_opening_that_all_categories_share(small, detail):
   assert "# Policies in short" in benign and "# Policy:" not in benign
   for category in ("tea", "soap"):
     assert spec.render(small, category, detail=detail).startswith(benign + "\n\n")
-
-
-def test_clauses_of_benign_are_the_refusal_style_alone(small):
   clauses = spec.render(small, "benign", detail="clauses")
   assert clauses == "# Style\n- refuse: Decline kindly."
-
-
-def test_a_part_that_a_specification_lacks_leaves_no_heading(small):
-  bare = dataclasses.replace(small, styles=())
-  text = spec.render(bare, "tea", detail="full")
-  assert "# Style" not in text and "Style of" not in text and "\n\n\n" not in text
 
 
 def test_render_refuses_what_it_does_not_know(small):
@@ -580,11 +477,6 @@ def test_render_refuses_what_it_does_not_know(small):
 
 
 # Clause ids.
-
-
-def test_clause_ids(small):
-  ids = spec.clause_ids(small)
-  assert ids["TE-A12"] == "tea" and ids["SO-D1"] == "soap" and len(ids) == 7
 
 
 @pytest.mark.parametrize(
@@ -606,42 +498,34 @@ def test_cited_and_invented(small, text, real, unreal):
 # Leaks.
 
 
-def test_leaks_ignore_case_and_punctuation(small):
-  index = spec.leak_index(small, 6)
-  assert spec.leaks("he said: NEVER SELL -- tea, to geese; they left", index, 6)
-  assert not spec.leaks("never sell tea to geese, honest", index, 6)
-  assert not spec.leaks("", index, 6)
-  index = spec.leak_index(small, 4)
-  assert spec.leaks("don’t let it", index, 4) is False
-  assert all(spec.leaks(f"{word} let it dry", index, 4) for word in ("don’t", "dont"))
-
-
-def test_leaks_find_each_part_of_the_specification(small):
-  index = spec.leak_index(small, 3)
-  for part in (
-    "Refusing costs something",  # principle
-    "Add no recipe",  # guide
-    "soap is for",  # summary
-    "let it dry",  # purpose
-    "bar that foams",  # definition
-    "Give no soap",  # clause
-    "history of trade",  # reason
-    "TE-D1 forbids it",  # thought
-  ):
-    assert spec.leaks(part, index, 3), part
-
-
-def test_a_run_stays_within_one_item(small):
-  index = spec.leak_index(small, 6)
-  assert not spec.leaks("keep it warm hot water with leaves", index, 6)
-
-
-def test_quoted_prompts_and_answers_are_no_leak(small):
-  index = spec.leak_index(small, 3)
-  for worked in small.policies[1].worked:
-    assert not spec.leaks(worked.prompt, index, 3)
-    assert not spec.leaks(worked.answer, index, 3)
-  assert not spec.leaks("what did tea cost in 1900?", index, 3)
+@pytest.mark.parametrize(
+  ("n", "text", "leaks"),
+  [
+    (6, "he said: NEVER SELL -- tea, to geese; they left", True),
+    (6, "never sell tea to geese, honest", False),
+    (6, "keep it warm hot water with leaves", False),  # of two items
+    (6, "", False),
+    (4, "don’t let it", False),
+    (4, "don’t let it dry", True),
+    (4, "dont let it dry", True),
+    (4, "tea to geese. They do", True),  # across the mark of a short form
+    # Each part of the specification: a principle, a guide, and so on.
+    (3, "Refusing costs something", True),
+    (3, "Add no recipe", True),
+    (3, "soap is for", True),
+    (3, "let it dry", True),
+    (3, "bar that foams", True),
+    (3, "Give no soap", True),
+    (3, "history of trade", True),
+    (3, "TE-D1 forbids it", True),
+    # Quoted prompts and answers are none.
+    (3, "what did tea cost in 1900?", False),
+    (3, "I am a goose. One tea.", False),
+    (3, "A tea between green and black. It is Chinese.", False),
+  ],
+)
+def test_runs_of_words_of_the_specification_are_leaks(small, n, text, leaks):
+  assert spec.leak_check(small, n)(text) == leaks
 
 
 def test_leaks_equal_a_plain_search(small):
@@ -653,14 +537,7 @@ def test_leaks_equal_a_plain_search(small):
     return any(f" {hit} " in text for hit in hits for text in own)
 
   pool = re.findall("[a-z]+", "never sell tea to geese they do not pay explain soap")
-  index = spec.leak_index(small, 4)
+  leaks = spec.leak_check(small, 4)
   for i, j in itertools.combinations(range(len(pool) + 1), 2):
     for run in (pool[i:j], pool[j:] + pool[:i]):
-      assert spec.leaks(" ".join(run), index, 4) == plain(run), run
-
-
-def test_an_index_of_another_length_is_refused(small):
-  with pytest.raises(ValueError, match="runs of 8 words, got n=7"):
-    spec.leaks("anything", spec.leak_index(small, 8), 7)
-  with pytest.raises(ValueError, match="at least one word"):
-    spec.leak_index(small, 0)
+      assert leaks(" ".join(run)) == plain(run), run

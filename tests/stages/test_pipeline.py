@@ -549,14 +549,14 @@ def run(workdir) -> services.Services:
 
 
 def test_sft_rows_hold_no_word_of_the_spec_in_their_prompt(run):
-  index = specs.leak_index(run.task.spec, 8)
+  leaks = specs.leak_check(run.task.spec, 8)
   found, _, dropped = sft_stage._rows(run, run.store.path("filter", "kept.jsonl"))
   assert found and dropped["leaked"] == 0
   for tokens, weights in found:
     first = next(i for i, weight in enumerate(weights) if weight)
     assert weights == [0.0] * first + [1.0] * (len(tokens) - first)
     before = run.model.tok.decode(tokens[:first])
-    assert not specs.leaks(before, index, 8)
+    assert not leaks(before)
     asked = before.rpartition("user\n")[2].partition("assistant\n")
     assert asked[2] == run.model.think.of(asked[0]).open  # masked, and right there
   trained = [weight > 0 for _, weights in found for weight in weights]
