@@ -54,15 +54,12 @@ def samples(workdir: pathlib.Path, summary: Json) -> Json:
 
 def _sample_strata(strata: dict, limit: int) -> set:
   """At most `limit` keys, taken in turn from each stratum, in file order."""
-  queues: dict[Any, collections.deque] = collections.defaultdict(collections.deque)
+  ranks: dict[Any, int] = {}  # of a key in its stratum
+  sizes: collections.Counter = collections.Counter()
   for key, stratum in strata.items():
-    queues[stratum].append(key)
-  chosen: set = set()
-  while len(chosen) < min(limit, len(strata)):
-    for queue in queues.values():
-      if queue and len(chosen) < limit:
-        chosen.add(queue.popleft())
-  return chosen
+    ranks[key] = sizes[stratum]
+    sizes[stratum] += 1
+  return set(sorted(ranks, key=ranks.__getitem__)[:limit])
 
 
 def _add_row(groups: dict, arm: str, row: dict) -> None:

@@ -4,11 +4,9 @@ HTML.
 Works out no statistics. Knows no artefacts and no sections of the report.
 """
 
-import collections
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
-import re
 from typing import Any, TypeGuard
 
 from dalign.runs import progress
@@ -25,8 +23,6 @@ MARKS = (  # of arms, about a point
   "M-5 -2H5V2H-5Z",
   "M-2 -5H2V5H-2Z",
 )
-PERCENTS = [(v, f"{100 * v:.0f}%") for v in (0, 0.25, 0.5, 0.75, 1)]
-LANE = 13  # the height of an arm's line
 
 Json = Any  # what json.loads returns
 Point = tuple[float, float]
@@ -91,8 +87,12 @@ def estimate(cell: Mapping, unit: str | None = None) -> Estimate:
   if unit is None:
     share = all(0 <= value <= 1 for value in (mean, low, high) if finite(value))
     unit = "%" if share else ""
-  ends = (low, high) if finite(low) and finite(high) else None
-  return Estimate(mean, ends, cell.get("n"), notes(cell), unit)
+  return Estimate(mean, _ends(cell), cell.get("n"), notes(cell), unit)
+
+
+def _ends(cell: Mapping) -> Point | None:
+  low, high = cell.get("low"), cell.get("high")
+  return (low, high) if finite(low) and finite(high) else None
 
 
 def notes(cell: Json) -> list[str]:
@@ -128,14 +128,14 @@ def flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, Json]]:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """What is drawn of one arm: marks at points of [0, 1] x [0, 1], lines through points,
-  and a thin curve; `place` among all arms chooses colour and mark."""
+  """An arm in the plane: the point of its means, whiskers where it has intervals, and
+  perhaps a curve; `place` among all arms chooses colour and mark."""
 
   arm: str
   place: int
-  marks: list[Point] = dataclasses.field(default_factory=list)
-  lines: list[list[Point]] = dataclasses.field(default_factory=list)
-  curve: Sequence[Point] = ()
+  point: Point
+  whiskers: Sequence[tuple[Point, Point]]
+  curve: Sequence[Point]
 
   @property
   def colour(self) -> int:
@@ -145,93 +145,44 @@ class Series:
   def mark(self) -> str:
     return MARKS[(self.place + self.place // 8) % len(MARKS)]
 
-  def add(self, across: Json, up: Json) -> None:
-    """A mark where two cells of a summary, or a cell and a number, have their means,
-    with whiskers where they have intervals; nothing where one has no mean."""
-    cells = [c if isinstance(c, dict) else {"mean": c} for c in (across, up)]
-    x, y = (cell.get("mean") for cell in cells)
-    if not (finite(x) and finite(y)):
-      return
-    self.marks.append((x, y))
-    for place, cell in enumerate(cells):
-      low, high = cell.get("low"), cell.get("high")
-      if finite(low) and finite(high):
-        self.lines.append([(x, v) if place else (v, y) for v in (low, high)])
-
 
 @dataclasses.dataclass(frozen=True)
-class Chart:
-  """Series in a frame of so many pixels, with room at its left; ticks are (where, what
-  is written there). `without` are arms that could not be drawn."""
+class Plane:
+  """One metric against another in a frame of 400 by 400 pixels, whose lower left corner
+  is at (60, 420). `without` are arms that could not be drawn."""
 
   axes: tuple[str, str]
-  across: Sequence[tuple[float, str]]
-  up: Sequence[tuple[float, str]]
   series: Sequence[Series]
-  width: int = 400
-  height: int = 400
-  left: int = 60
-  without: Sequence[str] = ()
+  without: Sequence[str]
 
   def x(self, value: float) -> str:
-    return f"{self.left + self.width * value:.1f}"
+    return f"{60 + 400 * value:.1f}"
 
   def y(self, value: float) -> str:
-    return f"{20 + self.height * (1 - value):.1f}"
+    return f"{20 + 400 * (1 - value):.1f}"
 
   def path(self, points: Sequence[Point]) -> str:
     return "M" + "L".join(f"{self.x(a)} {self.y(b)}" for a, b in points)
 
 
-def plane(arms: dict, curves: dict, axes: tuple[str, str]) -> Chart | None:
+def plane(arms: dict, curves: dict, axes: tuple[str, str]) -> Plane | None:
   """One metric against another, a point an arm with its intervals as whiskers, and
   where it is known the curve of what other thresholds on its odds would do."""
-  every = []
-  for place, (arm, metrics) in enumerate(arms.items()):
-    points = (curves.get(arm) or {}).get("points") or ()
-    every.append(
-      Series(arm, place, curve=[(kept, refused) for refused, kept in points])
-    )
-    every[-1].add(*(metrics.get(name) for name in axes))
-  series = [one for one in every if one.marks]
-  without = [one.arm for one in every if not one.marks]
-  return Chart(axes, PERCENTS, PERCENTS, series, without=without) if series else None
-
-
-def scaling(arms: dict) -> Chart | None:
-  """What is right against the tokens that a thought may have, a line for each arm that
-  was measured so."""
-  # Arm -> budget, or inf -> mean.
-  found: dict[str, dict[float, float]] = collections.defaultdict(dict)
-  for arm, metrics in arms.items():
-    for name, cell in metrics.items():
-      budget = re.fullmatch(r"thought_(\d+)_verdict", name)
-      if budget and finite(cell.get("mean")):
-        found[arm][int(budget[1])] = cell["mean"]
-    if arm in found and finite(metrics.get("verdict", {}).get("mean")):
-      found[arm][math.inf] = metrics["verdict"]["mean"]
-  budgets = sorted({budget for of_arm in found.values() for budget in of_arm})
-  across = {budget: i / len(budgets) for i, budget in enumerate(budgets)}
   series = []
-  for place, arm in enumerate(arms):
-    if dots := [(across[b], mean) for b, mean in sorted(found.get(arm, {}).items())]:
-      series.append(Series(arm, place, dots, [dots]))
-  ticks = [(x, "all" if b == math.inf else str(b)) for b, x in across.items()]
-  axes = ("tokens that a thought may have", "right verdicts")
-  return Chart(axes, ticks, PERCENTS, series) if series else None
-
-
-def by_set(sets: dict[str, dict[str, Json]], axis: str) -> Chart:
-  """Each set's estimates, a line for each arm with its interval."""
-  arms = [*dict.fromkeys(arm for cells in sets.values() for arm in cells)]
-  series = [Series(arm, place) for place, arm in enumerate(arms)]
-  lanes = len(arms) + 1  # of a set; one is left empty
-  for one in series:
-    for i, cells in enumerate(sets.values()):
-      one.add(cells.get(one.arm), 1 - (i + (one.place + 1) / lanes) / len(sets))
-  up = [(1 - (i + 0.5) / len(sets), name) for i, name in enumerate(sets)]
-  height = LANE * lanes * len(sets)
-  return Chart((axis, ""), PERCENTS, up, series, width=410, height=height, left=210)
+  for place, (arm, metrics) in enumerate(arms.items()):
+    across, up = (metrics.get(name) or {} for name in axes)
+    x, y = across.get("mean"), up.get("mean")
+    if finite(x) and finite(y):
+      whiskers = []
+      if ends := _ends(across):
+        whiskers.append(((ends[0], y), (ends[1], y)))
+      if ends := _ends(up):
+        whiskers.append(((x, ends[0]), (x, ends[1])))
+      points = (curves.get(arm) or {}).get("points") or ()
+      curve = [(kept, refused) for refused, kept in points]
+      series.append(Series(arm, place, (x, y), whiskers, curve))
+  without = [arm for arm in arms if arm not in [one.arm for one in series]]
+  return Plane(axes, series, without) if series else None
 
 
 def downsample(points: dict) -> dict:

@@ -296,14 +296,11 @@ def _results(summary: Json) -> dict[str, Any]:
   arms, sets = summary["arms"], summary.get("sets") or {}
   curves = (summary.get("curves") or {}).get("held out") or {}
   axes = "comply_allowed", "refuse_disallowed"
-  by_set = _by_set(arms, sets, axes[1])
   return {
     "groups": _metric_groups(arms, sets),
     "plane": figures.plane(arms, curves, axes),
     "categories": _by_category(summary.get("categories") or {}),
-    "by_set": by_set,
-    "sets": figures.by_set(by_set, axes[1]) if by_set else None,
-    "scaling": figures.scaling(arms),
+    "by_set": _by_set(arms, sets, axes[1]),
   }
 
 

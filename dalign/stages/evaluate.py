@@ -14,6 +14,7 @@ from dalign.data import prompt_sets
 from dalign.evaluation import evals
 from dalign.evaluation import figures
 from dalign.policy import prompting
+from dalign.policy import spec as specs
 from dalign.runs import progress
 from dalign.stages import arms as arms_of
 from dalign.stages import evidence
@@ -78,9 +79,10 @@ def evaluate(run: Run) -> None:
       for disguise in disguises:
         for row in rows_by_set[set_label(disguise)][arm]:
           rows_by_original[prompts_by_id[row["prompt_id"]].original].append(row)
-      rows_by_set[f"{public}_worst"][arm] = evals.worst(
-        rows_by_original, share=cfg.worst
-      )
+      rows_by_set[f"{public}_worst"][arm] = [
+        evals.worst(name, rows, share=cfg.worst)
+        for name, rows in rows_by_original.items()
+      ]
     own = arms_of.ARMS[arm]
     if run.task.openings and not own.served and not own.spec:
       _add_decline_probability(run, arm, prompts_by_id, files[arm])
@@ -258,7 +260,7 @@ def _evaluate_swapped(
   """The rows of an arm that was given thoughts of the opposite decision, and of these
   the first clause, what follows it or the last sentence alone."""
   opposite = evals.opposite_thoughts(rows, run.cfg.eval.swaps)
-  verdicts = {c.id: c.verdict for p in run.task.spec.policies for c in p.clauses}
+  verdicts = specs.verdicts(run.task.spec)
   conflicting = evals.conflicting_thoughts(rows, opposite, verdicts)
   found = {}
   for name, thoughts in ({"swapped": opposite} | conflicting).items():

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from dalign.config import explain
-from dalign.config.schema import Config
 from dalign.runs import manifests
 from dalign.runs import store
 from dalign.stages import evaluate as evaluate_stage
@@ -86,8 +84,3 @@ def test_a_function_that_grades_nothing_is_refused_before_anything_is_made(
   with pytest.raises(ValueError, match="own.py: grade: row 1 of .*line 2: .*thought"):
     rehearsal.check_prompts_render(cfg, work, ("eval",))
   rehearsal.check_prompts_render(cfg, work, ("generate",))
-
-
-def test_graders_are_named_in_the_schema():
-  known = explain.schema(Config)["$defs"]["EvalConfig"]["properties"]["grader"]
-  assert "python:" in known["items"]["pattern"]

@@ -192,45 +192,29 @@ def test_the_plane_holds_every_arm_that_has_both_rates(run):
   arms = _summary(run[0])["arms"]
   arms["none"] = {}
   points = {"sft": {"points": [(0.9, 0.2), (0.1, 0.8)]}}
-  chart = figures.plane(arms, points, ("comply_allowed", "refuse_disallowed"))
-  assert [one.arm for one in chart.series] == list(ARMS) and chart.without == ["none"]
-  for one in chart.series:
+  plane = figures.plane(arms, points, ("comply_allowed", "refuse_disallowed"))
+  assert [one.arm for one in plane.series] == list(ARMS) and plane.without == ["none"]
+  for one in plane.series:
     x, y = (arms[one.arm][name] for name in ("comply_allowed", "refuse_disallowed"))
-    assert one.marks == [(x["mean"], y["mean"])]
-    assert one.lines[0] == [(x["low"], y["mean"]), (x["high"], y["mean"])]
-    assert one.lines[1] == [(x["mean"], y["low"]), (x["mean"], y["high"])]
-  assert chart.series[2].curve == [(0.2, 0.9), (0.8, 0.1)]
-  assert (chart.x(0.5), chart.y(0.25)) == ("260.0", "320.0")
+    assert one.point == (x["mean"], y["mean"])
+    across = (x["low"], y["mean"]), (x["high"], y["mean"])
+    assert one.whiskers == [across, ((x["mean"], y["low"]), (x["mean"], y["high"]))]
+  assert plane.series[2].curve == [(0.2, 0.9), (0.8, 0.1)]
+  assert (plane.x(0.5), plane.y(0.25)) == ("260.0", "320.0")
+  half = dict.fromkeys(PARTS, {"mean": 0.5})
+  many = figures.plane({f"arm {i}": half for i in range(16)}, {}, PARTS)
+  assert len({(one.colour, one.mark) for one in many.series}) == 16
 
 
-def test_verdicts_are_drawn_against_the_length_of_thoughts(tmp_path):
-  cells = {"thought_16_verdict": 0.75, "verdict": 1.0, "thought_0_verdict": 0.25}
-  arms = {
-    "does_not": {"verdict": {"mean": 0.5}},
-    "thinks": {name: {"mean": mean} for name, mean in cells.items()},
-  }
-  chart = figures.scaling(arms)
-  assert [name for _, name in chart.across] == ["0", "16", "all"]
-  (one,) = chart.series
-  assert one.marks == [(0, 0.25), (1 / 3, 0.75), (2 / 3, 1.0)] and one.colour == 1
-  assert "tokens that a thought may have" in _of_arms(tmp_path, arms).text
-
-
-def test_refusal_is_drawn_for_each_set_and_disguise(run):
-  arms = _summary(run[0])["arms"]
-  sets = report._by_set(arms, SETS, PARTS[0])
-  assert [*sets] == ["held out", *list(SETS)[1:]]  # of XSTest nothing was to be refused
-  chart = figures.by_set(sets, PARTS[0])
-  names = [PARTS[0], *(f"{name}_{PARTS[0]}" for name in list(SETS)[1:])]
-  for one in chart.series:
-    cells = [arms[one.arm][name] for name in names]
-    assert [x for x, _ in one.marks] == [cell["mean"] for cell in cells]
-    ends = [tuple(x for x, _ in line) for line in one.lines]
-    assert ends == [(cell["low"], cell["high"]) for cell in cells]
-  lanes = [y for i in range(3) for y in [one.marks[i][1] for one in chart.series]]
-  assert lanes == sorted({*lanes}, reverse=True) and 0 < lanes[-1] < lanes[0] < 1
-  chart = figures.by_set({"a set": {f"arm {i}": None for i in range(16)}}, "metric")
-  assert len({(one.colour, one.mark) for one in chart.series}) == 16
+def test_refusal_of_each_set_and_disguise_stands_in_a_table(run):
+  workdir, page = run
+  arms = _summary(workdir)["arms"]
+  names = {"held out": PARTS[0]} | {name: f"{name}_{PARTS[0]}" for name in SETS}
+  rows = {row[0]: row[1:] for row in page.rows["results"] if row[0] in names}
+  assert [*rows] == ["held out", *list(SETS)[1:]]  # of XSTest nothing was to be refused
+  for name, cells in rows.items():
+    means = [f"{100 * arms[arm][names[name]]['mean']:.1f}%" for arm in ARMS]
+    assert [cell.split(" ")[0] for cell in cells] == means
 
 
 def test_every_category_has_its_numbers(run):
@@ -245,12 +229,6 @@ def test_every_category_has_its_numbers(run):
         shown = [f"{100 * c['mean']:.0f}% n={c['n']}" if c else "–" for c in cells]
         wanted.append((name, *shown))
   assert rows == wanted and len(rows) == 8
-
-
-def test_metrics_of_a_set_stand_under_its_own_name(run):
-  groups = report._metric_groups(_summary(run[0])["arms"], SETS)
-  found = {name: [f"{name}_{PARTS[name == 'xstest']}"] for name in SETS}
-  assert groups == {"Arms": [m for m in report.CORE if m in METRICS]} | found
 
 
 def test_probes_show_rates_intervals_and_kappa(run):
@@ -269,18 +247,14 @@ def test_the_report_has_what_the_judge_made_of_each_clause(tmp_path):
   tried = {"breaks": 3, "passed": 2, "keeps": 1, "failed": 0, "unscored": 0}
   none = tried | {"breaks": 0, "passed": 0}
   rules = {"bank": {"BK-D1": tried, "BK-A1": none}, "<desk>": {"DE-A1": none}}
-  dump(tmp_path / "probe.json", made_up.probe() | {"rules": rules})
+  agreement = dict.fromkeys(("kappa", "interval", "accuracy")) | {"n": 0, "unscored": 0}
+  found = made_up.probe() | {"rules": rules, "agreement": agreement}
+  dump(tmp_path / "probe.json", found)
   page = _write(tmp_path)
   rows, text = page.rows["judge"], page.text
   assert ("BK-D1", "2 of 3", "0 of 1", "0") in rows
   assert ("BK-A1", "0 of 0", "0 of 1", "0") in rows
   assert "<desk>: no probes of its own" in text and "DE-A1" not in text
-
-
-def test_a_judge_without_known_answers_has_no_kappa(tmp_path):
-  agreement = dict.fromkeys(("kappa", "interval", "accuracy")) | {"n": 0, "unscored": 0}
-  dump(tmp_path / "probe.json", made_up.probe() | {"agreement": agreement})
-  text = _write(tmp_path).text
   assert "no answers known" in text and "kappa 0" not in text
 
 
@@ -431,32 +405,26 @@ def test_rollouts_of_both_stages_are_spread_over_training(run):
   [
     ("metrics.jsonl", '{"step": 1}\n{bad}\n{"step": 2}\n', "metrics.jsonl:2"),
     ("metrics.jsonl", "[1]\n", "metrics.jsonl:1"),
-    ("eval/summary.json", "{", "wanted JSON"),
+    ("eval/summary.json", "{", "summary.json"),
+    ("config.json", "[1]", "does not hold what its stage writes"),
+    (
+      "eval/summary.json",
+      '{"arms": {"base": {"style": 0.5}}}',
+      "does not hold what its stage writes",
+    ),
+    ("eval/base.jsonl", '{"prompt": "x"}\n', "does not hold what its stage writes"),
   ],
 )
 def test_broken_artefacts_are_named(tmp_path, name, content, wanted):
   (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / name).write_text(content)
-  with pytest.raises(ValueError, match=re.escape(wanted)) as caught:
+  with pytest.raises(ValueError, match=re.escape(wanted)):
     report.write_report(tmp_path)
-  assert name.split("/")[-1] in str(caught.value)
+
+
+def test_a_report_is_of_the_folder_of_a_run(tmp_path):
   with pytest.raises(ValueError, match="folder of a run"):
     report.write_report(tmp_path / "absent")
-
-
-@pytest.mark.parametrize(
-  ("name", "content"),
-  [
-    ("config.json", "[1]"),
-    ("eval/summary.json", '{"arms": {"base": {"style": 0.5}}}'),
-    ("eval/base.jsonl", '{"prompt": "x"}\n'),
-  ],
-)
-def test_artefacts_of_another_make_are_refused(tmp_path, name, content):
-  (tmp_path / name).parent.mkdir(exist_ok=True)
-  (tmp_path / name).write_text(content)
-  with pytest.raises(ValueError, match="does not hold what its stage writes"):
-    report.write_report(tmp_path)
 
 
 def test_chromium_shows_the_browsers_and_filters_by_the_address(run):
