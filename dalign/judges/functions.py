@@ -220,17 +220,11 @@ def _row(i: int, said: Any) -> tuple[float | None, str]:
     score, why = said.score, said.reason
   elif isinstance(said, (tuple, list)) and len(said) == 2:
     score, why = said
-  if not isinstance(why, str):
-    raise _Wrong(f"wanted a text as the reason, got {why!r:.80}", i)
-  if score is None:
-    return None, why or SILENT
-  if not isinstance(score, (numbers.Real, np.bool_)):
-    wanted = "a score in [0, 1], None, or a pair of one and a reason"
+  scored = isinstance(score, (numbers.Real, np.bool_)) and 0 <= float(score) <= 1
+  if not isinstance(why, str) or not (scored or score is None):  # nor is NaN a score
+    wanted = "a score in [0, 1], None for no verdict, or a pair of one and a reason"
     raise _Wrong(f"wanted {wanted}, got {said!r:.80}", i)
-  value = float(score)
-  if not 0.0 <= value <= 1.0:  # nor is NaN
-    raise _Wrong(f"wanted a score in [0, 1], or None for no verdict, got {value}", i)
-  return value, why
+  return (None, why or SILENT) if score is None else (float(score), why)
 
 
 def _told(error: BaseException, path: pathlib.Path | None) -> str:

@@ -12,11 +12,11 @@ A recording is a JSONL or Parquet file of rows in one of three shapes:
 
 A row without "prompt_id" (or "id") belongs to the prompt whose words it has. A row with
 an empty thought is an answer alone: a reward model may learn from it, SFT does not.
-Values in, values out; knows no run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from typing import Any
@@ -77,12 +77,10 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[RecordedReply
   path = path_of(name)
   known = {prompt.id: prompt for prompt in prompts}
   said = {_normalized_text(turn.content for turn in p.turns): p.id for p in prompts}
-  hashes: dict[str, str] = {}
+  hash_of = functools.cache(functools.partial(spec_hash, spec))
   found = []
   for where, row in readers.read_rows(path):
-    row = {
-      name: "" if parsing.is_empty(value) else value for name, value in row.items()
-    }
+    row = {name: "" if parsing.is_empty(x) else x for name, x in row.items()}
     own = _parse_row(where, row, said)
     prompt = known.get(own.prompt_id)
     if prompt is None or prompt.split != "train":
@@ -91,12 +89,11 @@ def load(name: str, prompts: Sequence[Prompt], spec: Spec) -> list[RecordedReply
         f"{where}: wanted a row of a training prompt, and {own.prompt_id!r} is {why}; "
         "generate.teacher may be base or endpoint, or a recording of the prompts"
       )
-    if prompt.category not in hashes:
-      hashes[prompt.category] = spec_hash(spec, prompt.category)
-    if (row.get("spec") or hashes[prompt.category]) != hashes[prompt.category]:
+    own_hash = hash_of(prompt.category)
+    if row.get("spec") and row["spec"] != own_hash:
       raise ValueError(
         f"{where}: recorded under another specification of {prompt.category!r} "
-        f"({row['spec']}, this one is {hashes[prompt.category]}): record it anew, or "
+        f"({row['spec']}, this one is {own_hash}): record it anew, or "
         "use the specification that it was written under (config.spec.dir)"
       )
     found.append(own)
@@ -195,23 +192,19 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[str], str, str]:
 
 
 def _parse_votes(where: str, votes: Any) -> Iterator[Vote]:
-  wanted = f"{where}: wanted votes, each with scores in [0, 1]"
   for vote in votes if isinstance(votes, (list, tuple)) else [votes]:
     own = vote if isinstance(vote, Mapping) else {}
     scores: list[Any] = [own.get("score"), own.get("answer_score")]
     scores[1] = scores[0] if parsing.is_empty(scores[1]) else scores[1]
-    if not all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores):
-      raise ValueError(f"{wanted}, got {vote!r:.80}")
-    if vote.get("verdict") and vote["verdict"] not in EXPECTED:
+    verdict = own.get("verdict") or ""
+    scored = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in scores)
+    if not scored or verdict not in ("", *EXPECTED):
       raise ValueError(
-        f"{where}: wanted a vote's verdict as one of {', '.join(EXPECTED)}, got "
-        f"{vote['verdict']!r:.80}"
+        f"{where}: wanted votes, each with scores in [0, 1], and a verdict of "
+        f"{', '.join(EXPECTED)} or none, got {vote!r:.80}"
       )
-    yield Vote(
-      score=float(scores[0]),
-      answer_score=float(scores[1]),
-      verdict=str(vote.get("verdict") or ""),
-    )
+    score, answer_score = map(float, scores)
+    yield Vote(score=score, answer_score=answer_score, verdict=verdict)
 
 
 def _normalized_text(contents: Iterable[Any]) -> str:

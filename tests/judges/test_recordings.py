@@ -135,10 +135,9 @@ WANTED = {  # what of a bad row -> the rows
     GOOD | {"votes": votes}
     for votes in (
       *([{"score": 1.5}], [{"score": "1"}], [{"verdict": "refuse"}], [0.5], 3),
-      [{"score": 1.0, "answer_score": -1}],
+      *([{"score": 1.0, "answer_score": -1}], [{"score": 1, "verdict": "deny"}]),
     )
   ],
-  "verdict as one of refuse": [GOOD | {"votes": [{"score": 1, "verdict": "deny"}]}],
 }
 
 
