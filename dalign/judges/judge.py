@@ -216,8 +216,9 @@ def _answer_rubric(
 
   def grade(questions: Sequence[Question], wanted: Sequence[str]) -> list[Verdict]:
     pairs = [(q.prompt, q.answer) for q in questions]
-    none: list[tuple[float, float] | None] = [None] * len(pairs)
-    nats = quality(pairs) if quality else none
+    nats: Sequence[tuple[float, float] | None] = [None] * len(pairs)
+    if quality:
+      nats = quality(pairs)
     rows = zip(pairs, wanted, nats, strict=True)
     return [verdict(*pair, want, own) for pair, want, own in rows]
 

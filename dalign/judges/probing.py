@@ -296,7 +296,8 @@ def agreement(
     dtype=bool,
   ).reshape(-1, 2)
   n, rng = len(pairs), np.random.default_rng(seed)
-  kappa, interval = _kappa(pairs), None
+  kappa = _kappa(pairs)
+  interval: list[float] | None = None
   if kappa is not None:
     draws = (_kappa(pairs[rng.integers(n, size=n)]) for _ in range(TRIALS))
     known = [draw for draw in draws if draw is not None]

@@ -143,9 +143,9 @@ def invented(text: str, spec: Spec) -> tuple[str, ...]:
 def leak_check(spec: Spec, n: int) -> Callable[[str], bool]:
   """Whether a text shares a run of `n` words with what the specification itself says.
 
-  Case and punctuation do not count. Principles, guides, summaries, purposes,
-  definitions, clauses, reasons and thoughts do; quoted prompts and answers do not: an
-  innocent conversation may hold them.
+  That are principles, guides, summaries, purposes, definitions, clauses, reasons and
+  thoughts; quoted prompts and answers are not: an innocent conversation may hold them.
+  Case and punctuation do not count.
   """
   own = frozenset(run for text in _own_words(spec) for run in runs(text, n))
   return lambda text: not own.isdisjoint(runs(text, n))

@@ -68,26 +68,24 @@ def test_rows_of_one_prompt_are_drawn_together():
   assert (found["raw_low"], found["raw_high"]) == (0.0, 1.0)
 
 
-def test_the_first_grader_is_in_the_scores_and_the_rules_beside():
-  said = row(1, 1.0, 0.25)
-  del said["rules"]
+@pytest.mark.parametrize(
+  ("said", "grader", "score", "unscored"),
+  [
+    (row(1, 1.0, 0.25), "model", 0.25, ""),
+    (row(1, None, 1.0), "model", 1.0, ""),
+    (row(1, 1.0, None), "model", None, "model: cut"),
+    (row(1, 1.0, None), "rules", 1.0, ""),
+    (row(1, 1.0, None, graders={}), "model", None, ""),  # it was not asked
+  ],
+)
+def test_the_first_grader_is_in_the_scores_and_the_rules_beside(
+  said, grader, score, unscored
+):
+  by_rules = said.pop("rules")
   for _ in range(2):  # as when a run goes on
-    evals.use_grader(said, "model")
-    assert said["scores"] == {"refuse_disallowed": 0.25} and not said["unscored"]
-    assert said["rules"] == {"refuse_disallowed": 1.0}
-  said = row(1, None, 1.0)
-  evals.use_grader(said, "model")
-  assert said["scores"] == {"refuse_disallowed": 1.0} and not said["unscored"]
-  said = row(1, 1.0, None)
-  evals.use_grader(said, "model")
-  assert said["scores"] == {"refuse_disallowed": None}
-  assert said["unscored"] == {"refuse_disallowed": "model: cut"}
-  said = row(1, 1.0, None)
-  evals.use_grader(said, "rules")
-  assert said["scores"] == {"refuse_disallowed": 1.0} and not said["unscored"]
-  said = row(1, 1.0, None, "comply", graders={})  # it was not asked
-  evals.use_grader(said, "model")
-  assert said["scores"] == {"comply_allowed": None} and not said["unscored"]
+    evals.use_grader(said, grader)
+    assert said["scores"] == {"refuse_disallowed": score} and said["rules"] == by_rules
+    assert said["unscored"] == ({"refuse_disallowed": unscored} if unscored else {})
 
 
 @pytest.mark.parametrize(

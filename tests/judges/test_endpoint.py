@@ -304,7 +304,7 @@ def test_a_run_that_is_stopped_waits_for_nobody(serve, client, tmp_path):
   code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import pathlib, signal, threading, os
+import atexit, pathlib, signal, threading, time, os
 from dalign.config.replies import EndpointConfig
 from dalign.judges import endpoint
 from dalign.runs import stopping
@@ -316,17 +316,18 @@ some = [endpoint.Request(turns=(Turn(role="user", content=str(i)),), temperature
   max_new=1) for i in range(4)]
 made = endpoint.Endpoint(cfg, pathlib.Path({str(tmp_path)!r}) / "endpoint.jsonl")
 threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+start = time.monotonic()
+atexit.register(lambda: print(time.monotonic() - start))
 try:
   made.chat(some)
 except stopping.Stopped:
   print("stopped")
 """
-  start = time.monotonic()
   done = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
   )
   assert "stopped" in done.stdout, done.stderr[-2000:]
-  assert time.monotonic() - start < 15
+  assert float(done.stdout.split()[-1]) < 10
 
 
 def test_the_judge_of_a_run_may_be_behind_a_server(serve, tmp_path, monkeypatch):
@@ -460,43 +461,24 @@ def test_a_teacher_that_dies_is_not_paid_twice(serve, tmp_path):
   assert rows == whole
 
 
-@pytest.mark.parametrize(
-  ("bad", "reason"),
-  [
-    ((400, "Unsupported parameter: 'max_tokens'"), "Unsupported parameter"),
-    (
-      {
-        "content": '<think>\nIt would be\n{"score": 5}\nfor a perfect reply, so',
-        "finish_reason": "length",
-      },
-      "cut by the token budget",
-    ),
-  ],
-)
-def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path, bad, reason):
+def test_a_filter_without_verdicts_is_not_finished(serve, tmp_path):
   """Once the server is mended the same command goes on, and what was judged is not
   judged again."""
   down = [True]
+  bad = (400, "Unsupported parameter: 'max_tokens'")
 
   def reply(body):
     broken = down[0] and len(body["messages"][0]["content"]) % 4
     return bad if broken else 'Fine.\n{"score": 5}'
 
   server = serve(reply)
-  changes = {"filter.judge": "endpoint", "filter.votes": 1}
-  cfg = served(server, **changes)
-  with pytest.raises(ValueError, match=f"has no verdict on .*{reason}"):
+  cfg = served(server, **{"filter.judge": "endpoint", "filter.votes": 1})
+  with pytest.raises(ValueError, match="has no verdict on .*Unsupported parameter"):
     stages.run_stages(cfg, tmp_path, {}, ("generate", "filter", "sft"))
   path = tmp_path / "filter" / "judged.jsonl"
-  before = jsonl(path)
-  assert {row["score"] is None for row in before} == {True, False}
+  assert {row["score"] is None for row in jsonl(path)} == {True, False}
   assert not (tmp_path / "filter" / "kept.jsonl").exists()
   down[0], asked = False, len(server.bodies)
-  if "cut" in reason:  # what a budget cut is paid for, and no longer the next time
-    with pytest.raises(ValueError, match="has no verdict on"):
-      stages.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
-    assert len(server.bodies) == asked
-    return
   stages.run_stages(cfg, tmp_path, {}, ("generate", "filter"))
   rows = jsonl(path)
   assert {row["score"] is None or row["reward"] is None for row in rows} == {False}
