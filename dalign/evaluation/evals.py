@@ -615,7 +615,7 @@ def _estimates(
       cells[name] = _cell(n)
       if all(part in drawn for part in parts):
         mean = sum(cells[part]["mean"] for part in parts) / len(parts)
-        trials = sum(drawn[part] for part in parts) / len(parts)
+        trials = np.mean([drawn[part] for part in parts], axis=0)
         cells[name] = _cell(n, mean, trials)
   return {metric: cells[metric] for metric in table}
 
