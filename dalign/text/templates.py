@@ -1,24 +1,20 @@
 """Chat templates, which strangers wrote: rendered in Jinja's sandbox.
 
 The sandbox, set up as in transformers, keeps a template from Python. What a template
-writes and adds up has at most MOST characters, a number that it gives a function is at
-most WIDEST, and so are all ranges of a rendering together: plain mistakes and the usual
-bombs end within seconds. One that is made to be slow, or large, can still be so, as in
-transformers: by loops in loops over long lists, lists within lists, or joining and
-replacing by long texts. Also what of a conversation goes to one, and templates that
-write more or less than one that is given. Knows no tokens.
+writes, adds and repeats has at most MOST characters, so that plain mistakes and the
+usual bombs end within seconds. One that is made to be slow, or large, can still be so,
+as in transformers. Also what of a conversation goes to one, and templates that write
+more or less than one that is given. Knows no tokens.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 import datetime
 import functools
 import json
 import re
-import string
 from typing import Any
 
 import jinja2
-from jinja2 import filters
 from jinja2 import nodes
 from jinja2 import sandbox
 from jinja2 import visitor
@@ -27,13 +23,9 @@ from dalign.text import thinking
 from dalign.types import Turn
 
 LONGEST = 200_000  # characters of a chat template; the longest we know has 30,000
-MOST = (
-  10_000_000  # characters, or items, of what a template makes: a million tokens fit
-)
-WIDEST = 100_000  # of a number that a function is given, and of all ranges together
+MOST = 10_000_000  # characters, or items, that it makes: a million tokens fit
 BITS = 1024  # of a product or power
 _CLOSED = re.compile(r"</[^\s<>]+>")  # the end of a thought, whatever its tag
-_WIDE = re.compile(r"%[^a-z%]*(\d{6}|\*)")  # a field of a format, as wide or wider
 
 
 def merged(turns: Sequence[Turn]) -> list[Turn]:
@@ -70,7 +62,6 @@ def render(
     "messages": messages,
     "tools": None,
     "documents": None,
-    "range": _ranges(),
   }
   if date:
     variables["strftime_now"] = datetime.date.fromisoformat(date).strftime
@@ -202,7 +193,7 @@ def one_line(error: BaseException, most: int = 500) -> str:
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
   """Jinja's sandbox with the few helpers that templates of chats expect."""
 
-  intercepted_binops = frozenset(["+", "*", "**", "%"])
+  intercepted_binops = frozenset(["+", "*", "**"])
 
   def __init__(self):
     super().__init__(
@@ -210,9 +201,7 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     )
     self.filters["tojson"] = _tojson
     self.filters[" text"] = str
-    self.filters = {name: _checked(x) for name, x in self.filters.items()}
-    for name in ("lipsum", "range"):
-      del self.globals[name]  # a matter of chance; what `render` gives
+    del self.globals["lipsum"]  # a matter of chance
     self.globals["raise_exception"] = _raise_exception
     self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
 
@@ -225,22 +214,12 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
       kept.append(part)
     return "".join(kept)
 
-  def call(__self, __context, __obj, *args, **kwargs):  # noqa: B902
-    method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-    if getattr(method, "__name__", "") in ("format", "format_map"):
-      fields = string.Formatter().parse(str(method.__self__))
-      _check([], "".join(f"%{spec}".replace("{", "*") for *_, spec, _ in fields))
-    _check([*args, *kwargs.values()])
-    return super().call(__context, __obj, *args, **kwargs)
-
   def call_binop(self, context, operator, left, right):
     for one, other in ((left, right), (right, left)):
       if operator == "*" and isinstance(one, Sized) and isinstance(other, int):
         _fit(len(one) * other)
     if operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
       _fit(len(left) + len(right))
-    if operator == "%" and isinstance(left, str):
-      _check([], left)
     if isinstance(left, int) and isinstance(right, int):
       bits = {"*": left.bit_length() + right.bit_length()}
       bits["**"] = left.bit_length() * right
@@ -249,44 +228,9 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     return super().call_binop(context, operator, left, right)
 
 
-def _ranges() -> Callable[..., range]:
-  """`range` for one rendering."""
-  spent = 0
-
-  def numbers(*args: int) -> range:
-    nonlocal spent
-    spent += len(range(*args))
-    if spent > WIDEST:
-      raise jinja2.TemplateRuntimeError(f"ranges of more than {WIDEST} numbers")
-    return range(*args)
-
-  return numbers
-
-
 def _fit(length: int) -> None:
   if length > MOST:
     raise jinja2.TemplateRuntimeError(f"it makes more than {MOST} characters")
-
-
-def _check(rest: Iterable[Any], form: str = "") -> None:
-  """Refuses wide numbers, and a format after % with a wide field."""
-  if any(isinstance(x, int) and abs(x) > WIDEST for x in rest):
-    raise jinja2.TemplateRuntimeError(f"wanted a number of at most {WIDEST}")
-  if _WIDE.search(form):
-    raise jinja2.TemplateRuntimeError("a format with a wide field")
-
-
-def _checked(function: Callable) -> Callable:
-  """A filter whose arguments are checked."""
-
-  @functools.wraps(function)
-  def checked(*args, **kwargs):
-    own = args[hasattr(function, "jinja_pass_arg") :]
-    form = str(own[0]) if own and function is filters.do_format else ""
-    _check([*own[1:], *kwargs.values()], form)
-    return function(*args, **kwargs)
-
-  return checked
 
 
 class _ConcatAsAdd(visitor.NodeTransformer):
