@@ -26,18 +26,15 @@ _SAID = ("turns", "prompt", "messages", "conversations")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-  """ValueError for a name that is no field."""
+def check_columns(rows: list[tuple[str, Row]], columns: Mapping[str, str]) -> None:
+  """ValueError for a name that is no field, a column that no row has, and one that
+  seems to say the split."""
   for name in columns:
     if name not in FIELDS:
       raise ValueError(
         f"columns: {name!r} is no field of a prompt{_nearest(name, FIELDS)}; "
         f"there are {', '.join(FIELDS)}"
       )
-
-
-def check_columns_used(rows: list[tuple[str, Row]], columns: Mapping[str, str]) -> None:
-  """ValueError for a column that no row has, and one that seems to say the split."""
   there = {name: None for _, row in rows for name in row}
   if "split" not in there and "split" not in columns:
     for name in there:
@@ -60,20 +57,15 @@ def is_empty(value: object) -> bool:
   return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-  """The row's values by our field names, and its further columns of _SAID."""
-  values = {name: row.get(name) for name in (*FIELDS, *_SAID)}
-  for name, column in columns.items():
-    values[name] = column[1:] if column.startswith("=") else row.get(column)
-  return {name: value for name, value in values.items() if not is_empty(value)}
-
-
 def parse_row(
   where: str, row: Row, columns: Mapping[str, str], source: str, *, labelled: bool
 ) -> tuple[Prompt, bool]:
   """The prompt of a row, and whether it has an answer, which is left out. Its id is ""
   where the row has none; the rest is as of `prompt_sets.load`."""
-  values = _rename_columns(row, columns)
+  values = {name: row.get(name) for name in (*FIELDS, *_SAID)}
+  for name, column in columns.items():
+    values[name] = column[1:] if column.startswith("=") else row.get(column)
+  values = {name: value for name, value in values.items() if not is_empty(value)}
   if labelled and "expected" not in values:
     wanted = f"expected, as one of {', '.join(EXPECTED)}"
     advice = "; --mode=label proposes labels for prompts without"
@@ -109,22 +101,17 @@ def parse_row(
       "found none"
     )
   turns, answered = _turns(where, values, columns)
-  clauses = _clauses(where, values)
-  return Prompt(turns=turns, clauses=clauses, source=source, **texts), answered
+  clauses: Any = _listed(values.get("clauses", ()))
+  listed = isinstance(clauses, (list, tuple))
+  if not (listed and all(isinstance(one, str) for one in clauses)):
+    raise ValueError(f"{where}: wanted clauses as a list of ids, got {clauses!r:.60}")
+  return Prompt(turns=turns, clauses=(*clauses,), source=source, **texts), answered
 
 
 def _named(name: str, columns: Mapping[str, str]) -> str:
   """A field, and the column that it is read from where that has another name."""
   column = columns.get(name, name)
   return name if column == name else f"{name} (column {column!r})"
-
-
-def _clauses(where: str, values: Row) -> tuple[str, ...]:
-  """The ids of the clauses that decide a row's prompt."""
-  found: Any = _listed(values.get("clauses", []))
-  if not (isinstance(found, list) and all(isinstance(one, str) for one in found)):
-    raise ValueError(f"{where}: wanted clauses as a list of ids, got {found!r:.60}")
-  return tuple(found)
 
 
 def _turns(

@@ -6,7 +6,7 @@ which row is visited when. Needs no TensorFlow.
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -20,7 +20,6 @@ import tensorflow_datasets as tfds
 from dalign.data.parsing import FIELDS
 from dalign.data.parsing import SPLITS
 from dalign.data.parsing import check_columns
-from dalign.data.parsing import check_columns_used
 from dalign.data.parsing import parse_row
 from dalign.data.readers import READERS
 from dalign.data.readers import Row
@@ -37,6 +36,7 @@ from dalign.types import Prompt
 from dalign.types import Turn
 
 EVAL_SHARE = 0.2  # of the scenarios
+SHARED_RUN = 8  # words in a row that make two texts one
 _FOLDER = pathlib.Path(__file__).parents[1] / "prompts"
 _REFERENCES = pathlib.Path(__file__).parents[1] / "recordings/references.jsonl"
 _SOURCES = (
@@ -69,7 +69,8 @@ def bundled_rows() -> list[Row]:
       (of_rl if "split" in row else rows).append((where, named | row))
   prompts = split(parse_prompts(rows, {}, "bundled"))
   prompts += parse_prompts(of_rl, {}, "bundled")
-  return [_row(prompt) for prompt in prompts]
+  own = (dataclasses.asdict(prompt) | {"prompt": prompt.text} for prompt in prompts)
+  return [{name: row[name] for name in FIELDS} for row in own]
 
 
 def references() -> dict[str, str]:
@@ -77,19 +78,17 @@ def references() -> dict[str, str]:
 
   They were written for grading, and nothing is trained on them.
   """
-  return {str(row["prompt_id"]): str(row["answer"]) for row in _reference_rows()}
+  return {id: row["answer"] for id, row in _reference_rows().items()}
 
 
 def points() -> dict[str, Points]:
   """Prompt id -> what right answers say, of the prompts that have a reference."""
-  return {
-    str(row["prompt_id"]): Points(row["points"], row["wrong"])
-    for row in _reference_rows()
-  }
+  rows = _reference_rows().items()
+  return {id: Points(row["points"], row["wrong"]) for id, row in rows}
 
 
-def _reference_rows() -> Iterator[dict[str, Any]]:
-  return (row for _, row in json_lines(_REFERENCES))
+def _reference_rows() -> dict[str, dict[str, Any]]:
+  return {str(row["prompt_id"]): row for _, row in json_lines(_REFERENCES)}
 
 
 class DalignPrompts(tfds.core.GeneratorBasedBuilder):
@@ -101,12 +100,8 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     text, label = tfds.features.Text, tfds.features.ClassLabel
-    shared = {
-      "authored",
-      "rare_clauses",
-      "rl",
-      "capability",
-    }  # of several, or of another
+    # Of several categories, or of another.
+    shared = {"authored", "rare_clauses", "rl", "capability"}
     categories = sorted({path.stem for path in _bundled_files()} - shared)
     return self.dataset_info_from_configs(
       description="Prompts to train and measure refusing, safe-completing, complying.",
@@ -128,14 +123,8 @@ class DalignPrompts(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded
     rows = bundled_rows()
-    rows_by_split = {
-      name: [row for row in rows if row["split"] == name] for name in SPLITS
-    }
-    return {
-      name: self._generate_examples(some)
-      for name, some in rows_by_split.items()
-      if some
-    }
+    of = {name: [row for row in rows if row["split"] == name] for name in SPLITS}
+    return {name: self._generate_examples(some) for name, some in of.items() if some}
 
   def _generate_examples(self, rows: list[Row]):
     for number, row in enumerate(rows):
@@ -163,7 +152,6 @@ def load(
   wanted and what came.
   """
   kind, _, rest = source.partition(":")
-  check_columns(columns)
   if source == "bundled":
     return _load_bundled(columns, data_dir)
   if kind in READERS and rest:
@@ -186,15 +174,15 @@ def file_of(source: str) -> pathlib.Path | None:
   return pathlib.Path(rest) if kind in READERS and rest else None
 
 
-def split(prompts: Sequence[Prompt], *, share: float = EVAL_SHARE) -> list[Prompt]:
+def split(prompts: Sequence[Prompt]) -> list[Prompt]:
   """The prompts, in order, each with split "train" or "eval".
 
   A family (see `families`) is on one side as a whole, chosen by a hash of its name:
-  about `share` of them are "eval", and more prompts do not move the others. Where all
-  families of a (category, expected) cell fall on one side, the nearest one moves over.
+  about EVAL_SHARE of them are "eval", and more prompts do not move the others. Where
+  all families of a (category, expected) cell fall on one side, the nearest one moves.
   """
   names = families(prompts)
-  sides = {name: "eval" if fraction(name) < share else "train" for name in names}
+  sides = {name: "eval" if fraction(name) < EVAL_SHARE else "train" for name in names}
   cells: dict[tuple[str, str], set[str]] = {}
   for prompt, name in zip(prompts, names, strict=True):
     cells.setdefault((prompt.category, prompt.expected), set()).add(name)
@@ -230,19 +218,19 @@ def families(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def contaminated(
-  prompts: Sequence[Prompt], others: Sequence[str], *, n: int = 8
+  prompts: Sequence[Prompt], others: Sequence[str]
 ) -> list[tuple[str, str]]:
-  """(prompt id, other) where what a user says in a prompt and the other share `n` words
-  in a row or are near-twins."""
+  """(prompt id, other) where what a user says in a prompt and the other share
+  SHARED_RUN words in a row or are near-twins."""
   texts = [_users_text(prompt) for prompt in prompts]
   long: dict[str, list[int]] = {}
   for j, other in enumerate(others):
-    for gram in words.word_runs(other, n):
+    for gram in words.word_runs(other, SHARED_RUN):
       long.setdefault(gram, []).append(j)
   found = {
     (i, j)
     for i, text in enumerate(texts)
-    for gram in words.word_runs(text, n)
+    for gram in words.word_runs(text, SHARED_RUN)
     for j in long.get(gram, ())
   }
   size = len(texts)
@@ -336,7 +324,7 @@ def parse_prompts(
   """Prompts of (where it is, row), checked; `columns`, `labelled` and errors as of
   `load`. None has a split where no row has one."""
   rows = list(rows)
-  check_columns_used(rows, columns)
+  check_columns(rows, columns)
   prompts: list[Prompt] = []
   seen: dict[str, str] = {}
   same: collections.Counter = collections.Counter()
@@ -376,14 +364,6 @@ def parse_prompts(
       f"{len(without)} of {len(prompts)} rows have none"
     )
   return prompts
-
-
-def _row(prompt: Prompt) -> Row:
-  row = dataclasses.asdict(prompt)
-  row |= {"turns": list(row["turns"]), "clauses": list(row["clauses"])}
-  return {name: row[name] for name in FIELDS if name != "prompt"} | {
-    "prompt": prompt.text
-  }
 
 
 def _users_text(prompt: Prompt) -> str:

@@ -101,6 +101,19 @@ def _category(name: str, where: str) -> str:
   return _CATEGORIES[name]
 
 
+def _table(prompt: str, name: str, expected: str, id: str = ""):
+  """Reads CSV, by the columns of the prompt, of the name of its class, and of its id,
+  which is the row's number where there is none."""
+
+  def read(text: str) -> Iterator[Row]:
+    for number, row in enumerate(csv.DictReader(io.StringIO(text))):
+      own = row[id] if id else str(number)
+      category = _category(row[name], own)
+      yield dict(id=own, prompt=row[prompt], category=category, expected=expected)
+
+  return read
+
+
 def _xstest(text: str) -> Iterator[Row]:
   """250 safe prompts and 200 contrasts. Its types are of wording, seldom of policy."""
   for row in csv.DictReader(io.StringIO(text)):
@@ -111,17 +124,6 @@ def _xstest(text: str) -> Iterator[Row]:
       category = "harassment_hate"
     expected = {"safe": "comply", "unsafe": "refuse"}[row["label"]]
     yield dict(id=row["id"], prompt=row["prompt"], category=category, expected=expected)
-
-
-def _strongreject(text: str) -> Iterator[Row]:
-  for number, row in enumerate(csv.DictReader(io.StringIO(text))):
-    category = _category(row["category"], f"strongreject {number}")
-    yield dict(
-      id=str(number),
-      prompt=row["forbidden_prompt"],
-      category=category,
-      expected="refuse",
-    )
 
 
 def _harmbench(text: str) -> Iterator[Row]:
@@ -138,37 +140,9 @@ def _harmbench(text: str) -> Iterator[Row]:
 
 def _simplesafetytests(text: str) -> Iterator[Row]:
   """Those on suicide and self-injury call for support, all others for a refusal."""
-  for row in csv.DictReader(io.StringIO(text)):
-    category = _category(row["harm_area"], row["id"])
-    yield dict(
-      id=row["id"],
-      prompt=row["prompts_final"],
-      category=category,
-      expected="safe_complete" if category == "self_harm" else "refuse",
-    )
-
-
-def _jailbreakbench(file: str, expected: str) -> PublicSet:
-  """One of its two files, which were never seen: the test's rows are made up."""
-
-  def read(text: str) -> Iterator[Row]:
-    for row in csv.DictReader(io.StringIO(text)):
-      yield dict(
-        id=row["Index"],
-        prompt=row["Goal"],
-        category=_category(row["Category"], row["Index"]),
-        expected=expected,
-      )
-
-  return PublicSet(
-    url="https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data/"
-    f"{file}",
-    size=0,
-    sha256="",
-    licence="MIT",
-    cite="Chao et al., JailbreakBench, 2404.01318",
-    read=read,
-  )
+  for row in _table("prompts_final", "harm_area", "refuse", "id")(text):
+    hurt = row["category"] == "self_harm"
+    yield row | {"expected": "safe_complete" if hurt else "refuse"}
 
 
 def _do_not_answer(text: str) -> Iterator[Row]:
@@ -183,15 +157,17 @@ def _do_not_answer(text: str) -> Iterator[Row]:
       )
 
 
-def _or_bench(text: str) -> Iterator[Row]:
-  """Prompts that seem to ask for harm and do not, rejected by several models."""
-  for number, row in enumerate(csv.DictReader(io.StringIO(text))):
-    yield dict(
-      id=str(number),
-      prompt=row["prompt"],
-      category=_category(row["category"], f"or_bench_hard {number}"),
-      expected="comply",
-    )
+def _jailbreakbench(file: str, expected: str) -> PublicSet:
+  """One of its two files, which were never seen: the test's rows are made up."""
+  return PublicSet(
+    url="https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors/resolve/main/data/"
+    f"{file}",
+    size=0,
+    sha256="",
+    licence="MIT",
+    cite="Chao et al., JailbreakBench, 2404.01318",
+    read=_table("Goal", "Category", expected, "Index"),
+  )
 
 
 def _gsm8k(text: str) -> Iterator[Row]:
@@ -226,7 +202,7 @@ SETS = {
     sha256="4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381",
     licence="MIT; some rows of sources that state none",
     cite="Souly et al., StrongREJECT, 2402.10260",
-    read=_strongreject,
+    read=_table("forbidden_prompt", "category", "refuse"),
   ),
   "harmbench": PublicSet(  # as strongreject
     url=f"{_BEHAVIOURS}harmbench_behaviors_text_all.csv",
@@ -262,8 +238,8 @@ SETS = {
     size=0,
     sha256="",
     licence="CC-BY-4.0",
-    cite="Cui et al., OR-Bench, 2405.20947",
-    read=_or_bench,
+    cite="Cui et al., OR-Bench, 2405.20947",  # they seem to ask for harm and do not
+    read=_table("prompt", "category", "comply"),
   ),
   "gsm8k": PublicSet(
     url=f"{_RAW}openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"

@@ -96,10 +96,8 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-  try:
-    import pyarrow.parquet  # large, and only some read Parquet
-  except ImportError:
-    raise ValueError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+  import pyarrow.parquet  # large, and only some read Parquet
+
   try:
     rows = pyarrow.parquet.read_table(path).to_pylist()
   except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
@@ -140,35 +138,30 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
 
 def _hf_rows(folder: pathlib.Path) -> Iterator[tuple[str, Row]]:
   """(folder row n, row) of each row of a Dataset of the library `datasets`, as its
-  save_to_disk leaves it: Arrow files, and two of JSON that name them and the labels."""
-  if splits := sorted(path.parent for path in folder.glob("*/state.json")):
-    some = ", ".join(f"hf:{split}" for split in splits)
-    raise ValueError(f"hf:{folder}: wanted one of its splits, {some}")
-  import pyarrow.ipc  # large, and only some read Arrow
-
-  tables = []
+  save_to_disk leaves it."""
   try:
-    state = json.loads((folder / "state.json").read_bytes())
-    info = json.loads((folder / "dataset_info.json").read_bytes())
-    for file in state["_data_files"]:
-      with pyarrow.memory_map(str(folder / file["filename"])) as source:
-        tables.append(pyarrow.ipc.open_stream(source).read_all())
-    labels = {
-      name: feature["names"]
-      for name, feature in info["features"].items()
-      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
-    rows = [row for table in tables for row in table.to_pylist()]
-    for row in rows:
-      for name, names in labels.items():
-        if row[name] is not None:
-          row[name] = names[row[name]] if row[name] >= 0 else None
+    import datasets  # large, and only some have such folders
+  except ImportError:
+    raise ValueError(f"hf:{folder} needs datasets: pip install datasets") from None
+  try:
+    data = datasets.load_from_disk(str(folder))
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
     said = " ".join(f"{type(error).__name__}: {error}".split())
     raise ValueError(
       f"hf:{folder}: wanted a folder that save_to_disk of `datasets` wrote, got {said}"
     ) from None
-  for number, row in enumerate(rows):
+  if isinstance(data, datasets.DatasetDict):
+    some = ", ".join(f"hf:{folder / split}" for split in sorted(data))
+    raise ValueError(f"hf:{folder}: wanted one of its splits, {some}")
+  labels = {
+    name: feature
+    for name, feature in data.features.items()
+    if isinstance(feature, datasets.ClassLabel)
+  }
+  for number, row in enumerate(data):
+    for name, label in labels.items():
+      if row[name] is not None:
+        row[name] = label.int2str(row[name]) if row[name] >= 0 else None
     yield f"{folder} row {number}", row
 
 

@@ -71,10 +71,8 @@ def runs(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     size -= own
 
 
-def near_duplicates(
-  texts: Sequence[str], *, threshold: float = NEAR_DUPLICATE
-) -> Iterator[tuple[int, int]]:
-  """Pairs i < j of texts whose word-trigram Jaccard is `threshold` or more.
+def near_duplicates(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+  """Pairs i < j of texts whose word-trigram Jaccard is NEAR_DUPLICATE or more.
 
   Exact: two such sets share one of their rarest members (prefix filtering; Chaudhuri
   et al. 2006), so only those are looked up.
@@ -86,10 +84,10 @@ def near_duplicates(
   index: dict[str, list[int]] = {}
   for j, some in enumerate(grams):
     rarest = sorted(some, key=lambda gram: (counts[gram], gram))
-    prefix = rarest[: len(some) - math.ceil(threshold * len(some)) + 1]
+    prefix = rarest[: len(some) - math.ceil(NEAR_DUPLICATE * len(some)) + 1]
     for i in sorted({i for gram in prefix for i in index.get(gram, ())}):
       both = len(grams[i] & some)
-      if both >= threshold * (len(grams[i]) + len(some) - both):
+      if both >= NEAR_DUPLICATE * (len(grams[i]) + len(some) - both):
         yield i, j
     for gram in prefix:
       index.setdefault(gram, []).append(j)
@@ -122,10 +120,10 @@ def without_prompt_quotes(thought: str, prompt: str) -> str:
   return _QUOTE.sub(kept, thought)
 
 
-def distinct_share(text: str, n: int = 3) -> float:
-  """Distinct runs of `n` words over all of them, in [0, 1]; 1 where there is none."""
+def distinct_share(text: str) -> float:
+  """Distinct runs of three words over all of them, in [0, 1]; 1 where there is none."""
   found = words(text)
-  runs = list(zip(*(found[i:] for i in range(n)), strict=False))
+  runs = list(zip(found, found[1:], found[2:], strict=False))
   return len(set(runs)) / len(runs) if runs else 1.0
 
 
@@ -173,22 +171,22 @@ def correct(answer: str, reference: str) -> float | None:
   wanted = plain(reference)
   if not wanted:
     raise ValueError("a capability prompt needs a reference answer, got an empty one")
-  text = plain(answer)
+  right = _is_right(plain(answer), wanted)
+  return None if right is None else float(right)
+
+
+def _is_right(text: str, wanted: str) -> bool | None:
   if quantities.is_number(wanted):
-    return _scored(quantities.states_number(text, wanted))
+    return quantities.states_number(text, wanted)
   if len(wanted) == 1:
-    return float(_options(text) == {wanted.casefold()})
+    return _options(text) == {wanted.casefold()}
   if quantities.is_formula(wanted):
-    return _scored(quantities.states_formula(text, wanted))
+    return quantities.states_formula(text, wanted)
   text, wanted = text.casefold(), wanted.casefold()
   bare = _GAP.sub("", wanted)
   if bare[0] in "([{":  # a tuple or an interval, however it is spaced
     text, wanted = _GAP.sub("", text), bare
-  return float(_states_text(text, wanted))
-
-
-def _scored(right: bool | None) -> float | None:
-  return None if right is None else float(right)
+  return _states_text(text, wanted)
 
 
 # Options and other text.

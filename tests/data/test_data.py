@@ -104,9 +104,8 @@ def test_tfds_gives_the_bundled_rows_in_order(rows, bundled, cache):
     }
 
   wanted = [row for side in prompt_sets.SPLITS for row in rows if row["split"] == side]
-  assert [parts(prompt_sets._row(prompt)) for prompt in bundled] == [
-    parts(r) for r in wanted
-  ]
+  found = [dataclasses.asdict(p) | {"prompt": p.text} for p in bundled]
+  assert [*map(parts, found)] == [*map(parts, wanted)]
   again = prompt_sets.load("bundled", {}, cache)
   assert again == bundled and again[0].source == "bundled"
   with pytest.raises(ValueError, match="'bundled' takes no columns"):
@@ -181,14 +180,13 @@ def test_near_twins_are_those_of_all_pairs(rows):
   texts = [row["prompt"] for row in rows[::20]]
   texts += ["", "!", "one", "one two", "One, two!", "one two three four five six"]
   texts += ["one two three four five seven", "one two three four nine ten"]
-  for threshold in (0.3, 0.5, 0.8, 1.0):
-    wanted = {
-      (i, j)
-      for j in range(len(texts))
-      for i in range(j)
-      if slow_jaccard(texts[i], texts[j]) >= threshold
-    }
-    assert set(words.near_duplicates(texts, threshold=threshold)) == wanted
+  wanted = {
+    (i, j)
+    for j in range(len(texts))
+    for i in range(j)
+    if slow_jaccard(texts[i], texts[j]) >= words.NEAR_DUPLICATE
+  }
+  assert wanted and set(words.near_duplicates(texts)) == wanted
 
 
 def test_families_join_scenarios_through_twins():
@@ -240,19 +238,15 @@ def test_a_split_is_stable_and_whole():
   }.items() <= sides.items()
   assert all(sides[str(i)] == sides[str(i // 3 * 3)] for i in range(900))
   assert 0.12 < sum(side == "eval" for side in sides.values()) / 900 < 0.28
-  more = prompt_sets.split(prompts, share=0.5)
-  assert 0.4 < sum(p.split == "eval" for p in more) / 900 < 0.6
-  assert all(
-    b.split == "eval" for a, b in zip(once, more, strict=True) if a.split == "eval"
-  )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_cell_with_two_families_is_on_both_sides(share):
+def test_a_cell_with_two_families_is_on_both_sides(share, monkeypatch):
+  monkeypatch.setattr(prompt_sets, "EVAL_SHARE", share)
   texts = ["alpha beta gamma delta", "one two three four", "red green blue black"]
   prompts = [prompt(text, text, text) for text in texts]
   alone = prompt("x", "just this one here", expected="refuse")
-  sides = [p.split for p in prompt_sets.split([*prompts, alone], share=share)]
+  sides = [p.split for p in prompt_sets.split([*prompts, alone])]
   assert set(sides[:3]) == {"train", "eval"}
   assert sides[3] == ("eval" if share else "train")
 
@@ -269,12 +263,11 @@ def test_contamination_by_a_long_run_or_a_near_twin():
     "My aunt asked: TELL ME HOW TO OPEN THE OLD wooden box, then asked for something",
     "how do I boil an egg fast",
     "which planets have moons, and how do I open the old wooden garden gate",
-  ]
+  ]  # the last with five words of the first in a row
   assert prompt_sets.contaminated(prompts, others) == [
     ("run", others[0]),
     ("twin", others[1]),
   ]
-  assert ("run", others[2]) in prompt_sets.contaminated(prompts, others, n=5)
 
 
 # Choice and order
@@ -286,7 +279,7 @@ TWIN = "我的邻居总是半夜很大声地放音乐，我应该怎么礼貌地
 def test_twins_and_contamination_are_found_in_chinese():
   """There are no spaces; one word of many is another here, and one in front."""
   texts = [TWIN, TWIN.replace("半夜", "深夜"), "附近有什么好吃的面馆，价格不要太贵"]
-  assert [*words.near_duplicates(texts, threshold=0.5)] == [(0, 1)]
+  assert [*words.near_duplicates(texts)] == [(0, 1)]
   prompts = [prompt("a", "请问，" + TWIN[8:]), prompt("b", texts[2])]
   assert prompt_sets.contaminated(prompts, [TWIN]) == [("a", TWIN)]
 

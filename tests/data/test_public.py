@@ -168,12 +168,3 @@ def test_shared_copies_load(name, shared_data):
   found = public.load(name, copies=str(shared_data), data_dir="")
   assert len(found) > 100
   assert {p.kind for p in found} == {public.SETS[name].kind}
-
-
-def test_every_set_says_whose_it_is():
-  for name, some in public.SETS.items():
-    note = public.notice(name)
-    assert some.cite in note and some.licence in note
-    assert ("checksum" in note) != bool(some.sha256)
-    pinned = public.PublicPrompts.url_infos.get(some.url)
-    assert (pinned.checksum if pinned else "") == some.sha256
