@@ -4,16 +4,12 @@ A mask or a weight is born here beside its tokens; nothing is ever read off a to
 value, since padding often shares its id with the stop token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
 
-# Tokens, the weight of each as a target, and perhaps named numbers of the whole row.
-Row = (
-  tuple[Sequence[int], Sequence[float]]
-  | tuple[Sequence[int], Sequence[float], Mapping[str, float]]
-)
+Row = tuple[Sequence[int], Sequence[float]]  # tokens, the weight of each as a target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,16 +21,15 @@ class Packed:
   padding it is 0, where all else is 0 too: 0 is a valid id and says nothing.
   positions_BT counts from the start of each row. weight_BT is the loss weight of each
   token as a target; it is 0 for the first token of a row, which nothing predicts.
-  extras hold each row's own numbers at its own tokens. where[i] = (b, start, length) is
-  the place of what the i-th input row does not share with one to its left: all of it,
-  or its last `length` tokens, and always its first target and the token before it.
+  where[i] = (b, start, length) is the place of what the i-th input row does not share
+  with one to its left: all of it, or its last `length` tokens, and always its first
+  target and the token before it.
   """
 
   tokens_BT: np.ndarray
   ends_BT: np.ndarray
   positions_BT: np.ndarray
   weight_BT: np.ndarray
-  extras: dict[str, np.ndarray]
   where: tuple[tuple[int, int, int], ...]
 
   @property
@@ -50,20 +45,18 @@ class Packed:
 def pack(rows: Sequence[Row], *, length: int, rows_multiple: int = 1) -> Packed:
   """Packs rows, in input order, into lines of `length` tokens.
 
-  A row is (tokens, weights or mask) or (tokens, weights, {name: number}). It goes where
-  it adds the fewest tokens, to the first such line: known tokens in front, before the
-  one that predicts its first target, may be those of another row (a chat's system turn,
-  the prompt of several samples). The number of lines is rounded up to `rows_multiple`,
-  with lines of padding. Nothing is cut: raises ValueError for a row that is longer than
-  a line, and for empty or uneven rows.
+  A row is (tokens, weights or mask). It goes where it adds the fewest tokens, to the
+  first such line: known tokens in front, before the one that predicts its first target,
+  may be those of another row (a chat's system turn, the prompt of several samples). The
+  number of lines is rounded up to `rows_multiple`, with lines of padding. Nothing is
+  cut: raises ValueError for a row that is longer than a line, and for empty or uneven
+  rows.
   """
-  if rows_multiple < 1:
-    raise ValueError(f"rows_multiple is at least 1, got {rows_multiple}")
   _check_rows(rows, length)
   fronts = [_shareable_prefix(row) for row in rows]
   lines: list[list[int]] = []  # the rows of each
   room = np.full(len(rows), length)
-  for i, (tokens, *_) in enumerate(rows):
+  for i, (tokens, _) in enumerate(rows):
     best = len(tokens), len(lines)
     hopeful = np.flatnonzero(room[: len(lines)] >= len(tokens) - len(fronts[i]))
     sure = np.flatnonzero(room[: len(lines)] >= len(tokens))
@@ -92,7 +85,7 @@ _LOOK = 64  # lines that a row is tried in, beside the first with room for all o
 def _shareable_prefix(row: Row) -> tuple[int, ...]:
   """The tokens of a row that another may share: those before the token that predicts
   the first target."""
-  tokens, weights, *_ = row
+  tokens, weights = row
   first = next((t for t, weight in enumerate(weights) if weight > 0), len(tokens))
   return tuple(tokens[: max(first - 1, 0)])
 
@@ -104,8 +97,7 @@ def common_prefix(a: Sequence, b: Sequence) -> int:
 
 
 def _check_rows(rows: Sequence[Row], length: int) -> None:
-  names = set(rows[0][2]) if rows and len(rows[0]) > 2 else set()
-  for i, (tokens, weights, *extras) in enumerate(rows):
+  for i, (tokens, weights) in enumerate(rows):
     if not 0 < len(tokens) <= length:
       raise ValueError(
         f"row {i} has {len(tokens)} tokens, wanted 1 to {length}; drop and count "
@@ -115,8 +107,6 @@ def _check_rows(rows: Sequence[Row], length: int) -> None:
       raise ValueError(f"row {i} has {len(tokens)} tokens and {len(weights)} weights")
     if not np.all(np.isfinite(np.asarray(weights, np.float32))):
       raise ValueError(f"row {i} has a weight that is not finite")
-    if set(extras[0] if extras else ()) != names:
-      raise ValueError(f"row {i} has extras {extras}, wanted {sorted(names)} as row 0")
 
 
 def _write_lines(
@@ -124,16 +114,14 @@ def _write_lines(
 ) -> Packed:
   """Writes the rows of each line as a tree: sorted, a row shares with its neighbour
   what it shares with any."""
-  names = rows[0][2] if rows and len(rows[0]) > 2 else ()
   shape = len(lines), length
   tokens_BT, ends_BT, positions_BT = (np.zeros(shape, np.int32) for _ in range(3))
   weight_BT = np.zeros(shape, np.float32)
-  extras = {name: np.zeros(shape, np.float32) for name in names}
   where = [(0, 0, 0)] * len(rows)
   for b, line in enumerate(lines):
     start, before, path = 0, (), np.zeros(0, np.int64)
     for i in sorted(line, key=lambda i: fronts[i]):
-      tokens, weights, *more = rows[i]
+      tokens, weights = rows[i]
       shared = common_prefix(before, fronts[i])
       end = start + len(tokens) - shared
       path = np.concatenate([path[:shared], np.arange(start, end)])
@@ -145,15 +133,12 @@ def _write_lines(
       ends_BT[b, path] = end
       if not shared:
         weight_BT[b, start] = 0.0
-      for name in names:
-        extras[name][own] = more[0][name]
       before, start = fronts[i], end
   return Packed(
     tokens_BT=tokens_BT,
     ends_BT=ends_BT,
     positions_BT=positions_BT,
     weight_BT=weight_BT,
-    extras=extras,
     where=tuple(where),
   )
 

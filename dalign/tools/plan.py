@@ -218,7 +218,7 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
     used = jax.ShapeDtypeStruct((), jnp.int32)
 
     def lower():
-      return program.update.jitted.lower(program.state, batch, key, used, frozen)
+      return program.jitted.lower(program.state, batch, key, used, frozen)
 
     held = {
       "parameters": (program.state.params, frozen),

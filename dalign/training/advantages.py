@@ -133,12 +133,16 @@ def token_advantages(
   return advantage_NT.astype(np.float32), returns_NT.astype(np.float32)
 
 
-def has_gradient(objective: ObjectiveConfig, advantage_NT) -> np.ndarray:
-  """[N]: which rollouts move a policy: those with an advantage, and all of them where
-  a penalty or values do so too."""
+def are_trained(
+  objective: ObjectiveConfig, advantage_NT, scored_N, cut_N
+) -> np.ndarray:
+  """[N]: which scored rollouts move a policy: those with an advantage, and all of them
+  where a penalty or values do so too; of the `cut_N`, which max_new cut, none where the
+  objective masks them."""
+  moving_N = np.any(np.abs(advantage_NT) > 1e-6, axis=1)
   if objective.penalised or objective.learns_values:
-    return np.ones(len(advantage_NT), bool)
-  return np.any(np.abs(advantage_NT) > 1e-6, axis=1)
+    moving_N[:] = True
+  return scored_N & moving_N & ~(cut_N & objective.mask_truncated)
 
 
 def with_advantages(objective: ObjectiveConfig, rollouts: Mapping) -> dict:
@@ -146,8 +150,8 @@ def with_advantages(objective: ObjectiveConfig, rollouts: Mapping) -> dict:
 
   They have [B, T] arrays tokens, positions, ends, sampled, rollout
   (`rollout.scatter_to_packed`), behaviour and reference, of B = P R rows
-  reward_PR and scored_PR, and cut_B, which max_new cut. Rows that carry no gradient are
-  no targets, and are counted as left out.
+  reward_PR and scored_PR, and cut_B. Rows that are not trained are no targets, and are
+  counted as left out.
   """
   scored_PR, sampled_BT = rollouts["scored_PR"], rollouts["sampled_BT"]
   kl_BT = rollouts["behaviour_BT"] - rollouts["reference_BT"]
@@ -155,8 +159,7 @@ def with_advantages(objective: ObjectiveConfig, rollouts: Mapping) -> dict:
     objective, rollouts["reward_PR"], scored_PR, kl_BT, sampled_BT
   )
   scored_B = scored_PR.ravel()
-  cut_B = rollouts["cut_B"] & objective.mask_truncated
-  trained_B = scored_B & has_gradient(objective, advantage_BT) & ~cut_B
+  trained_B = are_trained(objective, advantage_BT, scored_B, rollouts["cut_B"])
   rows = {name: x for name, x in rollouts.items() if name.endswith("_BT")}
   return rows | {
     "sampled_BT": sampled_BT & trained_B[:, None],

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import ctypes
 import json
-import os
 import pathlib
 import sys
 
@@ -18,9 +17,10 @@ import orbax.checkpoint as ocp
 
 from dalign.runs import buckets
 from dalign.runs import distributed
+from dalign.runs import store
 from dalign.types import PyTree
 
-FORMAT_VERSION = 1  # of checkpoints
+KEEP = 1  # steps that stay when a newer one is whole
 
 
 class Checkpoints:
@@ -32,29 +32,20 @@ class Checkpoints:
 
   def __init__(self, dir: pathlib.Path):
     self._dir = buckets.absolute(dir)
-    self._keep = 1
     self._manager = None
 
-  def save(self, step: int, state: PyTree, meta: Mapping, *, keep: int = 1) -> None:
-    """Starts to save a step, then drops all but the newest `keep`.
+  def save(self, step: int, state: PyTree, meta: Mapping) -> None:
+    """Starts to save a step, then drops those before it.
 
     Returns before the files are whole; the arrays may be donated at once. A step that
-    is there stays as it is. Raises ValueError for one older than the latest.
+    is there stays as it is.
     """
     buckets.flush()
-    if keep != self._keep:
-      self.close()
-      self._keep = keep
     manager = self._open()
-    latest = manager.latest_step()
-    if latest is not None and step < latest:
-      raise ValueError(f"{self._dir}: step {step} is older than its latest, {latest}")
-    if step != latest:
+    if step != manager.latest_step():
       parts = {
         "state": ocp.args.StandardSave(state),
-        "meta": ocp.args.JsonSave(
-          {"format_version": FORMAT_VERSION, "sums": _sums(state), "own": dict(meta)}
-        ),
+        "meta": ocp.args.JsonSave({"sums": _sums(state), "own": dict(meta)}),
       }
       manager.save(step, args=ocp.args.Composite(**parts), force=True)
 
@@ -86,32 +77,21 @@ class Checkpoints:
     with _one_line_errors(self._dir):
       manager = self._open()
       manager.wait_until_finished()
-      if step not in manager.all_steps():
-        has = sorted(manager.all_steps())
-        raise ValueError(
-          f"{self._dir}: wanted the checkpoint of step {step}, has {has}"
-        )
       _check_fit(self._dir, manager.item_metadata(step).state, abstract_state)
       parts = {
         "state": ocp.args.StandardRestore(_with_default_sharding(abstract_state)),
         "meta": ocp.args.JsonRestore(),
       }
       restored = manager.restore(step, args=ocp.args.Composite(**parts))
-    meta, version = restored.meta, restored.meta.get("format_version")
-    if version != FORMAT_VERSION:
-      raise ValueError(
-        f"{self._dir}: wanted checkpoints of format {FORMAT_VERSION}, got {version!r}; "
-        "use the dalign that wrote them"
-      )
-    _check_sums(self._dir, restored.state, meta["sums"])
-    return restored.state, meta["own"]
+    _check_sums(self._dir, restored.state, restored.meta["sums"])
+    return restored.state, restored.meta["own"]
 
   def close(self) -> None:
     """Waits until the last save is whole, and drops what a killed run left of those
     before it."""
     if self._manager is not None:
       self._manager.wait_until_finished()
-      for step in self._manager.all_steps()[: -self._keep]:
+      for step in self._manager.all_steps()[:-KEEP]:
         self._manager.delete(step)
       self._manager.close()
       self._manager = None
@@ -119,7 +99,7 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
+        max_to_keep=KEEP, create=True, cleanup_tmp_directories=True
       )
       # Named handlers, so that metadata can be read before anything was saved.
       self._manager = ocp.CheckpointManager(
@@ -147,15 +127,8 @@ def save_params(dir: pathlib.Path, params: PyTree) -> None:
   buckets.flush()
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, params, force=True)
-  if distributed.is_first_process() and buckets.is_remote(path):
-    buckets.write(_sums_file(path), [json.dumps(sums, indent=2).encode()])
-  elif distributed.is_first_process():
-    draft = path.with_name(f".{path.name}.sums.tmp")
-    with draft.open("w") as file:
-      json.dump(sums, file, indent=2)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(draft, _sums_file(path))
+  if distributed.is_first_process():
+    store.write_json(_sums_file(path), sums)
 
 
 def load_params(dir: pathlib.Path, abstract: PyTree) -> PyTree:

@@ -17,6 +17,8 @@ from dalign.types import Key
 from dalign.types import Mean
 from dalign.types import PyTree
 
+BINS = 5  # of scores, by which a reward model's calibration is read
+
 
 def init_head(params: PyTree, key: Key) -> PyTree:
   """A trunk's parameters with a scalar head added; an untied output head is dropped."""
@@ -99,17 +101,10 @@ def loss(
   }
 
 
-def make_loss(
-  *,
-  cfg: ModelConfig,
-  compute: Compute,
-  pair_weight: float,
-  answer_weight: float = 0.0,
-  point_weight: float = 1.0,
-):
-  """`loss_fn(params, batch, key) -> (Mean, metrics)`: the loss of a reward model. A
-  batch is that of `logits` with score_B, prompt_B and answer_B; padding has length
-  0."""
+def make_loss(*, cfg: ModelConfig, compute: Compute, **weights: float):
+  """`loss_fn(params, batch, key) -> (Mean, metrics)`: the `loss` of a reward model,
+  with its weights. A batch is that of `logits` with score_B, prompt_B and answer_B;
+  padding has length 0."""
 
   def loss_fn(params, batch, key):
     del key
@@ -119,9 +114,7 @@ def make_loss(
       batch["prompt_B"],
       batch["answer_B"],
       batch["length_B"] > 0,
-      pair_weight=pair_weight,
-      answer_weight=answer_weight,
-      point_weight=point_weight,
+      **weights,
     )
 
   return loss_fn
@@ -132,23 +125,21 @@ def agreement(
   score_B: np.ndarray,
   prompt_B: np.ndarray,
   answer_B: np.ndarray,
-  *,
-  bins: int = 5,
 ) -> dict[str, float | None]:
   """Held-out quality of a reward model against the judge.
 
   accuracy: both on one side of 0.5. pair_accuracy: of pairs of one prompt whose judged
   scores differ, ranked alike; answer_pair_accuracy: the same of pairs with one answer
   to two prompts; None without such pairs. calibration_error: expected calibration
-  error, the mean |predicted - judged| of bins of equal width, weighted by their size
-  (1706.04599).
+  error, the mean |predicted - judged| of BINS of equal width, weighted by their
+  size (1706.04599).
   """
   gap_BB = score_B[:, None] - score_B[None, :]
   pair_BB, answer_BB = _pairs(gap_BB, prompt_B, answer_B)
   right_BB = predicted_B[:, None] > predicted_B[None, :]
-  bin_B = np.minimum((predicted_B * bins).astype(int), bins - 1)
+  bin_B = np.minimum((predicted_B * BINS).astype(int), BINS - 1)
   error = 0.0
-  for b in range(bins):
+  for b in range(BINS):
     inside = bin_B == b
     if inside.any():
       error += abs(predicted_B[inside].mean() - score_B[inside].mean()) * inside.mean()

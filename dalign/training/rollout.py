@@ -248,25 +248,23 @@ def compute_advantages(
   reward_N += advantages.overlong_penalty(
     lengths, max_length=max_length, margin=objective.overlong
   )
+  scored_N = np.array([r.scored for r in rollouts])
   advantage_NT, returns_NT = advantages.token_advantages(
     objective,
     reward_N.reshape(-1, group_size),
-    np.array([r.scored for r in rollouts]).reshape(-1, group_size),
+    scored_N.reshape(-1, group_size),
     padded([np.array(r.behaviour) - r.reference for r in rollouts]),
     mask_NT,
     padded([r.value for r in rollouts]) if objective.learns_values else None,
   )
-  has_gradient_N = advantages.has_gradient(objective, advantage_NT)
+  cut_N = np.array([r.sample.finish == "length" for r in rollouts])
+  trained_N = advantages.are_trained(objective, advantage_NT, scored_N, cut_N)
   return [
     dataclasses.replace(
       r,
       advantage=advantage_NT[i, : lengths[i]],
       returns=returns_NT[i, : lengths[i]],
-      trained=bool(
-        r.scored
-        and has_gradient_N[i]
-        and not (objective.mask_truncated and r.sample.finish == "length")
-      ),
+      trained=bool(trained_N[i]),
     )
     for i, r in enumerate(rollouts)
   ]

@@ -102,7 +102,7 @@ def _schedule(cfg: OptimizerConfig, steps: int, peak: float):
 def _matrices(params: PyTree) -> PyTree:
   """Which leaves are matrices."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: x.ndim > 1 and _is_matrix(path), _unstacked(params)
+    lambda path, x: x.ndim > 1 and _is_matrix(path), params
   )
 
 
@@ -118,15 +118,6 @@ def _per_layer_matrices(params: PyTree) -> PyTree:
     if layers not in path or x.ndim < 3 or not _is_matrix(path):
       return None
     return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-
-  return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _unstacked(params: PyTree) -> PyTree:
-  """The tree with one layer's shapes where layers are stacked, to tell vectors."""
-
-  def one(path, x):
-    return x[0] if jax.tree_util.DictKey("layers") in path else x
 
   return jax.tree_util.tree_map_with_path(one, params)
 
@@ -218,12 +209,21 @@ def make_step(loss_fn: LossFn):
 @dataclasses.dataclass(frozen=True)
 class Program:
   """Training on a mesh: `state` is its state as ShapeDtypeStructs that say where each
-  array lies, `create(params)` makes it and takes the parameters for its own, and
-  `update` is `jit_update`'s."""
+  array lies, `create(params)` makes it and takes the parameters for its own, `jitted`
+  is the compiled update, whose state is donated and laid out as it came in."""
 
+  mesh: Mesh
   state: TrainState
   create: Callable[[PyTree], TrainState]
-  update: "Update"
+  jitted: jax.stages.Wrapped
+
+  def update(self, state, batch, key, used, frozen: PyTree | None = None):
+    """`make_update`'s of arrays of the host."""
+    batch = {
+      name: sharding.put_on_mesh(x, sharding.batch_sharding(self.mesh, name, x, lead=1))
+      for name, x in batch.items()
+    }
+    return self.jitted(state, batch, key, jnp.int32(used), frozen or {})
 
 
 def program(
@@ -235,59 +235,45 @@ def program(
   averaged: bool = False,
   average_from: int = 0,
 ) -> Program:
-  """What trains such parameters, arrays or ShapeDtypeStructs, by a loss."""
+  """What trains such parameters, arrays or ShapeDtypeStructs, by a loss; moments lie as
+  their parameters."""
 
   def first(params):
     return create(params, tx, averaged=averaged)
 
-  state, axes = jax.eval_shape(first, params), param_tree.logical_axes(params)
-  placed = state_shardings(mesh, state, axes)
-  update = make_update(loss, tx, average_from=average_from)
+  state = jax.eval_shape(first, params)
+  own = sharding.shardings(mesh, param_tree.logical_axes(params), params)
+  everywhere = sharding.replicated(mesh)
+  moments = optax.tree.map_params(
+    tx,
+    lambda x, place: x if _masked(x) else place,
+    state.opt_state,
+    own,
+    transform_non_params=lambda _: everywhere,
+    is_leaf=_masked,
+  )
+  placed = TrainState(
+    step=everywhere,
+    params=own,
+    opt_state=moments,
+    average=own if averaged else None,
+  )
   return Program(
+    mesh=mesh,
     state=sharding.with_shardings(state, placed),
     create=jax.jit(first, out_shardings=placed, donate_argnums=0),
-    update=jit_update(update, mesh, state, axes),
-  )
-
-
-def state_shardings(mesh: Mesh, state: TrainState, axes: PyTree) -> TrainState:
-  """Where each array of a state lies: moments as their parameters."""
-  params = sharding.shardings(mesh, axes, state.params)
-  return TrainState(
-    step=sharding.replicated(mesh),
-    params=params,
-    opt_state=sharding.shardings_like_params(
-      mesh, state.opt_state, state.params, params
+    jitted=jax.jit(
+      make_update(loss, tx, average_from=average_from),
+      in_shardings=(placed, None, None, None, None),
+      out_shardings=(placed, everywhere),
+      donate_argnums=0,
     ),
-    average=None if state.average is None else params,
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-  """A compiled update, called with arrays of the host."""
-
-  jitted: jax.stages.Wrapped
-  mesh: Mesh
-
-  def __call__(self, state, batch, key, used, frozen: PyTree | None = None):
-    batch = {
-      name: sharding.put_on_mesh(x, sharding.batch_sharding(self.mesh, name, x, lead=1))
-      for name, x in batch.items()
-    }
-    return self.jitted(state, batch, key, jnp.int32(used), frozen or {})
-
-
-def jit_update(update, mesh: Mesh, state: TrainState, axes: PyTree) -> Update:
-  """`update` compiled for the mesh, its state donated and laid out as it came in."""
-  placed = state_shardings(mesh, state, axes)
-  jitted = jax.jit(
-    update,
-    in_shardings=(placed, None, None, None, None),
-    out_shardings=(placed, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
-  return Update(jitted, mesh)
+def _masked(x) -> bool:
+  """Whether a node of moments stands for parameters that another optimizer takes."""
+  return isinstance(x, optax.MaskedNode)
 
 
 def micro_batches(lines: dict, shape: BatchConfig):

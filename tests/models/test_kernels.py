@@ -169,58 +169,41 @@ def test_the_model_is_the_same_with_splash_alone_and_on_a_mesh(
 
 
 AOT = """
-import jax, jax.numpy as jnp, numpy as np
+import dataclasses
+
+import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from dalign.config.model import Compute
 from dalign.config.model import MeshConfig
-from dalign.config.model import ModelConfig
-from dalign.config.training import OptimizerConfig
-from dalign.models import param_tree as leaves
 from dalign.models import sharding
-from dalign.models import transformer as model
+from dalign.models import transformer
 from dalign.training import sft
 from dalign.training import train
+from tests.helpers import MODEL
+from tests.helpers import tiny
 
-cfg = ModelConfig(
-  width=256, layers=2, heads=4, kv_heads=2, head_dim=64, ffw=512, vocab=1024,
-  rope_theta=1e4, norm_eps=1e-5, tied=True, max_length=1024,
-)
-compute = Compute(
-  dtype="bfloat16", kv_dtype="bfloat16", attention="splash", remat=True,
-  logits_chunk=256,
+cfg = dataclasses.replace(MODEL, width=256, head_dim=64, ffw=512, vocab=1024)
+compute = dataclasses.replace(
+  tiny().compute, dtype="bfloat16", kv_dtype="bfloat16", attention="splash", remat=True
 )
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), chips.devices)
-tx = train.make_optimizer(
-  OptimizerConfig(
-    learning_rate=1e-4, warmup_share=0.0, final_share=1.0, beta1=0.9, beta2=0.99,
-    weight_decay=0.0, matrix_rate=0.0, clip_norm=1.0,
-    skip_norm=0.0, stop_norm=0.0,
-  ),
-  steps=10,
-)
-params = jax.eval_shape(
-  lambda: model.init(jax.random.key(0), cfg=cfg, compute=compute)
-)
-state = jax.eval_shape(lambda p: train.create(p, tx), params)
-axes = leaves.logical_axes(params)
-update = train.make_update(sft.make_loss(cfg=cfg, compute=compute), tx)
-step = train.jit_update(update, mesh, state, axes).jitted
-shape = jax.ShapeDtypeStruct((2, 4, 512), jnp.int32)
-batch = {name: shape for name in ("tokens_BT", "positions_BT", "ends_BT")}
-batch["weight_BT"] = jax.ShapeDtypeStruct((2, 4, 512), jnp.float32)
-batch = {
-  name: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, name, x, lead=1)
-  )
-  for name, x in batch.items()
-}
-key = jax.eval_shape(lambda: jax.random.key(0))
+tx = train.make_optimizer(tiny().sft.optimizer, steps=10)
+init = lambda: transformer.init(jax.random.key(0), cfg=cfg, compute=compute)
+loss = sft.make_loss(cfg=cfg, compute=compute)
+program = train.program(loss, tx, mesh, jax.eval_shape(init))
+
+def lines(name, dtype):
+  shape = jax.ShapeDtypeStruct((2, 4, 512), dtype)
+  place = sharding.batch_sharding(mesh, name, shape, lead=1)
+  return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=place)
+
+names = "tokens_BT", "positions_BT", "ends_BT"
+batch = {name: lines(name, "int32") for name in names}
+batch["weight_BT"] = lines("weight_BT", "float32")
+key, used = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(1)))
 with jax.set_mesh(mesh):
-  used = jax.ShapeDtypeStruct((), jnp.int32)
-  program = step.lower(state, batch, key, used, {}).compile()
-found = [line for line in program.as_text().splitlines() if "tpu_custom_call" in line]
-print("kernels", len(found))
+  made = program.jitted.lower(program.state, batch, key, used, {}).compile()
+print("kernels", sum("tpu_custom_call" in x for x in made.as_text().splitlines()))
 """
 
 

@@ -78,22 +78,23 @@ def lay(params, mesh):
 
 def trained(cfg, compute, mesh):
   """Two updates of SFT: the mean loss of each, the parameters, what was compiled."""
-  params = lay(weights.random_model(cfg, 0), mesh)
-  axes = param_tree.logical_axes(params)
+  params = weights.random_model(cfg, 0)
   tx = train.make_optimizer(OPTIMIZER, steps=10)
-  update = train.make_update(sft.make_loss(cfg=cfg, compute=compute), tx)
   packed = packing.pad_rows(rows(cfg), length=24)
   batch = packed.lines | {"weight_BT": packed.weight_BT}
   batch = {name: x[None] for name, x in batch.items()}
   losses = []
   with jax.set_mesh(mesh):
-    state = train.create(params, tx)
-    state = jax.device_put(state, train.state_shardings(mesh, state, axes))
-    step = train.jit_update(update, mesh, state, axes)
+    loss = sft.make_loss(cfg=cfg, compute=compute)
+    program = train.program(loss, tx, mesh, params)
+    state = program.create(lay(params, mesh))
+    first = state.params["layers"]["q"]
     for _ in range(2):
-      state, metrics = step(state, batch, KEY, 1)
+      state, metrics = program.update(state, batch, KEY, 1)
       losses.append([float(metrics[name].value()) for name in ("loss", "grad_norm")])
-  assert step.jitted._cache_size() == 1
+  assert program.jitted._cache_size() == 1
+  assert first.is_deleted()  # its memory is the new state's
+  assert state.params["layers"]["q"].sharding == first.sharding
   return np.array(losses), jax.device_get(state.params)
 
 
@@ -132,10 +133,10 @@ def sampled(cfg, compute, mesh):
     for temperature in (0.0, 1.0):
       how = dict(key=KEY, prefix_room=12, prompt_room=16, max_new=16)
       if temperature:
-        before = decode.compiled()
+        before = decode.chunk._cache_size()
       for done in decode.run(ready, groups, temperature=temperature, **how):
         out[temperature, done.request.row_id] = done
-  assert decode.compiled() == before
+  assert decode.chunk._cache_size() == before
   return out
 
 

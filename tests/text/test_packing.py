@@ -14,9 +14,7 @@ KNOWN = st.lists(
 
 
 def make_rows(sizes):
-  return [
-    ([2] * n, [float(i + 1)] * n, {"gain": float(-i)}) for i, n in enumerate(sizes)
-  ]
+  return [([2] * n, [float(i + 1)] * n) for i, n in enumerate(sizes)]
 
 
 @hypothesis.given(KNOWN, st.integers(1, 4))
@@ -24,11 +22,7 @@ def make_rows(sizes):
 def test_packing_loses_nothing_and_overlaps_nothing(known, multiple):
   """Rows are known tokens and then targets, told apart by their ids."""
   rows = [
-    (
-      [*front, *[10 + i] * n],
-      [0.0] * len(front) + [float(i + 1)] * n,
-      {"gain": float(-1 - i)},
-    )
+    ([*front, *[10 + i] * n], [0.0] * len(front) + [float(i + 1)] * n)
     for i, (front, n) in enumerate(known)
   ]
   packed = packing.pack(rows, length=12, rows_multiple=multiple)
@@ -36,9 +30,7 @@ def test_packing_loses_nothing_and_overlaps_nothing(known, multiple):
   assert packed.tokens_BT.shape[1] == 12
   used = np.zeros(packed.tokens_BT.shape, int)
   at_T = np.arange(12)
-  for (tokens, wanted, extras), (b, start, size) in zip(
-    rows, packed.where, strict=True
-  ):
+  for (tokens, wanted), (b, start, size) in zip(rows, packed.where, strict=True):
     last = start + size - 1
     path = np.flatnonzero((at_T <= last) & (last < packed.ends_BT[b]))  # what it sees
     assert packed.tokens_BT[b, path].tolist() == tokens
@@ -46,7 +38,6 @@ def test_packing_loses_nothing_and_overlaps_nothing(known, multiple):
     assert packed.weight_BT[b, path].tolist() == [0.0, *wanted[1:]]
     own = path[-size:]
     assert own.tolist() == list(range(start, start + size))
-    assert packed.extras["gain"][b, own].tolist() == [extras["gain"]] * size
     targets = [t for t in range(1, len(tokens)) if wanted[t] > 0]
     assert all(path[t] - 1 == path[t - 1] >= start for t in targets)
     used[b, own] += 1
@@ -101,7 +92,7 @@ def test_padded_rows_keep_their_line_and_masks_become_weights():
   assert packed.ends_BT.tolist() == [[3, 3, 3, 0], [1, 0, 0, 0]]
   assert packed.weight_BT.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
   assert packed.tokens_BT.dtype == packed.ends_BT.dtype == np.int32
-  assert packed.weight_BT.dtype == np.float32 and packed.extras == {}
+  assert packed.weight_BT.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -111,7 +102,6 @@ def test_padded_rows_keep_their_line_and_masks_become_weights():
     ([([1], [1.0]), ([], [])], "row 1 has 0 tokens"),
     ([([1, 2], [1.0])], "2 tokens and 1 weights"),
     ([([1], [float("nan")])], "not finite"),
-    ([([1], [1.0], {"a": 1.0}), ([1], [1.0])], "row 1 has extras"),
   ],
 )
 @pytest.mark.parametrize("lay", [packing.pack, packing.pad_rows])

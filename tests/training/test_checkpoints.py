@@ -40,11 +40,11 @@ def make_state(step: int) -> State:
   return State(jnp.int32(step), params, opt_state, jax.random.key(step))
 
 
-def saved(folder: pathlib.Path, *steps: int, keep=1) -> list[str]:
+def saved(folder: pathlib.Path, *steps: int) -> list[str]:
   """What lies in a folder once one run has saved states of some steps there."""
   writer = Checkpoints(folder)
   for step in steps:
-    writer.save(step, make_state(step), {}, keep=keep)
+    writer.save(step, make_state(step), {})
   writer.close()
   return sorted(path.name for path in folder.iterdir())
 
@@ -62,26 +62,10 @@ def assert_same(left, right):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_a_settled_save_is_whole(tmp_path, monkeypatch):
-  """Waited for before memory is given back, of which it holds a copy till then."""
-  writer, seen = Checkpoints(tmp_path / "c"), []
-  monkeypatch.setattr(
-    checkpoints, "give_back_memory", lambda: seen.append((tmp_path / "c/2").exists())
-  )
-  writer.wait_until_finished()
-  state = make_state(2)
-  state.params["big"] = jax.random.normal(jax.random.key(0), (3000, 1000))
-  writer.save(2, state, {})
-  writer.wait_until_finished()
-  assert seen[-1] is True
-  assert Checkpoints(tmp_path / "c").latest() == 2
-  writer.close()
-
-
 def test_a_whole_state_comes_back_in_another_process_s_eyes(tmp_path):
   state, meta = make_state(3), {"cursor": 12, "order": [1, 2], "name": "é"}
   writer = Checkpoints(tmp_path / "c")
-  assert writer.latest() is None
+  assert writer.latest() is None and not (tmp_path / "c").exists()
   writer.save(3, state, meta)
   writer.close()
   reader = Checkpoints(tmp_path / "c")
@@ -92,16 +76,8 @@ def test_a_whole_state_comes_back_in_another_process_s_eyes(tmp_path):
   assert restored_meta == meta and type(restored.opt_state) is type(state.opt_state)
 
 
-def test_asking_for_the_latest_makes_no_folder(tmp_path):
-  assert Checkpoints(tmp_path / "c").latest() is None
-  assert not (tmp_path / "c").exists()
-
-
-def test_only_the_newest_are_kept(tmp_path):
-  assert saved(tmp_path, 1, 2, 3, keep=2) == ["2", "3"]
-  assert saved(tmp_path, 4) == ["4"]
-  with pytest.raises(ValueError, match=r"wanted the checkpoint of step 1, has \[4\]"):
-    Checkpoints(tmp_path).restore(1, abstract(make_state(1)))
+def test_only_the_newest_is_kept(tmp_path):
+  assert saved(tmp_path, 1, 2, 4) == ["4"]
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
@@ -117,26 +93,21 @@ def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
   assert all((np.asarray(x) == 1).all() for x in jax.tree.leaves(restored))
 
 
-def test_a_step_that_is_there_stays_and_an_older_one_is_refused(tmp_path):
+def test_a_step_that_is_there_stays(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(5, make_state(5), {"first": True})
   checkpoints.save(5, make_state(6), {"first": False})
-  with pytest.raises(ValueError, match="step 4 is older than its latest, 5"):
-    checkpoints.save(4, make_state(4), {})
   restored, meta = checkpoints.restore(5, abstract(make_state(5)))
   checkpoints.close()
   assert meta == {"first": True} and int(restored.step) == 5
 
 
-def test_the_leftovers_of_a_killed_save_are_no_step(tmp_path):
-  saved(tmp_path, 1)
-  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-  assert Checkpoints(tmp_path).latest() == 1
-  assert saved(tmp_path, 2) == ["2"]
-
-
-def test_a_step_that_a_killed_run_did_not_drop_goes(tmp_path):
-  saved(tmp_path, 1, 2, keep=2)
+def test_what_a_killed_run_left_goes(tmp_path, monkeypatch):
+  """A draft, which is no step, and a step that it did not come to drop."""
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, "KEEP", 2)
+    assert saved(tmp_path, 1, 2) == ["1", "2"]
+  (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
   assert Checkpoints(tmp_path).latest() == 2
   assert saved(tmp_path, 2) == ["2"]
 
@@ -169,7 +140,7 @@ def unharmed(read, folder: pathlib.Path, wanted) -> dict[str, int]:
   return counts
 
 
-def test_damaged_parameters_are_refused(tmp_path):
+def test_parameters_that_were_damaged_are_refused(tmp_path):
   rng = np.random.default_rng(0)
   params = {n: rng.normal(size=(64, 5)).astype(np.float32) for n in ("a", "b")}
   params["c"] = {"d": rng.normal(size=300).astype(ml_dtypes.bfloat16)}
@@ -198,20 +169,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
   counts = unharmed(read, tmp_path / "state", state)
   assert counts["refused"] > 10, counts
-
-
-def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-  for version, wanted in ((2, "wanted checkpoints of format 1, got 2"), (1, "")):
-    with monkeypatch.context() as patch:
-      patch.setattr(checkpoints, "FORMAT_VERSION", version)
-      saved(tmp_path / str(version), 1)
-    reader = Checkpoints(tmp_path / str(version))
-    if wanted:
-      with pytest.raises(ValueError, match=wanted):
-        reader.restore(1, abstract(make_state(1)))
-    else:
-      reader.restore(1, abstract(make_state(1)))
-    reader.close()
 
 
 def test_sums_tell_values_and_places_apart():
@@ -249,25 +206,11 @@ def test_arrays_come_with_the_sharding_asked_for_and_in_no_other_dtype(tmp_path)
   loaded = load_params(tmp_path / "p", wanted)
   assert_same(loaded, params)
   assert all(x.sharding == sharding for x in jax.tree.leaves(loaded))
-  half = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), params
-  )
-  with pytest.raises(ValueError) as caught:
+  half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+  with pytest.raises(
+    ValueError, match=r"w is float32\[3, 4\], wanted bfloat16\[3, 4\]"
+  ):
     load_params(tmp_path / "p", half)
-  said = str(caught.value)
-  assert "layers.w is float32[3, 4], wanted bfloat16[3, 4]" in said
-  assert "embed" not in said
-
-
-def test_an_array_without_a_sum_is_refused(tmp_path):
-  params = make_state(2).params
-  save_params(tmp_path / "p", params)
-  sums = tmp_path / "p.sums.json"
-  kept = json.loads(sums.read_text())
-  del kept["embed"]
-  sums.write_text(json.dumps(kept))
-  with pytest.raises(ValueError, match="embed changed since they were saved"):
-    load_params(tmp_path / "p", abstract(params))
 
 
 def test_parameters_are_replaced_and_their_absence_is_named(tmp_path):
@@ -279,6 +222,12 @@ def test_parameters_are_replaced_and_their_absence_is_named(tmp_path):
     load_params(tmp_path / "none", abstract(params))
   with pytest.raises(ValueError, match=r"layers.w is float32\[3, 4\], wanted none"):
     load_params(tmp_path / "p", abstract({"embed": params["embed"]}))
-  (tmp_path / "p.sums.json").unlink()
+  sums = tmp_path / "p.sums.json"
+  kept = json.loads(sums.read_text())
+  del kept["embed"]
+  sums.write_text(json.dumps(kept))
+  with pytest.raises(ValueError, match="embed changed since they were saved"):
+    load_params(tmp_path / "p", abstract(params))
+  sums.unlink()
   with pytest.raises(ValueError, match="p.sums.json: cannot be read"):
     load_params(tmp_path / "p", abstract(params))

@@ -7,12 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from dalign.config.convert import build
 from dalign.config.on_policy import ObjectiveConfig
-from dalign.models import param_tree
 from dalign.models import transformer
 from dalign.text import packing
 from dalign.training import advantages
@@ -52,35 +50,12 @@ def groups(seed=0):
   return reward_BR, scored_BR
 
 
-def test_rloo_is_dr_grpo_times_a_constant():
-  reward_BR, scored_BR = groups(1)
-  rloo = advantages.rloo(reward_BR, scored_BR)
-  dr_grpo = advantages.dr_grpo(reward_BR, scored_BR)
-  G = np.maximum(scored_BR.sum(axis=1, keepdims=True), 2)
-  np.testing.assert_allclose(rloo, dr_grpo * G / (G - 1), atol=1e-6)
-  assert np.abs(rloo).max() > 0.1
-
-
-@pytest.mark.parametrize("name", advantages.ESTIMATORS)
-def test_advantages_leave_out_what_was_not_scored(name):
-  estimate = advantages.ESTIMATORS[name]
-  reward_BR, scored_BR = groups()
-  want = estimate(reward_BR, scored_BR)
-  for odd in (1e6, np.nan):
-    got = estimate(np.where(scored_BR, reward_BR, odd), scored_BR)
-    np.testing.assert_array_equal(got, want)
-  assert (np.asarray(want)[~scored_BR] == 0).all()
-  few = estimate(reward_BR[1:2, [1, 2, 4]], np.ones((1, 3), bool))
-  np.testing.assert_allclose(want[1, [1, 2, 4]], few[0], atol=1e-5)
-  if name != "none":  # what is alone, unscored or all equal has nothing to learn from
-    np.testing.assert_array_equal(want[2:5], 0)
-    np.testing.assert_allclose(np.sum(want, axis=1), 0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["none", "rloo", "dr_grpo", "grpo"])
+@pytest.mark.parametrize("kind", advantages.ESTIMATORS)
 def test_advantages_are_their_formulas(kind):
+  """Of what was scored: what was not may be any number, and has none."""
   reward_BR, scored_BR = groups()
-  got = np.asarray(advantages.ESTIMATORS[kind](reward_BR, scored_BR))
+  told_BR = np.where(scored_BR, reward_BR, np.nan)
+  got = np.asarray(advantages.ESTIMATORS[kind](told_BR, scored_BR))
   for b, (reward_R, scored_R) in enumerate(zip(reward_BR, scored_BR, strict=True)):
     known = reward_R[scored_R].astype(float)
     for r in range(5):
@@ -272,6 +247,11 @@ def score(cfg, compute):
   )
 
 
+def laid(rows, packs=packing.pad_rows, **how) -> packing.Packed:
+  """The tokens of rollouts in lines of 32."""
+  return packs([row[:2] for row in rows], length=32, **how)
+
+
 def tokens_of(packed: packing.Packed):
   return packed.lines | {"wanted_BT": packed.weight_BT > 0}
 
@@ -291,7 +271,7 @@ def rl_batch(packed: packing.Packed, logp_BT, rows, *, shift=False):
   shift_BT = arrays.pop("shift_BT")
   more = {"sampled_BT": packed.weight_BT > 0}
   more["behaviour_BT"] = logp_BT + (shift_BT if shift else 0.0)
-  more["left_out_B"] = np.zeros(len(logp_BT), np.float32)
+  more["left_out_B"] = np.arange(len(logp_BT), dtype=np.float32)
   return tokens_of(packed) | arrays | more
 
 
@@ -315,9 +295,9 @@ def test_scores_are_log_probabilities_of_what_is_wanted_of_a_row_alone(
   score, params, cfg, compute
 ):
   rows = rollouts()
-  packed = packing.pack(rows, length=32, rows_multiple=8)
+  packed = laid(rows, packing.pack, rows_multiple=8)
   got = score(params, packed, 0.8)
-  alone = packing.pad_rows(rows, length=32)
+  alone = laid(rows)
   hidden_BTD, _ = forward_of(cfg, compute)(
     params, alone.tokens_BT, alone.positions_BT, alone.ends_BT
   )
@@ -359,8 +339,9 @@ def plain_loss(how: ObjectiveConfig, batch, logp_BT, value_BT):
   if how.mean == "rollouts":
     return -sum(np.mean(g) for g in surrogates), len(surrogates)
   total = -sum(sum(g) for g in surrogates)
-  tokens = sum(map(len, surrogates))
-  return total, tokens if how.mean == "tokens" else len(surrogates) * how.length_norm
+  if how.mean == "tokens":
+    return total, sum(map(len, surrogates))
+  return total, (len(surrogates) + batch["left_out_B"].sum()) * how.length_norm
 
 
 @pytest.mark.parametrize("packs", [packing.pad_rows, packing.pack])
@@ -369,7 +350,7 @@ def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
   """Ratios off 1, padded rows and trees of two samples of a prompt."""
   wider = dict(clip_low=0.2, clip_high=0.3) if name == "gspo" else {}
   how, rows = objective(name, ratio_cap=1.3, **wider), rollouts()
-  packed = packs(rows, length=32)
+  packed = laid(rows, packs)
   logp_BT = score(params, packed, 0.8)
   batch = rl_batch(packed, logp_BT, rows, shift=True)
   tree, value_BT = params, None
@@ -380,12 +361,10 @@ def test_each_loss_is_its_formula(name, packs, score, params, cfg, compute):
     values = policy_gradient.make_values(cfg=cfg, compute=compute)
     value_BT = np.asarray(jax.jit(values)(tree, tokens_of(packed)))
     assert np.abs(value_BT).max() > 0.1
-  mean, metrics, _ = run_of(how, cfg, compute)(tree, batch)
+  mean, _, _ = run_of(how, cfg, compute)(tree, batch)
   total, count = plain_loss(how, batch, logp_BT, value_BT)
   np.testing.assert_allclose(mean.total, total, rtol=1e-4)
   np.testing.assert_allclose(mean.count, count, rtol=1e-6)
-  if how.clip_low < 1:
-    assert 0 < metrics["clipped"].value() < 1
 
 
 def by_hand(**changes):
@@ -439,87 +418,27 @@ def by_hand(**changes):
   ],
 )
 def test_the_loss_of_arrays_is_what_it_is_by_hand(changes, total, count, grad_T):
-  mean, metrics, got_T = by_hand(**changes)
+  mean, _, got_T = by_hand(**changes)
   np.testing.assert_allclose(mean.total, total, rtol=1e-5)
   np.testing.assert_allclose(mean.count, count, rtol=1e-6)
   np.testing.assert_allclose(got_T, grad_T, atol=1e-5)
-  assert metrics["entropy_nats"].value() == 1
 
 
-def test_the_policy_loss_keeps_its_metrics(score, loss_and_gradient, params):
-  rows = rollouts()
-  packed = packing.pad_rows(rows, length=32)
-  logp_BT = score(params, packed, 0.8)
-  batch = rl_batch(packed, logp_BT, rows, shift=True)
-  _, metrics, _ = loss_and_gradient(batch)
-  log_ratio = (logp_BT - batch["behaviour_BT"])[batch["sampled_BT"]]
-  ratios = np.minimum(np.exp(log_ratio), 1.2)
-  assert ratios.max() == np.float32(1.2) and ratios.min() < 0.9
-  np.testing.assert_allclose(metrics["ratio"].value(), ratios.mean(), rtol=1e-4)
-  gaps = metrics["logp_gap_nats"].value()
-  np.testing.assert_allclose(gaps, np.abs(log_ratio).mean(), rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-  ("name", "counted"), [("rloo", 8.0 * 3), ("grpo", 0.0), ("dapo", 0.0)]
-)
-def test_rollouts_left_out_count_where_a_constant_divides(
-  name, counted, score, params, cfg, compute
-):
-  """Else a step of which half has no gradient would take twice the step."""
-  how = objective(name, length_norm=8.0, kl="none", kl_weight=0.0)
-  assert (how.mean == "constant") == bool(counted)
-  rows = rollouts()
-  packed = packing.pad_rows(rows, length=32)
-  batch = rl_batch(packed, score(params, packed, 0.8), rows)
-  run = run_of(how, cfg, compute)
-  whole, _, grads = run(params, batch)
-  # A new array: a step that is still on its way may read the old one.
-  left_out_B = batch["left_out_B"].copy()
-  left_out_B[[0, 5]] = 1.0, 2.0
-  batch = batch | {"left_out_B": left_out_B}
-  some, _, same = run(params, batch)
-  np.testing.assert_allclose(some.total, whole.total, rtol=1e-6)
-  np.testing.assert_allclose(some.count, whole.count + counted, rtol=1e-6)
-  assert_close(same, grads, atol=1e-7, rtol=1e-4)  # sums of two calls
-
-
-def even(rows):
-  """The rollouts with as many sampled tokens each, which only repeat their first."""
-  return [
-    ([*tokens[: -int(sum(sampled))], *[tokens[-1]] * 4], front + [1.0] * 4, numbers)
-    for tokens, sampled, numbers in rows
-    for front in [[0.0] * (len(tokens) - int(sum(sampled)))]
-  ]
-
-
-def test_dapo_is_grpo_without_kl_where_lengths_are_equal(score, params, cfg, compute):
-  rows = even(rollouts())
-  packed = packing.pad_rows(rows, length=32)
-  batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
-  found = []
-  for name in ("dapo", "grpo"):
-    how = objective(name, kl="none", kl_weight=0.0, clip_high=0.28)
-    mean, _, grads = run_of(how, cfg, compute)(params, batch)
-    found.append(jax.tree.map(lambda g: g / mean.count, grads))  # noqa: B023
-  assert_close(found[0], found[1], atol=1e-6)
-
-
-def test_on_policy_gspo_has_the_gradient_of_grpo(score, params, cfg, compute):
-  rows = rollouts()
-  packed = packing.pad_rows(rows, length=32)
-  batch = rl_batch(packed, score(params, packed, 0.8), rows)
-  grpo = objective("grpo", kl="none", kl_weight=0.0)
-  want = run_of(grpo, cfg, compute)(params, batch)
-  got = run_of(objective("gspo"), cfg, compute)(params, batch)
-  assert_close(got[2], want[2])
+def test_metrics_of_the_loss_are_what_they_are_by_hand():
+  _, metrics, _ = by_hand(mean="tokens")
+  found = {name: float(mean.value()) for name, mean in metrics.items()}
+  assert found == pytest.approx(
+    dict(entropy_nats=1, ratio=5.5 / 4, clipped=3 / 4, logp_gap_nats=np.log(2) * 3 / 4)
+  )
+  _, metrics, _ = by_hand(mean="tokens", ratio_cap=1.1)
+  assert metrics["ratio"].value() == pytest.approx(3.7 / 4)
 
 
 def test_on_policy_the_gradient_is_that_of_log_pi(
   score, loss_and_gradient, params, cfg, compute
 ):
   rows = rollouts()
-  packed = packing.pad_rows(rows, length=32)
+  packed = laid(rows)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   _, metrics, got = loss_and_gradient(batch)
   np.testing.assert_allclose(metrics["ratio"].value(), 1, atol=1e-5)
@@ -542,9 +461,9 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
   straight, runs = rollouts(), []
   turned = straight[::-1]
   for packed, rows in (
-    (packing.pad_rows(straight, length=32), straight),
-    (packing.pad_rows(turned, length=32), turned),
-    (packing.pack(straight, length=32, rows_multiple=8), straight),
+    (laid(straight), straight),
+    (laid(turned), turned),
+    (laid(straight, packing.pack, rows_multiple=8), straight),
   ):
     batch = rl_batch(packed, score(params, packed, 0.8), rows, shift=True)
     runs.append(loss_and_gradient(batch))
@@ -555,134 +474,13 @@ def test_packing_and_order_change_no_policy_gradient(score, loss_and_gradient, p
 
 def test_what_was_not_sampled_may_hold_anything(score, loss_and_gradient, params):
   rows = rollouts()
-  packed = packing.pad_rows(rows, length=32)
+  packed = laid(rows)
   batch = rl_batch(packed, score(params, packed, 0.8), rows)
   want = loss_and_gradient(batch)
   for name in ("behaviour_BT", "advantage_BT", "reference_BT", "returns_BT"):
     batch[name] = np.where(batch["sampled_BT"], batch[name], np.nan)
   got = loss_and_gradient(batch)
   assert_close(got, want, atol=0, rtol=0)
-
-
-def test_equal_rewards_give_no_policy_gradient(score, loss_and_gradient, params):
-  rows = rollouts()
-  advantage_R = advantages.rloo(np.full((1, 8), 0.7, np.float32), np.ones((1, 8), bool))
-  rows = [
-    (tokens, sampled, numbers | {"advantage": float(a)})
-    for (tokens, sampled, numbers), a in zip(rows, advantage_R[0], strict=True)
-  ]
-  packed = packing.pad_rows(rows, length=32)
-  _, _, grads = loss_and_gradient(rl_batch(packed, score(params, packed, 0.8), rows))
-  assert all(np.abs(g).max() < 1e-6 for g in jax.tree.leaves(grads))
-
-
-def test_the_expected_gradient_is_the_exact_one(
-  loss_and_gradient, score, params, cfg, compute
-):
-  """All one-token answers to a prompt, each as often as its probability.
-
-  The gradient of the expected reward J = sum_a pi(a) r(a) is that of the loss over
-  every token a, when its advantage is r(a) pi(a): no draw and no noise. A constant
-  baseline changes no expectation.
-  """
-  prompt = [3, 1, 4, 1]
-  reward_V = np.random.default_rng(0).normal(size=cfg.vocab).astype(np.float32)
-
-  def expected(p):
-    line = packing.pad_rows([(prompt, [0.0] * 4)], length=4)
-    hidden_BTD, _ = forward_of(cfg, compute)(
-      p, line.tokens_BT, line.positions_BT, line.ends_BT
-    )
-    return -jax.nn.softmax(hidden_BTD[0, -1] @ transformer.head(p) / 0.8) @ reward_V
-
-  want = jax.jit(jax.grad(expected))(params)
-  for baseline in (0.0, 0.3):
-    total, mass = jax.tree.map(jnp.zeros_like, params), 0.0
-    for start in range(0, cfg.vocab, 48):  # 48 rows of 5 fill 8 lines of 32
-      tokens = range(start, min(start + 48, cfg.vocab))
-      numbers = [
-        {"advantage": float(reward_V[a]) - baseline, "shift": 0.0} for a in tokens
-      ]
-      rows = [
-        (prompt + [a], [0.0] * 4 + [1.0], more)
-        for a, more in zip(tokens, numbers, strict=True)
-      ]
-      packed = packing.pack(rows, length=32, rows_multiple=8)
-      batch = rl_batch(packed, score(params, packed, 0.8), rows)
-      prob_BT = np.where(batch["sampled_BT"], np.exp(batch["behaviour_BT"]), 0.0)
-      mass += prob_BT.sum()
-      batch["advantage_BT"] = batch["advantage_BT"] * prob_BT
-      total = jax.tree.map(jnp.add, total, loss_and_gradient(batch)[2])
-    np.testing.assert_allclose(mass, 1, atol=1e-5)
-    assert_close(total, want)
-
-
-@pytest.mark.parametrize("name", [*ALGORITHMS.CHANGES])
-def test_each_algorithm_learns(name, params, score, cfg, compute):
-  """Two tokens are drawn after a prompt; each below 30 of 97 is worth a half."""
-  more = dict(length_norm=2.0, mask_truncated=False)
-  if name == "gspo":  # its own are for updates of many thousand tokens
-    more |= dict(clip_low=0.2, clip_high=0.2)
-  how = objective(name, **more)
-  tx = optax.adam(1e-2)
-  tree = {"policy": params, "value": policy_gradient.init_value_head(params)}
-  tree = tree if how.learns_values else params
-  opt, run = tx.init(tree), run_of(how, cfg, compute)
-  values = jax.jit(policy_gradient.make_values(cfg=cfg, compute=compute))
-  rng, prompt, N = np.random.default_rng(0), [3, 1, 4, 1], 32
-
-  @jax.jit
-  def logits(p, tokens_BT):
-    hidden_BTD, _ = transformer.forward_rows(p, tokens_BT, cfg=cfg, compute=compute)
-    return hidden_BTD @ transformer.head(p) / 0.8
-
-  def collect_rollouts(policy):
-    rows = np.tile(np.array(prompt + [0, 0], np.int32), (N, 1))
-    for t in (4, 5):
-      noise = rng.gumbel(size=(N, cfg.vocab))
-      rows[:, t] = np.argmax(np.asarray(logits(policy, rows))[:, t - 1] + noise, axis=1)
-    return rows, (rows[:, 4:] < 30).mean(axis=1)
-
-  rewards = []
-  for _ in range(30):
-    policy = tree["policy"] if how.learns_values else tree
-    rows_NT, reward_N = collect_rollouts(policy)
-    rewards.append(reward_N.mean())
-    rows = [(row.tolist(), [0.0] * 4 + [1.0] * 2) for row in rows_NT]
-    packed = packing.pad_rows(rows, length=6)
-    logp_BT = score(policy, packed, 0.8)
-    first_BT = score(params, packed, 0.8)
-    value_NT = None
-    if how.learns_values:
-      value_NT = np.asarray(values(tree, tokens_of(packed)))[:, 4:]
-    kl_NT = (logp_BT - first_BT)[:, 4:]
-    shape = N // 8, 8
-    advantage_NT, returns_NT = advantages.token_advantages(
-      how,
-      reward_N.reshape(shape),
-      np.ones(shape, bool),
-      kl_NT,
-      np.ones((N, 2), bool),
-      value_NT,
-    )
-    batch = tokens_of(packed) | {
-      "sampled_BT": packed.weight_BT > 0,
-      "behaviour_BT": logp_BT,
-    }
-    batch["left_out_B"] = np.zeros(N, np.float32)
-    batch |= rollout.scatter_to_packed(
-      logp_BT.shape,
-      packed.where,
-      advantage=advantage_NT,
-      reference=first_BT[:, 4:],
-      returns=returns_NT,
-    )
-    mean, metrics, grads = run(tree, batch)
-    grads = jax.tree.map(lambda g: g / mean.count, grads)  # noqa: B023
-    updates, opt = tx.update(grads, opt)
-    tree = optax.apply_updates(tree, updates)
-  assert rewards[0] < 0.5
-  assert np.mean(rewards[-3:]) > 0.8, rewards
 
 
 # --- The reward model ---
@@ -822,28 +620,6 @@ def test_micro_batches_of_whole_prompts_change_no_reward_gradient(reward_loss, r
   assert_close(jax.tree.map(jnp.add, *parts), whole)
 
 
-def test_a_reward_model_learns_what_is_plain(reward_loss, reward_params):
-  """Answers that end in one of two tokens: good and bad."""
-  rng = np.random.default_rng(0)
-  rows = []
-  for i in range(8):
-    tokens = rng.integers(10, 97, rng.integers(1, 7)).tolist() + [3 + i % 2]
-    rows.append((tokens, 0.9 if i % 2 else 0.1, i // 4, i))
-  batch, params, seen = reward_batch(rows), reward_params, []
-  for _ in range(40):
-    mean, metrics, grads = reward_loss(batch, params)
-    params = descend(params, grads, 0.02)
-    seen.append(float(mean.value()))
-  assert seen[-1] < 0.7 * seen[0]
-  assert metrics["pair_accuracy"].value() == 1
-  assert metrics["absolute_error"].value() < 0.2
-
-
-@jax.jit
-def descend(params, grads, rate):
-  return jax.tree.map(lambda p, g: p - rate * g, params, grads)
-
-
 def test_agreement_of_numbers_by_hand():
   predicted = np.array([0.9, 0.3, 0.6, 0.2, 0.05])
   score = np.array([1.0, 0.1, 0.05, 0.5, 0.0])
@@ -879,10 +655,6 @@ def test_a_reward_model_keeps_the_trunk_and_drops_the_head(
   )
   np.testing.assert_allclose(got, judge(reward_batch(rows)), atol=1e-5)
   assert made["trunk"].keys() == params.keys()
-  axes = param_tree.logical_axes(made)
-  flat = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
-  shapes = [x.ndim for x in jax.tree.leaves(made)]
-  assert [len(names) for names in flat] == shapes
 
 
 # --- Prompts of a step, and two judges ---
