@@ -7,6 +7,7 @@ all that is no decoder's, such as a reward model's head. The rest can be shared.
 
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -23,24 +24,6 @@ DECODERS = param_tree.TOP | param_tree.layer_names()
 def attach(params: PyTree, key: Key, *, cfg: ModelConfig, lora: LoRAConfig) -> PyTree:
   """A decoder's parameters with adapters that change nothing yet: A is uniform in
   1/sqrt(inputs), as a layer of torch, and B zero."""
-  return params | {"layers": params["layers"] | _init_adapters(key, cfg, lora)}
-
-
-def frozen_dtype(leaf: str, *, lora: LoRAConfig) -> str:
-  """In what a leaf of a decoder is held: matrices that adapters leave as they are in
-  `lora.frozen`, all else in float32."""
-  low = lora.rank and leaf in ("embed", "head", *param_tree.MATRICES)
-  return lora.frozen if low else "float32"
-
-
-def cast_frozen(params: PyTree, *, lora: LoRAConfig) -> PyTree:
-  """A decoder's parameters, each in its `frozen_dtype`."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x.astype(frozen_dtype(path[-1].key, lora=lora)), params
-  )
-
-
-def _init_adapters(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
   shapes = param_tree.shapes(cfg)["layers"]
   sparse = cfg.experts and set(lora.leaves) & set(param_tree.OF_EXPERTS)
   if sparse:
@@ -57,7 +40,21 @@ def _init_adapters(key: Key, cfg: ModelConfig, lora: LoRAConfig) -> dict:
       jax.random.fold_in(key, i), shape, minval=-limit, maxval=limit
     )
     made |= {name + A: draw, name + B: jnp.zeros((layers, lora.rank, outputs))}
-  return made
+  return params | {"layers": params["layers"] | made}
+
+
+def frozen_dtype(leaf: str, *, lora: LoRAConfig) -> str:
+  """In what a leaf of a decoder is held: matrices that adapters leave as they are in
+  `lora.frozen`, all else in float32."""
+  low = lora.rank and leaf in ("embed", "head", *param_tree.MATRICES)
+  return lora.frozen if low else "float32"
+
+
+def cast_frozen(params: PyTree, *, lora: LoRAConfig) -> PyTree:
+  """A decoder's parameters, each in its `frozen_dtype`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x.astype(frozen_dtype(path[-1].key, lora=lora)), params
+  )
 
 
 def merge_adapters(params: PyTree, *, cfg: ModelConfig) -> PyTree:
@@ -82,37 +79,17 @@ def copy_trainable(params: PyTree) -> PyTree:
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
   """(trained, frozen): the same nested dicts with some of the leaves each. Without
   adapters all of them are trained."""
-  return _split_tree(params) if _has_adapters(params) else (params, {})
-
-
-def _has_adapters(params: PyTree) -> bool:
-  return any(
-    _has_adapters(node) if isinstance(node, dict) else name.endswith((A, B))
-    for name, node in params.items()
-  )
-
-
-def _split_tree(params: PyTree) -> tuple[PyTree, PyTree]:
-  trained: dict[str, Any] = {}
-  frozen: dict[str, Any] = {}
-  for name, node in params.items():
-    if isinstance(node, dict):
-      parts = _split_tree(node)
-    elif name.endswith((A, B)) or name not in DECODERS:
-      parts = node, None
-    else:
-      parts = None, node
-    for tree, part in zip((trained, frozen), parts, strict=True):
-      if part is not None and (not isinstance(node, dict) or part):
-        tree[name] = part
-  return trained, frozen
+  leaves = traverse_util.flatten_dict(params)
+  own = {path for path in leaves if path[-1].endswith((A, B))}
+  if not own:
+    return params, {}
+  own |= {path for path in leaves if path[-1] not in DECODERS}
+  trained = {path: x for path, x in leaves.items() if path in own}
+  frozen = {path: x for path, x in leaves.items() if path not in own}
+  return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
 def merge_trees(one: PyTree, other: PyTree) -> PyTree:
   """The leaves of both of `split`'s trees in one."""
-  out = dict(one)
-  for name, node in other.items():
-    out[name] = (
-      merge_trees(out[name], node) if isinstance(out.get(name), dict) else node
-    )
-  return out
+  leaves = traverse_util.flatten_dict(one) | traverse_util.flatten_dict(other)
+  return traverse_util.unflatten_dict(leaves)

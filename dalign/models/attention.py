@@ -59,20 +59,16 @@ def within_window(positions_BT, seen_BS, window):
 
 
 def visible(sight: Visibility, T: int, rows: slice = slice(None)):
-  """[B or 1, t, S], True where those tokens of T may see another. S are the tokens up
-  to the last of `rows`."""
-  mask = row_mask(T, rows) if sight.ends is None else tree_mask(sight.ends, rows)
+  """[B or 1, t, S], True where those tokens of T may see another; of a row, without
+  ends, not the later ones. S are the tokens up to the last of `rows`."""
+  if sight.ends is None:
+    mask = (jnp.arange(T)[None, : rows.stop] <= jnp.arange(T)[rows, None])[None]
+  else:
+    mask = tree_mask(sight.ends, rows)
   if sight.window is None:
     return mask
   at_BT = sight.positions
   return mask & within_window(at_BT[:, rows], at_BT[:, : rows.stop], sight.window)
-
-
-def row_mask(T: int, rows: slice):
-  """[1, t, S], True where those tokens of a row of T may see another: not the later
-  ones. S are the tokens up to the last of `rows`."""
-  at_T, at_S = jnp.arange(T)[rows], jnp.arange(T)[: rows.stop]
-  return (at_S[None] <= at_T[:, None])[None]
 
 
 def tree_mask(ends_BT, rows: slice = slice(None)):

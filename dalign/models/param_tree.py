@@ -134,10 +134,15 @@ class Stored:
 
   def names(self, cfg: ModelConfig) -> Iterator[str]:
     """The tensors' names."""
-    layers = range(cfg.layers if "{layer}" in self.name else 1)
-    experts = range(cfg.experts if "{expert}" in self.name else 1)
+    for place in self.places(cfg):
+      yield self.name.format(**place)
+
+  def places(self, cfg: ModelConfig) -> Iterator[dict[str, int | None]]:
+    """The layer and the expert of each of the tensors, or None."""
+    layers = range(cfg.layers) if "{layer}" in self.name else [None]
+    experts = range(cfg.experts) if "{expert}" in self.name else [None]
     for layer, expert in itertools.product(layers, experts):
-      yield self.name.format(layer=layer, expert=expert)
+      yield {"layer": layer, "expert": expert}
 
   def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
     """The shape of each of the tensors."""
@@ -215,13 +220,11 @@ def tensors(
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
   """The name of each tensor of a file, and what makes it; `leaf(name, layer)` gives a
   leaf of a layer, or of the top where the layer is None."""
+
+  def make(s, layer, expert):
+    parts = [leaf(name, layer) for name in s.leaves]
+    return s.put(parts if expert is None else [part[expert] for part in parts])
+
   for s in stored:
-    layers = range(cfg.layers) if "{layer}" in s.name else [None]
-    experts = range(cfg.experts) if "{expert}" in s.name else [None]
-    for layer, expert in itertools.product(layers, experts):
-
-      def make(s=s, layer=layer, expert=expert):
-        parts = [leaf(name, layer) for name in s.leaves]
-        return s.put(parts if expert is None else [part[expert] for part in parts])
-
-      yield s.name.format(layer=layer, expert=expert), make
+    for place in s.places(cfg):
+      yield s.name.format(**place), functools.partial(make, s, **place)

