@@ -147,7 +147,6 @@ class Model:
       key=jax.random.key(seed),
       temperature=temperature,
       max_new=max_new,
-      grow_to_fit=True,
     )
     found = {completion.request.row_id: completion for completion in done}
     return [

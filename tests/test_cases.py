@@ -93,7 +93,8 @@ class Case:
           request=request, tokens=request.tokens, logp=logp, finish="stop"
         )
 
-    self.patch.setattr(sampling.Sampler, "complete", complete)
+    for name in ("complete", "run"):
+      self.patch.setattr(sampling.Sampler, name, complete)
 
   def model(self, kind: str, **sizes) -> str:
     """The folder of a tiny model with a chat template of a kind that mk.py names."""

@@ -118,13 +118,6 @@ class Programs:
       self._jit(set_prefix, shardings, donate_argnums=0),
     )
 
-  def compiled(self) -> int:
-    """How many programs have been compiled so far; constant after warm-up."""
-    puts = [put for _, put in self.lanes.values()]
-    prefill = self.encode_prefix, self.encode_rows, *puts
-    jits = *prefill, self.insert, self.start, self.chunk
-    return sum(f._cache_size() for f in jits)
-
   def lowered(
     self,
     params: PyTree,

@@ -56,12 +56,6 @@ def common_prefix(rows: list[tuple[int, ...]]) -> int:
   return min(packing.common_prefix(low, high), min(map(len, rows)) - 1)
 
 
-def needed_prompt_room(rows: list[tuple[int, ...]], prefix_room: int) -> int:
-  """The `prompt_room` that a group of these rows needs where they share up to
-  `prefix_room` tokens."""
-  return max(map(len, rows)) - min(common_prefix(rows), prefix_room) - 1
-
-
 def default_shapes(rows: int, groups: int) -> SamplerConfig:
   """Shapes that suit so many rows in so many groups: at the most 64 are decoded
   together, in 8 lanes."""
@@ -105,7 +99,8 @@ class Sampler(Programs):
     `more(completion)` may ask for further rows of the same group, which must begin as
     the others do. What a row draws depends on the key, its row id and its tokens alone.
 
-    Raises ValueError when a request does not fit the given room.
+    Raises ValueError when a request does not fit the given room, and Halted where
+    log-probabilities are not finite.
     """
     pending = (group for group in groups if group)
     first = [*itertools.islice(pending, 2)]
@@ -155,6 +150,11 @@ class Sampler(Programs):
         return
       slots = self.chunk(weights.decode, prefixes, slots, *heat)
       for slot, done in collect_finished(slots, slot_requests):
+        if not np.isfinite(done.logp).all():  # its tokens say nothing
+          raise Halted(
+            f"sampling: log-probabilities after {done.request.row_id!r:.80} are not "
+            "finite; find out which of the model's parameters are not"
+          )
         lane = lanes[slot * A // s.slots]
         if lane is not None:  # as the row was one of its own
           lane.add(more(done), slot, done.request, slot_requests)
@@ -165,50 +165,25 @@ class Sampler(Programs):
     weights: Weights,
     groups: Iterable[list[Request]],
     *,
-    key: Key,
-    temperature: float,
-    top_p: float = 1.0,
-    max_new: int,
     prefix_room: int | None = None,
-    grow_to_fit: bool = False,
-    more: Callable[[Completion], Iterable[Request]] = lambda _: (),
+    **how: Any,
   ) -> Iterator[Completion]:
     """`run` with shapes that fit: the rows of a group share what they have in common,
-    or of it the first `prefix_room` tokens; groups are made as they are needed where
-    that is given. Prompts longer than the config has room for are an error, or with
-    `grow_to_fit` take more. Raises Halted where log-probabilities are not finite."""
-    if prefix_room is None or grow_to_fit:
-      groups = [group for group in groups if group]
-      rows = [[request.tokens for request in group] for group in groups]
+    or of it the first `prefix_room` tokens, and there is room for the longest prompt,
+    at the least what the config has."""
+    groups = [group for group in groups if group]
+    rows = [[request.tokens for request in group] for group in groups]
     if prefix_room is None:
       # A row alone shares all of itself, which lies in a lane and not in every slot.
-      shared_groups = [group_rows for group_rows in rows if len(group_rows) > 1] or rows
-      prefix_room = max((self.sampler.prefix_step, *map(common_prefix, shared_groups)))
+      shared = [own for own in rows if len(own) > 1] or rows
+      prefix_room = max((self.sampler.prefix_step, *map(common_prefix, shared)))
     prompt_room = self.sampler.prompt_room
-    if grow_to_fit:
-      prompt_room = max(
-        (
-          prompt_room,
-          *(needed_prompt_room(group_rows, prefix_room) for group_rows in rows),
-        )
-      )
-    for done in self.run(
-      weights,
-      groups,
-      key=key,
-      temperature=temperature,
-      top_p=top_p,
-      prefix_room=prefix_room,
-      prompt_room=prompt_room,
-      max_new=max_new,
-      more=more,
-    ):
-      if not np.isfinite(done.logp).all():  # its tokens say nothing
-        raise Halted(
-          f"sampling: log-probabilities after {done.request.row_id!r:.80} are not "
-          "finite; find out which of the model's parameters are not"
-        )
-      yield done
+    for own in rows:
+      longest = max(map(len, own)) - min(common_prefix(own), prefix_room) - 1
+      prompt_room = max(prompt_room, longest)
+    return self.run(
+      weights, groups, prefix_room=prefix_room, prompt_room=prompt_room, **how
+    )
 
 
 @dataclasses.dataclass

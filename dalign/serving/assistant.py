@@ -255,7 +255,6 @@ class Model:
         self.weights,
         [requests],
         key=key,
-        grow_to_fit=True,
         **how,
       )
       found = {completion.request.row_id: completion for completion in done}

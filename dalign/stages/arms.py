@@ -109,7 +109,7 @@ def rows_of(
   to_ask = [*dict.fromkeys(prompt for prompt, _ in pending)]
   without_draft = [prompt for prompt in to_ask if prompt.id not in drafts]
   if arm == "self_refine" and without_draft:
-    drafts |= samples.drafts(run, without_draft, grow_to_fit=True)
+    drafts |= samples.drafts(run, without_draft)
   turns = {prompt.id: _conversation(run, arm, prompt, drafts) for prompt in to_ask}
   if ARMS[arm].served:
     replies = _endpoint_replies(run, pending, turns)
@@ -186,7 +186,6 @@ def _sampled_replies(
     top_p=cfg.top_p,
     max_new=max_new,
     prefix_room=None if ARMS[arm].spec else run.cfg.sampler.prefix_step,
-    grow_to_fit=True,
   )
   max_think, requests = cfg.max_think, [*groups.values()]
   if forced.budget is None:

@@ -197,7 +197,6 @@ def measure_headroom(run: Run, start: PyTree, teacher: PyTree) -> dict:
     key=key,
     temperature=cfg.temperature,
     max_new=cfg.max_new,
-    grow_to_fit=True,
   )
   by_prompt = {completion.request.row_id[0]: completion for completion in completions}
   pairs = []

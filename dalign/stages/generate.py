@@ -164,13 +164,14 @@ def _sample_base(run: Run, ledger: "SampleLedger") -> Iterator[Sample]:
   room = max(
     ledger.common_prefix(group[:PROMPTS_PER_BATCH]) for group in groups.values()
   )
-  done = run.sampler.complete(
+  done = run.sampler.run(  # as they are needed, and not all of them at once
     run.base_weights,
     (ledger.fitting_requests(part, room) for part in parts),
     key=ops.stream(run.key, "generate"),
     temperature=run.cfg.generate.temperature,
     max_new=run.cfg.generate.max_new,
     prefix_room=room,
+    prompt_room=run.cfg.sampler.prompt_room,
     more=ledger.more,
   )
   for completion in done:

@@ -168,7 +168,6 @@ def _local_grader(run: Run) -> Ask:
       key=ops.stream(run.key, "grader"),
       temperature=0.0,
       max_new=max_new,
-      grow_to_fit=True,
     )
     for completion in done:
       written = guest.tok.decode(completion.tokens)

@@ -293,7 +293,6 @@ def sampled_judge(run: Run, name: str) -> judge.Judge:
       key=ops.stream(run.key, f"judge_{name}", times_asked[digest]),
       temperature=cfg.temperature,
       max_new=cfg.max_new,
-      grow_to_fit=True,  # thoughts and answers are as long as they are
     )
     for completion in done:
       *_, i = completion.request.row_id

@@ -56,14 +56,9 @@ def from_text(
 
 
 def drafts(
-  run: services.Services[stages.Drafting],
-  prompts: list[Prompt],
-  index: int = 0,
-  *,
-  grow_to_fit: bool = False,
+  run: services.Services[stages.Drafting], prompts: list[Prompt], index: int = 0
 ) -> dict[str, Sample]:
-  """What the base replies to prompts without a specification: prompt id -> sample.
-  `grow_to_fit` as in `Sampler.complete`."""
+  """What the base replies to prompts without a specification: prompt id -> sample."""
   cfg, model = run.cfg.drafts, run.model
   requests = [
     sampling.Request(
@@ -80,7 +75,6 @@ def drafts(
     temperature=cfg.temperature,
     max_new=cfg.max_new,
     prefix_room=run.cfg.sampler.prefix_step,
-    grow_to_fit=grow_to_fit,
   )
   prompts_by_row = {(prompt.id, index): prompt for prompt in prompts}
   found = {}

@@ -210,7 +210,6 @@ def _sampled(run: Run) -> Ask:
       key=ops.stream(run.key, "label"),
       temperature=cfg.temperature,
       max_new=cfg.max_new,
-      grow_to_fit=True,
     )
     for completion in sorted(done, key=lambda done: done.request.row_id):
       name, _ = completion.request.row_id

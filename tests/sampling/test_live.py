@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 
 from dalign.config.model import MeshConfig
@@ -163,22 +162,6 @@ def test_who_has_no_room_waits(engine, weights):
   alone = live._LiveRows(engine, weights, jax.random.key(0), 8, 10)
   alone.waiting.extend(a[:2])
   assert [said.ask.row_id for said in alone.step()] == [0]  # and the other waits
-
-
-def test_growing_moves_the_ring_so_that_its_oldest_column_is_the_first(engine):
-  old = engine.empty(2, 64, 8)
-  S = 8
-  values = np.arange(2 * S).reshape(2, S)
-  old = old.replace(
-    column=old.column + 11,  # the next is written to 3
-    live_BS=old.live_BS.at[:, 4].set(True),
-    out_BS=old.out_BS + values.astype(np.int32),
-  )
-  new = engine.grow(old, engine.empty(4, 128, 16))
-  assert int(new.column) == S
-  assert np.flatnonzero(np.asarray(new.live_BS[0])).tolist() == [1]
-  assert np.asarray(new.out_BS[:2, :S]).tolist() == values.tolist()
-  assert not np.asarray(new.out_BS[2:]).any() and new.out_BS.shape == (4, 16)
 
 
 def test_a_mesh_gives_the_same_tokens(cfg, compute, params, engine, weights):

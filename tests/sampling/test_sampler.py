@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dalign.config.model import SamplerConfig
-from dalign.formats import weights
 from dalign.models import transformer
 from dalign.sampling import sampler
 from dalign.sampling.programs import bucket_size
@@ -20,7 +19,6 @@ from dalign.sampling.slots import Prefixes
 from dalign.sampling.slots import nucleus
 from dalign.sampling.slots import sample_tokens
 from dalign.text import packing
-from dalign.text import vocab
 from dalign.training import policy_gradient
 
 HEAD = (11, 12, 13, 14, 15, 16)
@@ -231,27 +229,6 @@ def test_the_smallest_nucleus_is_the_likeliest_token(sample):
   assert all(abs(x) < 1e-6 for done in got.values() for x in done.logp)
 
 
-def test_greedy_tokens_are_those_of_transformers(sample, params, cfg, tmp_path):
-  """Ten rows through four slots, 64 steps."""
-  torch = pytest.importorskip("torch", reason="transformers computes with torch")
-  transformers = pytest.importorskip("transformers")
-  weights.save_hf(str(tmp_path), cfg, params, vocab.tiny_tokenizer())
-  hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-  got = sample(*three_groups(), temperature=0.0)
-  assert len(got) == 10 and max(len(c.tokens) for c in got.values()) == 64
-  for i, done in got.items():
-    prompt = done.request.tokens
-    out = hf.generate(
-      torch.tensor([prompt]),
-      attention_mask=torch.ones(1, len(prompt)),
-      do_sample=False,
-      max_new_tokens=64,
-      eos_token_id=[STOP, 96],
-      pad_token_id=0,
-    )
-    assert done.tokens == tuple(out[0, len(prompt) :].tolist()), i
-
-
 @pytest.mark.parametrize("sampled, scored", [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)])
 def test_the_trainer_gives_tokens_the_same_probability(
   sample, params, cfg, compute, sampled, scored
@@ -316,14 +293,6 @@ def test_order_slots_lanes_and_neighbours_change_no_sample(sample):
   same(sample(few), {i: want[i] for i in (2, 3)})
 
 
-def test_a_shared_prefix_changes_no_sample(sample):
-  """A row that begins otherwise takes the prefix from its whole group."""
-  odd = Request(tokens=(90, 91), row_id=30, max_new=2)
-  got = sample([*requests(), odd])
-  got.pop(30)
-  same(got, sample(requests()))
-
-
 def test_samples_depend_on_key_and_row_id(sample):
   want = sample(requests())
   other_key = sample(requests(), seed=1)
@@ -362,23 +331,6 @@ def test_forks_are_prefilled_once(made, prepared, monkeypatch):
   )
   assert len(list(done)) == 27
   assert len(calls) == 1
-
-
-def test_prompts_of_like_length_are_prefilled_together(made, prepared, monkeypatch):
-  engine, widths = made(), collections.Counter()
-  prefill = engine.encode_rows
-
-  def counted(params, prefix, tokens_BT):
-    widths[tokens_BT.shape[1]] += 1
-    return prefill(params, prefix, tokens_BT)
-
-  monkeypatch.setattr(engine, "encode_rows", counted)
-  prompts = [HEAD + (i,) * n for i in range(20, 24) for n in (3, 13)]
-  key = jax.random.key(0)
-  group = requests(prompts, max_new=2)
-  done = engine.run(prepared, [group], key=key, temperature=1.0, **ROOM)
-  assert len(list(done)) == 8
-  assert widths == {8: 2, 16: 2}
 
 
 def test_an_idle_lane_takes_half_of_a_queue(cfg, compute, prepared, monkeypatch):
@@ -480,11 +432,13 @@ def test_nothing_is_compiled_after_warm_up(sample, made):
   for sizes in ([2, 3], [12, 3]):
     sample(rows(sizes, 20))
     sample(rows(sizes, 20), rows(sizes, 30))
-  before = made().compiled()
+  engine = made()
+  programs = engine.encode_prefix, engine.encode_rows, engine.insert, engine.start
+  before = [f._cache_size() for f in (*programs, engine.chunk)]
   for n, sizes in enumerate(([1, 9, 15, 2, 2], [7], [16, 16, 3, 1, 1, 1, 8])):
     groups = [rows([*sizes, 1], start) for start in range(30, 50, 10)[:n]]
     sample(*groups, rows([2], 60), temperature=0.5 * n, seed=n)
-  assert made().compiled() == before
+  assert [f._cache_size() for f in (*programs, engine.chunk)] == before
 
 
 def test_the_decode_loop_copies_no_cache(made, prepared, cfg):
