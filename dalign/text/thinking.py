@@ -5,8 +5,6 @@ import dataclasses
 import re
 
 PROMPT = "{prompt}"  # where a think format's opening quotes the prompt
-
-
 QUOTED = 30  # words at either end of a long prompt that are quoted
 
 
@@ -94,20 +92,10 @@ def split_thought(text: str, think: ThinkFormat) -> tuple[str, str, str]:
 
 
 _NAMES = "think|thinking|thought|reasoning|seed:think"
-
-
 OPENS = re.compile(rf"<(?:{_NAMES})>|\[THINK\]", re.IGNORECASE)
-
-
 CLOSES = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]", re.IGNORECASE)
-
-
 _FINAL = re.compile(r"<\|channel\|>final(?:<\|constrain\|>\w+)?<\|message\|>")
-
-
 _MESSAGE = re.compile(r"<\|message\|>(.*?)(?:<\|end\|>|\Z)", re.DOTALL)
-
-
 UNENDED = "a think block without an end, or two"
 
 

@@ -193,12 +193,6 @@ EDGE = st.sampled_from(
 FILTER = st.sampled_from(["", " | trim", " | replace('a', '')"])
 
 
-@hypothesis.given(HOSTILE)
-def test_encode_never_makes_control_tokens(content):
-  assert set(TINY.special.values()).isdisjoint(TINY.encode(content))
-  assert TINY.decode(TINY.encode(content)) == content
-
-
 @hypothesis.settings(deadline=None, max_examples=300)
 @hypothesis.example(["x<|im_", "x<|im_ \n"], "", "end|>", " | trim")
 @hypothesis.example(["end|>x", " \nend|>"], "<|im_", "", " | trim")
@@ -314,12 +308,6 @@ def test_a_think_format_may_be_made_of_control_tokens():
       chat("bad"),
       "no bad",
     ),
-    (
-      "{% if messages[0].content == 'bad' %}{{ messages.append(messages[0]) }}"
-      "{% endif %}" + vocab.CHATML,
-      chat("bad"),
-      "refused the turns .*is unsafe",
-    ),
   ],
 )
 def test_chats_that_cannot_be_rendered_say_why(template, turns, message):
@@ -393,6 +381,16 @@ def test_what_a_template_leaves_out_is_refused():
     render_chat(byte_level(short), chat("one", "two and three", "four"))
 
 
+OPENINGS = [
+  thinking.ThinkFormat(open=open_, close=close)
+  for open_, close in (
+    ("<think>\n", "</think>"),
+    ('<think>\n"{prompt}"', "("),
+    ('<t>\n\\n {{ x }} "{prompt}", {prompt}.', "=a="),
+  )
+]
+
+
 def test_a_thought_that_a_template_opens_with_another_tag_is_refused():
   tok = byte_level(REASONS)
   with pytest.raises(ValueError, match="opens a thought with '<think>'"):
@@ -400,6 +398,9 @@ def test_a_thought_that_a_template_opens_with_another_tag_is_refused():
   shut = REASONS.replace("<think>\n", "<think>\n\n</think>\n")
   # a thought that has ended is none
   byte_level(shut).without_opened_thought("<reasoning>")
+  opened = TINY.with_opened_thought(OPENINGS[0])
+  with pytest.raises(ValueError, match="opens a thought with '<think>'"):
+    opened.without_opened_thought("<reasoning>")
 
 
 @pytest.mark.parametrize("tags", [False, True])
@@ -425,14 +426,6 @@ def test_a_thought_is_opened_once_and_earlier_ones_are_kept(tags):
   assert ends == reference_ids(tok, plain[:2], False)
 
 
-OPENINGS = [
-  thinking.ThinkFormat(open=open_, close=close)
-  for open_, close in (
-    ("<think>\n", "</think>"),
-    ('<think>\n"{prompt}"', "("),
-    ('<t>\n\\n {{ x }} "{prompt}", {prompt}.', "=a="),
-  )
-]
 LONG = st.tuples(st.integers(50, 70), st.sampled_from(["w ", "<\n", '"\u3000']))
 SPACES = st.sampled_from([chr(c) for c in range(0x3001) if chr(c).isspace()])
 ASKED = st.lists(
@@ -474,22 +467,6 @@ def test_a_template_opens_a_thought_as_the_sampler_does(asked, think, name):
   assert said == think.of(asked).open
   again = tok.with_opened_thought(think).without_opened_thought(think.tag)
   assert written(again.chat_template, messages) == before
-
-
-@pytest.mark.parametrize("think", OPENINGS[:2])
-def test_an_opened_chat_has_the_ids_that_the_sampler_has(think):
-  turns = chat("one", "two", 'three "<four>"')
-  for tok in (TINY, byte_level(REASONS).without_opened_thought("<think>")):
-    own = tok.with_opened_thought(think)
-    assert reference_ids(own, turns, True) == [
-      *prompting.render_prompt(tok, turns, think)
-    ]
-    assert (
-      own.without_opened_thought("<think>").with_opened_thought(think).chat_template
-      == own.chat_template
-    )
-  with pytest.raises(ValueError, match="opens a thought with '<think>'"):
-    TINY.with_opened_thought(think).without_opened_thought("<reasoning>")
 
 
 def test_a_template_is_told_the_day_of_the_run():

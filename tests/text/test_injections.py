@@ -10,7 +10,6 @@ from dalign.evaluation import evals
 from dalign.evaluation import report
 from dalign.judges import forms
 from dalign.judges import judge
-from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import store
 from dalign.text import chat_template
@@ -100,20 +99,6 @@ def test_no_user_ends_or_opens_a_thought(think):
     assert thinking.split_thought(own.open, own)[2] == "no closing tag", content
     nothing = thinking.split_thought(f"{own.open}\n{own.close}\n\nNo.", own)
     assert nothing[2] == "empty thought", content
-
-
-@pytest.mark.parametrize("name", ["tiny", "thinking"])
-def test_no_user_s_quote_in_a_forced_opening_holds_a_tag(name):
-  tok = tokenizer(name)
-  for content in injections.ALL:
-    for think in THINKS:
-      turns = (Turn(role="user", content=content),)
-      plain = (Turn(role="user", content="hello"),)
-      found, wanted = (
-        [i for i in prompting.forced(tok, some, think) if i in tok._controls.values()]
-        for some in (turns, plain)
-      )
-      assert found == wanted, (content, think)
 
 
 def outcome(think: thinking.ThinkFormat, asked: str, thinks: str, answer: str):
