@@ -28,7 +28,12 @@ from tests.helpers import with_gradients
 
 KEY, TEMPERATURE = jax.random.key(0), 0.8
 PROMPT, SPEC = (3, 1, 4, 1), (2, 2, 0, 4, 3, 0)
-NEAR = dict(atol=2e-5, rtol=1e-3)
+
+
+def close(got, want):
+  """Equal but for rounding, which is in proportion to the largest of each array."""
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    assert_close(a, b, atol=1e-4 * np.abs(b).max() + 1e-6, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,7 @@ def test_the_loss_is_the_sum_by_hand(packs, student, teacher, small, compute):
     kl_NT = jnp.sum(jnp.exp(pi_NTV) * (pi_NTV - p_NTV), axis=-1)
     return jnp.sum(jnp.where(mask_NT, kl_NT, 0.0))
 
-  assert_close(grads["policy"], jax.jit(jax.grad(by_hand))(student), **NEAR)
+  close(grads["policy"], jax.jit(jax.grad(by_hand))(student))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -147,7 +152,7 @@ def test_chunks_change_nothing(chunk, student, teacher, small, compute):
   params = {"policy": student, "teacher": distillation.head_of(teacher)}
   want = run_of(small, compute, True)(params, batch)
   got = run_of(small, compute, True, chunk)(params, batch)
-  assert_close(got, want, **NEAR)
+  close(got, want)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -219,7 +224,7 @@ def test_the_expected_estimate_is_the_exact_loss(student, teacher, small, comput
       sums = jax.tree.map(lambda s, g: s + prob * g, sums, grads)  # noqa: B023
       mean += prob * float(found.total)
     np.testing.assert_allclose(mean, whole, rtol=1e-4)
-    assert_close(sums["policy"], want, **NEAR)
+    close(sums["policy"], want)
 
 
 # --- The stage ---
