@@ -8,27 +8,25 @@ The model is read from ~/models/NAME, or from --config.model.path=DIR. None of t
 models has been trained with this file: it says what fits, and learning rates to begin
 with.
 
-Plans of the SFT update, rows x 2,048 tokens, all parameters, for one chip: memory in
-GiB, seconds at least for arithmetic, memory and links (without attention's kernels),
-and the share that arithmetic has of the longest:
+Plans of the SFT update, rows x 2,048 tokens, all parameters: memory in GiB of one chip.
 
-  qwen3_8b        v5e-64   64 rows    9.4 of 15.8   0.59  0.93  0.28   64%
-  llama31_8b      v5e-256  256 rows   6.6 of 15.8   0.59  0.38  0.29  100%
-  llama31_8b_v6e  v6e-64   128 rows   9.9 of 31.3   0.25  0.21  0.24  100%
-  gemma3_27b      v5p-64   128 rows  28.9 of 95.7   1.93  0.47  0.75  100%
-  qwen3_32b       v5p-128  128 rows  17.6 of 95.7   1.06  0.32  0.89  100%
-  llama33_70b     v5p-256  128 rows  18.3 of 95.7   1.16  0.38  0.49  100%
+  qwen3_8b        v5e-64   64 rows    9.4 of 15.8
+  llama31_8b      v5e-256  256 rows   6.6 of 15.8
+  llama31_8b_v6e  v6e-64   128 rows   9.9 of 31.3
+  gemma3_27b      v5p-64   128 rows  28.9 of 95.7
+  qwen3_32b       v5p-128  128 rows  17.6 of 95.7
+  llama33_70b     v5p-256  128 rows  18.3 of 95.7
 
 Of all phases (b39607a; qwen3_8b and llama33_70b before it) the largest, its GiB and
-share of a chip, and what a run takes at least, in chip-hours:
+share of a chip:
 
-  qwen3_8b        RL update         10.7   68%   14.2
-  llama31_8b      RL update          7.2   46%   83.5
-  llama31_8b_v6e  RL update         11.4   36%   21.9
-  gemma3_27b      generate prefill  36.3   38%   53.4
-  qwen3_32b       RL update         19.2   20%  108.2
-  llama33_70b     RL update         21.9   23%   92.6
-  qwen3_8b_lora   judge prefill     81.4   62%    1.6
+  qwen3_8b        RL update         10.7   68%
+  llama31_8b      RL update          7.2   46%
+  llama31_8b_v6e  RL update         11.4   36%
+  gemma3_27b      generate prefill  36.3   38%
+  qwen3_32b       RL update         19.2   20%
+  llama33_70b     RL update         21.9   23%
+  qwen3_8b_lora   judge prefill     81.4   62%
 
 Of all but the last, judges' phases, and the reward model that RL holds, were not
 planned then, and RL had a quarter fewer rollouts; qwen3_8b_8gpu has not been planned.

@@ -117,7 +117,7 @@ class PlanConfig(Checked):
   """What `--mode=plan` plans for.
 
   topology: TPUs that need not be here, as "v5e:8x8"; "" for the devices that are.
-  chip: a name of `pipeline.plan.CHIPS`, whose memory and speed count; "" for that of
+  chip: a name of `tools.plan.CHIPS`, whose memory and speed count; "" for that of
     the topology, or none.
   price: price of a chip for an hour, in any currency; 0 where nobody asks.
   """

@@ -1,29 +1,26 @@
 """What a run will take, before it runs: every phase is compiled, and none of it run.
 
 A phase is a program that a stage calls again and again; eval, which calls programs like
-those of generation, has none here. Its memory is what the compiler says; its work is
-read off the compiled program (`hlo.py`); its time is at least what the chip's
-arithmetic, memory or links need for that, whichever is slowest. How often it is called
-follows from the config, as if every sample used all the tokens it may and every one
-were kept.
+those of generation, has none here. Its memory is what the compiler says. Its time is at
+least what the chips' arithmetic or memory need for it, in closed form: of matrix
+products and attention, and of what is read of parameters, optimizer and cache. What
+chips send to one another is not counted. How often it is called follows from the
+config, as if every sample used all the tokens it may and every one were kept.
 """
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 import math
 import os
 import pathlib
 import re
-import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalign.config import convert
 from dalign.config import stages as declared
+from dalign.config.model import ModelConfig
 from dalign.config.on_policy import DistillConfig
 from dalign.config.schema import Config
 from dalign.config.schema import PlanConfig
@@ -31,6 +28,7 @@ from dalign.config.schema import chosen_stages
 from dalign.config.training import BatchConfig
 from dalign.config.training import RewardConfig
 from dalign.models import adapters
+from dalign.models import param_tree
 from dalign.models import sharding
 from dalign.policy import spec as specs
 from dalign.runs import distributed
@@ -39,7 +37,6 @@ from dalign.runs.workdir import Store
 from dalign.stages import scoring
 from dalign.stages import services
 from dalign.text import packing
-from dalign.tools import hlo
 from dalign.training import distillation
 from dalign.training import policy_gradient
 from dalign.training import reward
@@ -58,21 +55,20 @@ CHARACTERS = 4.0  # a token, of a specification that no tokenizer is here for
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """What one chip has: memory in bytes (of a TPU what its compiler allots), bfloat16
-  FLOP/s, bytes/s to its memory and, to other chips, one way (the makers' figures)."""
+  FLOP/s, and bytes/s to its memory (the makers' figures)."""
 
   memory: float
   flops: float
   bandwidth: float
-  links: float
 
 
 CHIPS = {
-  "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, links=200e9),
-  "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, links=600e9),
-  "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1600e9, links=400e9),
-  "a100": Chip(memory=80e9, flops=312e12, bandwidth=2039e9, links=300e9),
-  "h100": Chip(memory=80e9, flops=989e12, bandwidth=3350e9, links=450e9),
-  "h200": Chip(memory=141e9, flops=989e12, bandwidth=4800e9, links=450e9),
+  "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9),
+  "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9),
+  "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1600e9),
+  "a100": Chip(memory=80e9, flops=312e12, bandwidth=2039e9),
+  "h100": Chip(memory=80e9, flops=989e12, bandwidth=3350e9),
+  "h200": Chip(memory=141e9, flops=989e12, bandwidth=4800e9),
 }
 
 
@@ -81,18 +77,20 @@ class Phase:
   """A program, lowered, and how a run uses it.
 
   calls, tokens: how often it is called, and the tokens that a call is about.
-  loops: as for `hlo.cost`.
+  flops: of a call, on all chips together.
   held: arrays of the program that have a name: parameters, optimizer, cache.
   beside: arrays that lie in memory meanwhile and are none of the program's.
+  reads: how often a call reads what it holds.
   """
 
   name: str
   lower: Callable[[], jax.stages.Lowered]
   calls: float
   tokens: float
-  loops: tuple[float, ...]
+  flops: float
   held: dict[str, PyTree]
   beside: PyTree = ()
+  reads: float = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,31 +106,31 @@ class Row:
   total: float
   fits: bool | None
   flops: float
-  moved: float
-  links: dict[str, float]
   seconds: float | None
   bound: str
-  compute_share: float | None
   tokens: float
   calls: float
-  unread: int
-  compiled_s: float
 
 
 def plan(cfg: Config, workdir: pathlib.Path) -> None:
-  """Prints the plan and writes WORKDIR/plan.json. ValueError says what does not fit
-  and, where one change makes it fit, which."""
+  """Prints the plan and writes WORKDIR/plan.json. ValueError says what does not fit."""
   devices, chip = _devices(cfg.plan)
-  rows = _rows(cfg, workdir, devices, chip)
-  mesh = sharding.make_mesh(cfg.mesh, devices)
-  n = len(devices)
-  seconds = [row.seconds * row.calls for row in rows if row.seconds is not None]
-  hours = sum(seconds) * n / 3600 if len(seconds) == len(rows) else None
+  run = services.of(
+    declared.Plan, cfg, services.Workspace(cfg, workdir, devices=devices)
+  )
+  rows, n = [], len(devices)
+  with jax.set_mesh(run.mesh):
+    for phase in phases(run, chip):
+      progress.say(f"plan: {phase.name}")
+      rows.append(row_of(phase, chip, n))
+  hours = None
+  if all(row.seconds is not None for row in rows):
+    hours = sum((row.seconds or 0.0) * row.calls for row in rows) * n / 3600
   found = {
     "topology": cfg.plan.topology,
     "chip": _chip_name(cfg.plan),
     "chips": n,
-    "mesh": dict(mesh.shape),
+    "mesh": dict(run.mesh.shape),
     "memory": chip.memory if chip else None,
     "phases": [dataclasses.asdict(row) for row in rows],
     "chip_hours": hours,
@@ -140,7 +138,7 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
   }
   Store(workdir).write_json(workdir / "plan.json", found)
   lines = table(rows, chip)
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
   if spread := indivisible_rows(cfg, parts):
     lines.append(
       f"not whole times data x fsdp = {parts}, so on more chips than need be: "
@@ -150,12 +148,12 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
     lines.append(bill(n, hours, cfg.plan.price))
   if distributed.is_first_process():
     print("\n".join(lines))
-  too_large = [row for row in rows if row.fits is False]
-  if too_large:
+  if chip and (too_large := [row for row in rows if not row.fits]):
     names = ", ".join(f"{r.phase} ({r.total / GIB:.2f} GiB)" for r in too_large)
     raise ValueError(
-      f"the plan does not fit in {chip.memory / GIB:.2f} GiB a chip: {names}; "
-      f"{_find_fix(cfg, workdir, devices, chip, [row.phase for row in too_large])}"
+      f"the plan does not fit in {chip.memory / GIB:.2f} GiB a chip: {names}; try "
+      "compute.remat=true, smaller batch.rows with more batch.micro, fewer "
+      "sampler.slots, compute.kv_dtype=bfloat16, or more of mesh.fsdp"
     )
 
 
@@ -207,8 +205,9 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
   kept = prompts * cfg.filter.per_prompt
 
   def training(
-    name, loss, optimizer, params, batch, *, steps, tokens, loops, beside=(), fixed=None
+    name, loss, optimizer, params, batch, *, steps, work, beside=(), fixed=None
   ):
+    """An update; `work` is the tokens of a step, and FLOPs of their forward pass."""
     trained, frozen = adapters.split(params)
     frozen = adapters.merge_trees(frozen, fixed or {})
     tx = train.make_optimizer(optimizer, steps=max(2, round(steps)))
@@ -224,7 +223,10 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
       "parameters": (program.state.params, frozen),
       "optimizer": program.state.opt_state,
     }
-    return Phase(name, lower, steps, tokens, loops, held, beside)
+    tokens, forward = work
+    # Backward takes two products for each of forward's, or one where those are frozen.
+    passes = (2 if cfg.lora.rank else 3) + cfg.compute.remat
+    return Phase(name, lower, steps, tokens, passes * forward, held, beside)
 
   def sampling(
     name, params, *, samples, distinct, prefix, max_new, lanes, more=0, beside=()
@@ -235,27 +237,33 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
     programs = run.sampler.lowered(
       params, prefix_room=prefix, prompt_room=own, max_new=max_new, lanes=lanes
     )
-    s = cfg.sampler
-    work = {
-      "prefill": (distinct / s.prefill, s.prefill * own, ()),
-      "decode": (samples * max_new / s.slots / s.chunk, s.slots * s.chunk, (s.chunk,)),
-    }
+    prefill, encode, kv = programs["prefill"]
+    decode, weights, caches = programs["decode"]
     casting = run.sampler.to_cast(params).values()
     if chip:  # on which, unlike on a CPU, what has that dtype already is no other copy
       casting = [x for x in casting if x.dtype != cfg.compute.dtype]
-    cast = params if casting else ()
-    for kind, other in (("prefill", "decode"), ("decode", "prefill")):
-      lowered, weights, cache = programs[kind]
-      calls, tokens, loops = work[kind]
-      yield Phase(
-        f"{name} {kind}",
-        functools.partial(_as_it_is, lowered),
-        calls,
-        tokens,
-        loops,
-        {"parameters": weights, "cache": cache},
-        (cast, *programs[other][1:], beside),
-      )
+    beside = params if casting else (), beside
+    s = cfg.sampler
+    read, drawn = s.prefill * own, s.slots * s.chunk
+    yield Phase(
+      f"{name} prefill",
+      lambda: prefill,
+      distinct / s.prefill,
+      read,
+      forward_flops(arch, read, seen=prefix + own / 2, predicted=0),
+      {"parameters": encode, "cache": kv},
+      (weights, caches, beside),
+    )
+    yield Phase(
+      f"{name} decode",
+      lambda: decode,
+      samples * max_new / drawn,
+      drawn,
+      forward_flops(arch, drawn, seen=prefix + own + max_new / 2, predicted=drawn),
+      {"parameters": weights, "cache": caches},
+      (encode, kv, beside),
+      reads=s.chunk,
+    )
 
   if "generate" in stages and cfg.generate.teacher == "base":
     per = cfg.generate.batch
@@ -290,8 +298,7 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
       trunk,
       lines_of(shape),
       steps=max(1, cfg.sft.epochs * lines / (shape.micro * shape.rows)),
-      tokens=shape.micro * shape.rows * shape.length,
-      loops=_loops(run, shape),
+      work=_line_work(run, shape),
     )
   if "distill" in stages and cfg.distill:
     yield from _distill(run, cfg.distill, training, sampling, trunk)
@@ -312,8 +319,7 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
       run.model.abstract_on_mesh(head),
       _questions(c, room),
       steps=c.steps,
-      tokens=c.rows * c.length + room,
-      loops=(),
+      work=_reward_work(run, room),
     )
   if "rl" in stages:
     yield from _rl(run, training, sampling, trunk, room)
@@ -342,8 +348,7 @@ def _distill(
     {"policy": trunk},
     lines,
     steps=c.steps,
-    tokens=shape.micro * shape.rows * shape.length,
-    loops=_loops(run, shape),
+    work=_line_work(run, shape),
     beside=beside,
     fixed={"teacher": distillation.head_of(trunk)},
   )
@@ -352,13 +357,13 @@ def _distill(
   how = {"make": distillation.make_hidden} if exact else {"temperature": c.temperature}
   read = run.scorer(wide, **how)
   own = _spec_room(run) + cfg.sampler.prompt_room + c.max_new
-  tokens = wide.rows * wide.length
+  tokens, flops = _line_work(run, wide)
   yield Phase(
     "teacher",
     lambda: read.lowered(trunk),
     c.steps * c.prompts * c.samples * own / tokens,
     tokens,
-    (_chunks(run, wide),),
+    flops,
     {"parameters": trunk},
     (beside, update.held["optimizer"]),
   )
@@ -397,8 +402,7 @@ def _rl(run: Run, training, sampling, trunk: PyTree, room: int) -> Iterator[Phas
     policy,
     lines_of(shape, rollouts=True),
     steps=c.steps,
-    tokens=shape.micro * shape.rows * shape.length,
-    loops=_loops(run, shape),
+    work=_line_work(run, shape),
     beside=beside,
   )
   yield from _rollouts(run, c, ("rollout", "score"), sampling, trunk, update)
@@ -420,8 +424,7 @@ def _reward_scores(run: Run, trunk: PyTree, room: int, beside: PyTree) -> Phase:
     "reward score",
     lambda: scoring.make_scores(run).lower(params, batch),
     c.steps * categories * math.ceil(answers / cfg.rows),
-    cfg.rows * cfg.length + room,
-    (),
+    *_reward_work(run, room),
     {"parameters": params},
     beside,
   )
@@ -450,8 +453,7 @@ def _rollouts(
     names[1],
     lambda: score.lowered(trunk),
     c.steps * lines / shape.rows,
-    shape.rows * shape.length,
-    (_chunks(run, shape),),
+    *_line_work(run, dataclasses.replace(shape, micro=1)),
     {"parameters": trunk},
     beside,
   )
@@ -482,16 +484,19 @@ def _questions(cfg: RewardConfig, room: int) -> dict[str, np.ndarray]:
   return {name: np.asarray(x)[None] for name, x in batch.items()}
 
 
-def _chunks(run: Run, shape: BatchConfig) -> int:
-  """How many blocks of logits a part of a micro-batch's tokens has, if all count."""
-  lines = shape.rows, shape.length
-  part = sharding.named_sharding(run.mesh, ("batch", "token"), lines).shard_shape(lines)
-  return -(-math.prod(part) // run.cfg.compute.logits_chunk)
+def _line_work(run: Run, shape: BatchConfig) -> tuple[float, float]:
+  """(tokens of a batch, FLOPs of a forward pass over them), if each line is one row and
+  all of it counts."""
+  tokens = shape.micro * shape.rows * shape.length
+  seen = shape.length / 2
+  return tokens, forward_flops(run.model.arch, tokens, seen=seen, predicted=tokens)
 
 
-def _loops(run: Run, shape: BatchConfig) -> tuple[int, ...]:
-  chunks = _chunks(run, shape)
-  return (shape.micro, chunks) if shape.micro > 1 else (chunks,)
+def _reward_work(run: Run, room: int) -> tuple[float, float]:
+  """The same of a batch of questions, after the policy that they share."""
+  c = run.cfg.reward
+  tokens, seen = c.rows * c.length + room, room + c.length / 2
+  return tokens, forward_flops(run.model.arch, tokens, seen=seen, predicted=0)
 
 
 def _spec_room(run: Run) -> int:
@@ -513,77 +518,65 @@ def _spec_room(run: Run) -> int:
 # --- What they take ---
 
 
-def _rows(cfg, workdir, devices, chip, names=None) -> list[Row]:
-  """The lines of all phases, or of some."""
-  run = services.of(
-    declared.Plan, cfg, services.Workspace(cfg, workdir, devices=devices)
-  )
-  rows = []
-  with jax.set_mesh(run.mesh):
-    for phase in phases(run, chip):
-      if names is None or phase.name in names:
-        progress.say(f"plan: {phase.name}")
-        rows.append(row_of(phase, chip))
-  return rows
-
-
-def _as_it_is(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
-  return lowered
-
-
-def row_of(phase: Phase, chip: Chip | None) -> Row:
+def row_of(phase: Phase, chip: Chip | None, chips: int) -> Row:
   """What a phase takes by its program, which this compiles."""
-  began = time.monotonic()
   held = {name: per_device(tree) for name, tree in phase.held.items()}
-  beside = per_device(phase.beside)
-  memory: Any = None
+  total, temporaries = per_device(phase.beside), None
   try:
-    program = phase.lower().compile()
+    memory = phase.lower().compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
     needed = _bytes_needed(str(error))
     if needed is None:
       raise
-    total, cost = beside + needed, hlo.Cost()
+    total += needed
   else:
-    memory = program.memory_analysis()
-    total = beside + sum(
-      (
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
-        -memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-      )
+    temporaries = memory.temp_size_in_bytes
+    total += (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + temporaries
+      + memory.generated_code_size_in_bytes
     )
-    cost = hlo.cost(program.as_text() or "", phase.loops)
-  seconds, bound, share = None, "", None
-  if chip and memory:
+  seconds, bound = None, ""
+  if chip:
     times = {
-      "compute": cost.flops / chip.flops,
-      "memory": cost.moved / chip.bandwidth,
-      "links": sum(cost.links.values()) / chip.links,
+      "compute": phase.flops / chips / chip.flops,
+      "memory": phase.reads * sum(held.values()) / chip.bandwidth,
     }
     bound, seconds = max(times.items(), key=lambda item: item[1])
-    share = times["compute"] / seconds if seconds else None
   return Row(
     phase=phase.name,
     parameters=held.get("parameters", 0.0),
     optimizer=held.get("optimizer", 0.0),
     cache=held.get("cache", 0.0),
-    temporaries=memory.temp_size_in_bytes if memory else None,
+    temporaries=temporaries,
     total=total,
     fits=total <= chip.memory if chip else None,
-    flops=cost.flops,
-    moved=cost.moved,
-    links=cost.links,
+    flops=phase.flops / chips,
     seconds=seconds,
     bound=bound,
-    compute_share=share,
     tokens=phase.tokens,
     calls=phase.calls,
-    unread=cost.unread,
-    compiled_s=time.monotonic() - began,
   )
+
+
+def forward_flops(
+  arch: ModelConfig, tokens: float, *, seen: float, predicted: float
+) -> float:
+  """FLOPs of a forward pass: of `tokens`, each of which sees so many others, through
+  the layers, and of those `predicted` through the head."""
+  shapes = param_tree.shapes(arch)
+  used = arch.experts_used / arch.experts if arch.experts else 1.0
+  layers = sum(
+    math.prod(shape) * (used if name in param_tree.OF_EXPERTS else 1.0)
+    for name, shape in shapes["layers"].items()
+    if param_tree.is_matrix(name)
+  )
+  slid = len(arch.sliding)
+  pairs = (arch.layers - slid) * seen + slid * min(seen, arch.window)
+  attention = 2.0 * arch.heads * arch.head_dim * pairs
+  return 2.0 * (tokens * (layers + attention) + predicted * arch.width * arch.vocab)
 
 
 def _bytes_needed(error: str) -> float | None:
@@ -606,11 +599,10 @@ def per_device(tree: PyTree) -> float:
 
 
 def table(rows: list[Row], chip: Chip | None) -> list[str]:
-  """The plan in lines of text: GiB, TFLOP and GB of one chip and call."""
+  """The plan in lines of text: GiB and TFLOP of one chip and call."""
   head = (
     f"{'phase':17} {'params':>7} {'optim':>7} {'cache':>7} {'temp':>7} {'total':>7}"
-    f" {'of chip':>7} {'TFLOP':>9} {'GB':>8} {'GB sent':>8} {'ms >=':>9} {'by':7}"
-    f" {'calls':>8} {'tok/s <=':>9}"
+    f" {'of chip':>7} {'TFLOP':>9} {'ms >=':>9} {'by':7} {'calls':>8} {'tok/s <=':>9}"
   )
   lines = [head]
   for row in rows:
@@ -620,13 +612,9 @@ def table(rows: list[Row], chip: Chip | None) -> list[str]:
     took = f"{row.seconds * 1e3:9.2f}" if row.seconds is not None else f"{'-':>9}"
     rate = f"{row.tokens / row.seconds:9.0f}" if row.seconds else f"{'-':>9}"
     lines.append(
-      f"{row.phase:17} {gib} {share} {row.flops / 1e12:9.4f} {row.moved / 1e9:8.2f}"
-      f" {sum(row.links.values()) / 1e9:8.2f} {took} {row.bound:7} {row.calls:8.0f}"
-      f" {rate}"
+      f"{row.phase:17} {gib} {share} {row.flops / 1e12:9.4f} {took} {row.bound:7}"
+      f" {row.calls:8.0f} {rate}"
     )
-  unread = sorted({row.phase for row in rows if row.unread})
-  if unread:
-    lines.append(f"kernels that are not counted: {', '.join(unread)}")
   return lines
 
 
@@ -649,43 +637,3 @@ def indivisible_rows(cfg: Config, parts: int) -> list[str]:
   if cfg.distill:
     counts["distill.batch.rows"] = cfg.distill.batch.rows
   return [f"{name} = {rows}" for name, rows in counts.items() if rows % parts]
-
-
-# --- What would make it fit ---
-
-
-def _find_fix(cfg, workdir, devices, chip: Chip, names: list[str]) -> str:
-  """The first change that makes the phases fit, found by trying."""
-  for said, changes in _changes(cfg, names):
-    try:
-      tried = _rows(convert.changed(cfg, changes), workdir, devices, chip, names)
-    except ValueError:
-      continue  # such as a mesh that there is not
-    if all(row.fits for row in tried):
-      return f"it would with {said}"
-  return "no single change of remat, micro-batch, slots, caches or mesh makes it fit"
-
-
-def _changes(cfg: Config, names: list[str]) -> Iterator[tuple[str, dict]]:
-  if not cfg.compute.remat:
-    yield "--config.compute.remat=true", {"compute": {"remat": True}}
-  for part in ("sft", "rl", *(["distill"] if cfg.distill else [])):
-    batch = getattr(cfg, part).batch
-    rows = batch.rows
-    while any(name.startswith(part) for name in names) and rows > 1:
-      rows //= 2
-      micro = batch.micro * batch.rows // rows
-      new = {"micro": micro, "rows": rows}
-      flags = f"--config.{part}.batch.rows={rows} --config.{part}.batch.micro={micro}"
-      yield flags, {part: {"batch": new}}
-  sampling = any(name.endswith(("prefill", "decode")) for name in names)
-  if sampling and cfg.compute.kv_dtype == "float32":
-    yield "--config.compute.kv_dtype=bfloat16", {"compute": {"kv_dtype": "bfloat16"}}
-  slots = cfg.sampler.slots
-  while sampling and slots // 2 >= cfg.sampler.lanes:
-    slots //= 2
-    yield f"--config.sampler.slots={slots}", {"sampler": {"slots": slots}}
-  ways = cfg.mesh.fsdp
-  for _ in range(4):
-    ways *= 2
-    yield f"--config.mesh.fsdp={ways}", {"mesh": {"data": -1, "fsdp": ways}}
