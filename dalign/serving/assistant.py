@@ -6,16 +6,14 @@ does in the eval stage: a trained one's think block is opened for it.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dalign.config import convert
 from dalign.config import stages
@@ -45,29 +43,19 @@ from dalign.types import Turn
 
 STAGES = ("base", "sft", "distill", "rl")
 LINE_MULTIPLE = 128  # scored rows are in lines of a multiple of so many tokens
-TOP_LOGPROBS = 5  # tokens known of each place of a row, as in OpenAI's protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
   """What the model has said of a reply so far. `finish` is "" while more is to come,
-  then "stop" or "length"; `tokens` are those that it drew, and those read are counted,
-  forced ones among them."""
+  then "stop" or "length"; tokens are counted as read, forced ones among them, and as
+  drawn."""
 
   thought: str
   answer: str
   finish: str
   tokens_in: int
-  tokens: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scored:
-  """A token after those before it: its log-probability in nats at temperature 1, and
-  the likeliest tokens there with theirs, best first."""
-
-  logp: float
-  likeliest: tuple[tuple[int, float], ...]
+  tokens_out: int
 
 
 def last_finished_stage(workdir: pathlib.Path) -> str:
@@ -107,7 +95,7 @@ class Model:
     self.workdir = self._run.store.workdir
     self.stage = stage
     self._asked: collections.Counter = collections.Counter()
-    self._scorers: dict[tuple[Callable, int], likelihood.Scorer] = {}
+    self._scorers: dict[int, likelihood.Scorer] = {}
     if stage != "base":
       self._run.model.trained_params_path(stage)
 
@@ -220,13 +208,12 @@ class Model:
     thought, answer = thinking.split_partial_thought(
       written, think_format, complete=bool(partial.finish)
     )
-    return _reply(partial, thought, answer)
-
-  def partial_text(self, partial: live.PartialCompletion) -> Reply:
-    """The reply of a row of tokens that is no chat: all that is written is answer."""
-    written = self.tok.decode(partial.tokens)
-    return _reply(
-      partial, "", written if partial.finish else thinking.stable_prefix(written, ())
+    return Reply(
+      thought=thought,
+      answer=answer,
+      finish=partial.finish,
+      tokens_in=len(partial.ask.tokens),
+      tokens_out=len(partial.tokens),
     )
 
   def continuations(
@@ -265,37 +252,16 @@ class Model:
   ) -> list[tuple[float, bool]]:
     """For each row the log-probability in nats of its tokens from its start, at least
     1, onward, at temperature 1, and whether each of them is the likeliest."""
-    found = self._score_rows(_make_hit_scorer, rows, starts)
-    return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
-
-  def top_logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[Scored]]:
-    """For each row the log-probability of each token but the first, and the most
-    probable tokens at its place."""
-
-    def read(x: np.ndarray) -> Scored:
-      logp, (best, ids) = x[0], x[1:].reshape(2, TOP_LOGPROBS).tolist()
-      return Scored(
-        logp=float(logp), likeliest=tuple(zip(map(int, ids), best, strict=True))
-      )
-
-    found = self._score_rows(_make_top_logprobs_scorer, rows, [1] * len(rows))
-    return [[*map(read, row)] for row in found]
-
-  def _score_rows(self, make: Callable, rows, starts) -> list[np.ndarray]:
-    """Of each row the numbers of its tokens from its start onward, by the `score` of a
-    Scorer that `make(cfg=, compute=)` makes."""
     if not rows:
       return []
     shape = self._run.cfg.scoring
     length = max(shape.length, bucket_size(max(map(len, rows)), LINE_MULTIPLE))
-    if (make, length) not in self._scorers:
-      self._scorers[make, length] = self._run.scorer(
-        dataclasses.replace(shape, length=length), make=make
-      )
+    if length not in self._scorers:
+      shape = dataclasses.replace(shape, length=length)
+      self._scorers[length] = self._run.scorer(shape, make=_make_hit_scorer)
     with self.on_mesh():
-      return self._scorers[make, length](
-        self._params, list(map(list, rows)), list(starts)
-      )
+      found = self._scorers[length](self._params, [*map(list, rows)], list(starts))
+    return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
 
   @functools.cached_property
   def _params(self):
@@ -322,45 +288,10 @@ def _make_hit_scorer(*, cfg, compute):
   return score
 
 
-def _make_top_logprobs_scorer(*, cfg, compute):
-  """[B, T, 1 + 2 TOP_LOGPROBS]: of each token its logp, then those of the likeliest
-  there, then their ids, which float32 holds up to 2^24."""
-
-  def score(params, batch):
-    hidden_BTD = decoder.hidden(params, batch, cfg=cfg, compute=compute)
-    B, T, D = hidden_BTD.shape
-    targets_BT = jnp.roll(batch["tokens_BT"], -1, axis=1)
-
-    def one(part):
-      hidden_CD, targets_C = part
-      logits_CV = decoder.logits(params, hidden_CD, cfg=cfg, compute=compute)
-      logp_CV = jax.nn.log_softmax(logits_CV.astype(jnp.float32))
-      own_C1 = jnp.take_along_axis(logp_CV, targets_C[:, None], axis=1)
-      best_CK, ids_CK = jax.lax.top_k(logp_CV, TOP_LOGPROBS)
-      return jnp.concatenate([own_C1, best_CK, ids_CK.astype(jnp.float32)], axis=1)
-
-    C = math.gcd(T, LINE_MULTIPLE)  # never logits of all tokens at once
-    parts = hidden_BTD.reshape(-1, C, D), targets_BT.reshape(-1, C)
-    found_BTN = jax.lax.map(one, parts).reshape(B, T, -1)
-    return jnp.pad(found_BTN[:, :-1], ((0, 0), (1, 0), (0, 0)))
-
-  return score
-
-
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
   """What stands before the first of `stops`; empty ones stop nothing."""
   found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
   return text[: min(found, default=len(text))]
-
-
-def _reply(partial: live.PartialCompletion, thought: str, answer: str) -> Reply:
-  return Reply(
-    thought=thought,
-    answer=answer,
-    finish=partial.finish,
-    tokens_in=len(partial.ask.tokens),
-    tokens=partial.tokens,
-  )
 
 
 def prompt_of(turns: Sequence[Turn], category: str = specs.BENIGN) -> Prompt:

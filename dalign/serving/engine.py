@@ -1,10 +1,9 @@
 """One model for many who ask at a time: each hears its reply grow.
 
-One thread decodes for all of them and one scores; knows no protocol (server.py).
+One thread decodes for all of them; knows no protocol (server.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 import dataclasses
 import functools
 import queue
@@ -16,13 +15,11 @@ from dalign.sampling import sampler as sampling
 from dalign.serving import assistant
 from dalign.text import thinking
 
-MAX_SCORED_ROWS = 256  # rows that are scored together at the most
-
 
 class Engine:
   """Serves concurrent requests to a model, each as a stream of growing replies.
 
-  One thread decodes for all of them and one scores; use it `with`, which ends both.
+  Use it `with`, which ends its thread.
   """
 
   def __init__(self, model: assistant.Model):
@@ -32,25 +29,16 @@ class Engine:
     self.model = model
     self._asked = 0
     self._requests: queue.SimpleQueue[_PendingRequest | None] = queue.SimpleQueue()
-    self._rows_to_score: queue.SimpleQueue[
-      tuple[Sequence[int], futures.Future] | None
-    ] = queue.SimpleQueue()
-    self._threads = [
-      threading.Thread(target=work, name=name, daemon=True)
-      for name, work in (("decoder", self._work), ("scorer", self._score))
-    ]
+    self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
 
   def __enter__(self) -> "Engine":
     _ = self.model.weights  # before anybody waits for them
-    for thread in self._threads:
-      thread.start()
+    self._thread.start()
     return self
 
   def __exit__(self, *_) -> None:
     self._requests.put(None)
-    self._rows_to_score.put(None)
-    for thread in self._threads:
-      thread.join()
+    self._thread.join()
 
   def room(self, row: Sequence[int]) -> int:
     """Tokens that may follow a row; ValueError where there is room for none."""
@@ -121,31 +109,6 @@ class Engine:
           return
     finally:
       cancel()
-
-  def score(self, row: Sequence[int]) -> futures.Future[list[assistant.Scored]]:
-    """A future of the scores of a row's tokens but the first. Rows that arrive while
-    others are scored are scored together."""
-    future: futures.Future[list[assistant.Scored]] = futures.Future()
-    self._rows_to_score.put((row, future))
-    return future
-
-  def _score(self) -> None:
-    """The thread that scores, until it is told to end."""
-    ended = False
-    while not ended:
-      batch = [self._rows_to_score.get()]
-      while len(batch) < MAX_SCORED_ROWS and not self._rows_to_score.empty():
-        batch.append(self._rows_to_score.get())
-      ended = None in batch
-      running = [one for one in batch if one and one[1].set_running_or_notify_cancel()]
-      try:
-        found = self.model.top_logprobs([row for row, _ in running])
-      except Exception as error:
-        for _, future in running:
-          future.set_exception(error)
-        continue
-      for (_, future), scored in zip(running, found, strict=True):
-        future.set_result(scored)
 
   def _work(self) -> None:
     """The thread: decodes until it is told to end; an error ends those who wait."""

@@ -2,11 +2,9 @@
 
   python -m dalign.main --mode=serve --workdir=runs/quickstart --port=8000
 
-The thought is in a field of its own, `reasoning_content`, as in vLLM and SGLang. Plain
-text is continued by /v1/completions, which tells log-probabilities where it is asked
-to, those of the prompt among them (`echo`), at temperature 1 and of all tokens. What a
-client asks for and cannot have is refused, not passed over. On loopback anybody on the
-machine may ask; on another address only who sends the key in $DALIGN_API_KEY.
+The thought is in a field of its own, `reasoning_content`, as in vLLM and SGLang. On
+loopback anybody on the machine may ask; on another address only who sends the key in
+$DALIGN_API_KEY.
 """
 
 import asyncio
@@ -15,7 +13,6 @@ import contextlib
 import functools
 import hmac
 import ipaddress
-import itertools
 import json
 import os
 import pathlib
@@ -26,14 +23,12 @@ from typing import Any
 import uuid
 
 from dalign.config.schema import Config
-from dalign.runs import manifests
 from dalign.serving import assistant
 from dalign.serving.engine import Engine
 from dalign.serving.protocol import CheckedRequest
 from dalign.serving.protocol import RequestError
 from dalign.serving.protocol import error_body
 from dalign.serving.protocol import read_request
-from dalign.text import chat_template
 
 KEY = "DALIGN_API_KEY"
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -49,7 +44,6 @@ class Service:
     self.engine, self.name, self._key = engine, name, key
     self._under_way = 0
     self._created = int(time.time())
-    self._fingerprint = f"dalign-{manifests.code_version()}"
 
   def models(self) -> dict:
     """The one model there is."""
@@ -65,10 +59,6 @@ class Service:
         raise RequestError(f"wanted the key of ${KEY} as a bearer token", 401)
     elif local and headers.get("host", "").rsplit(":", 1)[0] not in LOCAL:
       raise RequestError("wanted a Host of this machine: a page elsewhere asks", 403)
-
-  def read(self, body: bytes, *, chat: bool) -> CheckedRequest:
-    """As `protocol.read_request`."""
-    return read_request(body, self.engine, self.name, chat=chat)
 
   @contextlib.contextmanager
   def reserve(self, asked: CheckedRequest):
@@ -118,105 +108,60 @@ class Service:
     last: dict[int, assistant.Reply] = {}
     async for i, reply in self.replies(asked):
       last[i] = reply
-    numbers = await asyncio.gather(
-      *(self._numbers(asked, last[i].tokens) for i in sorted(last))
-    )
     choices = [
-      self._choice(asked, i, last[i], of)
-      for i, of in zip(sorted(last), numbers, strict=True)
+      {
+        "index": i,
+        "finish_reason": reply.finish,
+        "logprobs": None,
+        "message": {
+          "role": "assistant",
+          "content": reply.answer,
+          "reasoning_content": reply.thought or None,
+        },
+      }
+      for i, reply in sorted(last.items())
     ]
-    return self._frame(asked, choices) | {"usage": _usage(last)}
-
-  async def _numbers(
-    self, asked: CheckedRequest, drawn: tuple[int, ...]
-  ) -> dict | None:
-    """The `logprobs` of a choice, as /v1/completions has them: at temperature 1, and of
-    a row's first token none."""
-    if asked.logprobs is None:
-      return None
-    row, tok = (*asked.row, *drawn), self.engine.model.tok
-    try:
-      scored = await asyncio.wrap_future(self.engine.score(row))
-    except Exception as error:
-      raise RequestError(f"{type(error).__name__}: {error}", 500) from None
-
-    def top(token: str, own: assistant.Scored) -> dict[str, float] | None:
-      found: dict[str, float] = {}
-      for i, logp in own.likeliest[: asked.logprobs]:
-        found.setdefault(_name(tok, i), logp)
-      return {token: own.logp} | found if found else None
-
-    start = len(asked.row) if asked.echo is None else 0
-    ends = itertools.accumulate((len(tok.decode([i])) for i in row), initial=0)
-    tokens = [_name(tok, i) for i in row[start:]]
-    worth = [None, *scored][start:]
-    return {
-      "tokens": tokens,
-      "token_logprobs": [own and own.logp for own in worth],
-      "top_logprobs": [
-        own and top(token, own) for token, own in zip(tokens, worth, strict=True)
-      ],
-      "text_offset": [*ends][start:-1],
-    }
-
-  def _choice(
-    self, asked: CheckedRequest, i: int, reply: assistant.Reply, numbers
-  ) -> dict:
-    said: dict = {"index": i, "finish_reason": reply.finish, "logprobs": numbers}
-    if not asked.chat:
-      return said | {"text": (asked.echo or "") + reply.answer}
-    message = {"role": "assistant", "content": reply.answer}
-    return said | {"message": message | {"reasoning_content": reply.thought or None}}
+    return self._frame("chat.completion", choices) | {"usage": _usage(last)}
 
   async def events(self, asked: CheckedRequest) -> AsyncIterator[str]:
     """The events of a stream, to the last."""
-    frame = self._frame(asked, [], part=True)
+    frame = self._frame("chat.completion.chunk", [])
     last: dict[int, assistant.Reply] = {}
     try:
       with self.reserve(asked):
         async for i, reply in self.replies(asked):
-          choice = self._part(asked, i, last.get(i), reply)
+          yield _event(frame | {"choices": [_part(i, last.get(i), reply)]})
           last[i] = reply
-          yield _event(frame | {"choices": [choice]})
       if asked.usage:
         yield _event(frame | {"usage": _usage(last)})
       yield "data: [DONE]\n\n"
     except RequestError as error:
       yield _event(error_body(error))
 
-  def _part(self, asked: CheckedRequest, i: int, last, reply: assistant.Reply) -> dict:
-    """What is new of a choice."""
-    thought, answer = (last.thought, last.answer) if last else ("", "")
-    thought, answer = reply.thought[len(thought) :], reply.answer[len(answer) :]
-    said: dict = {"index": i, "finish_reason": reply.finish or None, "logprobs": None}
-    if not asked.chat:
-      return said | {"text": answer}
-    delta: dict = {} if last else {"role": "assistant"}
-    delta |= {"reasoning_content": thought} if thought else {}
-    return said | {"delta": delta | ({"content": answer} if answer else {})}
-
-  def _frame(self, asked: CheckedRequest, choices: list, part: bool = False) -> dict:
-    kind = "chat.completion" if asked.chat else "text_completion"
+  def _frame(self, kind: str, choices: list) -> dict:
     return {
-      "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
-      "object": f"{kind}.chunk" if part and asked.chat else kind,
+      "id": f"chatcmpl-{uuid.uuid4().hex}",
+      "object": kind,
       "created": int(time.time()),
       "model": self.name,
-      "system_fingerprint": self._fingerprint,
       "choices": choices,
     }
 
 
-def _name(tok: chat_template.Tokenizer, i: int) -> str:
-  """A token's text; of one that is none, a control token or a part of a character, the
-  vocabulary's word."""
-  said = tok.decode([i])
-  return said if said and "\ufffd" not in said else tok.backend.id_to_token(i) or said
+def _part(i: int, last: assistant.Reply | None, reply: assistant.Reply) -> dict:
+  """What is new of a choice."""
+  thought, answer = (last.thought, last.answer) if last else ("", "")
+  thought, answer = reply.thought[len(thought) :], reply.answer[len(answer) :]
+  delta: dict = {} if last else {"role": "assistant"}
+  delta |= {"reasoning_content": thought} if thought else {}
+  delta |= {"content": answer} if answer else {}
+  said = {"index": i, "finish_reason": reply.finish or None, "logprobs": None}
+  return said | {"delta": delta}
 
 
 def _usage(last: Mapping[int, assistant.Reply]) -> dict:
   read = max(reply.tokens_in for reply in last.values())
-  written = sum(len(reply.tokens) for reply in last.values())
+  written = sum(reply.tokens_out for reply in last.values())
   return {
     "prompt_tokens": read,
     "completion_tokens": written,
@@ -246,8 +191,8 @@ def app(service: Service, *, local: bool):
         raise RequestError(f"wanted a body of {MAX_BODY_BYTES} bytes at the most", 413)
     return bytes(read)
 
-  async def answer(request: requests.Request, chat: bool):
-    asked = service.read(await body(request), chat=chat)
+  async def answer(request: requests.Request):
+    asked = read_request(await body(request), service.engine, service.name)
     if asked.stream:
       with service.reserve(asked):  # refused before a stream has begun
         pass
@@ -277,11 +222,6 @@ def app(service: Service, *, local: bool):
   async def models(request: requests.Request):
     return responses.JSONResponse(service.models())
 
-  async def one_model(request: requests.Request):
-    if (name := request.path_params["name"]) != service.name:
-      raise RequestError(f"no model {name!r} is here", 404, "model")
-    return responses.JSONResponse(service.models()["data"][0])
-
   async def health(request: requests.Request):
     return responses.JSONResponse({"status": "ok"})
 
@@ -292,9 +232,7 @@ def app(service: Service, *, local: bool):
     routes=[
       route("/health", health),
       route("/v1/models", models),
-      route("/v1/models/{name:path}", one_model),
-      route("/v1/chat/completions", lambda r: answer(r, True), "POST"),
-      route("/v1/completions", lambda r: answer(r, False), "POST"),
+      route("/v1/chat/completions", answer, "POST"),
     ]
   )
 

@@ -143,6 +143,12 @@ def test_cited_clauses_are_named_with_what_they_say(model):
   assert invented and all(line.endswith("no such clause") for line in invented)
 
 
+def hello(model):
+  """The tokens of a chat, and how its reply is read."""
+  turns = [Turn(role="user", content="Hi")]
+  return model.read(turns), lambda heard: model.partial_reply(turns, heard)
+
+
 def test_an_error_ends_those_who_wait_and_nobody_after_them(model, monkeypatch):
   """As of a device that is out of memory."""
   decode, left = live.run, [MemoryError("no room")]
@@ -154,19 +160,19 @@ def test_an_error_ends_those_who_wait_and_nobody_after_them(model, monkeypatch):
     yield from decode(sampler, weights, come, **how)
 
   monkeypatch.setattr(live, "run", run)
-  row = model.read([Turn(role="user", content="Hi")])
+  row, read = hello(model)
   how = {"max_new": 4, "temperature": 0.0}
   with Engine(model) as engine:
     with pytest.raises(MemoryError, match="no room"):
-      next(engine.stream(row, model.partial_text, **how))
-    *_, reply = engine.stream(row, model.partial_text, **how)
+      next(engine.stream(row, read, **how))
+    *_, reply = engine.stream(row, read, **how)
   assert reply.finish
 
 
 def test_who_still_waits_when_the_engine_ends_is_told(model):
-  row = model.read([Turn(role="user", content="Hi")])
+  row, read = hello(model)
   with Engine(model) as engine:
-    said = engine.stream(row, model.partial_text, max_new=4000, temperature=1.0, seed=3)
+    said = engine.stream(row, read, max_new=4000, temperature=1.0, seed=3)
     assert not next(said).finish
   with pytest.raises(ConnectionError, match="nobody answers"):
     for _ in said:

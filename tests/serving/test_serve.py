@@ -13,22 +13,17 @@ import urllib.request
 import inspect_ai
 from inspect_ai import dataset
 from inspect_ai import solver
-import lm_eval
-from lm_eval.api.instance import Instance
-from lm_eval.models import openai_completions
-import numpy as np
 import openai
 import pytest
 
 from dalign.serving import assistant
+from dalign.serving import protocol
 from dalign.serving import server
 from dalign.serving.engine import Engine
-from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
 from tests.helpers import read_flags
-from tests.helpers import write_jsonl
 
 QUESTION = [{"role": "user", "content": "Is the sky blue?"}]
 
@@ -63,7 +58,6 @@ def client(address) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def name(client) -> str:
   (model,) = client.models.list().data
-  assert client.models.retrieve(model.id).id == model.id
   return model.id
 
 
@@ -141,83 +135,20 @@ def test_many_at_once_hear_what_each_hears_alone(ask):
     assert one.choices == other.choices and one.usage == other.usage
 
 
-def test_an_answer_ends_before_a_stop(client, name):
-  """Of plain text, all of which is answer."""
-
-  def write(**how):
-    how = {"model": name, "prompt": "The sky", "seed": 3, "temperature": 1.0} | how
-    return client.completions.create(max_tokens=64, **how)
-
-  whole = write().choices[0].text
-  stop = whole[5:7]
-  cut = write(stop=[stop, "never"]).choices[0]
-  assert cut.text == whole[: whole.index(stop)] and cut.finish_reason == "stop"
-  parts = [chunk.choices[0].text for chunk in write(stop=stop, stream=True)]
-  assert "".join(parts) == cut.text
-  assert write().choices[0].text == whole
-
-
-@pytest.fixture(scope="module")
-def write(client, name):
-  def written(prompt, **how):
-    how = {"model": name, "prompt": prompt, "temperature": 0.0} | how
-    return client.completions.create(**how).choices
-
-  return written
-
-
-def test_tokens_are_told_what_they_were_worth(write, model):
-  (choice,) = write("The sky is blue", max_tokens=4, echo=True, logprobs=2)
-  row = model.tok.document("The sky is blue")
-  (drawn,) = model._complete([row], 0, dict(max_new=4, temperature=0.0))
-  whole, found = [*row, *drawn.tokens], choice.logprobs
-  assert choice.text == "The sky is blue" + model.tok.decode(drawn.tokens)
-  assert len(found.tokens) == len(whole) and "".join(found.tokens[1:4]) in choice.text
-  assert [choice.text[at:][:1] for at in found.text_offset[1:4]] == [
-    token[:1] for token in found.tokens[1:4]
-  ]
-  assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
-  for at in (1, len(row), len(whole) - 1):  # from there to the end
-    ((logp, likeliest),) = model.scores([whole], [at])
-    assert sum(found.token_logprobs[at:]) == pytest.approx(logp, abs=1e-3)
-    own = zip(found.token_logprobs[at:], found.top_logprobs[at:], strict=True)
-    assert all(logp == max(top.values()) for logp, top in own) == likeliest
-  assert {len(top) for top in found.top_logprobs[1:]} == {2, 3}  # with its own
-  (alone,) = write("The sky is blue", max_tokens=4, logprobs=2)
-  assert alone.text == choice.text.removeprefix("The sky is blue")
-  assert alone.logprobs.token_logprobs == found.token_logprobs[len(row) :]
-  assert alone.logprobs.top_logprobs == found.top_logprobs[len(row) :]
-  (echoed,) = write(row, max_tokens=4, echo=True)
-  assert echoed.text == choice.text and echoed.logprobs is None
-
-
-def test_rows_that_are_scored_together_are_scored_as_alone(write):
-  asks = [f"The {'very ' * i}blue sky" for i in range(5)]
-  how = dict(max_tokens=1, echo=True, logprobs=0)
-  alone = [write(prompt, **how) for prompt in asks]
-  with concurrent.futures.ThreadPoolExecutor(5) as threads:
-    together = [*threads.map(lambda prompt: write(prompt, **how), asks)]
-  for (one,), (other,) in zip(alone, together, strict=True):
-    assert one.text == other.text and one.logprobs.top_logprobs[1] is None
-    np.testing.assert_allclose(
-      one.logprobs.token_logprobs[1:], other.logprobs.token_logprobs[1:], atol=1e-4
-    )
-
-
-@pytest.mark.parametrize(
-  "change, wanted",
-  [
-    ({"logprobs": 6}, "a whole number in 0 to 5"),
-    ({"logprobs": True}, "a whole number in 0 to 5"),
-    ({"echo": 1}, "true or false"),
-    ({"logprobs": 1, "stream": True}, "leave stream out"),
-    ({"echo": True, "stream": True}, "leave stream out"),
-    ({"logprobs": 1, "stop": "."}, "stop cannot be had with logprobs"),
-  ],
-)
-def test_numbers_that_cannot_be_had_are_refused(address, name, change, wanted):
-  body = json.dumps({"model": name, "prompt": "The sky"} | change).encode()
-  assert_refused(address, body, 400, wanted, path="/completions")
+def test_an_answer_ends_before_a_stop(ask):
+  how = dict(n=8, temperature=1.0, max_tokens=64)
+  whole = ask(**how)
+  at = max(range(8), key=lambda i: len(words(whole, i)[1]))
+  answer = words(whole, at)[1]
+  stop = answer[2:4]
+  assert len(stop) == 2
+  cut = ask(**how, stop=[stop, "never"])
+  assert words(cut, at)[1] == answer[: answer.index(stop)]
+  assert cut.choices[at].finish_reason == "stop"
+  parts = [chunk.choices[0] for chunk in ask(**how, stop=stop, stream=True)]
+  said = [part.delta.content or "" for part in parts if part.index == at]
+  assert "".join(said) == words(cut, at)[1]
+  assert whole.choices == ask(**how).choices
 
 
 def test_a_client_that_leaves_takes_its_rows_along(ask, address):
@@ -262,9 +193,9 @@ def test_what_cannot_be_had_is_refused(address, name, change, status, wanted):
   assert_refused(address, json.dumps(body).encode(), status, wanted)
 
 
-def post(address, body: bytes, path="/chat/completions", **headers):
+def post(address, body: bytes, **headers):
   headers = {"Content-Type": "application/json"} | headers
-  request = urllib.request.Request(address + path, body, headers)
+  request = urllib.request.Request(f"{address}/chat/completions", body, headers)
   with urllib.request.urlopen(request, timeout=60) as reply:
     return json.load(reply)
 
@@ -310,11 +241,11 @@ def test_what_asks_for_no_more_than_is_done_is_answered(address, name):
 def test_too_many_who_wait_are_sent_away(model):
   service = server.Service(Engine(model), "m")
   body = {"model": "m", "messages": QUESTION, "n": 16}
-  asked = service.read(json.dumps(body).encode(), chat=True)
+  asked = protocol.read_request(json.dumps(body).encode(), service.engine, "m")
   with contextlib.ExitStack() as waiting:
     for _ in range(server.MAX_WAITING_PER_SLOT):
       waiting.enter_context(service.reserve(asked))
-    with pytest.raises(server.RequestError, match="come again later") as caught:
+    with pytest.raises(protocol.RequestError, match="come again later") as caught:
       with service.reserve(asked):
         pass
   assert caught.value.status == 429
@@ -326,7 +257,7 @@ def test_a_key_is_wanted_where_one_is_set(model):
   service = server.Service(Engine(model), "m", key="secret")
   service.admit({"authorization": "Bearer secret"}, local=False)
   for sent in ({}, {"authorization": "Bearer no"}, {"authorization": "secre"}):
-    with pytest.raises(server.RequestError, match="bearer token") as caught:
+    with pytest.raises(protocol.RequestError, match="bearer token") as caught:
       service.admit(sent, local=False)
     assert caught.value.status == 401
 
@@ -364,58 +295,3 @@ def test_inspect_asks_it_as_any_such_server(address, name, model, tmp_path):
   message = log.samples[0].output.message
   assert own.thought == message.content[0].reasoning
   assert message.text == own.answer
-
-
-def test_lm_evals_log_likelihoods_are_those_of_the_harness(address, name, workdir):
-  theirs = openai_completions.LocalCompletionsAPI(
-    model=name,
-    base_url=f"{address}/completions",
-    tokenizer=str(workdir / "export" / "model"),
-    tokenizer_backend="huggingface",
-    num_concurrent=3,
-  )
-  ours = lm_eval_model.DalignLM(workdir=workdir, stage="sft")
-  pairs = [("The sky is", " blue"), ("The sky is", " green, some"), ("Two and", " two")]
-  requests = [
-    Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
-    for i, pair in enumerate(pairs)
-  ]
-  got, wanted = theirs.loglikelihood(requests), ours.loglikelihood(requests)
-  np.testing.assert_allclose([x for x, _ in got], [x for x, _ in wanted], atol=2e-3)
-  assert [hit for _, hit in got] == [hit for _, hit in wanted]
-
-
-TASK = """
-task: chat
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: exact_match}}]
-generation_kwargs: {{until: ["zz"], max_gen_toks: 16, temperature: 0.0}}
-"""
-
-
-@pytest.mark.slow
-def test_lm_eval_asks_it_as_any_such_server(
-  address, name, model, tmp_path, monkeypatch
-):
-  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-  monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-  rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
-  data = write_jsonl(tmp_path / "rows.jsonl", rows)
-  (tmp_path / "chat.yaml").write_text(TASK.format(data=data))
-  found = lm_eval.simple_evaluate(
-    model="local-chat-completions",
-    model_args=f"model={name},base_url={address}/chat/completions,num_concurrent=3",
-    tasks=["chat"],
-    task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path)),
-    apply_chat_template=True,
-    log_samples=True,
-  )
-  for sample in found["samples"]["chat"]:
-    turns = [Turn(role="user", content=sample["doc"]["question"])]
-    (own,) = model.replies([turns], max_new=16, temperature=0.0)
-    assert sample["resps"] == [[own.answer]]

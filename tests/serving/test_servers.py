@@ -19,20 +19,13 @@ import urllib.request
 import pytest
 
 from dalign import stages
-from dalign.config import convert
-from dalign.config.schema import Config
-from dalign.judges import asking
 from dalign.judges import endpoint
-from dalign.judges import forms
 from dalign.runs import store
 from dalign.serving import assistant
-from dalign.stages import servers
-from dalign.tasks import english
 from dalign.text import thinking
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
-from tests.helpers import config_file
 from tests.helpers import python
 from tests.helpers import tiny
 
@@ -231,57 +224,3 @@ def test_a_grader_behind_a_server(model, port, tmp_path):
   assert "eval: rules vs endpoint: kappa " in done.stderr
   asked = store.read_rows(run / "endpoint.jsonl")
   assert len(asked) == len({row["key"] for row in asked}) == len(rows) + len(told)
-
-
-def test_a_judge_behind_a_server_that_dies_midway(model, port, tmp_path):
-  cfg = convert.build(Config, config_file("quickstart").get_config().to_dict())
-  field = english.English(
-    lambda: store.read_spec_files(ROOT / "specs"),
-    think=thinking.ThinkFormat(open=cfg.think.open, close=cfg.think.close),
-    detail=cfg.spec.detail,
-    copies="",
-  )
-  known = field.labelled()[:8]
-  cache, log = tmp_path / "endpoint.jsonl", tmp_path / "server.log"
-  at = dataclasses.replace(
-    cfg.filter.endpoint,
-    url=f"http://127.0.0.1:{port}/v1",
-    model=model,
-    concurrency=1,
-    retries=0,
-    timeout=120.0,
-  )
-
-  def judged(n: int, server_: endpoint.Endpoint):
-    def ask(conversations):
-      made = [
-        endpoint.Request(turns=tuple(turns), temperature=0.0, max_new=24)
-        for turns in conversations
-      ]
-      return [*map(servers.to_model_reply, server_.chat(made))]
-
-    return field.written_judge(ask, "grade")([question for question, _ in known[:n]])
-
-  with server(model, port, log):
-    verdicts = judged(3, endpoint.Endpoint(at, cache))
-    assert len(store.read_rows(cache)) == 3
-  with pytest.raises(ConnectionError, match="goes on from them"):
-    judged(5, endpoint.Endpoint(at, cache))  # nobody is there
-  assert len(store.read_rows(cache)) == 3
-  with server(model, port, log):
-    again = endpoint.Endpoint(at, cache)
-    found = judged(5, again)
-  assert (again.asked, again.cached) == (2, 3)  # nothing lost, nothing twice
-  assert found[:3] == verdicts
-  rows = store.read_rows(cache)
-  assert len(rows) == len({row["key"] for row in rows}) == 5
-  replies = [endpoint.Reply(**row["reply"]) for row in rows]
-  assert all(r.text and 0 < r.tokens_out <= 24 < r.tokens_in for r in replies)
-  said = {r.text for r in replies}
-  form = forms.FORMS["grade"]
-  asked = asking.JudgedItem(known[0][0].prompt, None, "", "")
-  read = [
-    forms.verdict(form, servers.to_model_reply(reply), asked) for reply in replies
-  ]
-  assert [(v.score, v.reason) for v in read] == [(v.score, v.reason) for v in found]
-  assert len(said) > 1 and all("The reply:" in v.shown for v in found)
