@@ -1,29 +1,20 @@
-"""Whatever stands in a prompt set, a flag or an artefact: one clear error, or none.
+"""Whatever stands in a prompt set, a flag or a config: one clear error, or none.
 
 DALIGN_FUZZ=k tries k times as many examples.
 """
 
 import copy
 import json
-import pathlib
-import shutil
 
 from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
-import pyarrow
-from pyarrow import parquet
 import pytest
 
 from dalign import main
 from dalign.config import convert
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
-from dalign.evaluation import report
-from dalign.runs import manifests
-from dalign.runs import store
-from dalign.runs.metrics import Metrics
-from dalign.runs.workdir import Store
 from tests.helpers import ROOT
 from tests.helpers import config_file
 from tests.helpers import examples
@@ -137,35 +128,6 @@ def test_any_jsonl_is_prompts_or_one_clear_error(tmp_path_factory, lines, column
     well_formed(found)
 
 
-CELLS = st.one_of(
-  st.lists(st.text(max_size=8), min_size=2, max_size=2),
-  st.lists(st.integers(-(2**62), 2**62), min_size=2, max_size=2),
-  st.lists(st.binary(max_size=8), min_size=2, max_size=2),
-  st.lists(st.datetimes(), min_size=2, max_size=2),
-  st.lists(st.lists(st.text(max_size=4), max_size=2), min_size=2, max_size=2),
-  st.sampled_from([["comply"] * 2, ["benign"] * 2, ["user"] * 2, ["a", "b"]]),
-)
-
-
-@examples(60)
-@given(
-  table=st.dictionaries(st.sampled_from(prompt_sets.FIELDS), CELLS, min_size=1),
-  harm=st.one_of(st.none(), st.tuples(st.integers(0, 2000), st.integers(0, 255))),
-)
-def test_any_parquet_is_prompts_or_one_clear_error(tmp_path_factory, table, harm):
-  path = tmp_path_factory.mktemp("rows") / "set.parquet"
-  parquet.write_table(pyarrow.table(table), path)
-  if harm:
-    content = bytearray(path.read_bytes())
-    content[harm[0] % len(content)] = harm[1]
-    path.write_bytes(content)
-  found = sound(lambda: prompt_sets.load(f"parquet:{path}", {}, "."))
-  if isinstance(found, str):
-    assert str(path) in found
-  else:
-    well_formed(found)
-
-
 # --- Flags ---
 
 KEYS = sorted(convert.flat(tiny()))
@@ -217,25 +179,6 @@ def test_any_config_is_one_or_one_clear_error(path, new):
   assert isinstance(found, str | Config)
 
 
-@pytest.mark.parametrize(
-  ("path", "value"),
-  [
-    (("model", "random"), None),
-    (("rl", "expected"), [[]]),
-    (("eval", "budgets"), [True]),
-  ],
-)
-def test_parts_of_configs_have_their_kind(path, value):
-  with pytest.raises(ValueError, match=f"^config.{'.'.join(path)}.*: wanted "):
-    convert.build(Config, changed(NODE, path, value))
-
-
-def test_a_name_of_several_lines_is_told_in_one():
-  with pytest.raises(ValueError) as caught:
-    convert.build(Config, NODE | {"a\nb": 1})
-  assert str(caught.value) == "config.'a\\nb': no such field"
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -(10**400)])
 def test_numbers_of_configs_are_finite(value):
   bad = changed(NODE, ("sft", "average_share"), value)
@@ -243,95 +186,7 @@ def test_numbers_of_configs_are_finite(value):
     convert.build(Config, bad)
 
 
-def test_a_config_dict_is_read_as_it_is():
-  node = config_file("tiny").get_config()
-  assert convert.build(Config, node) == convert.build(Config, NODE)
-
-
 @pytest.mark.parametrize("value", [[], 3, None, {"seed": 1, "seed.x": 2}, {}])
 def test_what_is_no_config_is_refused(value):
   with pytest.raises(ValueError, match="^config"):
     convert.of_json(value)
-
-
-# --- Artefacts ---
-
-
-@pytest.fixture(scope="module")
-def artefacts(workdir, tmp_path_factory):
-  """A run without its arrays."""
-  folder = tmp_path_factory.mktemp("artefacts") / "run"
-  leave = shutil.ignore_patterns("checkpoints", "params", "tensorboard", "model")
-  shutil.copytree(workdir, folder, ignore=leave)
-  return folder
-
-
-def harmed(draw_from, data_of) -> st.SearchStrategy:
-  """Contents of a file: its JSON changed at a place, or its bytes."""
-  whole = json.loads(data_of)
-  spots = sorted(places(whole), key=repr)
-  changes = st.tuples(st.sampled_from(spots), st.one_of(st.just(...), draw_from))
-  return st.one_of(
-    changes.map(lambda c: json.dumps(changed(whole, *c)).encode()),
-    st.integers(0, len(data_of)).map(lambda n: data_of[:n]),
-    st.tuples(st.integers(0, len(data_of) - 1), st.integers(0, 255)).map(
-      lambda c: data_of[: c[0]] + bytes([c[1]]) + data_of[c[0] + 1 :]
-    ),
-  )
-
-
-def begin(folder: pathlib.Path, stage: str):
-  """Opens a stage as the run itself would, with nothing changed."""
-  kept = Store(folder)
-  old = json.loads((folder / "generate" / "manifest.json").read_text())
-  inputs = [folder / "generate" / "manifest.json"]
-  return kept.begin(stage, old["config"], inputs, old["seed"], "device")
-
-
-@pytest.mark.parametrize("name", ["filter/manifest.json", "eval/manifest.json"])
-@examples(30)
-@given(random=st.data())
-def test_any_manifest_is_read_or_refused_by_name(artefacts, name, random):
-  path = artefacts / name
-  whole = path.read_bytes()
-  try:
-    path.write_bytes(random.draw(harmed(JSON, whole)))
-    found = sound(lambda: manifests.read_manifest(path))
-    assert isinstance(found, dict) or str(path) in found
-    said = sound(lambda: manifests.check_outputs(path.parent))
-    assert said is None or str(path.parent) in said
-    assert sound(lambda: begin(artefacts, path.parent.name))
-    assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
-  finally:
-    path.write_bytes(whole)
-
-
-@examples(40)
-@given(random=st.data())
-def test_any_config_json_is_read_or_refused(artefacts, random):
-  path = artefacts / "config.json"
-  whole = path.read_bytes()
-  try:
-    path.write_bytes(random.draw(harmed(JSON, whole)))
-    found = sound(lambda: convert.of_json(store.read_json(path)))
-    assert isinstance(found, Config) or "config" in found.casefold()
-    assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
-  finally:
-    path.write_bytes(whole)
-
-
-@examples(30)
-@given(random=st.data())
-def test_any_metrics_are_read_or_refused_by_line(artefacts, random):
-  path = artefacts / "metrics.jsonl"
-  whole = path.read_bytes()
-  lines = whole.splitlines(keepends=True)
-  at = random.draw(st.integers(0, len(lines) - 1))
-  try:
-    line = random.draw(harmed(JSON, lines[at].rstrip())) + b"\n"
-    path.write_bytes(b"".join([*lines[:at], line, *lines[at + 1 :]]))
-    said = sound(lambda: Metrics(artefacts, tiny().log).rewind("rl", 1))
-    assert said is None or f"{path}:{at + 1}" in said
-    assert str(artefacts) in str(sound(lambda: report.write_report(artefacts)))
-  finally:
-    path.write_bytes(whole)
