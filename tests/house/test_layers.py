@@ -14,7 +14,6 @@ PATHS = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 FOR_OTHERS = {  # import libraries
-  "serving.harness.inspect_provider",
   "serving.harness.lm_eval_model",
 }
 

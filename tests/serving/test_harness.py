@@ -1,14 +1,8 @@
-"""A run's model in the task suites of others: inspect_ai and lm-evaluation-harness."""
+"""A run's model in lm-evaluation-harness."""
 
 import json
 import pathlib
 
-import inspect_ai
-from inspect_ai import dataset
-from inspect_ai import model as inspect_model
-from inspect_ai import scorer
-from inspect_ai import solver
-from inspect_ai import tool as inspect_tool
 from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 import numpy as np
@@ -17,7 +11,6 @@ import pytest
 from dalign.config import convert
 from dalign.runs import store
 from dalign.serving import assistant
-from dalign.serving.harness import inspect_provider
 from dalign.serving.harness import lm_eval_model
 from dalign.types import Turn
 from tests.helpers import clean_environment
@@ -221,71 +214,3 @@ def test_a_stage_that_was_not_run_is_said(exported):
 def test_text_is_cut_at_the_first_stop():
   assert assistant.cut_at_stop("one. two! three", ["!", ". ", ""]) == "one"
   assert assistant.cut_at_stop("one", ["!"]) == "one"
-
-
-def evaluated(task, workdir, tmp_path, **more):
-  """The log of a task of inspect_ai on a run's model."""
-  (log,) = inspect_ai.eval(
-    task,
-    model=f"dalign/{workdir}",
-    model_args={"stage": "sft"},
-    display="none",
-    log_dir=str(tmp_path),
-    **more,
-  )
-  return log
-
-
-def sky() -> inspect_ai.Task:
-  """Questions that need no network."""
-  questions = ["Is the sky blue?", "Is grass green?", "What is 2 and 2?"]
-  return inspect_ai.Task(
-    dataset=[dataset.Sample(input=q, target="y") for q in questions],
-    solver=[solver.system_message("Be brief."), solver.generate()],
-    scorer=scorer.includes(),
-  )
-
-
-def test_inspect_runs_its_tasks_on_a_checkpoint(workdir, tmp_path, monkeypatch):
-  batches = []
-  replies = assistant.Model.replies
-
-  def watched(self, chats, **more):
-    batches.append(len(chats))
-    return replies(self, chats, **more)
-
-  monkeypatch.setattr(assistant.Model, "replies", watched)
-  log = evaluated(sky(), workdir, tmp_path, temperature=0.0, max_tokens=24)
-  assert log.status == "success", log.error
-  assert sum(batches) == 3 and len(batches) < 3  # asked together
-  own = assistant.Model(str(workdir), "sft")
-  for sample in log.samples:
-    turns = [
-      Turn(role="system", content="Be brief."),
-      Turn(role="user", content=sample.input),
-    ]
-    (wanted,) = own.replies([turns], max_new=24, temperature=0.0)
-    thought, answer = sample.output.message.content
-    assert (thought.reasoning, answer.text) == (wanted.thought, wanted.answer)
-    assert sample.scores["includes"].value == ("C" if "y" in wanted.answer else "I")
-    assert sample.output.usage.input_tokens == len(own.read(turns))
-
-
-def test_epochs_of_inspect_are_drawn_anew(workdir, tmp_path):
-  log = evaluated(sky(), workdir, tmp_path, temperature=1.0, max_tokens=24, epochs=2)
-  said = [str(sample.output.message.content) for sample in log.samples]
-  assert len(said) == 6 and len(set(said)) == 6
-
-
-def test_what_inspect_cannot_have_is_said(workdir, tmp_path):
-  log = evaluated(sky(), workdir, tmp_path, top_k=5, max_tokens=8)
-  assert log.status == "error" and "top_k cannot be set" in log.error.message
-  log = evaluated(sky(), workdir, tmp_path, reasoning_tokens=64, max_tokens=8)
-  assert "reasoning_tokens cannot be set" in log.error.message
-  with pytest.raises(ValueError, match="reads text alone"):
-    part = inspect_model.ContentImage(image="data:image/png;base64,AA==")
-    inspect_provider._turn(inspect_model.ChatMessageUser(content=[part]))
-  with pytest.raises(ValueError, match="calls of tools"):
-    call = inspect_tool.ToolCall(id="1", function="look", arguments={})
-    said = inspect_model.ChatMessageAssistant(content="I look.", tool_calls=[call])
-    inspect_provider._turn(said)

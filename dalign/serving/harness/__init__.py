@@ -1,1 +1,1 @@
-"""A run's model in the task suites of others: inspect_ai, lm-evaluation-harness."""
+"""A run's model in a task suite of others: lm-evaluation-harness."""
