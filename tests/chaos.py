@@ -1,6 +1,6 @@
 """Kills a run again and again, and compares what comes out with a run that was not.
 
-  python -m tests.chaos --share=1 --seed=0
+  DALIGN_CHAOS=1 pytest -m e2e tests/runs/test_chaos.py
 
 Each go of the run ends itself by SIGKILL where none did yet: before or after a call
 that changes a file of the workdir (fsync, rename, replace, mkdir, rmdir, unlink), or in
@@ -8,7 +8,6 @@ the middle of a row that it appends. The same command then goes on, until it is 
 All that a run leaves must be the same to the bit, but for clocks.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -140,7 +139,7 @@ def run(workdir: pathlib.Path, config: str, kills: Kills, more=()):
   note = workdir.parent / "note"
   note.unlink(missing_ok=True)
   done = subprocess.run(
-    [sys.executable, "-m", "tests.chaos", "--go", str(note), *argv],
+    [sys.executable, "-m", "tests.chaos", str(note), *argv],
     cwd=ROOT,
     input=json.dumps(dataclasses.asdict(kills)),
     capture_output=True,
@@ -237,37 +236,6 @@ def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
   return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
 
 
-def main() -> int:
-  """Runs, kills, compares and says what was found; 1 where anything differs."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--share", type=float, default=1.0, help="of places, to be tried")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.py"))
-  options, more = parser.parse_known_args()
-  with tempfile.TemporaryDirectory() as folder:
-    whole, other = (pathlib.Path(folder) / name / "run" for name in ("whole", "killed"))
-    whole.parent.mkdir()
-    other.parent.mkdir()
-    code, _, places, said = run(whole, options.config, Kills(0, 0.0), more)
-    if code:
-      raise RuntimeError(said)
-    kills = Kills(options.seed, options.share)
-    found = killed(other, options.config, kills, more)
-    wanted, got = fingerprint(whole), fingerprint(other)
-  for how, place in found:
-    print(f"{how:6s} {place}")
-  wrong = differing(wanted, got)
-  print(
-    f"{len(found)} kills at as many of {len(places)} places; {len(wanted)} artefacts "
-    f"and arrays, of which differ {len(wrong)}: {wrong}"
-  )
-  return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-  if sys.argv[1:2] == ["--go"]:
-    _, _, note, *argv = sys.argv
-    settings = json.load(sys.stdin)
-    settings["before"] = tuple(settings["before"])
-    sys.exit(go(Kills(**settings), pathlib.Path(note), argv))
-  sys.exit(main())
+  _, note, *argv = sys.argv
+  sys.exit(go(Kills(**json.load(sys.stdin)), pathlib.Path(note), argv))

@@ -34,7 +34,6 @@ from dalign.sampling.programs import bucket_size
 from dalign.stages import samples
 from dalign.stages import services
 from dalign.tasks import base
-from dalign.text import chat_template
 from dalign.text import thinking
 from dalign.types import Key
 from dalign.types import Prompt
@@ -68,6 +67,13 @@ class Model:
   """A model of a run's folder: its base, or what sft, distill or rl ended with.
 
   Nothing is written to the folder. Parameters are read when they are first needed.
+
+  tok: its tokenizer.
+  temperature, top_p, budget: of a reply, where nobody says, those of eval; its budget
+    is tokens, thought and answer.
+  slots: rows that are decoded together.
+  max_length: tokens that the architecture was made for, prompt and completion together.
+  think: how thoughts are opened for the model, or None.
   """
 
   def __init__(
@@ -98,31 +104,17 @@ class Model:
     self._scorers: dict[int, likelihood.Scorer] = {}
     if stage != "base":
       self._run.model.trained_params_path(stage)
-
-  @property
-  def tok(self) -> chat_template.Tokenizer:
-    """The model's tokenizer."""
-    return self._run.model.tok
+    own, replies = self._run.model, self._run.cfg.replies
+    self.tok, self.max_length = own.tok, own.arch.max_length
+    self.think = None if stage == "base" else own.trained_think
+    self.temperature, self.top_p = replies.temperature, replies.top_p
+    self.budget = replies.max_think + replies.max_new
+    self.slots = self._run.cfg.sampler.slots
 
   @property
   def task(self) -> base.Task:
     """What its run was about."""
     return self._run.task
-
-  @property
-  def temperature(self) -> float:
-    """The temperature of a reply where nobody says: that of eval."""
-    return self._run.cfg.replies.temperature
-
-  @property
-  def top_p(self) -> float:
-    """The share of the probability that is sampled from where nobody says."""
-    return self._run.cfg.replies.top_p
-
-  @property
-  def slots(self) -> int:
-    """Rows that are decoded together."""
-    return self._run.cfg.sampler.slots
 
   def key(self, name: str, number: int = 0) -> Key:
     """A key of its own for each use of randomness."""
@@ -137,23 +129,8 @@ class Model:
     """Has JAX compute on the model's mesh, used `with`."""
     return jax.set_mesh(self._run.mesh)
 
-  @property
-  def think(self) -> thinking.ThinkFormat | None:
-    """How thoughts are opened for the model, or None."""
-    return None if self.stage == "base" else self._run.model.trained_think
-
   def _think(self, with_policy: bool) -> thinking.ThinkFormat | None:
     return self._run.model.think if with_policy else self.think
-
-  @property
-  def max_length(self) -> int:
-    """Tokens that the architecture was made for, prompt and completion together."""
-    return self._run.model.arch.max_length
-
-  @property
-  def budget(self) -> int:
-    """Tokens of a reply, thought and answer, where nobody says: those of eval."""
-    return self._run.cfg.replies.max_think + self._run.cfg.replies.max_new
 
   def read(
     self, turns: Sequence[Turn], *, with_policy: bool = False

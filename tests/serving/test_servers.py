@@ -26,7 +26,6 @@ from dalign.text import thinking
 from dalign.types import Turn
 from tests.helpers import ROOT
 from tests.helpers import clean_environment
-from tests.helpers import python
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.e2e
@@ -191,36 +190,3 @@ def test_a_run_goes_on_when_its_server_is_back(model, port, tmp_path):
   rows = store.read_rows(run / "eval" / "endpoint.jsonl")
   assert (len(samples), len(rows)) == (4, 3)
   assert len(after) == len(samples) + len(judged) + asked_of_answers + len(rows)
-
-
-def test_a_grader_behind_a_server(model, port, tmp_path):
-  """Eval through the command, each answer graded by rules and by a model."""
-  run, at = tmp_path / "run", f"http://127.0.0.1:{port}/v1"
-  command = [
-    *("-m", "dalign.main", "--config=configs/quickstart.py"),
-    *(f"--workdir={run}", "--config.stages=eval", "--config.eval.arms=('endpoint',)"),
-    *("--config.eval.grader=('rules','endpoint')", "--config.eval.form=harmbench"),
-    *("--config.eval.prompts=2", "--config.eval.helpful=1"),
-    *("--config.eval.capability=1", "--config.eval.max_new=256"),
-    *("--config.eval.grader_max_new=16", "--config.eval.trials=10"),
-    "--config.eval.unscored=1.0",
-  ]
-  for part in ("endpoint", "grader_endpoint"):
-    command += [
-      f"--config.eval.{part}.url={at}",
-      f"--config.eval.{part}.model={model}",
-      f"--config.eval.{part}.concurrency=1",
-    ]
-  with server(model, port, tmp_path / "server.log"):
-    done = python(*command)
-  assert done.returncode == 0, done.stderr[-2000:]
-  summary = store.read_json(run / "eval" / "summary.json")
-  found = summary["graders"]["rules vs endpoint"]
-  rows = store.read_rows(run / "eval" / "endpoint.jsonl")
-  told = [row["graders"]["endpoint"] for row in rows if row["kind"] != "capability"]
-  assert len(told) == 3 and found["n"] + found["unscored"] == 3
-  assert sum(one["score"] is None for one in told) == found["unscored"]
-  assert all(one["said"] and (one["reason"] or one["score"] in (0, 1)) for one in told)
-  assert "eval: rules vs endpoint: kappa " in done.stderr
-  asked = store.read_rows(run / "endpoint.jsonl")
-  assert len(asked) == len({row["key"] for row in asked}) == len(rows) + len(told)

@@ -63,18 +63,6 @@ def test_the_judge_of_a_new_folder_knows_the_rules_of_its_policy(tmp_path):
   assert not any(row["passed"] or row["failed"] for row in clauses.values())
 
 
-def test_a_rubric_that_does_not_know_the_policy_is_missing(tmp_path, capsys):
-  new.new(tmp_path / "own")
-  changes = {
-    "spec.dir": str(tmp_path / "own" / "policies"),
-    "data.source": f"jsonl:{tmp_path / 'own' / 'prompts.jsonl'}",
-    "generate.teacher": "base",
-    "filter.judge": "rubric",
-  }
-  table, _ = checked(tiny(**changes), tmp_path, capsys)
-  assert "the rubric reads no policy" in table and "RT-A1" in table
-
-
 def checked(config, tmp_path, capsys) -> tuple[str, str]:
   """The table, and the error."""
   with pytest.raises(ValueError, match="^check: ") as caught:

@@ -138,18 +138,10 @@ def test_points_that_are_wrong_are_refused(points, match):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-  "body, said",
-  [
-    ("", "wanted a function sweep()"),
-    ("yield {'rl.stepz': 3}", "Did you mean"),
-    ("yield {'seed': 1}\n  yield {'seed': 1}", "make the same config"),
-  ],
-)
-def test_an_error_is_one_line_and_nothing_is_printed(file, tmp_path, body, said):
-  done = command(file(body), tmp_path / "runs")
+def test_an_error_is_one_line_and_nothing_is_printed(file, tmp_path):
+  done = command(file("yield {'rl.stepz': 3}"), tmp_path / "runs")
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr.count("\n") == 1 and said in done.stderr
+  assert done.stderr.count("\n") == 1 and "Did you mean" in done.stderr
   assert not (tmp_path / "runs").exists()
 
 
