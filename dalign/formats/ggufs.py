@@ -81,7 +81,6 @@ QWEN_SPLITS = "|".join(
     r"\s+",
   ]
 )
-_SELF = "general."
 
 
 def packaged_file(name: str) -> pathlib.Path:
@@ -110,19 +109,19 @@ class _Reader(gguf.GGUFReader):
 
 def describe(path: pathlib.Path) -> dict:
   """The keys "general.*" of a file, without their prefix: what it says of itself."""
-  fields = _Reader(path).fields
-  found = {name: f.contents() for name, f in fields.items() if name.startswith(_SELF)}
-  return {name.removeprefix(_SELF): value for name, value in found.items()}
+  return {
+    name.removeprefix("general."): field.contents()
+    for name, field in _Reader(path).fields.items()
+    if name.startswith("general.")
+  }
 
 
 class File:
-  """An open GGUF file; ValueError says what of it is not understood."""
+  """An open GGUF file; ValueError says what of it is not understood, and the reader
+  may raise anything for a broken one."""
 
   def __init__(self, path: pathlib.Path):
-    try:
-      self.reader = _Reader(path)
-    except Exception as error:  # a broken file may raise any there is
-      raise ValueError(f"not a readable GGUF file: {error}") from error
+    self.reader = _Reader(path)
     if (parts := self._field("split.count", 1)) > 1:
       raise ValueError(
         f"part {self._field('split.no') + 1} of {parts} of one model: wanted all of it "
@@ -160,10 +159,7 @@ class File:
   @functools.lru_cache(maxsize=1)  # noqa: B019
   def _whole(self, name: str) -> np.ndarray:
     tensor = self.tensors[name]
-    try:
-      array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-      raise ValueError(f"tensor {name}: unsupported type {error}") from error
+    array = gguf.dequantize(tensor.data, tensor.tensor_type)
     kind = name.split(".")[-2]
     if self.cfg.family != "llama" or kind not in ("attn_q", "attn_k"):
       return array
