@@ -23,7 +23,6 @@ EXTRAS = {
   ],
   "endpoint": ["openai>=3.54,<4"],
   "gcs": ["gcsfs>=2026.5,<2027", "google-cloud-storage>=3.11,<4"],
-  "harness": ["lm_eval>=0.4.13,<0.5"],
   "loggers": [
     "alembic>=1.20,<2",  # with sqlalchemy: MLflow's store in a file
     "mlflow-skinny>=3.17,<4",
@@ -38,7 +37,7 @@ EXTRAS["judge"] = EXTRAS["endpoint"]  # the same by what it is for
 EXTRAS["test"] = [
   *(
     one
-    for name in ("answered", "docs", "endpoint", "gcs", "harness", "loggers", "serve")
+    for name in ("answered", "docs", "endpoint", "gcs", "loggers", "serve")
     for one in EXTRAS[name]
   ),
   "build>=1.6,<2",

@@ -43,7 +43,7 @@ if "XLA_FLAGS" not in os.environ:
 # Files of tests that take minutes, as two processes are to take them.
 LONG = (
   *("pipeline", "plan", "meshes", "families", "processes", "ablation", "site", "colab"),
-  *("limits", "metrics", "rl", "serve", "sampler", "harness"),
+  *("limits", "metrics", "rl", "serve", "sampler"),
 )
 
 

@@ -34,7 +34,6 @@ from dalign.config.replies import FilterConfig
 from dalign.config.replies import GenerateConfig
 from dalign.config.replies import SpecConfig
 from dalign.config.schema import ProfileConfig
-from dalign.config.training import BatchConfig
 from dalign.config.training import JudgeErrors
 from dalign.config.training import RewardConfig
 from dalign.config.training import SFTConfig
@@ -323,10 +322,9 @@ class Plan(Taught, Sampling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Talk(Sampling):
-  """Chat, server and harness: the shapes in which rows are scored are those of SFT."""
+  """Chat and server."""
 
   replies: Replies = copied_from("eval")
-  scoring: BatchConfig = copied_from("sft.batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Asking a run's model: terminal, server, task suites of others."""
+"""Asking a run's model: terminal, server."""

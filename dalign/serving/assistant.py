@@ -1,11 +1,10 @@
-"""The model of a run, for those who ask it: replies, streams and log-likelihoods.
+"""The model of a run, for those who ask it: replies, whole or as they are written.
 
-The task suites of others (`harness/`), the terminal (`chat.py`) and the server
-(`server.py`) speak for it; this file knows none of them. A model answers here as it
-does in the eval stage: a trained one's think block is opened for it.
+The terminal (`chat.py`) and the server (`server.py`) speak for it; this file knows
+neither. A model answers here as it does in the eval stage: a trained one's think block
+is opened for it.
 """
 
-import collections
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -13,24 +12,20 @@ import os
 import pathlib
 
 import jax
-import jax.numpy as jnp
 
 from dalign.config import convert
 from dalign.config import stages
 from dalign.config.schema import Config
 from dalign.data import prompt_sets
 from dalign.models import ops
-from dalign.models import transformer as decoder
 from dalign.policy import prompting
 from dalign.policy import spec as specs
 from dalign.runs import buckets
 from dalign.runs import devices
 from dalign.runs import store
-from dalign.sampling import likelihood
 from dalign.sampling import live
 from dalign.sampling import sampler as sampling
 from dalign.sampling.programs import Weights
-from dalign.sampling.programs import bucket_size
 from dalign.stages import samples
 from dalign.stages import services
 from dalign.tasks import base
@@ -41,7 +36,6 @@ from dalign.types import Sample
 from dalign.types import Turn
 
 STAGES = ("base", "sft", "distill", "rl")
-LINE_MULTIPLE = 128  # scored rows are in lines of a multiple of so many tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +94,6 @@ class Model:
     self._run = services.of(stages.Talk, cfg, services.Workspace(cfg, place))
     self.workdir = self._run.store.workdir
     self.stage = stage
-    self._asked: collections.Counter = collections.Counter()
-    self._scorers: dict[int, likelihood.Scorer] = {}
     if stage != "base":
       self._run.model.trained_params_path(stage)
     own, replies = self._run.model, self._run.cfg.replies
@@ -146,22 +138,29 @@ class Model:
     *,
     max_new: int,
     temperature: float,
-    top_p: float = 1.0,
     seed: int = 0,
   ) -> list[Sample]:
-    """What the model says to each chat, which ends with a user turn.
-
-    One that is asked again is answered anew, with other randomness; so epochs differ.
-    A thought that was opened and never ended has no answer.
-    """
-    prompts = [prompt_of(turns) for turns in chats]
-    rows = [self.read(prompt.turns) for prompt in prompts]
-    how = dict(max_new=max_new, temperature=temperature, top_p=top_p)
-    done = self._complete(rows, seed, how)
-    return [
-      self._sample(prompt, completion)
-      for prompt, completion in zip(prompts, done, strict=True)
+    """What the model says to each chat, which ends with a user turn. A thought that was
+    opened and never ended has no answer."""
+    requests = [
+      sampling.Request(
+        tokens=(row := self.read(turns)), row_id=(i, *row), max_new=max_new
+      )
+      for i, turns in enumerate(chats)
     ]
+    with self.on_mesh():
+      done = self._run.sampler.complete(
+        self.weights,
+        [requests],
+        key=self.key("replies", seed),
+        temperature=temperature,
+        max_new=max_new,
+        grow_to_fit=True,
+      )
+      found = {completion.request.row_id: completion for completion in done}
+    prompts = map(prompt_of, chats)
+    ends = [found[request.row_id] for request in requests]
+    return [self._sample(*both) for both in zip(prompts, ends, strict=True)]
 
   def _sample(self, prompt: Prompt, done: sampling.Completion) -> Sample:
     sample = samples.from_completion(self._run.model, prompt, done, 0, self.think)
@@ -193,76 +192,12 @@ class Model:
       tokens_out=len(partial.tokens),
     )
 
-  def continuations(
-    self,
-    rows: Sequence[Sequence[int]],
-    *,
-    max_new: int,
-    temperature: float,
-    seed: int = 0,
-  ) -> list[str]:
-    """The text that the model writes after rows of tokens, no thought opened."""
-    done = self._complete(rows, seed, dict(max_new=max_new, temperature=temperature))
-    return [self.tok.decode(completion.tokens) for completion in done]
-
-  def _complete(self, rows, seed: int, how: dict) -> list[sampling.Completion]:
-    requests = []
-    for row in map(tuple, rows):
-      row_id = self._asked[row], *row
-      self._asked[row] += 1
-      requests.append(
-        sampling.Request(tokens=row, row_id=row_id, max_new=how["max_new"])
-      )
-    key = self.key("harness", seed)
-    with self.on_mesh():
-      done = self._run.sampler.complete(
-        self.weights,
-        [requests],
-        key=key,
-        **how,
-      )
-      found = {completion.request.row_id: completion for completion in done}
-    return [found[request.row_id] for request in requests]
-
-  def scores(
-    self, rows: Sequence[Sequence[int]], starts: Sequence[int]
-  ) -> list[tuple[float, bool]]:
-    """For each row the log-probability in nats of its tokens from its start, at least
-    1, onward, at temperature 1, and whether each of them is the likeliest."""
-    if not rows:
-      return []
-    shape = self._run.cfg.scoring
-    length = max(shape.length, bucket_size(max(map(len, rows)), LINE_MULTIPLE))
-    if length not in self._scorers:
-      shape = dataclasses.replace(shape, length=length)
-      self._scorers[length] = self._run.scorer(shape, make=_make_hit_scorer)
-    with self.on_mesh():
-      found = self._scorers[length](self._params, [*map(list, rows)], list(starts))
-    return [(float(x[:, 0].sum()), bool(x[:, 1].all())) for x in found]
-
-  @functools.cached_property
-  def _params(self):
-    with self.on_mesh():
-      if self.stage == "base":
-        return self._run.model.base_params()
-      return self._run.model.trained_params(self.stage)
-
   @functools.cached_property
   def weights(self) -> Weights:
     with self.on_mesh():
-      return self._run.sampler.prepare(self._params)
-
-
-def _make_hit_scorer(*, cfg, compute):
-  """[B, T, 2]: of each wanted token its logp, and whether it is the likeliest."""
-
-  def score(params, batch):
-    wanted_BT = batch["wanted_BT"][:, 1:]
-    stats = decoder.target_stats(params, batch, wanted_BT, cfg=cfg, compute=compute)
-    both_BT2 = jnp.stack([stats.logp, stats.hit], axis=-1)
-    return jnp.pad(both_BT2, ((0, 0), (1, 0), (0, 0)))
-
-  return score
+      own, base_ = self._run.model, self.stage == "base"
+      params = own.base_params() if base_ else own.trained_params(self.stage)
+      return self._run.sampler.prepare(params)
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,7 +266,11 @@ def test_a_key_is_wanted_where_one_is_set(model):
 def test_what_cannot_be_served_is_said(workdir, tmp_path):
   [said] = read_flags([["--mode=serve", "--workdir=w", "--port=99999"]], tmp_path)
   assert said.startswith("ValueError: ") and "--port=99999: " in said
+  unfinished = tmp_path / "unfinished"
+  unfinished.mkdir()
+  shutil.copy(workdir / "config.json", unfinished)
   for place, stage, host, wanted in (
+    (unfinished, "rl", "127.0.0.1", "run the rl stage first"),
     (workdir, "", "0.0.0.0", "set DALIGN_API_KEY"),
     (workdir, "third", "127.0.0.1", "wanted one of base, sft, distill, rl"),
     (tmp_path, "", "127.0.0.1", "config.json is missing"),

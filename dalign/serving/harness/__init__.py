@@ -1,1 +1,0 @@
-"""A run's model in a task suite of others: lm-evaluation-harness."""
