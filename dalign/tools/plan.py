@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -523,7 +524,7 @@ def row_of(phase: Phase, chip: Chip | None, chips: int) -> Row:
   held = {name: per_device(tree) for name, tree in phase.held.items()}
   total, temporaries = per_device(phase.beside), None
   try:
-    memory = phase.lower().compile().memory_analysis()
+    memory: Any = phase.lower().compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
     needed = _bytes_needed(str(error))
     if needed is None:

@@ -412,7 +412,7 @@ def test_ggufs_are_those_of_transformers(arch, model_type, changes, compute, tmp
 
 
 def test_tokens_of_a_qwen_gguf_are_those_of_transformers(tmp_path):
-  hf = random_model("qwen2", dict(vocab_size=259 + len(PAIRS)), seed=0)
+  hf = random_model("qwen2", dict(head_dim=8, vocab_size=259 + len(PAIRS)), seed=0)
   write_gguf(tmp_path / "m.gguf", hf, "qwen2")
   tok = weights.find(str(tmp_path / "m.gguf")).tok
   here = dict(pretrained_model_name_or_path=str(tmp_path), gguf_file="m.gguf")
