@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from dalign.config.model import LoRAConfig
 from dalign.config.model import ModelConfig
+from dalign.data import prompt_sets
 from dalign.formats import families
 from dalign.formats import ggufs
 from dalign.formats import weights
@@ -21,9 +22,7 @@ from dalign.text import chat_template
 from dalign.text import vocab
 from dalign.types import Turn
 from tests.helpers import MODEL
-from tests.helpers import SHARED
 
-DATA = SHARED / "data"
 TRICKY = [
   "",
   " ",
@@ -91,12 +90,10 @@ def reference(smollm2):
   return made
 
 
-def real_prompts(name: str, count: int) -> list[str]:
-  if not DATA.is_dir():
-    pytest.skip(f"no prompts at {DATA}")
-  with open(DATA / name, encoding="utf-8") as file:
-    rows = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
-  return [row["prompt"] for row in rows]
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+  prompts = prompt_sets.load("bundled", {}, "")
+  return TRICKY + [prompt.text for prompt in prompts[:100]]
 
 
 # --- GGUF ---
@@ -138,9 +135,9 @@ def test_smollm2_weights_are_those_of_transformers(smollm2):
   assert not tensors
 
 
-def test_smollm2_tokens_are_those_of_transformers(smollm2, reference):
+def test_smollm2_tokens_are_those_of_transformers(smollm2, reference, texts):
   tok = smollm2[3]
-  for line in TRICKY + real_prompts("eval_multijail.jsonl", 300):
+  for line in texts:
     want = reference(line, add_special_tokens=False)["input_ids"]
     assert tok.encode(line) == want, line
     assert tok.decode(want) == reference.decode(want, skip_special_tokens=True)
@@ -152,9 +149,9 @@ def test_smollm2_tokens_are_those_of_transformers(smollm2, reference):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_smollm2_chats_are_those_of_transformers(smollm2, reference, prompt):
+def test_smollm2_chats_are_those_of_transformers(smollm2, reference, texts, prompt):
   tok = smollm2[3]
-  for line in TRICKY + real_prompts("prompts_train.jsonl", 100):
+  for line in texts:
     turns = [Turn(role="user", content=line), Turn(role="assistant", content="1. No")]
     for some in (turns[:1], turns, [Turn(role="system", content="\n1"), *turns]):
       want = reference.apply_chat_template(
