@@ -22,6 +22,7 @@ ARMS = {
   "spec_in_prompt": "base, spec in the prompt",
   "sft": "SFT, all rows",
   "sft_300_distill": "SFT, 300 rows + distillation",
+  "sft_300_rl_fast": "SFT, 300 rows + RL at 1e-3",
   "sft_300_rl": "SFT, 300 rows + RL",
   "sft_300": "SFT, 300 rows",
   "no_thoughts": "SFT on answers alone",

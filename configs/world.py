@@ -131,19 +131,19 @@ ABLATION = dict(
 )
 
 
+# RL at three times the rate.
+FAST_RL = {
+  "sft_300_rl_fast": _arm(
+    "sft_rl", "rl", dict(sft="sft_300"), rl__optimizer=dict(learning_rate=1e-3)
+  )
+}
 HEADROOM = ABLATION | dict(
   seeds=(0, 1, 2),
   arms={
     name: ABLATION["arms"][name]
     for name in ("sft_300", "sft_300_rl", "sft_300_distill")
   }
-  # RL at three times the rate, and for three times as long.
-  | {
-    "sft_300_rl_fast": _arm(
-      "sft_rl", "rl", dict(sft="sft_300"), rl__optimizer=dict(learning_rate=1e-3)
-    ),
-    "sft_300_rl_long": _arm("sft_rl", "rl", dict(sft="sft_300"), rl__steps=180),
-  },
+  | FAST_RL,
 )
 
 
@@ -200,7 +200,8 @@ DEEP = ABLATION | dict(
       "sft_rl",
       "no_thoughts",
     )
-  },
+  }
+  | FAST_RL,
 )
 ARMS = dict(
   ablation=ABLATION, short=ABLATION, noise=_noise(), headroom=HEADROOM, deep=DEEP
