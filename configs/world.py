@@ -207,7 +207,7 @@ ARMS = dict(
   ablation=ABLATION, short=ABLATION, noise=_noise(), headroom=HEADROOM, deep=DEEP
 )
 SIZES = ("distill", "noise", "headroom", "deep")
-VERSIONS = dict(ablation=5, distill=2, noise=1, headroom=1, deep=1)
+VERSIONS = dict(ablation=5, distill=2, noise=1, headroom=2, deep=1)
 
 
 def get_config(which: str | None = None) -> ml_collections.ConfigDict:

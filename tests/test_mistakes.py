@@ -248,7 +248,7 @@ MISTAKES = {
   ),
   "a judge with another scale": (
     lambda own: own.edit(JUDGE, "min(1.0, len(words) / 8)", "5"),
-    "judge.py: judge: row 1 of 1, .*wanted a score in .0, 1., or None.*got 5.0",
+    "judge.py: judge: row 1 of 1, .*wanted a score in .0, 1., or None.*got 5",
   ),
   "a judge of one reply": (
     lambda own: own.edit(JUDGE, "[verdict(reply) for reply in replies]", "0.5"),

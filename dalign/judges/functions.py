@@ -222,7 +222,7 @@ def _row(i: int, said: Any) -> tuple[float | None, str]:
     score, why = said
   scored = isinstance(score, (numbers.Real, np.bool_)) and 0 <= float(score) <= 1
   if not isinstance(why, str) or not (scored or score is None):  # nor is NaN a score
-    wanted = "a score in [0, 1], None for no verdict, or a pair of one and a reason"
+    wanted = "a score in [0, 1], or None, alone or with a reason"
     raise _Wrong(f"wanted {wanted}, got {said!r:.80}", i)
   return (None, why or SILENT) if score is None else (float(score), why)
 

@@ -155,7 +155,6 @@ class Model:
         key=self.key("replies", seed),
         temperature=temperature,
         max_new=max_new,
-        grow_to_fit=True,
       )
       found = {completion.request.row_id: completion for completion in done}
     prompts = map(prompt_of, chats)
