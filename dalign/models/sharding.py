@@ -226,6 +226,34 @@ def shard_map_by_axes(fn, in_axes: tuple, out_axes: tuple, args: tuple):
   )(*args)
 
 
+def shardings_like_params(
+  mesh: Mesh, state: PyTree, params: PyTree, param_shardings: PyTree
+):
+  """Shardings of a state that holds copies of the parameters (optimizer moments).
+
+  A leaf whose path ends in the path of a parameter, with its shape, lies as it does;
+  every other leaf is replicated. Nothing is computed, as optax's `map_params` does, so
+  that the mesh may be of devices that only compile (`tools/plan.py`).
+  """
+  known = {
+    jax.tree_util.keystr(path): (x.shape, sharding)
+    for (path, x), sharding in zip(
+      jax.tree_util.tree_flatten_with_path(params)[0],
+      jax.tree.leaves(param_shardings),
+      strict=True,
+    )
+  }
+
+  def like(path, x):
+    name = jax.tree_util.keystr(path)
+    for suffix, (shape, sharding) in known.items():
+      if name.endswith(suffix) and x.shape == shape:
+        return sharding
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(like, state)
+
+
 def batch_sharding(mesh: Mesh, name: str, x, *, lead: int = 0) -> NamedSharding:
   """Rows over data x fsdp, their tokens over sequence; `lead` axes before the rows
   (micro-batches) stay whole.

@@ -158,6 +158,11 @@ def plan(cfg: Config, workdir: pathlib.Path) -> None:
     )
 
 
+def _abstract_key() -> jax.ShapeDtypeStruct:
+  """A key of no seed: to make one takes a device that computes."""
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def _chip_name(cfg: PlanConfig) -> str:
   return cfg.chip or cfg.topology.partition(":")[0]
 
@@ -214,7 +219,7 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
     tx = train.make_optimizer(optimizer, steps=max(2, round(steps)))
     program = train.program(loss, tx, mesh, trained)
     batch = {n: _array(mesh, n, x) for n, x in batch.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = _abstract_key()
     used = jax.ShapeDtypeStruct((), jnp.int32)
 
     def lower():
@@ -305,7 +310,7 @@ def phases(run: Run, chip: Chip | None = None) -> Iterator[Phase]:
     yield from _distill(run, cfg.distill, training, sampling, trunk)
   if "reward" in stages:
     c = cfg.reward
-    head = jax.eval_shape(reward.init_head, made, run.key)
+    head = jax.eval_shape(reward.init_head, made, _abstract_key())
     loss = reward.make_loss(
       cfg=arch,
       compute=cfg.compute,
@@ -419,7 +424,9 @@ def _reward_scores(run: Run, trunk: PyTree, room: int, beside: PyTree) -> Phase:
   prompts = c.prompts - c.capability
   categories = min(prompts, len(run.task.spec.policies))
   answers = math.ceil(prompts / categories) * c.samples  # to prompts of a category
-  params = run.model.abstract_on_mesh(jax.eval_shape(reward.init_head, trunk, run.key))
+  params = run.model.abstract_on_mesh(
+    jax.eval_shape(reward.init_head, trunk, _abstract_key())
+  )
   batch = scoring.batch_after_prefix([], [], cfg=cfg, room=room)
   return Phase(
     "reward score",

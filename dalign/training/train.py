@@ -244,14 +244,7 @@ def program(
   state = jax.eval_shape(first, params)
   own = sharding.shardings(mesh, param_tree.logical_axes(params), params)
   everywhere = sharding.replicated(mesh)
-  moments = optax.tree.map_params(
-    tx,
-    lambda x, place: x if _masked(x) else place,
-    state.opt_state,
-    own,
-    transform_non_params=lambda _: everywhere,
-    is_leaf=_masked,
-  )
+  moments = sharding.shardings_like_params(mesh, state.opt_state, params, own)
   placed = TrainState(
     step=everywhere,
     params=own,
@@ -269,11 +262,6 @@ def program(
       donate_argnums=0,
     ),
   )
-
-
-def _masked(x) -> bool:
-  """Whether a node of moments stands for parameters that another optimizer takes."""
-  return isinstance(x, optax.MaskedNode)
 
 
 def micro_batches(lines: dict, shape: BatchConfig):
