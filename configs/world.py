@@ -9,17 +9,17 @@
 
 The first trains one model by SFT and RL, the second all arms, of one seed or more
 (--config.ablation.seeds="(0,1,2)"), the third one by SFT on 300 rows and distillation.
-The last three ask a question each: what the least of k votes is worth with a judge that
-errs, what RL and distillation add to SFT on 300 rows, and what it costs to reason over
-more clauses than SFT has seen (docs/results.md). All begin
-with the base that comes with dalign; with --config.world.base=train each seed trains
-its own.
+The last three ask a question each: what the least of k votes is worth with a judge
+that errs, what RL and distillation add to SFT on 300 rows, and what it costs to reason
+over more clauses than SFT has seen (docs/results.md). All begin with the base that
+comes with dalign; with --config.world.base=train each seed trains its own.
 
 The first took 3.6 minutes in a fresh clone and environment, on two CPU cores beside
-other work. At b39607a, in a fresh clone on two CPU cores, all arms that there were of seed 0 took
-26.8 minutes, of which the stages of the first command 12.6 (base 559 s, generate 8,
-filter 19, SFT 32, RL 122, eval of one arm 13); three seeds, beside other work, 104. In
-README.md is the table of these three; in short, held out, the mean and each seed:
+other work. At b39607a, in a fresh clone on two CPU cores, all arms that there were of
+seed 0 took 26.8 minutes, of which the stages of the first command 12.6 (base 559 s,
+generate 8, filter 19, SFT 32, RL 122, eval of one arm 13); three seeds, beside other
+work, 104. In README.md is the table of these three; in short, held out, the mean and
+each seed:
 
   base, spec in the prompt, SFT, SFT + RL:
   verdicts          36%, 100% (100, 100, 100), 99% (100, 100, 97), 100% (100, 100, 100)
