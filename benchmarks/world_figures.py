@@ -31,12 +31,14 @@ BUDGETS = {"": "whole", "thought_32_": "32", "thought_24_": "24", "thought_16_":
 
 
 def scores(workdir: pathlib.Path, arm: str, metric: str) -> list[float]:
-  """The metric of an arm of an ablation in percent, one a seed; KeyError where it was
-  not measured."""
+  """The metric of an arm of an ablation in percent, one a seed; ValueError where no
+  seed has the arm, KeyError where the metric was not measured."""
   found = []
   for path in sorted(workdir.glob(f"seed-*/{arm}/eval/summary.json")):
     [row] = json.loads(path.read_text())["arms"].values()
     found.append(100 * row[metric]["mean"])
+  if not found:
+    raise ValueError(f"wanted {workdir}/seed-*/{arm}/eval/summary.json, found none")
   return found
 
 

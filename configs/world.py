@@ -14,12 +14,12 @@ that errs, what RL and distillation add to SFT on 300 rows, and what it costs to
 over more clauses than SFT has seen (docs/results.md). All begin with the base that
 comes with dalign; with --config.world.base=train each seed trains its own.
 
-The first took 3.6 minutes in a fresh clone and environment, on two CPU cores beside
-other work. At b39607a, in a fresh clone on two CPU cores, all arms that there were of
-seed 0 took 26.8 minutes, of which the stages of the first command 12.6 (base 559 s,
-generate 8, filter 19, SFT 32, RL 122, eval of one arm 13); three seeds, beside other
-work, 104. In README.md is the table of these three; in short, held out, the mean and
-each seed:
+At d8a3184 the first took 3.6 minutes in a fresh clone and environment, on two CPU
+cores beside other work. At b39607a, in a fresh clone on two CPU cores, all arms that
+there were of seed 0 took 26.8 minutes, of which the stages of the first command 12.6
+(base 559 s, generate 8, filter 19, SFT 32, RL 122, eval of one arm 13); three seeds,
+beside other work, 104. In README.md is the table of these three; in short, held out,
+the mean and each seed:
 
   base, spec in the prompt, SFT, SFT + RL:
   verdicts          36%, 100% (100, 100, 100), 99% (100, 100, 97), 100% (100, 100, 100)
@@ -138,14 +138,12 @@ FAST_RL = {
     "sft_rl", "rl", dict(sft="sft_300"), rl__optimizer=dict(learning_rate=1e-3)
   )
 }
-HEADROOM = ABLATION | dict(
-  seeds=(0, 1, 2),
-  arms={
-    name: ABLATION["arms"][name]
-    for name in ("sft_300", "sft_300_rl", "sft_300_distill")
-  }
-  | FAST_RL,
-)
+
+
+def _some_arms(*names: str) -> dict:
+  """Arms of the ablation and the faster RL, over three seeds."""
+  arms = {name: ABLATION["arms"][name] for name in names} | FAST_RL
+  return ABLATION | dict(seeds=(0, 1, 2), arms=arms)
 
 
 def _noise() -> dict:
@@ -186,24 +184,10 @@ def _noise() -> dict:
   )
 
 
+FEW_ROWS = ("sft_300", "sft_300_rl", "sft_300_distill")
+HEADROOM = _some_arms(*FEW_ROWS)
 # What it costs to reason further than SFT has seen.
-DEEP = ABLATION | dict(
-  seeds=(0, 1, 2),
-  arms={
-    name: ABLATION["arms"][name]
-    for name in (
-      "none",
-      "spec_in_prompt",
-      "sft_300",
-      "sft_300_rl",
-      "sft_300_distill",
-      "sft",
-      "sft_rl",
-      "no_thoughts",
-    )
-  }
-  | FAST_RL,
-)
+DEEP = _some_arms("none", "spec_in_prompt", *FEW_ROWS, "sft", "sft_rl", "no_thoughts")
 ARMS = dict(
   ablation=ABLATION, short=ABLATION, noise=_noise(), headroom=HEADROOM, deep=DEEP
 )

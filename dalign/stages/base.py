@@ -29,9 +29,10 @@ from dalign.training import train
 Run = services.Services[stages.BaseStage]  # what this stage sees of a run
 
 # Parameters that `train_base` left, and in the header by what recipe, seed and code.
-BUNDLED = {
-  depth: pathlib.Path(__file__).parents[1] / "tasks" / name
-  for depth, name in ((1, "world_base.safetensors"), (4, "deep_world_base.safetensors"))
+_TASKS = pathlib.Path(__file__).parents[1] / "tasks"
+BUNDLED = {  # by the depth of their world
+  1: _TASKS / "world_base.safetensors",
+  4: _TASKS / "deep_world_base.safetensors",
 }
 FILL = 0.9  # of the tokens of a batch are drawn; packing leaves some room
 # Keys of the config that no parameter of a base depends on (lessons have specifications
